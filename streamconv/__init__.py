@@ -1,0 +1,62 @@
+"""streamconv: converts model checkpoints bigger than the machine, in bounded memory.
+
+``open``, ``plan``, ``run``, ``convert`` and ``verify`` are the calls; `Recipe` and its `Rule`, `Drop`, `Tie`, `Option` declare a
+conversion; every error derives from `StreamconvError`.
+"""
+
+from __future__ import annotations
+
+from streamconv import recipes
+from streamconv.api import Result, convert, plan, run, verify
+from streamconv.checkpoint import Checkpoint, TensorEntry
+from streamconv.checkpoint import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
+from streamconv.errors import (
+    BudgetError,
+    CoverageError,
+    DestinationError,
+    FormatError,
+    Interrupted,
+    NotationError,
+    RecipeError,
+    RunError,
+    SourceChanged,
+    SpaceError,
+    StreamconvError,
+    UsageError,
+)
+from streamconv.plan import Plan
+from streamconv.recipe import Drop, Option, Recipe, Rule, Tie
+from streamconv.verify import Comparison
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "Checkpoint",
+    "Comparison",
+    "CoverageError",
+    "DestinationError",
+    "Drop",
+    "FormatError",
+    "Interrupted",
+    "NotationError",
+    "Option",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "Result",
+    "Rule",
+    "RunError",
+    "SourceChanged",
+    "SpaceError",
+    "StreamconvError",
+    "TensorEntry",
+    "Tie",
+    "UsageError",
+    "convert",
+    "open",
+    "plan",
+    "recipes",
+    "run",
+    "verify",
+]

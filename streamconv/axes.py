@@ -1,0 +1,361 @@
+"""The layout notation: a rearrangement of axes as one string that flips by swapping its sides.
+
+It is einops' notation with one addition, ``+`` for concatenation::
+
+    h c, h c, h c -> (h + h + h) c                      q, k, v fused
+    (g q d) c, (g d) c, (g d) c -> (g (q d + d + d)) c  grouped, as InternLM2 has it
+    (h two d) c -> (h d two) c                          rotary: half-split to interleaved
+
+Juxtaposition binds tighter than ``+``. A side is a list of alternatives (commas first, then ``+``, depth first); the
+i-th alternative on the left has the same axes as the i-th on the right and corresponds to it. ``1`` is an axis of size
+one, ``...`` stands for the same axes wherever it appears. Only strings and integers live here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+from streamconv.errors import CoverageError, NotationError
+
+ELLIPSIS = "..."
+_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z_0-9]*)|(?P<one>\d+)|(?P<dots>\.\.\.)|(?P<mark>[()+,]))")
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Axes side by side, outermost first. Each factor is an axis name or a `Sum` in parentheses."""
+
+    factors: tuple[str | Sum, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Parts one after the other; a parenthesis without ``+`` is a sum of one."""
+
+    terms: tuple[Product, ...]
+
+
+Tensor = Product
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One digit of a flat index: ``index // stride`` is the position on ``name``, the remainder goes to ``child``."""
+
+    name: str
+    stride: int
+    child: Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Consecutive parts that start at ``offsets`` (ascending, the first is 0)."""
+
+    offsets: tuple[int, ...]
+    children: tuple[Tree, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """All digits are known: the index belongs to alternative number ``alternative``."""
+
+    alternative: int
+
+
+Tree = Axis | Parts | Leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an alternative lies in a tensor: element ``offset + sum(index[axis] * strides[axis])`` of tensor ``tensor``."""
+
+    tensor: int
+    offset: int
+    strides: Sizes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parsed layout; ``str`` gives the text back, `flip` the other direction."""
+
+    text: str
+    left: tuple[Tensor, ...] = field(compare=False)
+    right: tuple[Tensor, ...] = field(compare=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def flip(self) -> Layout:
+        """The inverse: the same facts read from right to left."""
+        left, right = self.text.split("->")
+        return parse(f"{right.strip()} -> {left.strip()}")
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Axis names in order of appearance on the left, without ``...``."""
+        return tuple(dict.fromkeys(name for tensor in self.left for name in _names(tensor) if name != ELLIPSIS))
+
+    def spread(self, rank: Sequence[int], side: str = "left") -> Layout:
+        """This layout with ``...`` replaced by as many axes as tensors of these ranks leave for it.
+
+        Raises:
+            CoverageError: a tensor has another number of axes than its side of the layout says.
+        """
+        tensors = getattr(self, side)
+        extra: int | None = None
+        for tensor, found in zip(tensors, rank, strict=True):
+            dots = tensor.factors.count(ELLIPSIS)
+            missing = found - (len(tensor.factors) - dots)
+            if missing < 0 or (not dots and missing) or (dots and extra is not None and missing != extra):
+                raise CoverageError(f"layout {self.text!r}: tensor {_text(tensor)!r} has {found} axes, expected {len(tensor.factors)}")
+            extra = missing if dots else extra
+        if ELLIPSIS not in self.text:
+            return self
+        return parse(self.text.replace(ELLIPSIS, " ".join(f"dots{k}" for k in range(extra or 0))))
+
+    def shapes(self, side: str, sizes: Sizes) -> list[tuple[int, ...]]:
+        """The shapes of the tensors of ``side`` ("left" or "right"), in elements."""
+        return [tuple(_extent(factor, sizes) for factor in tensor.factors) for tensor in getattr(self, side)]
+
+    def solve(self, shapes: Sequence[tuple[int, ...]], lookup: Callable[[str], int | None], where: str = "") -> Sizes:
+        """All axis sizes, from the left tensors' shapes first, then from ``lookup`` for what shapes leave open.
+
+        Raises:
+            CoverageError: the sizes contradict each other or are not determined.
+        """
+        equations = [(f, n) for tensor, shape in zip(self.left, shapes, strict=True) for f, n in zip(tensor.factors, shape, strict=True)]
+        sizes: Sizes = {"1": 1}
+        open_axes = list(self.axes)
+        while True:
+            self._propagate(equations, sizes, where)
+            open_axes = [axis for axis in open_axes if axis not in sizes]
+            if not open_axes:
+                return sizes
+            known = next(((axis, size) for axis in open_axes if (size := lookup(axis)) is not None), None)
+            if known is None:
+                raise CoverageError(
+                    f"{where}layout {self.text!r}: the sizes of {', '.join(open_axes)} do not follow from the shapes "
+                    f"{', '.join(map(str, shapes))}; give them with --set, in the recipe's dims, or in config.json"
+                )
+            if known[1] < 1:
+                raise CoverageError(f"{where}layout {self.text!r}: axis {known[0]} cannot have size {known[1]}")
+            sizes[known[0]] = known[1]
+
+    def _propagate(self, equations: list[tuple[str | Sum, int]], sizes: Sizes, where: str) -> None:
+        """Solves every dimension with a single unknown axis (its extent is linear in it) until nothing more follows."""
+        progress = True
+        while progress:
+            progress = False
+            for factor, found in equations:
+                unknown = {name for name in _names(factor) if name not in sizes}
+                if not unknown:
+                    if (expected := _extent(factor, sizes)) != found:
+                        known = ", ".join(f"{n}={sizes[n]}" for n in dict.fromkeys(_names(factor)))
+                        raise CoverageError(
+                            f"{where}layout {self.text!r}: {_text(factor)} has {found} elements, expected {expected} ({known})"
+                        )
+                elif len(unknown) == 1:
+                    (name,) = unknown
+                    zero, one = (_extent(factor, {**sizes, name: n}) for n in (0, 1))
+                    if _extent(factor, {**sizes, name: 2}) - one != one - zero or one == zero:
+                        continue
+                    if (found - zero) % (one - zero) or (found - zero) // (one - zero) < (1 if found else 0):
+                        raise CoverageError(
+                            f"{where}layout {self.text!r}: {found} elements cannot be {_text(factor)} ({_known(factor, sizes)})"
+                        )
+                    sizes[name] = (found - zero) // (one - zero)
+                    progress = True
+
+    def tree(self, output: int, sizes: Sizes) -> Tree:
+        """The digits of a flat index into right tensor ``output``, ending in the alternative it belongs to."""
+        before = sum(1 for tensor in self.right[:output] for _ in _alternatives(tensor))
+        counter = iter(range(before, 10**9))
+        return _grow(list(self.right[output].factors), math.prod(self.shapes("right", sizes)[output]), sizes, counter)
+
+    def places(self, side: str, sizes: Sizes) -> list[Place]:
+        """For each alternative, in order, its place in the tensors of ``side``."""
+        return [
+            Place(number, offset, strides)
+            for number, tensor in enumerate(getattr(self, side))
+            for offset, strides in _places(list(tensor.factors), sizes)
+        ]
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Layout:
+    """Parses ``left -> right``.
+
+    Raises:
+        NotationError: malformed, or the sides do not hold the same axes.
+    """
+    arrows = [match.start() for match in re.finditer("->", text)]
+    if len(arrows) != 1:
+        raise NotationError("a layout has exactly one '->'", text, arrows[1] if arrows else len(text))
+    left = _Parser(text, 0, arrows[0]).side()
+    right = _Parser(text, arrows[0] + 2, len(text)).side()
+    pairs = [[names for tensor in side for names in _alternatives(tensor)] for side in (left, right)]
+    if len(pairs[0]) != len(pairs[1]):
+        raise NotationError(f"{len(pairs[0])} parts on the left, {len(pairs[1])} on the right", text, arrows[0])
+    for number, (mine, theirs) in enumerate(zip(*pairs, strict=True)):
+        for names in (mine, theirs):
+            if repeated := next((n for n in names if names.count(n) > 1), None):
+                raise NotationError(
+                    f"axis {repeated!r} appears twice in part {number + 1} ({' '.join(names)})", text, text.rindex(repeated)
+                )
+        if odd := sorted(set(mine) ^ set(theirs)):
+            raise NotationError(f"axis {odd[0]!r} is on one side only of part {number + 1}", text, text.index(odd[0]))
+    return Layout(text, left, right)
+
+
+class _Parser:
+    """Recursive descent over ``text[start:stop]``."""
+
+    def __init__(self, text: str, start: int, stop: int) -> None:
+        self.text, self.at, self.stop = text, start, stop
+
+    def side(self) -> tuple[Tensor, ...]:
+        tensors = [self.product(top=True)]
+        while self.peek() == ",":
+            self.take()
+            tensors.append(self.product(top=True))
+        if self.peek():
+            raise self.error(f"unexpected {self.peek()!r}")
+        return tuple(tensors)
+
+    def product(self, *, top: bool = False) -> Product:
+        factors: list[str | Sum] = []
+        while (token := self.peek()) and token not in ",+)":
+            start = self.at
+            if self.take() == "(":
+                factors.append(self.sum(start))
+            elif token == ELLIPSIS and (not top or ELLIPSIS in factors):
+                self.at = start
+                raise self.error("'...' stands once per tensor, outside parentheses")
+            elif token.isdigit() and token != "1":
+                self.at = start
+                raise self.error("an axis is a name or 1; give its size in dims")
+            else:
+                factors.append(token)
+        return Product(tuple(factors))
+
+    def sum(self, start: int) -> Sum:
+        terms = [self.product()]
+        while self.peek() == "+":
+            self.take()
+            terms.append(self.product())
+        if self.peek() != ")":
+            if not self.peek():
+                self.at = start
+                raise self.error("'(' is never closed")
+            raise self.error(f"unexpected {self.peek()!r}")
+        self.take()
+        if len(terms) > 1 and not all(term.factors for term in terms):
+            raise self.error("empty part in a sum")
+        return Sum(tuple(terms))
+
+    def peek(self) -> str:
+        match = self._match()
+        return match[0].strip() if match else ""
+
+    def take(self) -> str:
+        match = self._match()
+        assert match is not None
+        self.at = match.end()
+        return match[0].strip()
+
+    def _match(self) -> re.Match[str] | None:
+        rest = self.text[self.at : self.stop]
+        if not rest.strip():
+            return None
+        match = _TOKEN.match(self.text, self.at, self.stop)
+        if match is None:
+            self.at += len(rest) - len(rest.lstrip())
+            raise self.error("neither an axis name nor one of ( ) + , ...")
+        return match
+
+    def error(self, message: str) -> NotationError:
+        at = self.at + len(self.text[self.at : self.stop]) - len(self.text[self.at : self.stop].lstrip())
+        return NotationError(message, self.text, at)
+
+
+def _names(item: str | Sum | Product) -> Iterator[str]:
+    if isinstance(item, str):
+        yield item
+    else:
+        for child in item.terms if isinstance(item, Sum) else item.factors:
+            yield from _names(child)
+
+
+def _text(item: str | Sum | Product) -> str:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, Sum):
+        return f"({' + '.join(map(_text, item.terms))})"
+    return " ".join(map(_text, item.factors))
+
+
+def _known(item: str | Sum, sizes: Sizes) -> str:
+    return ", ".join(f"{name}={sizes[name]}" for name in dict.fromkeys(_names(item)) if name in sizes) or "nothing else is known"
+
+
+def _extent(item: str | Sum | Product, sizes: Sizes) -> int:
+    if isinstance(item, str):
+        return sizes[item]
+    if isinstance(item, Sum):
+        return sum(_extent(term, sizes) for term in item.terms)
+    return math.prod(_extent(factor, sizes) for factor in item.factors)
+
+
+def _alternatives(tensor: Tensor) -> Iterator[list[str]]:
+    """The axis names of each alternative of a tensor, depth first."""
+    if not tensor.factors:
+        yield []
+        return
+    head, rest = tensor.factors[0], tensor.factors[1:]
+    if isinstance(head, str):
+        yield from ([*([head] if head != "1" else []), *names] for names in _alternatives(Product(rest)))
+        return
+    for term in head.terms:
+        yield from _alternatives(Product((*term.factors, *rest)))
+
+
+def _grow(factors: list[str | Sum], extent: int, sizes: Sizes, counter: Iterator[int]) -> Tree:
+    """The tree of ``factors``, whose product of sizes is ``extent``."""
+    while factors and factors[0] == "1":
+        factors = factors[1:]
+    if not factors:
+        return Leaf(next(counter))
+    head, rest = factors[0], factors[1:]
+    stride = math.prod(_extent(factor, sizes) for factor in rest)
+    if isinstance(head, str):
+        return Axis(head, stride, _grow(rest, stride, sizes, counter))
+    offsets, children, offset = [], [], 0
+    for term in head.terms:
+        size = _extent(term, sizes) * stride
+        offsets.append(offset)
+        children.append(_grow([*term.factors, *rest], size, sizes, counter))
+        offset += size
+    return children[0] if len(children) == 1 else Parts(tuple(offsets), tuple(children))
+
+
+def _places(factors: list[str | Sum], sizes: Sizes) -> Iterator[tuple[int, Sizes]]:
+    """Offset and strides of each alternative of ``factors`` in their flat row-major product."""
+    if not factors:
+        yield 0, {}
+        return
+    head, rest = factors[0], factors[1:]
+    stride = math.prod(_extent(factor, sizes) for factor in rest)
+    if isinstance(head, str):
+        for offset, strides in _places(rest, sizes):
+            yield offset, strides if head == "1" else {head: stride, **strides}
+        return
+    start = 0
+    for term in head.terms:
+        for offset, strides in _places([*term.factors, *rest], sizes):
+            yield start + offset, strides
+        start += _extent(term, sizes) * stride

@@ -1,0 +1,218 @@
+"""A path to a mapping of names to stored tensors, whatever the container, plus its sidecar files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamconv.errors import FormatError, UsageError
+from streamconv.formats import Contents, Extent, Source, safetensors
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+CONFIG = "config.json"
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".safetensors.index.json", ".bin.index.json", ".pth", ".pt", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot",
+    ".partial",
+)  # fmt: skip
+_MAX_CONFIG = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor of an open checkpoint: ``dtype``, ``shape``, ``nbytes``, and its data on request."""
+
+    name: str
+    source: Source
+
+    @property
+    def dtype(self) -> str:
+        return self.source.spec.dtype.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.spec.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.spec.nbytes
+
+    def _bytes(self, rows: slice | None) -> tuple[bytearray, tuple[int, ...]]:
+        """Raw bytes of the tensor, or of rows of it, and the shape they have."""
+        shape, start, nbytes = self.shape, 0, self.nbytes
+        if rows is not None:
+            if not shape:
+                raise UsageError(f"{self.name}: a 0-d tensor has no rows")
+            first, last, step = rows.indices(shape[0])
+            if step != 1:
+                raise UsageError(f"{self.name}: rows={rows} has a step; read the rows and take the step after")
+            row = TensorEntry(self.name, Source(type(self.source.spec)(self.source.spec.dtype, shape[1:]), ())).source.spec
+            shape = (max(0, last - first), *shape[1:])
+            if row.dtype.bits * row.numel % 8:
+                raise UsageError(f"{self.name}: a row of {row} ends inside a byte")
+            start, nbytes = first * row.nbytes, shape[0] * row.nbytes
+        data = bytearray(nbytes)
+        view = memoryview(data)
+        for extent in self.source.extents:
+            if start < extent.nbytes and view:
+                take = min(len(view), extent.nbytes - start)
+                with open(extent.path, "rb", buffering=0) as file:  # noqa: PTH123 - a plain path
+                    file.seek(extent.offset + start)
+                    if file.readinto(view[:take]) != take:
+                        raise FormatError(f"{extent.path}: ends before tensor {self.name}; it changed since it was opened")
+                view, start = view[take:], start + take
+            start = max(0, start - extent.nbytes)
+        return data, shape
+
+    def torch(self, rows: slice | None = None) -> torch.Tensor:
+        """The tensor, or ``rows`` of it, as a torch tensor that owns its memory."""
+        import torch
+
+        dtype = getattr(torch, self.dtype, None)
+        if dtype is None:
+            raise UsageError(f"{self.name}: torch has no type for {self.dtype}")
+        data, shape = self._bytes(rows)
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+
+    def numpy(self, rows: slice | None = None) -> numpy.ndarray[Any, Any]:
+        """The tensor, or ``rows`` of it, as a numpy array (bfloat16 and float8 need the package ml_dtypes)."""
+        import numpy
+
+        try:
+            dtype = numpy.dtype(self.dtype)
+        except TypeError:
+            try:
+                import ml_dtypes
+            except ImportError:
+                raise UsageError(f"{self.name}: numpy has no {self.dtype}; install ml_dtypes, or use .torch()") from None
+            dtype = numpy.dtype(getattr(ml_dtypes, self.dtype))
+        data, shape = self._bytes(rows)
+        return numpy.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+class Checkpoint(Mapping[str, TensorEntry]):
+    """An open checkpoint. Only headers have been read; iteration is in tensor order."""
+
+    def __init__(self, path: Path, contents: Contents) -> None:
+        self.path = path
+        self.contents = contents
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return TensorEntry(name, self.contents.entries[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.contents.entries)
+
+    def __len__(self) -> int:
+        return len(self.contents.entries)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path}: {self.format}, {len(self)} tensors>"
+
+    @property
+    def format(self) -> str:
+        return self.contents.format
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self.contents.metadata
+
+    @cached_property
+    def sidecars(self) -> list[str]:
+        """Paths, relative to the checkpoint, of the files beside the weights; none for a single file."""
+        return find_sidecars(self.path, self.contents) if self.path.is_dir() else []
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's config.json (beside it, for a single file), or an empty dict.
+
+        Raises:
+            FormatError: it is not a JSON object.
+        """
+        return read_config(self.path if self.path.is_dir() else self.path.parent)
+
+
+def find_sidecars(root: Path, contents: Contents | None = None) -> list[str]:
+    """Every file below ``root`` that is not weights or index, relative to it, sorted.
+
+    A subfolder with a config.json of its own is a module of the model (as sentence-transformers has them): its weights come
+    along. Other weights in subfolders are other forms of the same model and stay behind, as do hidden folders.
+    """
+    own = {path.name for path in (*contents.files, *contents.others)} if contents else set()
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        here = Path(folder)
+        module = here != root and CONFIG in files
+        for name in sorted(files):
+            relative = (here / name).relative_to(root).as_posix()
+            if name.endswith(".streamconv.json") or (here == root and name in own) or (is_weights(name) and not module):
+                continue
+            if not (here / name).exists():
+                raise FormatError(f"{here / name}: a link to a file that is not there: fetch the checkpoint again, or remove the link")
+            found.append(relative)
+    return sorted(found)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds tensors, or says where they are, in any container."""
+    return name.endswith(WEIGHT_SUFFIXES) or (name.endswith(".bin") and name.startswith(("pytorch_model", "adapter_model", "consolidated")))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a directory, or an empty dict.
+
+    Raises:
+        FormatError: it is not a JSON object.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _MAX_CONFIG:
+            raise ValueError("larger than 64 MiB")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: cannot be read as JSON: {str(error)[:200]}; mend it") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path}: expected a JSON object, found a {type(found).__name__}; mend it")
+    return found
+
+
+READERS: dict[str, Callable[..., Contents]] = {"safetensors": safetensors.read}
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, by_rank: bool = False) -> Checkpoint:
+    """Opens a checkpoint: one file, or a directory with or without index. No tensor data is read.
+
+    Args:
+        path: where it is.
+        by_rank: the files repeat names, as ranks do; tensors are presented as ``<file>/<name>``.
+
+    Raises:
+        FormatError: damaged or not a checkpoint.
+        UsageError: not there, or not readable.
+    """
+    where = Path(path)
+    return Checkpoint(where.absolute(), READERS[detect_format(where)](where, by_rank=by_rank))
+
+
+def detect_format(path: Path) -> str:
+    """The container that a path holds."""
+    if "://" in str(path):
+        raise UsageError(f"{path}: URLs cannot be opened yet: give a path")
+    return "safetensors"
+
+
+def extents(checkpoint: Checkpoint) -> Iterator[tuple[str, Extent]]:
+    """Every extent of a checkpoint with the name of its tensor."""
+    for name, source in checkpoint.contents.entries.items():
+        for extent in source.extents:
+            yield name, extent

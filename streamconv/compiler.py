@@ -1,0 +1,304 @@
+"""Graph to plan: which bytes are copied, which are computed in tiles of what shape, and what memory that takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamconv import memory
+from streamconv.errors import BudgetError, UsageError
+from streamconv.formats import Extent, FileLayout
+from streamconv.graph import AnyNode, Node, Source, sources, trace
+from streamconv.plan import Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile, Totals
+from streamconv.plan import Mapping as Row
+from streamconv.runs import Move, identity
+from streamconv.units import format_size
+
+COPY_RUN = 256 << 10  # bytes: runs of at least this on average are copied, shorter ones go through tiles
+TILE = 8 << 20  # bytes: larger tiles gain nothing
+SMALLEST_TILE = 64 << 10
+PIECE = 4096  # bytes: what reads and writes should come in, at least
+MARGIN = 6 << 20  # bytes: how much one process may differ from the next in what it takes itself
+RESERVE = 6 << 20  # bytes: thread stacks, descriptors, the bar, what the allocator keeps; per worker see WORKER
+WORKER = 1280 << 10  # bytes: a worker's stack, its fallback buffer for copies and its mapped window
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``limit`` bytes for the whole process, of which ``measure()`` are taken already; ``workers`` at most."""
+
+    limit: int
+    workers: int
+    measure: Callable[[], int] = memory.resident
+
+
+def compile_plan(
+    outputs: Mapping[str, AnyNode],
+    layouts: Sequence[FileLayout],
+    *,
+    root: str,
+    format: str,  # noqa: A002 - the word of the command line
+    budget: Budget,
+    sidecars: Mapping[str, str | bytes] | None = None,
+    mapping: Iterable[Row] = (),
+    dropped: Iterable[str] = (),
+    notes: Iterable[str] = (),
+    replicas: Iterable[tuple[AnyNode, AnyNode, tuple[str, str]]] = (),
+    read_backend: str = "auto",
+) -> Plan:
+    """Compiles target nodes and the layout of their files into a plan.
+
+    Args:
+        outputs: target name -> node.
+        layouts: the files, the commit last, with a slot for every target.
+        root: the directory of the files.
+        format: the container's name.
+        budget: what memory may be used.
+        sidecars: relative path -> file to copy, or bytes to write.
+        mapping: rows to print, see `Plan`.
+        dropped: source names left out.
+        notes: lines for the user.
+        replicas: pairs of nodes that must hold the same bytes.
+        read_backend: how tiles are read.
+
+    Raises:
+        BudgetError: the memory limit cannot be kept.
+    """
+    compiler = _Compiler()
+    files = [compiler.file(layout, outputs) for layout in layouts]
+    beside = [compiler.sidecar(path, given) for path, given in (sidecars or {}).items()]
+    files[-1:-1] = beside
+    checks = [Check(compiler.node(a), compiler.node(b), names) for a, b, names in replicas]
+    arena, workers, tile, peak = compiler.fit(budget, comparing=bool(checks))
+    return Plan(
+        root=root,
+        format=format,
+        sources=tuple(compiler.sources),
+        nodes=tuple(compiler.nodes),
+        files=tuple(compiler.tiled(file, tile) for file in files),
+        checks=tuple(checks),
+        mapping=tuple(mapping),
+        dropped=tuple(dropped),
+        notes=tuple(notes),
+        totals=compiler.totals(files),
+        workers=workers,
+        arena=arena,
+        read_backend=read_backend,
+        peak_memory=peak,
+    )
+
+
+class _Compiler:
+    """The tables a plan is built from: sources and nodes by number."""
+
+    def __init__(self) -> None:
+        self.sources: list[SourceFile] = []
+        self.nodes: list[AnyNode] = []
+        self._source_numbers: dict[str, int] = {}
+        self._node_numbers: dict[int, int] = {}
+
+    def source(self, path: str) -> int:
+        number = self._source_numbers.get(path)
+        if number is None:
+            number = self._source_numbers[path] = len(self.sources)
+            found = Path(path).stat()
+            allocated = getattr(found, "st_blocks", -(-found.st_size // 512)) * 512
+            self.sources.append(SourceFile(path, found.st_size, found.st_mtime_ns, allocated))
+        return number
+
+    def node(self, node: AnyNode) -> int:
+        if id(node) not in self._node_numbers:
+            self._node_numbers[id(node)] = len(self.nodes)
+            self.nodes.append(node)
+            for leaf in sources(node):
+                for extent in leaf.extents:
+                    self.source(extent.path)
+        return self._node_numbers[id(node)]
+
+    def file(self, layout: FileLayout, outputs: Mapping[str, AnyNode]) -> FilePlan:
+        """A file's plan; tiles are not chosen yet."""
+        segments: list[Segment] = []
+        for name, slot in sorted(layout.slots.items(), key=lambda item: item[1]):
+            for segment in self._segments(outputs[name], slot):
+                last = segments[-1] if segments else None
+                if isinstance(segment, Copy) and isinstance(last, Copy) and _continues(last, segment):
+                    segments[-1] = last._replace(nbytes=last.nbytes + segment.nbytes)
+                else:
+                    segments.append(segment)
+        return FilePlan(layout.path, layout.size, layout.literals, tuple(segments), tuple(layout.slots))
+
+    def sidecar(self, path: str, given: str | bytes) -> FilePlan:
+        """A file beside the weights: another file's bytes, or these."""
+        if isinstance(given, bytes):
+            return FilePlan(path, len(given), ((0, given),), ())
+        number = self.source(given)
+        size = self.sources[number].size
+        return FilePlan(path, size, (), (Copy(number, 0, 0, size),) if size else ())
+
+    def _segments(self, node: AnyNode, slot: int) -> Iterable[Segment]:
+        if not isinstance(node, Node):
+            return self._copies(node.extents, slot)
+        segments: list[Segment] = []
+        if not node.spec.numel:
+            return segments
+        itemsize = node.spec.dtype.itemsize
+        for found in trace(node, identity(node.spec.numel)):
+            move = found.move.simplify()
+            if found.exact and isinstance(found.leaf, Source) and _copyable(move, itemsize):
+                for dst, src in move.runs():
+                    segments += self._range(found.leaf.extents, src * itemsize, slot + dst * itemsize, move.run * itemsize)
+            else:
+                extent = next((extent for leaf in sources(found.leaf) for extent in leaf.extents), None)
+                leaf_item = found.leaf.spec.dtype.itemsize if isinstance(found.leaf, Source) else 0
+                where = (self.source(extent.path), extent.offset) if extent else (0, 0)
+                segments.append(Compute(self.node(node), slot, move, (), *where, leaf_item))
+        return segments
+
+    def _copies(self, extents: Sequence[Extent], slot: int) -> Iterable[Copy]:
+        for extent in extents:
+            if extent.nbytes:
+                yield Copy(self.source(extent.path), extent.offset, slot, extent.nbytes)
+            slot += extent.nbytes
+
+    def _range(self, extents: Sequence[Extent], start: int, dst: int, nbytes: int) -> Iterable[Copy]:
+        """Bytes [start, start + nbytes) of a tensor, which may lie in several extents."""
+        for extent in extents:
+            if start < extent.nbytes and nbytes:
+                take = min(nbytes, extent.nbytes - start)
+                yield Copy(self.source(extent.path), extent.offset + start, dst, take)
+                start, dst, nbytes = start + take, dst + take, nbytes - take
+            start -= extent.nbytes
+            start = max(start, 0) if nbytes else start
+
+    # Memory ----------------------------------------------------------------------------------------------------
+
+    def fit(self, budget: Budget, *, comparing: bool) -> tuple[int, int, int, int]:
+        """Arena bytes per worker, workers, tile bytes, peak: the largest tiles that leave room for two workers, else what fits."""
+        if not self.nodes and not comparing:
+            found = self._settle(budget, budget.measure(), 0, 0, "copying")
+            assert found is not None
+            return found
+        from streamconv.evaluate import COMPARE, arena_bytes, prepare
+
+        prepare(self.nodes)
+        base = budget.measure()
+        tile = TILE
+        while True:
+            arena, worst = max(((arena_bytes(node, tile), k) for k, node in enumerate(self.nodes)), default=(0, -1))
+            what = f"{self.nodes[worst].spec} by {describe(self.nodes[worst])}" if self.nodes else "comparing"
+            if found := self._settle(budget, base, arena + 2 * COMPARE * comparing, tile, what):
+                return found
+            tile //= 2
+
+    @staticmethod
+    def _settle(budget: Budget, base: int, arena: int, tile: int, what: str) -> tuple[int, int, int, int] | None:
+        """What `fit` returns for tiles of this size, or None where smaller ones would let more workers run."""
+        workers = min(budget.workers, (budget.limit - base - RESERVE) // (WORKER + arena))
+        smallest = tile <= SMALLEST_TILE
+        if workers < 1 and smallest:
+            needed = -(-(base + RESERVE + WORKER + arena + MARGIN) // 10**6) * 10**6
+            raise BudgetError(
+                f"--max-memory {format_size(budget.limit)} is too small: the process itself takes {format_size(base)}, and {what} "
+                f"needs {format_size(needed - base)} beside it; use --max-memory {needed // 10**6}MB",
+                needed,
+            )
+        if workers < min(2, budget.workers) and not smallest:
+            return None
+        return arena, workers, tile, base + RESERVE + workers * (WORKER + arena)
+
+    def tiled(self, file: FilePlan, tile: int) -> FilePlan:
+        segments = tuple(
+            s._replace(
+                tile=choose_tile(s.move, max(1, tile // self.nodes[s.node].spec.dtype.itemsize), self.nodes[s.node].spec.dtype.itemsize)
+            )
+            if isinstance(s, Compute)
+            else s
+            for s in file.segments
+        )
+        return FilePlan(file.path, file.size, file.literals, segments, file.tensors)
+
+    def totals(self, files: Sequence[FilePlan]) -> Totals:
+        copied = computed = read = 0
+        disk = 0.0
+        density = [min(1.0, source.allocated / source.size) if source.size else 1.0 for source in self.sources]
+        for file in files:
+            disk += sum(len(data) for _, data in file.literals)
+            for segment in file.segments:
+                if isinstance(segment, Copy):
+                    copied += segment.nbytes
+                    disk += segment.nbytes * density[segment.source]
+                else:
+                    nbytes = segment.move.numel * self.nodes[segment.node].spec.dtype.itemsize
+                    computed += nbytes
+                    read += segment.move.numel * segment.itemsize
+                    disk += nbytes * density[segment.source]
+        written = sum(file.size for file in files)
+        return Totals(read + copied, copied, computed, written, round(disk))
+
+
+def _continues(last: Copy, segment: Copy) -> bool:
+    return last.source == segment.source and last.offset + last.nbytes == segment.offset and last.dst + last.nbytes == segment.dst
+
+
+def _copyable(move: Move, itemsize: int) -> bool:
+    return move.run * itemsize >= COPY_RUN or move.run == move.numel
+
+
+def describe(node: AnyNode) -> str:
+    """The ops of a node, outermost first."""
+    names = []
+    while isinstance(node, Node):
+        names.append(node.op.kind)
+        node = node.inputs[0]
+    return " of ".join(names) or "reading"
+
+
+def choose_tile(move: Move, numel: int, itemsize: int) -> tuple[int, ...]:
+    """A box of at most ``numel`` elements of a simplified move, in pieces as long as can be on both of its sides.
+
+    First each side's innermost axes grow to pieces of `PIECE` bytes (less where both do not fit), then the rest of the box
+    is filled from the destination's innermost axis outwards.
+    """
+    by_dst = range(len(move.sizes) - 1, -1, -1)
+    by_src = sorted(by_dst, key=lambda k: move.src_strides[k])
+    piece = max(1, PIECE // itemsize)
+    while True:
+        tile = [1] * len(move.sizes)
+        for order in (by_dst, by_src):
+            run = 1
+            for k in order:
+                if run >= piece:
+                    break
+                tile[k] = max(tile[k], min(move.sizes[k], -(-piece // run)))
+                run *= tile[k]
+        if _numel(tile) <= numel or piece == 1:
+            break
+        piece = max(1, piece // 2)
+    for k in by_dst:
+        tile[k] = min(move.sizes[k], max(tile[k], numel // max(1, _numel(tile) // tile[k])))
+    return tuple(tile)
+
+
+def _numel(tile: Sequence[int]) -> int:
+    total = 1
+    for n in tile:
+        total *= n
+    return total
+
+
+def default_workers() -> int:
+    """Workers when nobody says: several copies in flight saturate a disk that one cannot."""
+    return max(4, min(16, os.cpu_count() or 4))
+
+
+def check_workers(workers: int | None) -> int:
+    """The number asked for, or the default.
+
+    Raises:
+        UsageError: not a positive number.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: give at least 1")
+    return workers or default_workers()

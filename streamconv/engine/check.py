@@ -1,0 +1,115 @@
+"""Reads finished files back and compares them with what the plan makes of the sources, byte for byte."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamconv.engine.io import BACKENDS, FALLBACK_CHUNK, Reader
+from streamconv.engine.order import Task, tasks_in_order, tile_pieces
+from streamconv.plan import Copy, Plan
+from streamconv.runs import region
+
+if TYPE_CHECKING:
+    from streamconv.evaluate import Arena
+
+STEP = FALLBACK_CHUNK // 2  # bytes of each side at a time
+
+
+class OutputCheck:
+    """A comparison of a plan's output files with its sources. Takes as many threads and as much memory as the run did."""
+
+    def __init__(self, plan: Plan, progress: Callable[[int], None] = lambda _: None) -> None:
+        self._plan, self._progress = plan, progress
+        self._root = Path(plan.root)
+        self._reader: Reader = BACKENDS[plan.read_backend]()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._different: str | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> str | None:
+        """The path of a file that differs, or None."""
+        buffer = memoryview(bytearray(STEP))
+        for file in self._plan.files:
+            for offset, data in file.literals:
+                if not self._same(str(self._root / file.path), offset, memoryview(data), buffer):
+                    return file.path
+        tasks = tasks_in_order(self._plan, range(len(self._plan.files)))
+        threads = [threading.Thread(target=self._work, args=(tasks,), daemon=True) for _ in range(self._plan.workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)
+        finally:
+            self._stop.set()
+            self._reader.close()
+        if self._error is not None:
+            raise self._error
+        return self._different
+
+    def _work(self, tasks: Iterator[Task]) -> None:
+        try:
+            buffers = memoryview(bytearray(STEP)), memoryview(bytearray(STEP))
+            arena = self._make_arena()
+            while not self._stop.is_set():
+                with self._lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                if not self._compare(task, buffers, arena):
+                    self._different = self._plan.files[task[0]].path
+                    self._stop.set()
+        except BaseException as error:  # noqa: BLE001 - carried to the main thread
+            self._error = self._error or error
+            self._stop.set()
+
+    def _make_arena(self) -> Arena | None:
+        if not self._plan.arena:
+            return None
+        from streamconv.evaluate import Arena
+
+        return Arena(self._plan.arena)
+
+    def _compare(self, task: Task, buffers: tuple[memoryview, memoryview], arena: Arena | None) -> bool:
+        """Whether the bytes that a task wrote are in the file."""
+        number, segment, tile = task
+        path = str(self._root / self._plan.files[number].path)
+        equal = True
+        if isinstance(segment, Copy):
+            for start in range(0, segment.nbytes, STEP):
+                given = buffers[0][: min(STEP, segment.nbytes - start)]
+                self._reader.read(self._plan.sources[segment.source].path, segment.offset + start, given)
+                equal = equal and self._same(path, segment.dst + start, given, buffers[1])
+            self._tell(segment.nbytes)
+            return equal
+        from streamconv.evaluate import evaluate
+
+        assert tile is not None
+        assert arena is not None
+        node = self._plan.nodes[segment.node]
+        itemsize, mark = node.spec.dtype.itemsize, arena.mark
+        out = arena.take(tile.numel, itemsize)
+        evaluate(node, region(tile), out, arena, self._reader.read)
+        for at, offset, nbytes in tile_pieces(tile, itemsize):
+            equal = equal and self._same(path, segment.dst + offset, out.data.cast("B")[at : at + nbytes], buffers[1])
+        arena.release(mark)
+        self._tell(tile.numel * itemsize)
+        return equal
+
+    def _tell(self, nbytes: int) -> None:
+        with self._lock:
+            self._progress(nbytes)
+
+    def _same(self, path: str, offset: int, wanted: memoryview, buffer: memoryview) -> bool:
+        """Whether a file holds ``wanted`` at ``offset``."""
+        for start in range(0, len(wanted), STEP):
+            piece = wanted[start : start + STEP]
+            self._reader.read(path, offset + start, buffer[: len(piece)])
+            if piece != buffer[: len(piece)]:
+                return False
+        return True

@@ -1,0 +1,205 @@
+"""Bytes in and out of files: bounded sets of descriptors, mapped or positioned reads, in-kernel copies that keep holes."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from streamconv.errors import RunError, SourceChanged
+
+FALLBACK_CHUNK = WINDOW = 1 << 20  # bytes of buffer, and of a map, for each worker
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
+
+
+class Files:
+    """Open descriptors by path, at most ``limit`` of them; the least recently used unused one is closed first."""
+
+    def __init__(self, flags: int, limit: int = 64) -> None:
+        self._flags, self._limit = flags | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0), limit
+        self._open: OrderedDict[str, tuple[int, list[int]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def use(self, path: str) -> Iterator[int]:
+        """The descriptor of ``path``, not closed while in use."""
+        with self._lock:
+            fd, users = self._open.pop(path, (-1, [0]))
+            if fd < 0:
+                for old, (unused, busy) in list(self._open.items()):
+                    if len(self._open) < self._limit:
+                        break
+                    if not busy[0]:
+                        os.close(unused)
+                        del self._open[old]
+                fd = os.open(path, self._flags)
+            self._open[path] = (fd, users)
+            users[0] += 1
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                users[0] -= 1
+
+    def close(self, path: str | None = None) -> None:
+        """Closes ``path``'s descriptor, or all."""
+        with self._lock:
+            for name in [path] if path else list(self._open):
+                if name in self._open:
+                    os.close(self._open.pop(name)[0])
+
+
+class PositionedReader:
+    """Reads by ``preadv`` into the caller's memory; nothing is mapped."""
+
+    def __init__(self) -> None:
+        self._files = Files(os.O_RDONLY)
+
+    def read(self, path: str, offset: int, view: memoryview) -> None:
+        """Fills ``view`` from ``offset``.
+
+        Raises:
+            SourceChanged: the file ends before ``view`` is full.
+        """
+        with self._files.use(path) as fd:
+            while view:
+                done = os.preadv(fd, [view], offset) if hasattr(os, "preadv") else _seek_read(fd, offset, view)
+                if done == 0:
+                    raise SourceChanged(f"{path}: ends at byte {offset}, {len(view)} more were planned: it changed; plan again")
+                view, offset = view[done:], offset + done
+
+    def close(self) -> None:
+        self._files.close()
+
+
+_seek_lock = threading.Lock()
+
+
+def _seek_read(fd: int, offset: int, view: memoryview) -> int:
+    """`os.preadv` for systems without it."""
+    with _seek_lock:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(view))
+    view[: len(data)] = data
+    return len(data)
+
+
+class MappedReader:
+    """Reads from memory maps and gives the pages back behind itself, so that resident memory stays that of the pieces in flight."""
+
+    def __init__(self) -> None:
+        self._files = Files(os.O_RDONLY)
+
+    def read(self, path: str, offset: int, view: memoryview) -> None:
+        """Fills ``view`` from ``offset``; a window of at most `WINDOW` bytes is mapped at a time.
+
+        Raises:
+            SourceChanged: the file ends before ``view`` is full.
+        """
+        with self._files.use(path) as fd:
+            if os.fstat(fd).st_size < offset + len(view):
+                raise SourceChanged(f"{path}: ends before byte {offset + len(view)}, which was planned: it changed; plan again")
+            while view:
+                start = offset - offset % mmap.ALLOCATIONGRANULARITY
+                take = min(len(view), WINDOW - (offset - start))
+                with mmap.mmap(fd, offset - start + take, access=mmap.ACCESS_READ, offset=start) as window:
+                    with memoryview(window) as pages:
+                        view[:take] = pages[offset - start : offset - start + take]
+                view, offset = view[take:], offset + take
+
+    def close(self) -> None:
+        self._files.close()
+
+
+Reader = PositionedReader | MappedReader
+BACKENDS: dict[str, Callable[[], Reader]] = {"auto": PositionedReader, "pread": PositionedReader, "mmap": MappedReader}
+
+
+def is_sparse(fd: int) -> bool:
+    """Whether the file has holes worth keeping."""
+    found = os.fstat(fd)
+    return hasattr(os, "SEEK_DATA") and found.st_blocks * 512 < found.st_size - 4096
+
+
+def data_ranges(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of [start, stop) that are not holes. Moves the descriptor's position: it must be this thread's own."""
+    while start < stop:
+        try:
+            begin = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole up to the end
+                return
+            raise
+        if begin >= stop:
+            return
+        end = min(os.lseek(fd, begin, os.SEEK_HOLE), stop)
+        yield begin, end
+        start = end
+
+
+def copy_range(source: int, target: int, src: int, dst: int, nbytes: int, buffer: Callable[[], memoryview], path: str = "") -> None:
+    """Copies ``nbytes`` from offset ``src`` to offset ``dst``, in the kernel where it can, else through ``buffer()``.
+
+    Raises:
+        SourceChanged: the source ends before that.
+    """
+    while nbytes:
+        if hasattr(os, "copy_file_range"):
+            try:
+                done = os.copy_file_range(source, target, nbytes, src, dst)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                done = -1
+        else:
+            done = -1
+        if done < 0:
+            view = buffer()[:nbytes]
+            done = os.preadv(source, [view], src) if hasattr(os, "preadv") else _seek_read(source, src, view)
+            write(target, view[:done], dst)
+        if done == 0:
+            raise SourceChanged(f"{path}: ends at byte {src}, {nbytes} more were planned: it changed; plan again")
+        src, dst, nbytes = src + done, dst + done, nbytes - done
+
+
+def write(fd: int, view: memoryview, offset: int) -> None:
+    """Writes all of ``view`` at ``offset``."""
+    while view:
+        if hasattr(os, "pwrite"):
+            done = os.pwrite(fd, view, offset)
+        else:
+            with _seek_lock:
+                os.lseek(fd, offset, os.SEEK_SET)
+                done = os.write(fd, view)
+        view, offset = view[done:], offset + done
+
+
+def write_data(fd: int, view: memoryview, offset: int, block: int = 1 << 16) -> None:
+    """Writes ``view`` into a file of holes, leaving out blocks of zeros."""
+    zeros = bytes(block)
+    for start in range(0, len(view), block):
+        piece = view[start : start + block]
+        if piece != zeros[: len(piece)]:
+            write(fd, piece, offset + start)
+
+
+def sync_directory(path: str) -> None:
+    """Makes the names in a directory durable, where the system knows how to."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def describe_os_error(error: OSError, path: str) -> RunError:
+    """An operating system's error as one of ours."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"{path}: no room left on the disk; free some and rerun the same command with --resume")
+    return RunError(f"{error.filename or path}: {error.strerror or error}; mend that and rerun the same command with --resume")

@@ -1,0 +1,97 @@
+"""Every error this package raises on purpose, one class per remedy.
+
+    StreamconvError                 exit code 2 unless said otherwise
+    |-- UsageError                  change the command line or the call
+    |-- DestinationError            choose another DST, or say --overwrite / --resume
+    |-- FormatError                 the checkpoint is damaged or not what it says: fetch or write it again
+    |-- RecipeError                 change the recipe
+    |   `-- NotationError           ... at this character of this text
+    |-- CoverageError               recipe and checkpoint do not fit each other
+    |-- BudgetError                 give --max-memory the number named
+    |-- SpaceError                  free room on the disk
+    |-- RunError                    exit code 3: failed while running; rerun with --resume
+    |   `-- SourceChanged           ... but the source is not what was planned: plan again
+    `-- Interrupted                 exit code 130: stopped by the user; rerun with --resume
+
+A message is one line: what, where, found, expected, what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "CoverageError",
+    "DestinationError",
+    "FormatError",
+    "Interrupted",
+    "NotationError",
+    "RecipeError",
+    "RunError",
+    "SourceChanged",
+    "SpaceError",
+    "StreamconvError",
+    "UsageError",
+]
+
+
+class StreamconvError(Exception):
+    """Base of the tree; ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 2
+
+
+class UsageError(StreamconvError):
+    """An argument or option cannot be what it is."""
+
+
+class DestinationError(StreamconvError):
+    """DST exists, lies inside SRC, or cannot be written."""
+
+
+class FormatError(StreamconvError):
+    """A checkpoint breaks the rules of its container."""
+
+
+class RecipeError(StreamconvError):
+    """A recipe contradicts itself or is malformed."""
+
+
+class NotationError(RecipeError):
+    """A name pattern or layout cannot be parsed; points at the character."""
+
+    def __init__(self, message: str, text: str, position: int) -> None:
+        self.text = text
+        self.position = position
+        super().__init__(f"{message} at character {position + 1} of {text!r}: {text[:position]}>>>{text[position:]}")
+
+
+class CoverageError(StreamconvError):
+    """Sources without a rule, rules without a source, targets made twice, shapes or dtypes that do not fit."""
+
+
+class BudgetError(StreamconvError):
+    """The plan cannot keep --max-memory; ``needed`` is the number of bytes that would do."""
+
+    def __init__(self, message: str, needed: int) -> None:
+        self.needed = needed
+        super().__init__(message)
+
+
+class SpaceError(StreamconvError):
+    """The disk has less room than the plan needs."""
+
+
+class RunError(StreamconvError):
+    """An I/O error, a full disk or the like while bytes were moving."""
+
+    exit_code = 3
+
+
+class SourceChanged(RunError):
+    """A source file is not the one that was planned with."""
+
+
+class Interrupted(StreamconvError):
+    """Stopped by the user; what is done is kept."""
+
+    exit_code = 130

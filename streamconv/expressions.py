@@ -1,0 +1,107 @@
+"""Small expressions over config values and options: ``text_config.head_dim or hidden_size // num_attention_heads``.
+
+Names are looked up, never executed; what is missing is None, and arithmetic with None is None. There are comparisons,
+``and``, ``or``, ``not``, ``in``, ``x if c else y``, ``+ - * //``, and functions that the caller gives.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from streamconv.errors import NotationError
+
+Scope = Mapping[str, Any]
+_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+_COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: b is not None and a in b,
+    ast.NotIn: lambda a, b: b is None or a not in b,
+}
+_KNOWN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.List, ast.Tuple, ast.BinOp, ast.BoolOp, ast.UnaryOp)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> ast.expr:
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise NotationError("not an expression", text, max(0, (error.offset or 1) - 1)) from error
+    for node in ast.walk(tree):
+        allowed = isinstance(node, (*_KNOWN, ast.Compare, ast.IfExp, ast.Call, ast.boolop, ast.unaryop, ast.expr_context))
+        if not allowed and type(node) not in {**_ARITHMETIC, **_COMPARISONS}:
+            raise NotationError(f"{type(node).__name__} is not part of an expression", text, getattr(node, "col_offset", 0))
+    return tree
+
+
+def check(text: str) -> None:
+    """Raises NotationError unless ``text`` is an expression."""
+    _parse(text)
+
+
+def evaluate(text: str, scope: Scope) -> Any:
+    """The value of ``text`` in ``scope``.
+
+    Raises:
+        NotationError: not an expression, or values that do not go together.
+    """
+    try:
+        return _value(_parse(text), scope)
+    except (TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
+        raise NotationError(f"cannot be evaluated ({error})", text, 0) from error
+
+
+def _value(node: ast.expr, scope: Scope) -> Any:
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Name():
+            return scope.get(node.id)
+        case ast.Attribute():
+            return _member(_value(node.value, scope), node.attr)
+        case ast.Subscript():
+            return _member(_value(node.value, scope), _value(node.slice, scope))
+        case ast.List() | ast.Tuple():
+            return [_value(item, scope) for item in node.elts]
+        case ast.BinOp():
+            left, right = _value(node.left, scope), _value(node.right, scope)
+            return None if left is None or right is None else _ARITHMETIC[type(node.op)](left, right)
+        case ast.BoolOp():
+            stop = isinstance(node.op, ast.Or)
+            value: Any = None
+            for item in node.values:
+                value = _value(item, scope)
+                if bool(value) is stop:
+                    break
+            return value
+        case ast.UnaryOp(op=ast.Not()):
+            return not _value(node.operand, scope)
+        case ast.Compare():
+            values = [_value(item, scope) for item in (node.left, *node.comparators)]
+            return all(_COMPARISONS[type(op)](a, b) for op, a, b in zip(node.ops, values, values[1:], strict=False))
+        case ast.IfExp():
+            return _value(node.body if _value(node.test, scope) else node.orelse, scope)
+        case ast.Call(func=ast.Name(id=called), keywords=[]) if callable(function := scope.get(called)):
+            return function(*(_value(argument, scope) for argument in node.args))
+    raise ValueError(f"{ast.unparse(node)} has no value here")
+
+
+def _member(value: Any, key: Any) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(key)
+    if isinstance(value, list) and isinstance(key, int) and -len(value) <= key < len(value):
+        return value[key]
+    return None

@@ -1,0 +1,55 @@
+"""Containers: what a checkpoint file holds and where, and how to lay out a new one.
+
+A format never moves tensor bytes. It reads a table of contents (name -> dtype, shape, byte extents) and it lays out
+new files as literal bytes plus slots for tensors, which the engine fills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streamconv.dtypes import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """``nbytes`` bytes at ``offset`` of the file ``path`` (absolute, resolved by the kernel only)."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A stored tensor: raw little-endian row-major bytes, in one extent or in several that follow each other."""
+
+    spec: TensorSpec
+    extents: tuple[Extent, ...]
+
+
+@dataclass(slots=True)
+class Contents:
+    """A container's table of contents.
+
+    ``entries`` is in tensor order: the index's file order (else file-name order), within a file by offset.
+    ``files`` are the weight files, ``others`` the files that belong to the container but hold no tensor (its index).
+    """
+
+    format: str
+    entries: dict[str, Source]
+    files: list[Path]
+    others: list[Path] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A file to be written: ``size`` bytes, ``literals`` at their offsets, and a slot (offset) for each tensor."""
+
+    path: str
+    size: int
+    literals: tuple[tuple[int, bytes], ...]
+    slots: Mapping[str, int]

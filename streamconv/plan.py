@@ -1,0 +1,305 @@
+"""A compiled conversion as pure data: what each output file holds, byte range by byte range. JSON in, JSON out.
+
+An output file is its literals (headers) and its segments. A `Copy` is a byte range of a source file; a `Compute` is a region
+of a node, cut into tiles. Files are independent of each other: each is a function of the plan and the sources alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from streamconv import ops
+from streamconv.dtypes import DTYPES, TensorSpec
+from streamconv.errors import FormatError
+from streamconv.formats import Extent
+from streamconv.graph import AnyNode, Node, Source, sources
+from streamconv.runs import Move
+from streamconv.units import format_size
+
+VERSION = 1
+
+
+class SourceFile(NamedTuple):
+    """A file that is read, with what tells whether it changed. Size in bytes; ``allocated`` is what it takes on disk."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    allocated: int
+
+
+class Copy(NamedTuple):
+    """``nbytes`` bytes of source file ``source`` at ``offset`` go to ``dst`` of the output file."""
+
+    source: int
+    offset: int
+    dst: int
+    nbytes: int
+
+
+class Compute(NamedTuple):
+    """A region of node ``node``, whose tensor starts at byte ``dst`` of the output file, evaluated in boxes of ``tile``.
+
+    ``move.src_strides`` are those of the leaf that lies at byte ``offset`` of source file ``source``: they order the tiles.
+    """
+
+    node: int
+    dst: int
+    move: Move
+    tile: tuple[int, ...]
+    source: int
+    offset: int
+    itemsize: int
+
+
+Segment = Copy | Compute
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """One output file. ``path`` is relative to the plan's root."""
+
+    path: str
+    size: int
+    literals: tuple[tuple[int, bytes], ...]
+    segments: tuple[Segment, ...]
+    tensors: tuple[str, ...] = ()
+
+
+class Mapping(NamedTuple):
+    """Which sources a target tensor is made of, and how."""
+
+    target: str
+    sources: tuple[str, ...]
+    layout: str
+    spec: TensorSpec
+
+
+class Check(NamedTuple):
+    """Two nodes whose bytes must be equal before anything is written."""
+
+    left: int
+    right: int
+    names: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sizes in bytes of what a run does; ``disk_needed`` leaves out holes that stay holes."""
+
+    bytes_read: int
+    bytes_copied: int
+    bytes_computed: int
+    bytes_written: int
+    disk_needed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs, and nothing it does not.
+
+    Attributes:
+        root: the directory that the output files' paths are relative to.
+        files: in the order in which they are finished; the last is the commit.
+        nodes: what `Compute` and `Check` refer to by number.
+        mapping: one row for each target tensor, in tensor order.
+        dropped: source tensors that are left out on purpose.
+        notes: what a user should know of the conversion, a line each.
+        arena: bytes of buffer for each worker.
+        peak_memory: bytes of resident memory that the run stays below.
+    """
+
+    root: str
+    format: str
+    sources: tuple[SourceFile, ...]
+    nodes: tuple[AnyNode, ...]
+    files: tuple[FilePlan, ...]
+    checks: tuple[Check, ...]
+    mapping: tuple[Mapping, ...]
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+    totals: Totals
+    workers: int
+    arena: int
+    read_backend: str
+    peak_memory: int
+
+    def __str__(self) -> str:
+        totals = self.totals
+        kinds = [f"{len(self.mapping)} tensors", f"{len(self.files)} files", format_size(totals.bytes_written)]
+        moved = f"{format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed"
+        lines = [f"{self.root} ({self.format}): {', '.join(kinds)}: {moved}"]
+        lines += [f"peak memory {format_size(self.peak_memory)} with {self.workers} workers; disk {format_size(totals.disk_needed)}"]
+        for file in self.files:
+            lines.append(f"  {file.path}  {format_size(file.size)}" + (f"  {len(file.tensors)} tensors" if file.tensors else ""))
+        changed = [row for row in self.mapping if row.layout or (row.target,) != row.sources]
+        for row in changed[:20]:
+            how = f"  [{row.layout}]" if row.layout else ""
+            lines.append(f"  {row.target} {row.spec} <- {', '.join(row.sources[:4])}{' ...' if len(row.sources) > 4 else ''}{how}")
+        if len(changed) > 20:
+            lines.append(f"  ... and {len(changed) - 20} more renamed or rearranged")
+        lines += [f"  dropped: {name}" for name in self.dropped[:20]]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def for_file(self, number: int) -> Plan:
+        """The plan of one output file alone, as a remote worker receives it."""
+        file = self.files[number]
+        used = sorted({segment.node for segment in file.segments if isinstance(segment, Compute)})
+        renumbered = {node: k for k, node in enumerate(used)}
+        segments = tuple(s._replace(node=renumbered[s.node]) if isinstance(s, Compute) else s for s in file.segments)
+        mine = set(file.tensors)
+        return replace(
+            self,
+            nodes=tuple(self.nodes[node] for node in used),
+            files=(replace(file, segments=segments),),
+            checks=(),
+            mapping=tuple(row for row in self.mapping if row.target in mine),
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What ``plan --json`` prints."""
+        return {
+            "peak_memory": self.peak_memory,
+            **asdict(self.totals),
+            "workers": self.workers,
+            "format": self.format,
+            "outputs": [{"path": f.path, "size": f.size, "tensors": list(f.tensors)} for f in self.files],
+            "mapping": [
+                {"target": m.target, "sources": m.sources, "layout": m.layout, "dtype": m.spec.dtype.name, "shape": m.spec.shape}
+                for m in self.mapping
+            ],
+            "dropped": list(self.dropped),
+            "notes": list(self.notes),
+        }
+
+    def digest(self) -> str:
+        """Identifies the conversion: same sources, same outputs, same bytes. Workers and memory are not part of it."""
+        found = hashlib.sha256(f"{VERSION} {self.format}".encode())
+        for source in self.sources:
+            found.update(repr(source[:3]).encode())
+        for row in self.mapping:
+            found.update(repr((row.target, row.sources, row.layout, str(row.spec))).encode())
+        for file in self.files:
+            found.update(repr((file.path, file.size, file.tensors)).encode())
+            for offset, data in file.literals:
+                found.update(offset.to_bytes(8, "little") + data)
+        return found.hexdigest()
+
+    # JSON ------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The plan as one JSON document; `from_json` reads it back."""
+        table = _Table(self.sources)
+        roots = [table.add(node) for node in self.nodes]
+        return json.dumps(
+            {
+                "streamconv_plan": VERSION,
+                **{key: getattr(self, key) for key in ("root", "format", "workers", "arena", "read_backend", "peak_memory")},
+                "sources": self.sources,
+                "graph": table.rows,
+                "nodes": roots,
+                "files": [_file_to_json(file) for file in self.files],
+                "checks": self.checks,
+                "mapping": [(m.target, m.sources, m.layout, m.spec.dtype.name, m.spec.shape) for m in self.mapping],
+                "dropped": self.dropped,
+                "notes": self.notes,
+                "totals": asdict(self.totals),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads a plan back.
+
+        Raises:
+            FormatError: not a plan, or of another version.
+        """
+        try:
+            data = json.loads(text)
+            if data.get("streamconv_plan") != VERSION:
+                raise FormatError(f"not a plan of version {VERSION}: found {data.get('streamconv_plan')!r}; make it again")
+            files = tuple(SourceFile(*row) for row in data["sources"])
+            graph = _read_graph(data["graph"], files)
+            return cls(
+                **{key: data[key] for key in ("root", "format", "workers", "arena", "read_backend", "peak_memory")},
+                sources=files,
+                nodes=tuple(graph[k] for k in data["nodes"]),
+                files=tuple(_file_from_json(row) for row in data["files"]),
+                checks=tuple(Check(a, b, tuple(names)) for a, b, names in data["checks"]),
+                mapping=tuple(Mapping(t, tuple(s), how, TensorSpec(DTYPES[d], tuple(n))) for t, s, how, d, n in data["mapping"]),
+                dropped=tuple(data["dropped"]),
+                notes=tuple(data["notes"]),
+                totals=Totals(**data["totals"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+            raise FormatError(f"not a plan that can be read: {type(error).__name__}: {error}; make it again") from error
+
+
+class _Table:
+    """Nodes flattened into rows that name their inputs by row number."""
+
+    def __init__(self, files: tuple[SourceFile, ...]) -> None:
+        self._files = {file.path: k for k, file in enumerate(files)}
+        self._numbers: dict[int, int] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, node: AnyNode) -> int:
+        if id(node) not in self._numbers:
+            row: dict[str, Any] = {"dtype": node.spec.dtype.name, "shape": node.spec.shape}
+            if isinstance(node, Node):
+                row |= {"inputs": [self.add(child) for child in node.inputs], "op": node.op.to_json()}
+            else:
+                row["extents"] = [(self._files[e.path], e.offset, e.nbytes) for e in node.extents]
+            self._numbers[id(node)] = len(self.rows)
+            self.rows.append(row)
+        return self._numbers[id(node)]
+
+
+def _read_graph(rows: list[dict[str, Any]], files: tuple[SourceFile, ...]) -> list[AnyNode]:
+    graph: list[AnyNode] = []
+    for row in rows:
+        spec = TensorSpec(DTYPES[row["dtype"]], tuple(row["shape"]))
+        if "op" in row:
+            graph.append(Node(spec, ops.from_json(row["op"]), tuple(graph[k] for k in row["inputs"])))
+        else:
+            graph.append(Source(spec, tuple(Extent(files[f].path, offset, nbytes) for f, offset, nbytes in row["extents"])))
+    return graph
+
+
+def _move_to_json(move: Move) -> list[Any]:
+    return [move.sizes, move.dst, move.dst_strides, move.src, move.src_strides]
+
+
+def _move_from_json(row: list[Any]) -> Move:
+    return Move(tuple(row[0]), row[1], tuple(row[2]), row[3], tuple(row[4]))
+
+
+def _file_to_json(file: FilePlan) -> dict[str, Any]:
+    segments = [s._replace(move=_move_to_json(s.move)) if isinstance(s, Compute) else s for s in file.segments]  # type: ignore[arg-type]
+    literals = [(offset, base64.b64encode(data).decode()) for offset, data in file.literals]
+    return {"path": file.path, "size": file.size, "literals": literals, "segments": segments, "tensors": file.tensors}
+
+
+def _file_from_json(row: dict[str, Any]) -> FilePlan:
+    path = Path(row["path"])
+    if path.is_absolute() or ".." in path.parts:
+        raise FormatError(f"a plan's files lie below its root, {row['path']!r} does not")
+    return FilePlan(
+        row["path"],
+        row["size"],
+        tuple((offset, base64.b64decode(data)) for offset, data in row["literals"]),
+        tuple(Copy(*s) if len(s) == 4 else Compute(s[0], s[1], _move_from_json(s[2]), tuple(s[3]), *s[4:]) for s in row["segments"]),
+        tuple(row["tensors"]),
+    )
+
+
+def source_files(nodes: Iterator[AnyNode]) -> list[str]:
+    """The paths that the leaves below ``nodes`` lie in, in order of first appearance."""
+    return list(dict.fromkeys(extent.path for node in nodes for leaf in sources(node) for extent in leaf.extents))

@@ -1,0 +1,279 @@
+"""Streamed comparison of what should be with what is, at any size in bounded memory."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from streamconv.engine.io import BACKENDS
+from streamconv.errors import BudgetError, RunError, StreamconvError
+from streamconv.formats import Source
+from streamconv.graph import AnyNode, Node
+from streamconv.runs import identity
+from streamconv.units import format_size
+
+if TYPE_CHECKING:
+    from streamconv.evaluate import Arena, Array
+
+TORCH = 256 << 20  # bytes: what loading torch may add to the process, when values differ and norms are wanted
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """A tensor present on both sides that differs. ``l2`` and ``max_abs`` are None where shapes differ or values are not numbers."""
+
+    name: str
+    equal: bool = False
+    l2: float | None = None
+    max_abs: float | None = None
+    nonfinite: int = 0
+    expected: str = ""
+    found: str = ""
+
+
+@dataclass
+class Comparison:
+    """The result of a comparison.
+
+    ``l2`` sums over tensors the L2 norm of the difference in float32; differences that are not finite are counted in
+    ``nonfinite`` and kept out of ``l2`` and ``max_abs``. ``equal``: same names, dtypes, shapes and bytes.
+    """
+
+    compared: int = 0
+    parameters: int = 0
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shape_mismatch: list[str] = field(default_factory=list)
+    dtype_mismatch: list[str] = field(default_factory=list)
+    l2: float = 0.0
+    max_abs: float = 0.0
+    nonfinite: int = 0
+    tensors: list[TensorDifference] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        return not (self.missing or self.unexpected or self.tensors)
+
+    @property
+    def l2_per_parameter(self) -> float:
+        return self.l2 / self.parameters if self.parameters else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """What ``verify --json`` prints."""
+        rows = [{key: value for key, value in asdict(row).items() if value not in ("", None)} for row in self.tensors]
+        return {
+            "equal": self.equal,
+            "compared": self.compared,
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "shape_mismatch": self.shape_mismatch,
+            "dtype_mismatch": self.dtype_mismatch,
+            "l2": self.l2,
+            "l2_per_parameter": self.l2_per_parameter,
+            "max_abs": self.max_abs,
+            "nonfinite": self.nonfinite,
+            "tensors": rows,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.compared} tensors compared: {'equal' if self.equal else 'different'}"]
+        for title, names in (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("other shape", self.shape_mismatch),
+            ("other dtype", self.dtype_mismatch),
+        ):
+            lines += [f"  {title}: {name}" for name in names[:10]]
+            lines += [f"  ... and {len(names) - 10} more {title}"] if len(names) > 10 else []
+        differing = [row for row in self.tensors if row.l2 is not None]
+        lines += [f"  differs: {row.name}  l2 {row.l2:.6g}  max {row.max_abs:.6g}" for row in differing[:10]]
+        lines += [f"  ... and {len(differing) - 10} more that differ"] if len(differing) > 10 else []
+        lines.append(f"  L2 distance {self.l2:.6f}, per parameter {self.l2_per_parameter:.8f}, largest difference {self.max_abs:.6g}")
+        if self.nonfinite:
+            lines.append(f"  {self.nonfinite} differences are not finite and not in these figures")
+        return "\n".join(lines)
+
+
+def compare(
+    expected: Mapping[str, AnyNode],
+    found: Mapping[str, Source],
+    *,
+    workers: int = 2,
+    max_memory: int | None = None,
+    read_backend: str = "auto",
+    norms: bool = True,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Comparison:
+    """Compares target nodes with stored tensors, tile by tile.
+
+    Args:
+        expected: what should be: names and nodes.
+        found: what is.
+        workers: threads.
+        max_memory: bytes the process may take in all.
+        read_backend: how bytes are read.
+        norms: whether to compute the size of differences (takes torch where there are any).
+        progress: told how many bytes were compared.
+
+    Raises:
+        BudgetError: ``max_memory`` is too small.
+        RunError: an I/O error.
+    """
+    result = Comparison()
+    result.missing = [name for name in expected if name not in found]
+    result.unexpected = [name for name in found if name not in expected]
+    both = [name for name in expected if name in found]
+    result.compared = len(both)
+    work: list[str] = []
+    for name in both:
+        want, have = expected[name].spec, found[name].spec
+        if want.shape != have.shape:
+            result.shape_mismatch.append(name)
+            result.tensors.append(TensorDifference(name, expected=str(want), found=str(have)))
+            continue
+        result.parameters += want.numel
+        if want.dtype != have.dtype:
+            result.dtype_mismatch.append(name)
+        work.append(name)
+    comparer = _Comparer(expected, found, workers, max_memory, read_backend, norms, progress)
+    for difference in comparer.run(work):
+        result.tensors.append(difference)
+        result.nonfinite += difference.nonfinite
+        result.l2 += difference.l2 or 0.0
+        result.max_abs = max(result.max_abs, difference.max_abs or 0.0)
+    return result
+
+
+class _Comparer:
+    """The threads of a comparison; each has an arena for evaluating both sides of one step."""
+
+    def __init__(
+        self,
+        expected: Mapping[str, AnyNode],
+        found: Mapping[str, Source],
+        workers: int,
+        max_memory: int | None,
+        read_backend: str,
+        norms: bool,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._expected, self._found = expected, found
+        self._norms, self._progress = norms, progress
+        self._reader = BACKENDS[read_backend]()
+        self._lock, self._torch_lock, self._stop = threading.Lock(), threading.Lock(), threading.Event()
+        self._workers, self._max_memory = workers, max_memory
+        self._error: BaseException | None = None
+        self._results: dict[str, TensorDifference] = {}
+
+    def run(self, names: list[str]) -> Iterator[TensorDifference]:
+        """Compares these tensors; yields those that differ, in order."""
+        from streamconv import memory
+        from streamconv.evaluate import COMPARE, Arena, arena_bytes, prepare
+
+        nodes = [node for name in names if isinstance(node := self._expected[name], Node)]
+        prepare(nodes)
+        arena = max((arena_bytes(node, COMPARE) for node in nodes), default=COMPARE) + 2 * COMPARE
+        if self._max_memory is not None:
+            free = self._max_memory - memory.resident() - (8 << 20)
+            if free < 2 * arena:
+                needed = -(-(self._max_memory - free + 2 * arena) // 10**6) * 10**6
+                raise BudgetError(f"--max-memory {format_size(self._max_memory)} is too small to compare; use {needed // 10**6}MB", needed)
+            self._workers = max(1, min(self._workers, free // (2 * arena)))
+        queue = iter(names)
+        threads = [threading.Thread(target=self._work, args=(queue, Arena(arena)), daemon=True) for _ in range(self._workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)
+        finally:
+            self._stop.set()
+            self._reader.close()
+        if self._error is not None:
+            if isinstance(self._error, StreamconvError):
+                raise self._error
+            raise RunError(f"while comparing: {type(self._error).__name__}: {self._error}") from self._error
+        yield from (self._results[name] for name in names if name in self._results)
+
+    def _work(self, queue: Iterator[str], arena: Arena) -> None:
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    name = next(queue, None)
+                if name is None:
+                    return
+                difference = self._compare(name, arena)
+                with self._lock:
+                    self._progress(self._found[name].spec.nbytes)
+                    if difference:
+                        self._results[name] = difference
+        except BaseException as error:  # noqa: BLE001 - carried to the main thread
+            self._error = self._error or error
+            self._stop.set()
+
+    def _compare(self, name: str, arena: Arena) -> TensorDifference | None:
+        left, right = self._expected[name], self._found[name]
+        same_dtype = left.spec.dtype == right.spec.dtype
+        if left.spec.dtype.bits % 8 or right.spec.dtype.bits % 8:
+            left, right = as_bytes(left), as_bytes(right)
+            if left.spec != right.spec:
+                return TensorDifference(name, expected=str(self._expected[name].spec), found=str(self._found[name].spec))
+        equal, squares, largest, nonfinite = same_dtype, 0.0, 0.0, 0
+        for ours, theirs in self._steps(left, right, arena):
+            if same_dtype and (ours == theirs).all():
+                continue
+            equal = False
+            if self._norms:
+                figures = self._distance(ours, theirs, left, right)
+                squares, largest, nonfinite = squares + figures[0], max(largest, figures[1]), nonfinite + figures[2]
+        if equal:
+            return None
+        specs = ("", "") if same_dtype else (str(left.spec), str(right.spec))
+        return TensorDifference(name, False, math.sqrt(squares), largest, nonfinite, *specs)
+
+    def _steps(self, left: AnyNode, right: Source, arena: Arena) -> Iterator[tuple[Array, Array]]:
+        """Both sides, a step of at most `COMPARE` bytes at a time, as unsigned integers."""
+        from streamconv.evaluate import COMPARE, evaluate
+
+        step = COMPARE // max(left.spec.dtype.itemsize, right.spec.dtype.itemsize)
+        for start in range(0, left.spec.numel, step):
+            count, mark, parts = min(step, left.spec.numel - start), arena.mark, []
+            for node in (left, right):
+                part = arena.take(count, node.spec.dtype.itemsize)
+                evaluate(node, identity(count, start), part, arena, self._reader.read)
+                parts.append(part)
+            yield parts[0], parts[1]
+            arena.release(mark)
+
+    def _distance(self, ours: Array, theirs: Array, left: AnyNode, right: Source) -> tuple[float, float, int]:
+        """Sum of squares, largest magnitude and number of non-finite elements of the difference in float32."""
+        from streamconv.ops import as_torch
+
+        with self._torch_lock:  # one at a time: the temporaries are not from the arena
+            import torch
+
+            torch.set_num_threads(1)
+            squares, largest, nonfinite = 0.0, 0.0, 0
+            for start in range(0, len(ours), 1 << 18):
+                a, b = (as_torch(x[start : start + (1 << 18)], n.spec.dtype).to(torch.float32) for x, n in ((ours, left), (theirs, right)))
+                difference = a.sub_(b).abs_()
+                finite = torch.isfinite(difference)
+                if not bool(finite.all()):
+                    nonfinite += int((~finite).sum())
+                    difference = difference[finite]
+                if difference.numel():
+                    largest = max(largest, float(difference.max()))
+                    squares += float(difference.double().square_().sum())
+            return squares, largest, nonfinite
+
+
+def as_bytes(node: AnyNode) -> Source:
+    """A stored tensor as the bytes it takes."""
+    from streamconv.dtypes import DTYPES, TensorSpec
+
+    assert not isinstance(node, Node), "packed types are only ever stored"
+    return Source(TensorSpec(DTYPES["uint8"], (node.spec.nbytes,)), node.extents)
