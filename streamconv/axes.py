@@ -22,6 +22,7 @@ from functools import cached_property, lru_cache
 from streamconv.errors import CoverageError, NotationError
 
 ELLIPSIS = "..."
+_DEEPEST = 50  # parentheses inside each other
 _TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z_0-9]*)|(?P<one>\d+)|(?P<dots>\.\.\.)|(?P<mark>[()+,]))")
 
 
@@ -83,9 +84,9 @@ class Place:
 class Layout:
     """A parsed layout; ``str`` gives the text back, `flip` the other direction."""
 
-    text: str
-    left: tuple[Tensor, ...] = field(compare=False)
-    right: tuple[Tensor, ...] = field(compare=False)
+    text: str = field(compare=False)
+    left: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
 
     def __str__(self) -> str:
         return self.text
@@ -116,7 +117,7 @@ class Layout:
             extra = missing if dots else extra
         if ELLIPSIS not in self.text:
             return self
-        return parse(self.text.replace(ELLIPSIS, " ".join(f"dots{k}" for k in range(extra or 0))))
+        return parse(self.text.replace(ELLIPSIS, " ".join(("", *(f"dots{k}" for k in range(extra or 0)), ""))))
 
     def shapes(self, side: str, sizes: Sizes) -> list[tuple[int, ...]]:
         """The shapes of the tensors of ``side`` ("left" or "right"), in elements."""
@@ -202,13 +203,13 @@ def parse(text: str) -> Layout:
     if len(pairs[0]) != len(pairs[1]):
         raise NotationError(f"{len(pairs[0])} parts on the left, {len(pairs[1])} on the right", text, arrows[0])
     for number, (mine, theirs) in enumerate(zip(*pairs, strict=True)):
-        for names in (mine, theirs):
+        for names, where in ((mine, (0, arrows[0])), (theirs, (arrows[0] + 2, len(text)))):
             if repeated := next((n for n in names if names.count(n) > 1), None):
-                raise NotationError(
-                    f"axis {repeated!r} appears twice in part {number + 1} ({' '.join(names)})", text, text.rindex(repeated)
-                )
+                at = _positions(repeated, text, *where)[-1]
+                raise NotationError(f"axis {repeated!r} appears twice in part {number + 1} ({' '.join(names)})", text, at)
         if odd := sorted(set(mine) ^ set(theirs)):
-            raise NotationError(f"axis {odd[0]!r} is on one side only of part {number + 1}", text, text.index(odd[0]))
+            where = (0, arrows[0]) if odd[0] in mine else (arrows[0] + 2, len(text))
+            raise NotationError(f"axis {odd[0]!r} is on one side only of part {number + 1}", text, _positions(odd[0], text, *where)[0])
     return Layout(text, left, right)
 
 
@@ -216,7 +217,7 @@ class _Parser:
     """Recursive descent over ``text[start:stop]``."""
 
     def __init__(self, text: str, start: int, stop: int) -> None:
-        self.text, self.at, self.stop = text, start, stop
+        self.text, self.at, self.stop, self.depth = text, start, stop, 0
 
     def side(self) -> tuple[Tensor, ...]:
         tensors = [self.product(top=True)]
@@ -244,6 +245,10 @@ class _Parser:
         return Product(tuple(factors))
 
     def sum(self, start: int) -> Sum:
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            self.at = start
+            raise self.error("too many parentheses inside each other")
         terms = [self.product()]
         while self.peek() == "+":
             self.take()
@@ -254,6 +259,7 @@ class _Parser:
                 raise self.error("'(' is never closed")
             raise self.error(f"unexpected {self.peek()!r}")
         self.take()
+        self.depth -= 1
         if len(terms) > 1 and not all(term.factors for term in terms):
             raise self.error("empty part in a sum")
         return Sum(tuple(terms))
@@ -281,6 +287,11 @@ class _Parser:
     def error(self, message: str) -> NotationError:
         at = self.at + len(self.text[self.at : self.stop]) - len(self.text[self.at : self.stop].lstrip())
         return NotationError(message, self.text, at)
+
+
+def _positions(name: str, text: str, start: int, stop: int) -> list[int]:
+    """Where the token ``name`` stands in ``text[start:stop]``."""
+    return [match.end() - len(name) for match in _TOKEN.finditer(text, start, stop) if match[0].strip() == name]
 
 
 def _names(item: str | Sum | Product) -> Iterator[str]:

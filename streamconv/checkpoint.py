@@ -14,7 +14,7 @@ from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, Extent, Source, safetensors
 
 if TYPE_CHECKING:
-    import numpy
+    import numpy as np
     import torch
 
 CONFIG = "config.json"
@@ -65,8 +65,12 @@ class TensorEntry:
                 take = min(len(view), extent.nbytes - start)
                 with open(extent.path, "rb", buffering=0) as file:  # noqa: PTH123 - a plain path
                     file.seek(extent.offset + start)
-                    if file.readinto(view[:take]) != take:
-                        raise FormatError(f"{extent.path}: ends before tensor {self.name}; it changed since it was opened")
+                    part = view[:take]
+                    while part:  # one call reads 2 GiB at most
+                        count = file.readinto(part)
+                        if not count:
+                            raise FormatError(f"{extent.path}: ends before tensor {self.name}; it changed since it was opened")
+                        part = part[count:]
                 view, start = view[take:], start + take
             start = max(0, start - extent.nbytes)
         return data, shape
@@ -81,20 +85,22 @@ class TensorEntry:
         data, shape = self._bytes(rows)
         return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
-    def numpy(self, rows: slice | None = None) -> numpy.ndarray[Any, Any]:
+    def numpy(self, rows: slice | None = None) -> np.ndarray[Any, Any]:
         """The tensor, or ``rows`` of it, as a numpy array (bfloat16 and float8 need the package ml_dtypes)."""
-        import numpy
+        import numpy as np
 
+        if self.source.spec.dtype.bits % 8:
+            raise UsageError(f"{self.name}: numpy has no packed {self.dtype}; copy such tensors with streamconv convert")
         try:
-            dtype = numpy.dtype(self.dtype)
+            dtype = np.dtype(self.dtype)
         except TypeError:
             try:
                 import ml_dtypes
             except ImportError:
                 raise UsageError(f"{self.name}: numpy has no {self.dtype}; install ml_dtypes, or use .torch()") from None
-            dtype = numpy.dtype(getattr(ml_dtypes, self.dtype))
+            dtype = np.dtype(getattr(ml_dtypes, self.dtype))
         data, shape = self._bytes(rows)
-        return numpy.frombuffer(data, dtype=dtype).reshape(shape)
+        return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
@@ -175,9 +181,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         return {}
+    if path.stat().st_size > _MAX_CONFIG:
+        raise FormatError(f"{path}: larger than {_MAX_CONFIG >> 20} MiB, which no config is; mend it")
     try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise ValueError("larger than 64 MiB")
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: cannot be read as JSON: {str(error)[:200]}; mend it") from error

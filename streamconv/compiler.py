@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from streamconv import memory
@@ -17,9 +18,11 @@ from streamconv.runs import Move, identity
 from streamconv.units import format_size
 
 COPY_RUN = 256 << 10  # bytes: runs of at least this on average are copied, shorter ones go through tiles
-TILE = 8 << 20  # bytes: larger tiles gain nothing
+TILE = 8 << 20  # bytes: larger tiles gain nothing, except ...
+SCATTERED_TILE = 32 << 20  # bytes: ... where they are read or written in many pieces, which larger tiles make longer
+SCATTERED = 64  # pieces of a tile of `TILE` bytes from which on that is so
 SMALLEST_TILE = 64 << 10
-PIECE = 4096  # bytes: what reads and writes should come in, at least
+SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
 MARGIN = 6 << 20  # bytes: how much one process may differ from the next in what it takes itself
 RESERVE = 6 << 20  # bytes: thread stacks, descriptors, the bar, what the allocator keeps; per worker see WORKER
 WORKER = 1280 << 10  # bytes: a worker's stack, its fallback buffer for copies and its mapped window
@@ -71,23 +74,34 @@ def compile_plan(
     beside = [compiler.sidecar(path, given) for path, given in (sidecars or {}).items()]
     files[-1:-1] = beside
     checks = [Check(compiler.node(a), compiler.node(b), names) for a, b, names in replicas]
-    arena, workers, tile, peak = compiler.fit(budget, comparing=bool(checks))
+    fit = compiler.fit(budget, files, comparing=bool(checks))
     return Plan(
         root=root,
         format=format,
         sources=tuple(compiler.sources),
         nodes=tuple(compiler.nodes),
-        files=tuple(compiler.tiled(file, tile) for file in files),
+        files=tuple(compiler.tiled(file, fit) for file in files),
         checks=tuple(checks),
         mapping=tuple(mapping),
         dropped=tuple(dropped),
         notes=tuple(notes),
         totals=compiler.totals(files),
-        workers=workers,
-        arena=arena,
+        workers=fit.workers,
+        arena=fit.arena,
         read_backend=read_backend,
-        peak_memory=peak,
+        peak_memory=fit.peak,
     )
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What fits the budget: arena bytes for each worker, workers, bytes of a tile (of ``scattered`` nodes), peak bytes."""
+
+    arena: int
+    workers: int
+    tile: int
+    peak: int
+    scattered: frozenset[int] = frozenset()
 
 
 class _Compiler:
@@ -174,8 +188,8 @@ class _Compiler:
 
     # Memory ----------------------------------------------------------------------------------------------------
 
-    def fit(self, budget: Budget, *, comparing: bool) -> tuple[int, int, int, int]:
-        """Arena bytes per worker, workers, tile bytes, peak: the largest tiles that leave room for two workers, else what fits."""
+    def fit(self, budget: Budget, files: Sequence[FilePlan], *, comparing: bool) -> _Fit:
+        """The largest tiles that leave room for two workers, else what fits."""
         if not self.nodes and not comparing:
             found = self._settle(budget, budget.measure(), 0, 0, "copying")
             assert found is not None
@@ -184,16 +198,22 @@ class _Compiler:
 
         prepare(self.nodes)
         base = budget.measure()
-        tile = TILE
+        scattered = {s.node for file in files for s in file.segments if isinstance(s, Compute) and self._tile(s, TILE).pieces > SCATTERED}
+        tile = SCATTERED_TILE if scattered else TILE
         while True:
-            arena, worst = max(((arena_bytes(node, tile), k) for k, node in enumerate(self.nodes)), default=(0, -1))
+            sizes = ((arena_bytes(node, tile if k in scattered else min(tile, TILE)), k) for k, node in enumerate(self.nodes))
+            arena, worst = max(sizes, default=(0, -1))
             what = f"{self.nodes[worst].spec} by {describe(self.nodes[worst])}" if self.nodes else "comparing"
             if found := self._settle(budget, base, arena + 2 * COMPARE * comparing, tile, what):
-                return found
+                return replace(found, scattered=frozenset(scattered))
             tile //= 2
 
+    def _tile(self, segment: Compute, nbytes: int) -> Tile:
+        numel = max(1, nbytes // self.nodes[segment.node].spec.dtype.itemsize)
+        return choose_tile(segment.move.sizes, segment.move.dst_strides, segment.move.src_strides, numel)
+
     @staticmethod
-    def _settle(budget: Budget, base: int, arena: int, tile: int, what: str) -> tuple[int, int, int, int] | None:
+    def _settle(budget: Budget, base: int, arena: int, tile: int, what: str) -> _Fit | None:
         """What `fit` returns for tiles of this size, or None where smaller ones would let more workers run."""
         workers = min(budget.workers, (budget.limit - base - RESERVE) // (WORKER + arena))
         smallest = tile <= SMALLEST_TILE
@@ -206,23 +226,23 @@ class _Compiler:
             )
         if workers < min(2, budget.workers) and not smallest:
             return None
-        return arena, workers, tile, base + RESERVE + workers * (WORKER + arena)
+        return _Fit(arena, workers, tile, base + RESERVE + workers * (WORKER + arena))
 
-    def tiled(self, file: FilePlan, tile: int) -> FilePlan:
-        segments = tuple(
-            s._replace(
-                tile=choose_tile(s.move, max(1, tile // self.nodes[s.node].spec.dtype.itemsize), self.nodes[s.node].spec.dtype.itemsize)
-            )
-            if isinstance(s, Compute)
-            else s
-            for s in file.segments
-        )
-        return FilePlan(file.path, file.size, file.literals, segments, file.tensors)
+    def tiled(self, file: FilePlan, fit: _Fit) -> FilePlan:
+        """The file with its tiles chosen."""
+
+        def nbytes(segment: Compute) -> int:
+            return fit.tile if segment.node in fit.scattered else min(fit.tile, TILE)
+
+        segments = tuple(s._replace(tile=self._tile(s, nbytes(s)).sizes) if isinstance(s, Compute) else s for s in file.segments)
+        return replace(file, segments=segments)
 
     def totals(self, files: Sequence[FilePlan]) -> Totals:
         copied = computed = read = 0
         disk = 0.0
-        density = [min(1.0, source.allocated / source.size) if source.size else 1.0 for source in self.sources]
+        # What is left of a sparse source's blocks may straddle twice as many blocks in the output.
+        shares = [source.allocated / source.size if source.size else 1.0 for source in self.sources]
+        density = [min(1.0, share if share > SPARSE else 2 * share) for share in shares]
         for file in files:
             disk += sum(len(data) for _, data in file.literals)
             for segment in file.segments:
@@ -255,30 +275,64 @@ def describe(node: AnyNode) -> str:
     return " of ".join(names) or "reading"
 
 
-def choose_tile(move: Move, numel: int, itemsize: int) -> tuple[int, ...]:
-    """A box of at most ``numel`` elements of a simplified move, in pieces as long as can be on both of its sides.
+@dataclass(frozen=True)
+class Tile:
+    """A box of a move: its ``sizes``, and how many contiguous ``pieces`` reading and writing it takes."""
 
-    First each side's innermost axes grow to pieces of `PIECE` bytes (less where both do not fit), then the rest of the box
-    is filled from the destination's innermost axis outwards.
+    sizes: tuple[int, ...]
+    pieces: int
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(sizes: tuple[int, ...], dst_strides: tuple[int, ...], src_strides: tuple[int, ...], numel: int) -> Tile:
+    """The box of at most ``numel`` elements of a simplified move that takes the fewest reads and writes for each element.
+
+    Candidates make the innermost axes of the source and of the destination long enough for pieces of some power of two, and fill
+    the rest from either side outwards.
     """
-    by_dst = range(len(move.sizes) - 1, -1, -1)
-    by_src = sorted(by_dst, key=lambda k: move.src_strides[k])
-    piece = max(1, PIECE // itemsize)
-    while True:
-        tile = [1] * len(move.sizes)
-        for order in (by_dst, by_src):
-            run = 1
-            for k in order:
-                if run >= piece:
-                    break
-                tile[k] = max(tile[k], min(move.sizes[k], -(-piece // run)))
-                run *= tile[k]
-        if _numel(tile) <= numel or piece == 1:
+    by_dst = sorted(range(len(sizes)), key=lambda k: dst_strides[k])
+    by_src = sorted(range(len(sizes)), key=lambda k: src_strides[k])
+    best: tuple[float, Tile] | None = None
+    powers = [1 << k for k in range(numel.bit_length())]
+    for src_piece in powers:
+        for dst_piece in powers:
+            start = [1] * len(sizes)
+            for order, piece in ((by_src, src_piece), (by_dst, dst_piece)):
+                _grow(start, sizes, order, piece)
+            if _numel(start) > numel:
+                break
+            for filling in (by_src, by_dst):
+                tile = list(start)
+                for k in filling:
+                    tile[k] = min(sizes[k], max(tile[k], numel // (_numel(tile) // tile[k])))
+                pieces = _pieces(tile, sizes, by_src, src_strides) + _pieces(tile, sizes, by_dst, dst_strides)
+                score = pieces / _numel(tile)
+                if best is None or score < best[0]:
+                    best = score, Tile(tuple(tile), pieces)
+    assert best is not None
+    return best[1]
+
+
+def _grow(tile: list[int], sizes: Sequence[int], order: Sequence[int], piece: int) -> None:
+    """Widens ``tile`` along ``order`` until a run has ``piece`` elements."""
+    run = 1
+    for k in order:
+        if run >= piece:
             break
-        piece = max(1, piece // 2)
-    for k in by_dst:
-        tile[k] = min(move.sizes[k], max(tile[k], numel // max(1, _numel(tile) // tile[k])))
-    return tuple(tile)
+        tile[k] = max(tile[k], min(sizes[k], -(-piece // run)))
+        run *= tile[k]
+
+
+def _pieces(tile: Sequence[int], sizes: Sequence[int], order: Sequence[int], strides: Sequence[int]) -> int:
+    """How many contiguous pieces a box has on the side with these strides."""
+    run = 1
+    for k in order:
+        if strides[k] != run:
+            break
+        run *= tile[k]
+        if tile[k] < sizes[k]:
+            break
+    return _numel(tile) // run
 
 
 def _numel(tile: Sequence[int]) -> int:

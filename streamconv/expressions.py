@@ -38,10 +38,10 @@ _KNOWN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.List, ast.Tu
 def _parse(text: str) -> ast.expr:
     try:
         tree = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
-        raise NotationError("not an expression", text, max(0, (error.offset or 1) - 1)) from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise NotationError("not an expression", text, max(0, (getattr(error, "offset", 0) or 1) - 1)) from error
     for node in ast.walk(tree):
-        allowed = isinstance(node, (*_KNOWN, ast.Compare, ast.IfExp, ast.Call, ast.boolop, ast.unaryop, ast.expr_context))
+        allowed = isinstance(node, (*_KNOWN, ast.Compare, ast.IfExp, ast.Call, ast.boolop, ast.Not, ast.USub, ast.expr_context))
         if not allowed and type(node) not in {**_ARITHMETIC, **_COMPARISONS}:
             raise NotationError(f"{type(node).__name__} is not part of an expression", text, getattr(node, "col_offset", 0))
     return tree
@@ -89,6 +89,9 @@ def _value(node: ast.expr, scope: Scope) -> Any:
             return value
         case ast.UnaryOp(op=ast.Not()):
             return not _value(node.operand, scope)
+        case ast.UnaryOp():
+            given = _value(node.operand, scope)
+            return None if given is None else -given
         case ast.Compare():
             values = [_value(item, scope) for item in (node.left, *node.comparators)]
             return all(_COMPARISONS[type(op)](a, b) for op, a, b in zip(node.ops, values, values[1:], strict=False))

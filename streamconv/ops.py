@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Array = ndarray[Any, Any]
 
 _OPS: dict[str, type[Op]] = {}
+_MASKED = 1 << 16  # elements: pieces in which NaNs are looked for
 
 
 class Op:
@@ -150,7 +151,10 @@ class Elementwise(Op):
 
 @dataclass(frozen=True)
 class Cast(Elementwise):
-    """Conversion to another floating type by torch, rounding to nearest even."""
+    """Conversion to another floating type by torch, rounding to nearest even; NaNs come out as the one quiet NaN.
+
+    What bits torch itself gives a NaN differs between its vector and its scalar loops, hence with the shape of a tile.
+    """
 
     kind: ClassVar[str] = "cast"
 
@@ -165,11 +169,24 @@ class Cast(Elementwise):
         import torch
 
         torch.set_num_threads(1)  # the engine's workers are the threads
-        torch.zeros(64, dtype=getattr(torch, inputs[0].dtype.name)).to(getattr(torch, self.dtype))
+        given = torch.full((64,), math.nan, dtype=getattr(torch, inputs[0].dtype.name))
+        if given.min().isnan():
+            _settle_nans(given.to(getattr(torch, self.dtype)))
 
     def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
         given = as_torch(parts[0], specs[0].dtype).view(move.sizes)
-        as_torch(out, spec.dtype).as_strided(move.sizes, move.dst_strides, move.dst).copy_(given)
+        made = as_torch(out, spec.dtype).as_strided(move.sizes, move.dst_strides, move.dst).copy_(given)
+        if spec.dtype != specs[0].dtype and given.min().isnan():
+            _settle_nans(made)
+
+
+def _settle_nans(values: Any) -> None:
+    """Makes every NaN the same, in pieces small enough for their masks not to count."""
+    if values.numel() > _MASKED:
+        for half in values.chunk(2, dim=max(range(values.dim()), key=lambda k: values.shape[k])):
+            _settle_nans(half)
+    else:
+        values.masked_fill_(values.isnan(), math.nan)
 
 
 def as_torch(array: Array, dtype: DType) -> Any:

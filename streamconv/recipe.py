@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -185,12 +186,22 @@ class Recipe:
     inverse_config: str | None = None
 
     def __post_init__(self) -> None:
+        try:
+            _check_sizes(self.dims)
+            for option in self.options.values():
+                if isinstance(option.default, str) and option.default.startswith("{"):
+                    expressions.check(option.default[1:-1])
+            for pair in (*self.source_aliases, *self.target_aliases):
+                _check_alias(*pair)
+        except RecipeError as error:
+            raise RecipeError(f"recipe {self.name}: {error}") from error
         for fact in self.rules:
             try:
                 for pattern in (fact.left, *([] if isinstance(fact, Drop) else [fact.right])):
                     parse_names(pattern)
                 if isinstance(fact, Rule):
                     _ = fact.binding
+                    _check_sizes(fact.dims)
                 if fact.when:
                     expressions.check(fact.when)
                 if isinstance(fact, Rule) and fact.cast:
@@ -298,19 +309,31 @@ class Recipe:
                 raise RecipeError(
                     f"{where}, rule {number}: expected one of {', '.join(kinds)}, found {', '.join(map(str, fact)) or 'nothing'}"
                 )
+            if "left" in fact:
+                raise RecipeError(f"{where}, rule {number}: unknown field 'left'; the left side stands after {kind!r}")
             fact["left"] = fact.pop(kind)
             facts.append(_build(kinds[kind], fact, f"{where}, rule {number}"))
         options = {
             str(name): _build(Option, {"help": "", **_object(row, f"{where}, option {name}")}, f"{where}, option {name}")
             for name, row in _object(table.get("options", {}), f"{where}, options").items()
         }
-        aliases = {
-            key: tuple(tuple(pair) for pair in table[key])
-            for key in ("source_aliases", "target_aliases")
-            if isinstance(table.get(key), list)
-        }
-        recipe: Recipe = _build(cls, {"summary": "", **table, **aliases, "rules": tuple(facts), "options": options}, where)
+        recipe: Recipe = _build(cls, {"summary": "", **table, "rules": tuple(facts), "options": options}, where)
         return recipe
+
+
+def _check_sizes(dims: Mapping[str, Dim]) -> None:
+    """Raises NotationError where a size is no expression."""
+    for size in dims.values():
+        for one in size.values() if isinstance(size, Mapping) else (size,):
+            if isinstance(one, str):
+                expressions.check(one)
+
+
+def _check_alias(other: str, known: str) -> None:
+    """Raises RecipeError where two names of a tensor do not have the same captures."""
+    first, second = ({(capture.name, capture.kind) for capture in parse_names(text).captures} for text in (other, known))
+    if first != second:
+        raise RecipeError(f"the names {other!r} and {known!r} of one tensor must have the same captures")
 
 
 def _object(data: object, where: str) -> Mapping[str, Any]:
@@ -319,23 +342,50 @@ def _object(data: object, where: str) -> Mapping[str, Any]:
     return data
 
 
+def _is_dims(value: object) -> bool:
+    sizes = value.values() if isinstance(value, dict) else ()
+    return isinstance(value, dict) and all(
+        type(size) in {int, str} or (isinstance(size, dict) and all(type(n) in {int, str} for n in size.values())) for size in sizes
+    )
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+
+
+# What a field of a recipe file must be; a field that is not here is text.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "optional": (lambda value: isinstance(value, bool), "true or false"),
+    "flipped": (lambda value: isinstance(value, bool), "true or false"),
+    "dims": (_is_dims, "a mapping of axes to numbers, expressions, or one of these for each alternative"),
+    "choices": (_is_texts, "a list of texts"),
+    "default": (lambda value: value is None or isinstance(value, int | str), "text, a whole number, true or false"),
+    "kind": (lambda value: value in ("", "bool", "int", "str"), "bool, int or str"),
+    "rules": (lambda value: isinstance(value, tuple), "a list"),
+    "options": (lambda value: isinstance(value, dict), "a mapping"),
+    "source_aliases": (lambda value: isinstance(value, list) and all(map(_is_pair, value)), "a list of pairs of texts"),
+    "target_aliases": (lambda value: isinstance(value, list) and all(map(_is_pair, value)), "a list of pairs of texts"),
+}
+
+
+def _is_pair(value: object) -> bool:
+    return _is_texts(value) and len(value) == 2  # type: ignore[arg-type]
+
+
 def _build(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.name != "flipped"}
+    fields = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - set(fields)):
         raise RecipeError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(fields)}")
     for name, value in values.items():
-        texts = {"left", "right", "layout", "when", "cast", "reason", "name", "summary", "stored", "help"}
-        if name in texts and not isinstance(value, str):
-            raise RecipeError(f"{where}: {name} must be text, found {value!r}")
-        if name == "optional" and not isinstance(value, bool):
-            raise RecipeError(f"{where}: optional must be true or false, found {value!r}")
-        if name == "dims":
-            _object(value, f"{where}, dims")
-    try:
-        return kind(**{key: tuple(value) if key == "choices" else value for key, value in values.items()})
-    except TypeError as error:
-        missing = str(error).split("argument")[-1].strip(": s")
-        raise RecipeError(f"{where}: missing {missing}") from error
+        fits, expected = _VALUES.get(name, (lambda given: isinstance(given, str), "text"))
+        if not fits(value):
+            raise RecipeError(f"{where}: {name} must be {expected}, found {value!r}")
+    required = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise RecipeError(f"{where}: missing {', '.join(missing)}")
+    lists = {name: tuple(map(tuple, value)) for name, value in values.items() if name.endswith("_aliases")}
+    lists |= {name: tuple(value) for name, value in values.items() if name == "choices"}
+    return kind(**{**values, **lists})
 
 
 def _without_defaults(item: Any, *leave: str) -> dict[str, Any]:
@@ -480,7 +530,13 @@ class _Application:
         entries = dict(self.entries)
         for tie in self.facts:
             if isinstance(tie, Tie) and tie.flipped and tie.right in entries and tie.stored in entries:
-                self.replicas.append((entries[tie.right], entries[tie.stored], (tie.right, tie.stored)))
+                found, kept = entries[tie.right], entries[tie.stored]
+                if found.spec != kept.spec:
+                    raise CoverageError(
+                        f"recipe {self.recipe.name}: {self.names[tie.right]} should repeat {self.names[tie.stored]} and is {found.spec}, "
+                        f"not {kept.spec}: mend the source, or set the options so that they are not tied"
+                    )
+                self.replicas.append((found, kept, (self.names[tie.right], self.names[tie.stored])))
                 del entries[tie.right]
                 self.dropped.append(self.names[tie.right])
         return entries
@@ -544,7 +600,7 @@ class _Application:
         values: dict[str, int | str] = {right: group.values[left] for left, right in binding.each}
         where = f"recipe {self.recipe.name}, {names[0]}: "
         if binding.layout is None:
-            self._emit(rule, binding.right.format(values), nodes[0], names, first, None)
+            self._emit(rule, binding.right.format(values), nodes[0], names, first)
             return
         shapes = [(*lengths, *self.entries[stack[0]].spec.shape) for stack in stacks]
         for stack, shape in zip(stacks, shapes, strict=True):
@@ -565,16 +621,16 @@ class _Application:
                     made = rearrange(op, tuple(self._one_dtype(rule, target, nodes)))
                 except CoverageError as error:
                     raise CoverageError(f"{where}{error}") from error
-                self._emit(rule, target, made, names, first, rule.layout)
+                self._emit(rule, target, made, names, first, layout=rule.layout)
 
     def _stacks(self, rule: Rule, group: _Group) -> tuple[list[list[str]], tuple[int, ...]]:
         """For each left tensor of the layout the names behind it, and the sizes of the leading axes that they count along."""
         binding = rule.binding
         choices = list(itertools.product(*(range(len(_capture(binding.left, n).alternatives)) for n in binding.left_lists)))
         lengths = tuple(1 + max(counts[k] for _, counts in group.members) for k in range(len(binding.left_counts)))
-        grid = list(itertools.product(*map(range, lengths)))
-        if len(group.members) != len(choices) * len(grid):
-            missing = next((c, g) for c in choices for g in grid if (c, g) not in group.members)
+        together = len(choices) * math.prod(lengths)
+        if len(group.members) != together:  # indices may be huge: the grid is not made, something is missing early in it
+            missing = next((c, g) for g in _grid(lengths) for c in choices if (c, g) not in group.members)
             values = {
                 **group.values,
                 **dict(zip(binding.left_lists, missing[0], strict=True)),
@@ -583,18 +639,19 @@ class _Application:
             present = next(iter(group.members.values()))
             raise CoverageError(
                 f"recipe {self.recipe.name}: {binding.left.format(values)} is missing, while {present} is there: "
-                f"{len(choices) * len(grid)} tensors go together, {len(group.members)} were found"
+                f"{together} tensors go together, {len(group.members)} were found"
             )
-        return [[group.members[choice, counts] for counts in grid] for choice in choices], lengths
+        return [[group.members[choice, counts] for counts in _grid(lengths)] for choice in choices], lengths
 
     def _ops(self, rule: Rule, group: _Group, shapes: tuple[tuple[int, ...], ...], stacks: tuple[int, ...], where: str) -> list[Rearrange]:
         """The op for each target, in order; the same for all groups with the same shapes and alternatives."""
         binding = rule.binding
         assert binding.layout is not None
         chosen = tuple(
-            _capture(binding.left, left).alternatives[int(group.values[left])]
-            for left, _ in binding.each
-            if _capture(binding.left, left).kind == "list"
+            _capture(side, pair[k]).alternatives[int(group.values[pair[0]])]
+            for k, side in sorted(enumerate((binding.left, binding.right)), reverse=rule.flipped)
+            for pair in binding.each
+            if _capture(side, pair[k]).kind == "list"
         )
         key = (id(rule), shapes, stacks, chosen)
         if key not in self._cache:
@@ -628,7 +685,7 @@ class _Application:
     def _cast(rule: Rule) -> str | None:
         return parse_dtype(rule.cast).name if rule.cast and not rule.flipped else None
 
-    def _emit(self, rule: Rule, target: str, node: AnyNode, names: list[str], first: int, layout: str | None) -> None:
+    def _emit(self, rule: Rule, target: str, node: AnyNode, names: list[str], first: int, *, layout: str | None = None) -> None:
         wanted = self.recast(target, node.spec) or self._cast(rule)
         if wanted and wanted != node.spec.dtype.name:
             node = apply(Cast(wanted), node)
@@ -642,8 +699,18 @@ class _Application:
     def _make_ties(self) -> None:
         for tie in self.facts:
             if isinstance(tie, Tie) and not tie.flipped and tie.right not in self.outputs and tie.left in self.entries:
-                self._emit(Rule(tie.left, tie.right), tie.right, self.entries[tie.left], [tie.left], self.order[tie.left], None)
+                self._emit(Rule(tie.left, tie.right), tie.right, self.entries[tie.left], [tie.left], self.order[tie.left])
                 self.notes.append(f"{tie.right} repeats {self.names[tie.left]}: the source ties them")
+
+
+def _grid(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All indices below ``lengths``, the last one fastest."""
+    for number in range(math.prod(lengths)):
+        index, rest = [], number
+        for length in reversed(lengths):
+            rest, digit = divmod(rest, length)
+            index.append(digit)
+        yield tuple(reversed(index))
 
 
 def _capture(pattern: Pattern, name: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from streamconv.engine.io import BACKENDS
+from streamconv.engine.io import BACKENDS, Reader
 from streamconv.errors import BudgetError, RunError, StreamconvError
 from streamconv.formats import Source
 from streamconv.graph import AnyNode, Node
@@ -88,8 +88,10 @@ class Comparison:
         ):
             lines += [f"  {title}: {name}" for name in names[:10]]
             lines += [f"  ... and {len(names) - 10} more {title}"] if len(names) > 10 else []
-        differing = [row for row in self.tensors if row.l2 is not None]
-        lines += [f"  differs: {row.name}  l2 {row.l2:.6g}  max {row.max_abs:.6g}" for row in differing[:10]]
+        differing = [row for row in self.tensors if row.l2 is not None or not row.expected]
+        lines += [
+            f"  differs: {row.name}" + ("" if row.l2 is None else f"  l2 {row.l2:.6g}  max {row.max_abs:.6g}") for row in differing[:10]
+        ]
         lines += [f"  ... and {len(differing) - 10} more that differ"] if len(differing) > 10 else []
         lines.append(f"  L2 distance {self.l2:.6f}, per parameter {self.l2_per_parameter:.8f}, largest difference {self.max_abs:.6g}")
         if self.nonfinite:
@@ -138,7 +140,7 @@ def compare(
         if want.dtype != have.dtype:
             result.dtype_mismatch.append(name)
         work.append(name)
-    comparer = _Comparer(expected, found, workers, max_memory, read_backend, norms, progress)
+    comparer = _Comparer(expected, found, workers=workers, max_memory=max_memory, read_backend=read_backend, norms=norms, progress=progress)
     for difference in comparer.run(work):
         result.tensors.append(difference)
         result.nonfinite += difference.nonfinite
@@ -154,6 +156,7 @@ class _Comparer:
         self,
         expected: Mapping[str, AnyNode],
         found: Mapping[str, Source],
+        *,
         workers: int,
         max_memory: int | None,
         read_backend: str,
@@ -162,7 +165,7 @@ class _Comparer:
     ) -> None:
         self._expected, self._found = expected, found
         self._norms, self._progress = norms, progress
-        self._reader = BACKENDS[read_backend]()
+        self._backend = read_backend
         self._lock, self._torch_lock, self._stop = threading.Lock(), threading.Lock(), threading.Event()
         self._workers, self._max_memory = workers, max_memory
         self._error: BaseException | None = None
@@ -192,7 +195,6 @@ class _Comparer:
                     thread.join(0.1)
         finally:
             self._stop.set()
-            self._reader.close()
         if self._error is not None:
             if isinstance(self._error, StreamconvError):
                 raise self._error
@@ -200,13 +202,14 @@ class _Comparer:
         yield from (self._results[name] for name in names if name in self._results)
 
     def _work(self, queue: Iterator[str], arena: Arena) -> None:
+        reader = BACKENDS[self._backend]()
         try:
             while not self._stop.is_set():
                 with self._lock:
                     name = next(queue, None)
                 if name is None:
                     return
-                difference = self._compare(name, arena)
+                difference = self._compare(name, arena, reader)
                 with self._lock:
                     self._progress(self._found[name].spec.nbytes)
                     if difference:
@@ -214,28 +217,33 @@ class _Comparer:
         except BaseException as error:  # noqa: BLE001 - carried to the main thread
             self._error = self._error or error
             self._stop.set()
+        finally:
+            reader.close()
 
-    def _compare(self, name: str, arena: Arena) -> TensorDifference | None:
+    def _compare(self, name: str, arena: Arena, reader: Reader) -> TensorDifference | None:
         left, right = self._expected[name], self._found[name]
         same_dtype = left.spec.dtype == right.spec.dtype
-        if left.spec.dtype.bits % 8 or right.spec.dtype.bits % 8:
+        packed = left.spec.dtype.bits % 8 or right.spec.dtype.bits % 8
+        if packed and not same_dtype:
+            return TensorDifference(name, expected=str(left.spec), found=str(right.spec))
+        if packed:
             left, right = as_bytes(left), as_bytes(right)
-            if left.spec != right.spec:
-                return TensorDifference(name, expected=str(self._expected[name].spec), found=str(self._found[name].spec))
         equal, squares, largest, nonfinite = same_dtype, 0.0, 0.0, 0
-        for ours, theirs in self._steps(left, right, arena):
+        for ours, theirs in self._steps(left, right, arena, reader):
             if same_dtype and (ours == theirs).all():
                 continue
             equal = False
+            if packed:  # bytes, not numbers
+                return TensorDifference(name)
             if self._norms:
                 figures = self._distance(ours, theirs, left, right)
                 squares, largest, nonfinite = squares + figures[0], max(largest, figures[1]), nonfinite + figures[2]
         if equal:
             return None
-        specs = ("", "") if same_dtype else (str(left.spec), str(right.spec))
-        return TensorDifference(name, False, math.sqrt(squares), largest, nonfinite, *specs)
+        want, have = ("", "") if same_dtype else (str(left.spec), str(right.spec))
+        return TensorDifference(name, l2=math.sqrt(squares), max_abs=largest, nonfinite=nonfinite, expected=want, found=have)
 
-    def _steps(self, left: AnyNode, right: Source, arena: Arena) -> Iterator[tuple[Array, Array]]:
+    def _steps(self, left: AnyNode, right: Source, arena: Arena, reader: Reader) -> Iterator[tuple[Array, Array]]:
         """Both sides, a step of at most `COMPARE` bytes at a time, as unsigned integers."""
         from streamconv.evaluate import COMPARE, evaluate
 
@@ -244,7 +252,7 @@ class _Comparer:
             count, mark, parts = min(step, left.spec.numel - start), arena.mark, []
             for node in (left, right):
                 part = arena.take(count, node.spec.dtype.itemsize)
-                evaluate(node, identity(count, start), part, arena, self._reader.read)
+                evaluate(node, identity(count, start), part, arena, reader.read)
                 parts.append(part)
             yield parts[0], parts[1]
             arena.release(mark)
@@ -259,8 +267,9 @@ class _Comparer:
             torch.set_num_threads(1)
             squares, largest, nonfinite = 0.0, 0.0, 0
             for start in range(0, len(ours), 1 << 18):
-                a, b = (as_torch(x[start : start + (1 << 18)], n.spec.dtype).to(torch.float32) for x, n in ((ours, left), (theirs, right)))
-                difference = a.sub_(b).abs_()
+                a, b = (as_torch(x[start : start + (1 << 18)], n.spec.dtype) for x, n in ((ours, left), (theirs, right)))
+                kind = torch.complex64 if a.is_complex() or b.is_complex() else torch.float32
+                difference = a.to(kind).sub(b.to(kind)).abs()
                 finite = torch.isfinite(difference)
                 if not bool(finite.all()):
                     nonfinite += int((~finite).sum())

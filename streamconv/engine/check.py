@@ -24,7 +24,6 @@ class OutputCheck:
     def __init__(self, plan: Plan, progress: Callable[[int], None] = lambda _: None) -> None:
         self._plan, self._progress = plan, progress
         self._root = Path(plan.root)
-        self._reader: Reader = BACKENDS[plan.read_backend]()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._different: str | None = None
@@ -32,11 +31,13 @@ class OutputCheck:
 
     def run(self) -> str | None:
         """The path of a file that differs, or None."""
-        buffer = memoryview(bytearray(STEP))
+        buffer, reader = memoryview(bytearray(STEP)), self._make_reader()
         for file in self._plan.files:
             for offset, data in file.literals:
-                if not self._same(str(self._root / file.path), offset, memoryview(data), buffer):
+                if not self._same(str(self._root / file.path), offset, memoryview(data), buffer, reader):
+                    reader.close()
                     return file.path
+        reader.close()
         tasks = tasks_in_order(self._plan, range(len(self._plan.files)))
         threads = [threading.Thread(target=self._work, args=(tasks,), daemon=True) for _ in range(self._plan.workers)]
         for thread in threads:
@@ -47,12 +48,12 @@ class OutputCheck:
                     thread.join(0.1)
         finally:
             self._stop.set()
-            self._reader.close()
         if self._error is not None:
             raise self._error
         return self._different
 
     def _work(self, tasks: Iterator[Task]) -> None:
+        reader = self._make_reader()
         try:
             buffers = memoryview(bytearray(STEP)), memoryview(bytearray(STEP))
             arena = self._make_arena()
@@ -61,12 +62,17 @@ class OutputCheck:
                     task = next(tasks, None)
                 if task is None:
                     return
-                if not self._compare(task, buffers, arena):
+                if not self._compare(task, buffers, arena, reader):
                     self._different = self._plan.files[task[0]].path
                     self._stop.set()
         except BaseException as error:  # noqa: BLE001 - carried to the main thread
             self._error = self._error or error
             self._stop.set()
+        finally:
+            reader.close()
+
+    def _make_reader(self) -> Reader:
+        return BACKENDS[self._plan.read_backend]()
 
     def _make_arena(self) -> Arena | None:
         if not self._plan.arena:
@@ -75,7 +81,7 @@ class OutputCheck:
 
         return Arena(self._plan.arena)
 
-    def _compare(self, task: Task, buffers: tuple[memoryview, memoryview], arena: Arena | None) -> bool:
+    def _compare(self, task: Task, buffers: tuple[memoryview, memoryview], arena: Arena | None, reader: Reader) -> bool:
         """Whether the bytes that a task wrote are in the file."""
         number, segment, tile = task
         path = str(self._root / self._plan.files[number].path)
@@ -83,8 +89,8 @@ class OutputCheck:
         if isinstance(segment, Copy):
             for start in range(0, segment.nbytes, STEP):
                 given = buffers[0][: min(STEP, segment.nbytes - start)]
-                self._reader.read(self._plan.sources[segment.source].path, segment.offset + start, given)
-                equal = equal and self._same(path, segment.dst + start, given, buffers[1])
+                reader.read(self._plan.sources[segment.source].path, segment.offset + start, given)
+                equal = equal and self._same(path, segment.dst + start, given, buffers[1], reader)
             self._tell(segment.nbytes)
             return equal
         from streamconv.evaluate import evaluate
@@ -94,9 +100,9 @@ class OutputCheck:
         node = self._plan.nodes[segment.node]
         itemsize, mark = node.spec.dtype.itemsize, arena.mark
         out = arena.take(tile.numel, itemsize)
-        evaluate(node, region(tile), out, arena, self._reader.read)
+        evaluate(node, region(tile), out, arena, reader.read)
         for at, offset, nbytes in tile_pieces(tile, itemsize):
-            equal = equal and self._same(path, segment.dst + offset, out.data.cast("B")[at : at + nbytes], buffers[1])
+            equal = equal and self._same(path, segment.dst + offset, out.data.cast("B")[at : at + nbytes], buffers[1], reader)
         arena.release(mark)
         self._tell(tile.numel * itemsize)
         return equal
@@ -105,11 +111,11 @@ class OutputCheck:
         with self._lock:
             self._progress(nbytes)
 
-    def _same(self, path: str, offset: int, wanted: memoryview, buffer: memoryview) -> bool:
+    def _same(self, path: str, offset: int, wanted: memoryview, buffer: memoryview, reader: Reader) -> bool:
         """Whether a file holds ``wanted`` at ``offset``."""
         for start in range(0, len(wanted), STEP):
             piece = wanted[start : start + STEP]
-            self._reader.read(path, offset + start, buffer[: len(piece)])
+            reader.read(path, offset + start, buffer[: len(piece)])
             if piece != buffer[: len(piece)]:
                 return False
         return True

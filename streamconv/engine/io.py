@@ -54,10 +54,21 @@ class Files:
 
 
 class PositionedReader:
-    """Reads by ``preadv`` into the caller's memory; nothing is mapped."""
+    """Reads by ``preadv`` into the caller's memory; nothing is mapped. For one thread."""
+
+    limit = 8  # descriptors
 
     def __init__(self) -> None:
-        self._files = Files(os.O_RDONLY)
+        self._open: dict[str, int] = {}
+
+    def fd(self, path: str) -> int:
+        """This reader's own descriptor of a file: seeking for holes may move its position."""
+        fd = self._open.get(path)
+        if fd is None:
+            while len(self._open) >= self.limit:
+                os.close(self._open.pop(next(iter(self._open))))
+            fd = self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        return fd
 
     def read(self, path: str, offset: int, view: memoryview) -> None:
         """Fills ``view`` from ``offset``.
@@ -65,15 +76,16 @@ class PositionedReader:
         Raises:
             SourceChanged: the file ends before ``view`` is full.
         """
-        with self._files.use(path) as fd:
-            while view:
-                done = os.preadv(fd, [view], offset) if hasattr(os, "preadv") else _seek_read(fd, offset, view)
-                if done == 0:
-                    raise SourceChanged(f"{path}: ends at byte {offset}, {len(view)} more were planned: it changed; plan again")
-                view, offset = view[done:], offset + done
+        fd = self.fd(path)
+        while view:
+            done = os.preadv(fd, [view], offset) if hasattr(os, "preadv") else _seek_read(fd, offset, view)
+            if done == 0:
+                raise SourceChanged(f"{path}: ends at byte {offset}, {len(view)} more were planned: it changed; plan again")
+            view, offset = view[done:], offset + done
 
     def close(self) -> None:
-        self._files.close()
+        while self._open:
+            os.close(self._open.popitem()[1])
 
 
 _seek_lock = threading.Lock()
@@ -88,11 +100,8 @@ def _seek_read(fd: int, offset: int, view: memoryview) -> int:
     return len(data)
 
 
-class MappedReader:
+class MappedReader(PositionedReader):
     """Reads from memory maps and gives the pages back behind itself, so that resident memory stays that of the pieces in flight."""
-
-    def __init__(self) -> None:
-        self._files = Files(os.O_RDONLY)
 
     def read(self, path: str, offset: int, view: memoryview) -> None:
         """Fills ``view`` from ``offset``; a window of at most `WINDOW` bytes is mapped at a time.
@@ -100,22 +109,18 @@ class MappedReader:
         Raises:
             SourceChanged: the file ends before ``view`` is full.
         """
-        with self._files.use(path) as fd:
-            if os.fstat(fd).st_size < offset + len(view):
-                raise SourceChanged(f"{path}: ends before byte {offset + len(view)}, which was planned: it changed; plan again")
-            while view:
-                start = offset - offset % mmap.ALLOCATIONGRANULARITY
-                take = min(len(view), WINDOW - (offset - start))
-                with mmap.mmap(fd, offset - start + take, access=mmap.ACCESS_READ, offset=start) as window:
-                    with memoryview(window) as pages:
-                        view[:take] = pages[offset - start : offset - start + take]
-                view, offset = view[take:], offset + take
-
-    def close(self) -> None:
-        self._files.close()
+        fd = self.fd(path)
+        if os.fstat(fd).st_size < offset + len(view):
+            raise SourceChanged(f"{path}: ends before byte {offset + len(view)}, which was planned: it changed; plan again")
+        while view:
+            start = offset - offset % mmap.ALLOCATIONGRANULARITY
+            take = min(len(view), WINDOW - (offset - start))
+            with mmap.mmap(fd, offset - start + take, access=mmap.ACCESS_READ, offset=start) as window, memoryview(window) as pages:
+                view[:take] = pages[offset - start : offset - start + take]
+            view, offset = view[take:], offset + take
 
 
-Reader = PositionedReader | MappedReader
+Reader = PositionedReader
 BACKENDS: dict[str, Callable[[], Reader]] = {"auto": PositionedReader, "pread": PositionedReader, "mmap": MappedReader}
 
 

@@ -17,6 +17,7 @@ from streamconv.engine.io import (
     BACKENDS,
     FALLBACK_CHUNK,
     Files,
+    Reader,
     copy_range,
     data_ranges,
     describe_os_error,
@@ -64,7 +65,6 @@ class LocalEngine:
     def __init__(self, plan: Plan, journal: Journal, progress: Progress = lambda _: None) -> None:
         self._plan, self._journal, self._progress = plan, journal, progress
         self._root = Path(plan.root)
-        self._reader = BACKENDS[plan.read_backend]()
         self._targets = Files(os.O_RDWR)
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -91,7 +91,6 @@ class LocalEngine:
         except OSError as error:
             raise describe_os_error(error, str(self._root)) from error
         finally:
-            self._reader.close()
             self._targets.close()
 
     # Files -----------------------------------------------------------------------------------------------------
@@ -188,21 +187,18 @@ class LocalEngine:
                 self._error = self._error or error
             self._stop.set()
         finally:
-            for fd in getattr(self._local, "own", {}).values():
-                os.close(fd)
+            self._reader().close()
 
-    def _own_fd(self, path: str) -> int:
-        """This thread's own descriptor of a source: seeking for holes moves its position."""
-        own: dict[str, int] = self._local.__dict__.setdefault("own", {})
-        if path not in own:
-            while len(own) >= 4:
-                os.close(own.pop(next(iter(own))))
-            own[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        return own[path]
+    def _reader(self) -> Reader:
+        """This thread's reader."""
+        if not hasattr(self._local, "reader"):
+            self._local.reader = BACKENDS[self._plan.read_backend]()
+        reader: Reader = self._local.reader
+        return reader
 
     def _is_sparse(self, number: int) -> bool:
         if number not in self._sparse:
-            self._sparse[number] = is_sparse(self._own_fd(self._plan.sources[number].path))
+            self._sparse[number] = is_sparse(self._reader().fd(self._plan.sources[number].path))
         return self._sparse[number]
 
     def _buffer(self) -> memoryview:
@@ -214,7 +210,7 @@ class LocalEngine:
 
     def _copy(self, number: int, segment: Copy) -> int:
         source = self._plan.sources[segment.source].path
-        fd = self._own_fd(source)
+        fd = self._reader().fd(source)
         start, stop = segment.offset, segment.offset + segment.nbytes
         sparse = self._is_sparse(segment.source)
         with self._targets.use(str(partial(self._path(number)))) as target:
@@ -239,7 +235,7 @@ class LocalEngine:
         arena = self._arena()
         mark = arena.mark
         out = arena.take(tile.numel, itemsize)
-        evaluate(node, region(tile), out, arena, self._reader.read)
+        evaluate(node, region(tile), out, arena, self._reader().read)
         put = write_data if self._is_sparse(segment.source) else write
         with self._targets.use(str(partial(self._path(number)))) as target:
             for at, offset, nbytes in tile_pieces(tile, itemsize):
@@ -255,9 +251,9 @@ class LocalEngine:
             return
         from streamconv.evaluate import Arena, same_bytes
 
-        arena = Arena(self._plan.arena)
+        arena, reader = Arena(self._plan.arena), self._reader()
         for left, right, names in self._plan.checks:
-            if not same_bytes(self._plan.nodes[left], self._plan.nodes[right], arena, self._reader.read):
+            if not same_bytes(self._plan.nodes[left], self._plan.nodes[right], arena, self._reader().read):
                 raise CoverageError(
                     f"{names[0]} should hold the same bytes as {names[1]}, which stands for both, and does not: "
                     "one of them would be lost; convert with tie_word_embeddings=false, or mend the source"

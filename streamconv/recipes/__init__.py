@@ -86,4 +86,8 @@ def load(path: Path) -> Recipe:
         raise RecipeError(f"{path}: cannot be parsed: {' '.join(str(error).split())[:300]}") from error
     if isinstance(data, dict):
         data.setdefault("name", path.stem)
-    return Recipe.from_dict(data, str(path))
+    recipe = Recipe.from_dict(data, str(path))
+    for code in (recipe.config, recipe.inverse_config):
+        if code is not None and not code.startswith(f"{__name__}."):
+            raise RecipeError(f"{path}: config {code!r} names code to run, which a file may take from {__name__} only; leave it out")
+    return recipe

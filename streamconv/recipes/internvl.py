@@ -18,16 +18,27 @@ _LLAMA, _INTERNLM2 = "text == 'llama'", "text == 'internlm2'"
 
 _TEXT_CONFIG = "(text_config or llm_config or sidecar.text_config or sidecar.llm_config)"
 
+# Hugging Face: the config's own tie_word_embeddings counts, the text model's where there is none (transformers 4 reads that one).
+# InternVL's own: the text model's counts.
+_HF = "(sidecar if sidecar.text_config else config if config.text_config else None)"
+_HEAD = "(has('language_model.lm_head.weight') or has('language_model.output.weight'))"
+_SAYS_TIED = (
+    f"(({_HF}.text_config.tie_word_embeddings if {_HF}.tie_word_embeddings == None else {_HF}.tie_word_embeddings) if {_HF} else"
+    " (tie_word_embeddings if llm_config.tie_word_embeddings == None else llm_config.tie_word_embeddings)) == True"
+)
+_SAYS_UNTIED = "config.tie_word_embeddings == False and (text_config or llm_config).tie_word_embeddings != True"
+
 _VISION = (
     Rule("multi_modal_projector.{part:layer_norm,linear_1,linear_2}.{kind:weight,bias}", "mlp1.{part:0,1,3}.{kind:weight,bias}"),
     Rule("vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
     Rule("vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding", optional=True),
-    Rule("vision_tower.embeddings.mask_token", "vision_model.embeddings.mask_token", optional=True),
     Rule(
         "vision_tower.embeddings.patch_embeddings.projection.{kind:weight,bias}",
         "vision_model.embeddings.patch_embedding.{kind:weight,bias}",
     ),
-    Rule("vision_tower.layernorm.{kind:weight,bias}", "vision_model.layernorm.{kind:weight,bias}", optional=True),
+    # InternVL's own model has neither of these; its tools leave their names as they are.
+    Rule("vision_tower.embeddings.mask_token", "vision_tower.embeddings.mask_token", optional=True),
+    Rule("vision_tower.layernorm.{kind:weight,bias}", "vision_tower.layernorm.{kind:weight,bias}", optional=True),
     Rule(
         f"{_VIT}.attention.{{q,k,v}}_proj.{{kind:weight,bias}}",
         f"{_OWN}.attn.qkv.{{kind:weight,bias}}",
@@ -41,7 +52,10 @@ _VISION = (
 )
 
 _TEXT = (
-    Rule("language_model.{rest*}", "language_model.{rest*}", when=_LLAMA),
+    Rule("language_model.model.{rest*}", "language_model.model.{rest*}", when=_LLAMA),
+    Rule("language_model.lm_head.weight", "language_model.lm_head.weight", when=f"{_LLAMA} and not tied"),
+    Rule("language_model.lm_head.weight", "language_model.lm_head.weight", when=f"{_LLAMA} and tied", optional=True),
+    Rule("language_model.lm_head.bias", "language_model.lm_head.bias", when=_LLAMA, optional=True),
     Tie(
         "language_model.model.embed_tokens.weight",
         "language_model.lm_head.weight",
@@ -52,7 +66,8 @@ _TEXT = (
 
 _INTERNLM2_TEXT = (
     Rule("language_model.model.embed_tokens.weight", "language_model.model.tok_embeddings.weight", when=_INTERNLM2),
-    Rule("language_model.lm_head.weight", "language_model.output.weight", when=_INTERNLM2, optional=True),
+    Rule("language_model.lm_head.weight", "language_model.output.weight", when=f"{_INTERNLM2} and not tied"),
+    Rule("language_model.lm_head.weight", "language_model.output.weight", when=f"{_INTERNLM2} and tied", optional=True),
     Tie(
         "language_model.model.embed_tokens.weight",
         "language_model.output.weight",
@@ -96,12 +111,11 @@ _HF2CUSTOM = Recipe(
         ),
         "tied": Option(
             "whether the Hugging Face side stores the embedding for the head too",
-            default="{text_config.tie_word_embeddings or tie_word_embeddings or not (has('language_model.lm_head.weight')"
-            " or has('language_model.output.weight') or text_config.tie_word_embeddings == False or tie_word_embeddings == False)}",
+            default=f"{{{_SAYS_TIED} if {_HEAD} else not ({_SAYS_UNTIED})}}",
             kind="bool",
         ),
     },
-    reference="OpenGVLab/InternVL 2410d1d internvl_hf2custom.py, internvl_custom2hf.py; transformers 4.57 convert_internvl_weights_to_hf.py",
+    reference="OpenGVLab/InternVL 2410d1d internvl_{hf2custom,custom2hf}.py; transformers 4.57 convert_internvl_weights_to_hf.py",
     source_aliases=_IN_MEMORY,
     inverse_config="streamconv.recipes.internvl:hf_config",
 )
@@ -142,7 +156,7 @@ def hf_config(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
     own_text["model_type"] = "llama" if internlm2 else text.get("model_type", "qwen2")
     if internlm2:
         own_text["architectures"] = ["LlamaForCausalLM"]
-    own_text["use_cache"] = True
+    own_text |= {"use_cache": True, "tie_word_embeddings": bool(options["tied"])}
     own_vision = {new: vision[old] for old, new in _VISION_KEYS.items() if vision.get(old) is not None}
     own_vision |= {key: [own_vision[key]] * 2 for key in ("patch_size", "image_size") if isinstance(own_vision.get(key), int)}
     own_vision |= {"model_type": "internvl_vision", "use_absolute_position_embeddings": True}
