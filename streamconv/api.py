@@ -20,10 +20,12 @@ from streamconv.checkpoint import CONFIG, Checkpoint, find_sidecars, is_weights,
 from streamconv.compiler import Budget, check_workers, compile_plan
 from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
 from streamconv.engine.check import OutputCheck
-from streamconv.engine.io import BACKENDS, describe_os_error
+from streamconv.engine.io import describe_os_error
+from streamconv.engine.journal import NAME as JOURNAL
 from streamconv.engine.journal import Journal, journal_path
-from streamconv.engine.local import LocalEngine
-from streamconv.errors import DestinationError, FormatError, RunError, SpaceError, UsageError
+from streamconv.engine.local import LocalEngine, check_sources, partial
+from streamconv.engine.readers import BACKENDS
+from streamconv.errors import DestinationError, FormatError, Interrupted, RunError, SpaceError, UsageError
 from streamconv.formats import safetensors
 from streamconv.names import parse as parse_names
 from streamconv.plan import Mapping as Row
@@ -113,14 +115,18 @@ def plan(
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     target = Target.of(dst, format or (chosen.target_format if chosen else None))
     checkpoint = open_checkpoint(src)
-    target.check(checkpoint, overwrite=overwrite, resume=resume)
+    try:
+        target.check(checkpoint, overwrite=overwrite, resume=resume)
+    except OSError as error:
+        raise DestinationError(f"{target.path}: cannot be looked at: {error.strerror}; give another DST") from error
     beside = Path(sidecars_from).absolute() if sidecars_from is not None else None
     if beside is not None and not beside.is_dir():
         raise UsageError(f"--sidecars-from {beside}: not a directory")
     conversion = _convert_names(checkpoint, chosen, options or {}, _recast(dtype, keep_dtype), beside)
     specs = {name: node.spec for name, node in conversion.outputs.items()}
     metadata = {"format": "pt", **checkpoint.metadata}
-    limit = None if single_file or target.file else parse_size(max_shard_size)
+    shard = parse_size(max_shard_size)
+    limit = None if single_file or target.file else shard
     layouts = safetensors.lay_out(specs, metadata=metadata, max_shard_size=limit, file=target.file)
     sidecars, notes = ({}, []) if target.file else _sidecars(checkpoint, beside, chosen, conversion, dtype)
     return compile_plan(
@@ -228,7 +234,7 @@ class Target:
             raise UsageError(f"--format {format}: unknown container; known are {', '.join(SUFFIXES.values())}")
         path = Path(os.path.abspath(path))  # noqa: PTH100 - links in DST are kept as the user wrote them
         by_suffix = SUFFIXES.get(path.suffix)
-        if by_suffix and not path.is_dir():
+        if by_suffix and not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
             if format and format != by_suffix:
                 raise UsageError(f"{path}: ends in {path.suffix}, which is not --format {format}")
             return cls(path.parent, path.name, by_suffix)
@@ -243,7 +249,7 @@ class Target:
         path = self.path
         if journal_path(self.root, self.file).exists():
             raise DestinationError(f"{path}: holds an unfinished conversion: continue it with --resume, start afresh with --overwrite")
-        occupied = path.exists() or path.is_symlink() if self.file else path.is_dir() and any(path.iterdir())
+        occupied = os.path.lexists(path) if self.file else path.is_dir() and any(entry.name != f"{JOURNAL}.new" for entry in path.iterdir())
         if occupied:
             raise DestinationError(f"{path}: already exists and is not empty: give another DST, or --overwrite, or --resume")
 
@@ -288,15 +294,23 @@ def run(plan: Plan, *, overwrite: bool = False, resume: bool = False, verify: bo
     root = Path(plan.root)
     single = plan.files[-1].path if len(plan.files) == 1 and not _is_directory_plan(plan) else None
     journal = Journal(journal_path(root, single), plan)
+    check_sources(plan)
     with _watch() as figures:
-        if not (resume and _is_complete(plan, journal)):
-            _check_room(plan, root)
-            _prepare(plan, root, overwrite=overwrite, resume=resume, single=single)
-            journal.begin(resume=resume)
-            with bar(plan.totals.bytes_written, "converting", show=progress) as tell:
-                LocalEngine(plan, journal, tell).run()
-        verified = _verify_outputs(plan, progress=progress) if verify else None
-    return Result(plan, time.perf_counter() - started, memory.peak(), figures["anonymous"], verified)
+        try:
+            finished = resume and _is_complete(plan, journal)
+            if not finished:
+                _check_room(plan, root, _old_files(root, single) if overwrite else [])
+                _prepare(plan, root, overwrite=overwrite, resume=resume and journal.path.exists(), single=single)
+                journal.begin(resume=resume)
+                with bar(plan.totals.bytes_written, "converting", show=progress) as tell:
+                    LocalEngine(plan, journal, tell).run()
+            if (verify or finished) and (different := _find_difference(plan, progress=progress)) is not None:
+                if finished:
+                    raise DestinationError(f"{root}: {different} is not what this conversion makes: start afresh with --overwrite")
+                raise RunError(f"{root}: {different} does not hold what was written: check disk and memory, then rerun with --overwrite")
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted: rerun the same command with --resume to go on with {root}") from None
+    return Result(plan, time.perf_counter() - started, memory.peak(), figures["anonymous"], True if verify or finished else None)
 
 
 def _is_directory_plan(plan: Plan) -> bool:
@@ -329,10 +343,11 @@ def _is_complete(plan: Plan, journal: Journal) -> bool:
     )
 
 
-def _check_room(plan: Plan, root: Path) -> None:
+def _check_room(plan: Plan, root: Path, doomed: Iterable[Path]) -> None:
     existing = next(parent for parent in (root, *root.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    present = sum((root / file.path).stat().st_size for file in plan.files if (root / file.path).is_file())
+    replaced = {name for file in plan.files for path in [root / file.path] for name in (path, partial(path))}
+    present = sum(_allocated(path) for path in replaced.union(doomed))
     if plan.totals.disk_needed > free + present:
         raise SpaceError(
             f"{root}: no room on the disk: the output needs {format_size(plan.totals.disk_needed)}, {format_size(free)} are free: "
@@ -340,13 +355,27 @@ def _check_room(plan: Plan, root: Path) -> None:
         )
 
 
+def _allocated(path: Path) -> int:
+    """Bytes on the disk that removing ``path`` gives back."""
+    if path.is_symlink() or not path.is_file():
+        return 0
+    found = path.stat()
+    return getattr(found, "st_blocks", -(-found.st_size // 512)) * 512
+
+
+def _old_files(root: Path, single: str | None) -> list[Path]:
+    """What ``--overwrite`` removes: DST itself if it is one file, else the weight and index files in it, links to nowhere included."""
+    if single:
+        return [root / single]
+    return [path for path in root.iterdir() if is_weights(path.name) and not path.is_dir()] if root.is_dir() else []
+
+
 def _prepare(plan: Plan, root: Path, *, overwrite: bool, resume: bool, single: str | None) -> None:
     """Makes DST ready to be written, or says why it cannot be."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         if overwrite:
-            doomed = [root / single] if single else [path for path in root.iterdir() if path.is_file() and is_weights(path.name)]
-            for path in doomed:
+            for path in _old_files(root, single):
                 path.unlink(missing_ok=True)
             journal_path(root, single).unlink(missing_ok=True)
         elif not resume:
@@ -357,20 +386,13 @@ def _prepare(plan: Plan, root: Path, *, overwrite: bool, resume: bool, single: s
         raise DestinationError(f"{root}: cannot be written: {error.strerror}; give another DST") from error
 
 
-def _verify_outputs(plan: Plan, *, progress: bool) -> bool:
-    """Compares every output file, read back, with what the plan makes of the sources.
-
-    Raises:
-        RunError: they differ: the disk or the memory is not to be trusted.
-    """
+def _find_difference(plan: Plan, *, progress: bool) -> str | None:
+    """Compares every output file, read back, with what the plan makes of the sources; names one that differs."""
     with bar(plan.totals.bytes_written, "verifying", show=progress) as tell:
         try:
-            different = OutputCheck(plan, tell).run()
+            return OutputCheck(plan, tell).run()
         except OSError as error:
             raise describe_os_error(error, plan.root) from error
-    if different is not None:
-        raise RunError(f"{plan.root}: {different} does not hold what was written: check disk and memory, then rerun with --overwrite")
-    return True
 
 
 def convert(src: AnyPath, dst: AnyPath, *, compare_with: AnyPath | None = None, progress: bool = False, **settings: Any) -> Result:

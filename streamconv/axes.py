@@ -258,10 +258,10 @@ class _Parser:
                 self.at = start
                 raise self.error("'(' is never closed")
             raise self.error(f"unexpected {self.peek()!r}")
-        self.take()
-        self.depth -= 1
         if len(terms) > 1 and not all(term.factors for term in terms):
             raise self.error("empty part in a sum")
+        self.take()
+        self.depth -= 1
         return Sum(tuple(terms))
 
     def peek(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from streamconv import __version__, api, recipes, report
 from streamconv.checkpoint import open_checkpoint
-from streamconv.engine.io import BACKENDS
+from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError
 from streamconv.plan import Plan
 

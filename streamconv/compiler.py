@@ -25,7 +25,7 @@ SMALLEST_TILE = 64 << 10
 SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
 MARGIN = 6 << 20  # bytes: how much one process may differ from the next in what it takes itself
 RESERVE = 6 << 20  # bytes: thread stacks, descriptors, the bar, what the allocator keeps; per worker see WORKER
-WORKER = 1280 << 10  # bytes: a worker's stack, its fallback buffer for copies and its mapped window
+WORKER = 2560 << 10  # bytes: a worker's stack, and its block-aligned buffers for reading and writing
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def _numel(tile: Sequence[int]) -> int:
 
 def default_workers() -> int:
     """Workers when nobody says: several copies in flight saturate a disk that one cannot."""
-    return max(4, min(16, os.cpu_count() or 4))
+    return max(8, min(16, os.cpu_count() or 8))
 
 
 def check_workers(workers: int | None) -> int:

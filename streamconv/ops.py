@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -60,7 +60,7 @@ class Op:
 
     def to_json(self) -> dict[str, Any]:
         """The op as JSON values; `from_json` reads it back."""
-        return {"op": self.kind, **{name: getattr(self, name) for name in self.__dataclass_fields__}}  # type: ignore[attr-defined]
+        return {"op": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
 
 
 def from_json(data: dict[str, Any]) -> Op:
@@ -78,8 +78,8 @@ class Rearrange(Op):
         sizes: the size of every axis.
         stacks: for each left tensor, how many inputs stand behind it (a leading axis given by names counts its tensors).
         output: which right tensor this is.
-        part: which of the tensors that a leading axis of the right tensor enumerates.
-        parts: how many of them there are.
+        leading: how many leading axes of the right tensor enumerate tensors.
+        part: which of these tensors this is.
     """
 
     kind: ClassVar[str] = "rearrange"
@@ -89,14 +89,14 @@ class Rearrange(Op):
     sizes: dict[str, int] = field(hash=False)
     stacks: tuple[int, ...]
     output: int = 0
+    leading: int = 0
     part: int = 0
-    parts: int = 1
 
     @cached_property
     def _compiled(self) -> tuple[axes.Tree, list[axes.Place], list[int], int, list[int]]:
         layout = axes.parse(self.layout)
         right = layout.shapes("right", self.sizes)[self.output]
-        numel = math.prod(right) // self.parts
+        numel = math.prod(right[self.leading :])
         left = [math.prod(shape) for shape in layout.shapes("left", self.sizes)]
         firsts = [sum(self.stacks[:k]) for k in range(len(self.stacks))]
         return layout.tree(self.output, self.sizes), layout.places("left", self.sizes), left, numel, firsts
@@ -104,17 +104,12 @@ class Rearrange(Op):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the output: the right tensor's, without the leading axes that its names enumerate."""
-        shape = axes.parse(self.layout).shapes("right", self.sizes)[self.output]
-        count, leading = 1, 0
-        while count < self.parts:
-            count *= shape[leading]
-            leading += 1
-        return shape[leading:]
+        return axes.parse(self.layout).shapes("right", self.sizes)[self.output][self.leading :]
 
     @property
     def is_identity(self) -> bool:
         left, right = (side.strip() for side in self.layout.split("->"))
-        return left == right and self.parts == 1 and self.stacks == (1,)
+        return left == right and not self.leading and self.stacks == (1,)
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         if len(inputs) != sum(self.stacks):

@@ -657,11 +657,10 @@ class _Application:
         if key not in self._cache:
             layout = binding.layout.spread([len(shape) for shape in shapes])
             sizes = layout.solve(shapes, lambda axis: self._dim(rule, axis, chosen), where)
-            parts = 1
-            for name in binding.right_counts:
-                parts *= sizes[name]
+            leading = len(binding.right_counts)
+            parts = range(math.prod(sizes[name] for name in binding.right_counts))
             self._cache[key] = [
-                Rearrange(str(layout), sizes, stacks, output, part, parts) for output in range(len(layout.right)) for part in range(parts)
+                Rearrange(str(layout), sizes, stacks, output, leading, part) for output in range(len(layout.right)) for part in parts
             ]
         return self._cache[key]
 

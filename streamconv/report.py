@@ -32,8 +32,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """What ``inspect --json`` prints; tensors are given one at a time."""
     contents = checkpoint.contents
     specs = [source.spec for source in contents.entries.values()]
-    files = [{"path": file.name, "size": file.stat().st_size} for file in contents.files]
-    names = {str(file): file.name for file in contents.files}
+    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    names = {str(file): file.relative_to(root).as_posix() for file in contents.files}
+    files = [{"path": names[str(file)], "size": file.stat().st_size} for file in contents.files]
 
     def tensors() -> Iterable[dict[str, Any]]:
         for name, source in contents.entries.items():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from streamconv.engine.io import BACKENDS, Reader
+from streamconv.engine.readers import BACKENDS, Reader
 from streamconv.errors import BudgetError, RunError, StreamconvError
 from streamconv.formats import Source
 from streamconv.graph import AnyNode, Node

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamconv.engine.io import BACKENDS, FALLBACK_CHUNK, Reader
+from streamconv.engine.io import FALLBACK_CHUNK
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
+from streamconv.engine.readers import BACKENDS, Reader
 from streamconv.plan import Copy, Plan
 from streamconv.runs import region
 

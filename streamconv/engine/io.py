@@ -120,10 +120,6 @@ class MappedReader(PositionedReader):
             view, offset = view[take:], offset + take
 
 
-Reader = PositionedReader
-BACKENDS: dict[str, Callable[[], Reader]] = {"auto": PositionedReader, "pread": PositionedReader, "mmap": MappedReader}
-
-
 def is_sparse(fd: int) -> bool:
     """Whether the file has holes worth keeping."""
     found = os.fstat(fd)

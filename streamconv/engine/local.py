@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamconv.engine.direct import CHUNK, DirectWriter, blocks, shares_extents
 from streamconv.engine.io import (
-    BACKENDS,
     FALLBACK_CHUNK,
     Files,
-    Reader,
     copy_range,
     data_ranges,
     describe_os_error,
@@ -28,6 +27,7 @@ from streamconv.engine.io import (
 )
 from streamconv.engine.journal import Journal
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
+from streamconv.engine.readers import BACKENDS, Reader
 from streamconv.errors import CoverageError, Interrupted, RunError, SourceChanged, StreamconvError
 from streamconv.plan import Compute, Copy, Plan, Segment
 from streamconv.runs import Move, region
@@ -66,6 +66,7 @@ class LocalEngine:
         self._plan, self._journal, self._progress = plan, journal, progress
         self._root = Path(plan.root)
         self._targets = Files(os.O_RDWR)
+        self._is_direct = plan.read_backend == "auto" and not shares_extents(self._root)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
@@ -188,6 +189,7 @@ class LocalEngine:
             self._stop.set()
         finally:
             self._reader().close()
+            self._writer().close()
 
     def _reader(self) -> Reader:
         """This thread's reader."""
@@ -195,6 +197,13 @@ class LocalEngine:
             self._local.reader = BACKENDS[self._plan.read_backend]()
         reader: Reader = self._local.reader
         return reader
+
+    def _writer(self) -> DirectWriter:
+        """This thread's direct writer."""
+        if not hasattr(self._local, "writer"):
+            self._local.writer = DirectWriter()
+        writer: DirectWriter = self._local.writer
+        return writer
 
     def _is_sparse(self, number: int) -> bool:
         if number not in self._sparse:
@@ -213,10 +222,28 @@ class LocalEngine:
         fd = self._reader().fd(source)
         start, stop = segment.offset, segment.offset + segment.nbytes
         sparse = self._is_sparse(segment.source)
-        with self._targets.use(str(partial(self._path(number)))) as target:
+        path = str(partial(self._path(number)))
+        with self._targets.use(path) as target:
             for begin, end in data_ranges(fd, start, stop) if sparse else [(start, stop)]:
-                copy_range(fd, target, begin, segment.dst + begin - start, end - begin, self._buffer, source)
+                dst, nbytes = segment.dst + begin - start, end - begin
+                if self._is_direct and self._writer().takes(path, nbytes):
+                    self._copy_directly(source, begin, path, target, dst, nbytes)
+                else:
+                    copy_range(fd, target, begin, dst, nbytes, self._buffer, source)
         return segment.nbytes
+
+    def _copy_directly(self, source: str, src: int, path: str, target: int, dst: int, nbytes: int) -> None:
+        """Copies whole blocks of the target past the page cache, and the edges through it."""
+        reader, writer = self._reader(), self._writer()
+        first, last = blocks(dst, nbytes)
+        shift = src - dst
+        for begin, end in ((dst, first), (last, dst + nbytes)):
+            if begin < end:
+                copy_range(reader.fd(source), target, begin + shift, begin, end - begin, self._buffer, source)
+        for start in range(first, last, CHUNK):
+            size = min(CHUNK, last - start)
+            reader.read(source, start + shift, writer.buffer()[:size])
+            writer.write_buffer(path, target, start, size)
 
     def _arena(self) -> Arena:
         from streamconv.evaluate import Arena
@@ -236,10 +263,16 @@ class LocalEngine:
         mark = arena.mark
         out = arena.take(tile.numel, itemsize)
         evaluate(node, region(tile), out, arena, self._reader().read)
-        put = write_data if self._is_sparse(segment.source) else write
-        with self._targets.use(str(partial(self._path(number)))) as target:
+        packed, sparse = out.data.cast("B"), self._is_sparse(segment.source)
+        path = str(partial(self._path(number)))
+        with self._targets.use(path) as target:
             for at, offset, nbytes in tile_pieces(tile, itemsize):
-                put(target, out.data.cast("B")[at : at + nbytes], segment.dst + offset)
+                if sparse:
+                    write_data(target, packed[at : at + nbytes], segment.dst + offset)
+                elif self._is_direct:
+                    self._writer().write(path, target, packed[at : at + nbytes], segment.dst + offset)
+                else:
+                    write(target, packed[at : at + nbytes], segment.dst + offset)
         arena.release(mark)
         return tile.numel * itemsize
 
@@ -253,7 +286,9 @@ class LocalEngine:
 
         arena, reader = Arena(self._plan.arena), self._reader()
         for left, right, names in self._plan.checks:
-            if not same_bytes(self._plan.nodes[left], self._plan.nodes[right], arena, self._reader().read):
+            same = same_bytes(self._plan.nodes[left], self._plan.nodes[right], arena, reader.read)
+            if not same:
+                reader.close()
                 raise CoverageError(
                     f"{names[0]} should hold the same bytes as {names[1]}, which stands for both, and does not: "
                     "one of them would be lost; convert with tie_word_embeddings=false, or mend the source"
