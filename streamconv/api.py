@@ -77,7 +77,7 @@ class Result:
         moved = f"{format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed"
         checked = ", verified" if self.verified else ""
         return (
-            f"{self.plan.root}: {len(self.plan.mapping)} tensors, {format_size(totals.bytes_written)} in {self.seconds:.2f} s ({rate}/s); "
+            f"{self.plan.destination}: {len(self.plan.mapping)} tensors, {format_size(totals.bytes_written)} in {self.seconds:.2f} s ({rate}/s); "
             f"{moved}{checked}; peak memory {format_size(self.peak_rss)}"
         )
 
@@ -133,6 +133,7 @@ def plan(
         conversion.outputs,
         layouts,
         root=str(target.root),
+        single=target.file,
         format=target.format,
         budget=Budget(parse_size(max_memory), check_workers(workers), lambda: _taken(floor)),
         sidecars=sidecars,
@@ -292,15 +293,14 @@ def run(plan: Plan, *, overwrite: bool = False, resume: bool = False, verify: bo
     """
     started = time.perf_counter()
     root = Path(plan.root)
-    single = plan.files[-1].path if len(plan.files) == 1 and not _is_directory_plan(plan) else None
-    journal = Journal(journal_path(root, single), plan)
+    journal = Journal(journal_path(root, plan.single), plan)
     check_sources(plan)
     with _watch() as figures:
         try:
             finished = resume and _is_complete(plan, journal)
             if not finished:
-                _check_room(plan, root, _old_files(root, single) if overwrite else [])
-                _prepare(plan, root, overwrite=overwrite, resume=resume and journal.path.exists(), single=single)
+                _check_room(plan, root, _old_files(root, plan.single) if overwrite else [])
+                _prepare(plan, root, overwrite=overwrite, resume=resume and journal.path.exists())
                 journal.begin(resume=resume)
                 with bar(plan.totals.bytes_written, "converting", show=progress) as tell:
                     LocalEngine(plan, journal, tell).run()
@@ -311,10 +311,6 @@ def run(plan: Plan, *, overwrite: bool = False, resume: bool = False, verify: bo
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: rerun the same command with --resume to go on with {root}") from None
     return Result(plan, time.perf_counter() - started, memory.peak(), figures["anonymous"], True if verify or finished else None)
-
-
-def _is_directory_plan(plan: Plan) -> bool:
-    return plan.files[-1].path in (safetensors.SINGLE, safetensors.INDEX)
 
 
 @contextmanager
@@ -370,16 +366,16 @@ def _old_files(root: Path, single: str | None) -> list[Path]:
     return [path for path in root.iterdir() if is_weights(path.name) and not path.is_dir()] if root.is_dir() else []
 
 
-def _prepare(plan: Plan, root: Path, *, overwrite: bool, resume: bool, single: str | None) -> None:
+def _prepare(plan: Plan, root: Path, *, overwrite: bool, resume: bool) -> None:
     """Makes DST ready to be written, or says why it cannot be."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         if overwrite:
-            for path in _old_files(root, single):
+            for path in _old_files(root, plan.single):
                 path.unlink(missing_ok=True)
-            journal_path(root, single).unlink(missing_ok=True)
+            journal_path(root, plan.single).unlink(missing_ok=True)
         elif not resume:
-            Target(root, single, plan.format).check_free()
+            Target(root, plan.single, plan.format).check_free()
         if not os.access(root, os.W_OK | os.X_OK):
             raise DestinationError(f"{root}: cannot be written: make it writable or give another DST")
     except OSError as error:
@@ -415,7 +411,7 @@ def convert(src: AnyPath, dst: AnyPath, *, compare_with: AnyPath | None = None, 
     result = run(made, progress=progress, **flags)
     if reference is None:
         return result
-    done = open_checkpoint(Path(made.root) / made.files[-1].path if not _is_directory_plan(made) else made.root)
+    done = open_checkpoint(made.destination)
     comparison = compare(
         dict(done.contents.entries),
         reference.contents.entries,

@@ -22,6 +22,7 @@ from functools import cached_property, lru_cache
 from streamconv.errors import CoverageError, NotationError
 
 ELLIPSIS = "..."
+MOST_PARTS = 4096  # alternatives on a side; sums side by side multiply them
 _DEEPEST = 50  # parentheses inside each other
 _TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z_0-9]*)|(?P<one>\d+)|(?P<dots>\.\.\.)|(?P<mark>[()+,]))")
 
@@ -176,7 +177,7 @@ class Layout:
         """The digits of a flat index into right tensor ``output``, ending in the alternative it belongs to."""
         before = sum(1 for tensor in self.right[:output] for _ in _alternatives(tensor))
         counter = iter(range(before, 10**9))
-        return _grow(list(self.right[output].factors), math.prod(self.shapes("right", sizes)[output]), sizes, counter)
+        return _grow(list(self.right[output].factors), sizes, counter)
 
     def places(self, side: str, sizes: Sizes) -> list[Place]:
         """For each alternative, in order, its place in the tensors of ``side``."""
@@ -199,6 +200,8 @@ def parse(text: str) -> Layout:
         raise NotationError("a layout has exactly one '->'", text, arrows[1] if arrows else len(text))
     left = _Parser(text, 0, arrows[0]).side()
     right = _Parser(text, arrows[0] + 2, len(text)).side()
+    if max(sum(map(_count, side)) for side in (left, right)) > MOST_PARTS:
+        raise NotationError(f"more than {MOST_PARTS} parts", text, 0)
     pairs = [[names for tensor in side for names in _alternatives(tensor)] for side in (left, right)]
     if len(pairs[0]) != len(pairs[1]):
         raise NotationError(f"{len(pairs[0])} parts on the left, {len(pairs[1])} on the right", text, arrows[0])
@@ -230,18 +233,18 @@ class _Parser:
 
     def product(self, *, top: bool = False) -> Product:
         factors: list[str | Sum] = []
-        while (token := self.peek()) and token not in ",+)":
+        while (word := self.peek()) and word not in ",+)":
             start = self.at
             if self.take() == "(":
                 factors.append(self.sum(start))
-            elif token == ELLIPSIS and (not top or ELLIPSIS in factors):
+            elif word == ELLIPSIS and (not top or ELLIPSIS in factors):
                 self.at = start
                 raise self.error("'...' stands once per tensor, outside parentheses")
-            elif token.isdigit() and token != "1":
+            elif word.isdigit() and word != "1":
                 self.at = start
                 raise self.error("an axis is a name or 1; give its size in dims")
             else:
-                factors.append(token)
+                factors.append(word)
         return Product(tuple(factors))
 
     def sum(self, start: int) -> Sum:
@@ -322,6 +325,13 @@ def _extent(item: str | Sum | Product, sizes: Sizes) -> int:
     return math.prod(_extent(factor, sizes) for factor in item.factors)
 
 
+def _count(item: str | Sum | Product) -> int:
+    """How many alternatives there are, without making them."""
+    if isinstance(item, str):
+        return 1
+    return sum(map(_count, item.terms)) if isinstance(item, Sum) else math.prod(map(_count, item.factors))
+
+
 def _alternatives(tensor: Tensor) -> Iterator[list[str]]:
     """The axis names of each alternative of a tensor, depth first."""
     if not tensor.factors:
@@ -335,8 +345,8 @@ def _alternatives(tensor: Tensor) -> Iterator[list[str]]:
         yield from _alternatives(Product((*term.factors, *rest)))
 
 
-def _grow(factors: list[str | Sum], extent: int, sizes: Sizes, counter: Iterator[int]) -> Tree:
-    """The tree of ``factors``, whose product of sizes is ``extent``."""
+def _grow(factors: list[str | Sum], sizes: Sizes, counter: Iterator[int]) -> Tree:
+    """The tree of ``factors``."""
     while factors and factors[0] == "1":
         factors = factors[1:]
     if not factors:
@@ -344,13 +354,12 @@ def _grow(factors: list[str | Sum], extent: int, sizes: Sizes, counter: Iterator
     head, rest = factors[0], factors[1:]
     stride = math.prod(_extent(factor, sizes) for factor in rest)
     if isinstance(head, str):
-        return Axis(head, stride, _grow(rest, stride, sizes, counter))
+        return Axis(head, stride, _grow(rest, sizes, counter))
     offsets, children, offset = [], [], 0
     for term in head.terms:
-        size = _extent(term, sizes) * stride
         offsets.append(offset)
-        children.append(_grow([*term.factors, *rest], size, sizes, counter))
-        offset += size
+        children.append(_grow([*term.factors, *rest], sizes, counter))
+        offset += _extent(term, sizes) * stride
     return children[0] if len(children) == 1 else Parts(tuple(offsets), tuple(children))
 
 

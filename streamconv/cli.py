@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -241,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; errors are one line on stderr."""
     given = list(sys.argv[1:] if argv is None else argv)
     verbose = "-v" in given or "--verbose" in given
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path or name that the terminal cannot show is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = _build_parser().parse_args([_with_dashes(argument) for argument in given])
         code = _COMMANDS[args.command](args)

@@ -42,6 +42,7 @@ def compile_plan(
     layouts: Sequence[FileLayout],
     *,
     root: str,
+    single: str | None = None,
     format: str,  # noqa: A002 - the word of the command line
     budget: Budget,
     sidecars: Mapping[str, str | bytes] | None = None,
@@ -57,6 +58,7 @@ def compile_plan(
         outputs: target name -> node.
         layouts: the files, the commit last, with a slot for every target.
         root: the directory of the files.
+        single: see `Plan`.
         format: the container's name.
         budget: what memory may be used.
         sidecars: relative path -> file to copy, or bytes to write.
@@ -74,9 +76,10 @@ def compile_plan(
     beside = [compiler.sidecar(path, given) for path, given in (sidecars or {}).items()]
     files[-1:-1] = beside
     checks = [Check(compiler.node(a), compiler.node(b), names) for a, b, names in replicas]
-    fit = compiler.fit(budget, files, comparing=bool(checks))
+    fit = compiler.fit(budget, files, checks)
     return Plan(
         root=root,
+        single=single,
         format=format,
         sources=tuple(compiler.sources),
         nodes=tuple(compiler.nodes),
@@ -188,9 +191,9 @@ class _Compiler:
 
     # Memory ----------------------------------------------------------------------------------------------------
 
-    def fit(self, budget: Budget, files: Sequence[FilePlan], *, comparing: bool) -> _Fit:
+    def fit(self, budget: Budget, files: Sequence[FilePlan], checks: Sequence[Check]) -> _Fit:
         """The largest tiles that leave room for two workers, else what fits."""
-        if not self.nodes and not comparing:
+        if not self.nodes:
             found = self._settle(budget, budget.measure(), 0, 0, "copying")
             assert found is not None
             return found
@@ -198,13 +201,16 @@ class _Compiler:
 
         prepare(self.nodes)
         base = budget.measure()
+        checked = {node for check in checks for node in (check.left, check.right)}
         scattered = {s.node for file in files for s in file.segments if isinstance(s, Compute) and self._tile(s, TILE).pieces > SCATTERED}
         tile = SCATTERED_TILE if scattered else TILE
         while True:
             sizes = ((arena_bytes(node, tile if k in scattered else min(tile, TILE)), k) for k, node in enumerate(self.nodes))
-            arena, worst = max(sizes, default=(0, -1))
-            what = f"{self.nodes[worst].spec} by {describe(self.nodes[worst])}" if self.nodes else "comparing"
-            if found := self._settle(budget, base, arena + 2 * COMPARE * comparing, tile, what):
+            arena, worst = max(sizes)
+            what = f"{self.nodes[worst].spec} by {describe(self.nodes[worst])}"
+            if checked:
+                arena = max(arena, 2 * COMPARE + max(arena_bytes(self.nodes[k], max(tile, COMPARE)) for k in checked))
+            if found := self._settle(budget, base, arena, tile, what):
                 return replace(found, scattered=frozenset(scattered))
             tile //= 2
 

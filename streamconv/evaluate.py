@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamconv.graph import AnyNode, Node, Source
+from streamconv.graph import AnyNode, Node, Source, as_bytes
 from streamconv.runs import Move, identity, packed_strides
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def same_bytes(left: AnyNode, right: AnyNode, arena: Arena, read: Read) -> bool:
     """Whether two nodes hold the same bytes. The arena has room for evaluating them and for `COMPARE` bytes of each."""
     if left.spec != right.spec:
         return False
+    left, right = (as_bytes(node) if node.spec.dtype.bits % 8 else node for node in (left, right))
     itemsize, mark = left.spec.dtype.itemsize, arena.mark
     step = COMPARE // itemsize
     for start in range(0, left.spec.numel, step):

@@ -31,6 +31,7 @@ _COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
     ast.In: lambda a, b: b is not None and a in b,
     ast.NotIn: lambda a, b: b is None or a not in b,
 }
+_LARGEST = 2**63
 _KNOWN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.List, ast.Tuple, ast.BinOp, ast.BoolOp, ast.UnaryOp)
 
 
@@ -78,15 +79,13 @@ def _value(node: ast.expr, scope: Scope) -> Any:
             return [_value(item, scope) for item in node.elts]
         case ast.BinOp():
             left, right = _value(node.left, scope), _value(node.right, scope)
-            return None if left is None or right is None else _ARITHMETIC[type(node.op)](left, right)
+            if left is None or right is None:
+                return None
+            if not all(isinstance(side, int) and abs(side) < _LARGEST for side in (left, right)):
+                raise ValueError("arithmetic is for whole numbers below 2**63")
+            return _ARITHMETIC[type(node.op)](left, right)
         case ast.BoolOp():
-            stop = isinstance(node.op, ast.Or)
-            value: Any = None
-            for item in node.values:
-                value = _value(item, scope)
-                if bool(value) is stop:
-                    break
-            return value
+            return _first(node.values, scope, stop=isinstance(node.op, ast.Or))
         case ast.UnaryOp(op=ast.Not()):
             return not _value(node.operand, scope)
         case ast.UnaryOp():
@@ -100,6 +99,16 @@ def _value(node: ast.expr, scope: Scope) -> Any:
         case ast.Call(func=ast.Name(id=called), keywords=[]) if callable(function := scope.get(called)):
             return function(*(_value(argument, scope) for argument in node.args))
     raise ValueError(f"{ast.unparse(node)} has no value here")
+
+
+def _first(items: list[ast.expr], scope: Scope, *, stop: bool) -> Any:
+    """The first value that is as true as ``stop``, else the last."""
+    value: Any = None
+    for item in items:
+        value = _value(item, scope)
+        if bool(value) is stop:
+            break
+    return value
 
 
 def _member(value: Any, key: Any) -> Any:

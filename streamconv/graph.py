@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from streamconv.dtypes import TensorSpec
+from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.formats import Source
 from streamconv.ops import Op, Rearrange
 from streamconv.runs import Move
 
-__all__ = ["AnyNode", "Node", "Source", "apply", "leaves", "rearrange", "sources", "trace"]
+__all__ = ["AnyNode", "Node", "Source", "apply", "as_bytes", "rearrange", "sources", "trace"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,10 +76,7 @@ def trace(node: AnyNode, move: Move, *, exact: bool = True) -> Iterator[Trace]:
         yield Trace(node, move, exact and not isinstance(node, Node))
 
 
-def leaves(node: AnyNode) -> Iterator[tuple[Source, Move]]:
-    """The stored tensors that ``node`` reads, with the moves that bring them, where its ops can tell."""
-    from streamconv.runs import identity
-
-    for found in trace(node, identity(node.spec.numel)):
-        if not isinstance(found.leaf, Node):
-            yield found.leaf, found.move
+def as_bytes(node: AnyNode) -> Source:
+    """A stored tensor as the bytes it takes."""
+    assert not isinstance(node, Node), "packed types are only ever stored"
+    return Source(TensorSpec(DTYPES["uint8"], (node.spec.nbytes,)), node.extents)

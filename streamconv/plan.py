@@ -106,6 +106,7 @@ class Plan:
 
     Attributes:
         root: the directory that the output files' paths are relative to.
+        single: the name of the one output file, where DST is a file in a directory of others; else None.
         files: in the order in which they are finished; the last is the commit.
         nodes: what `Compute` and `Check` refer to by number.
         mapping: one row for each target tensor, in tensor order.
@@ -116,6 +117,7 @@ class Plan:
     """
 
     root: str
+    single: str | None
     format: str
     sources: tuple[SourceFile, ...]
     nodes: tuple[AnyNode, ...]
@@ -134,7 +136,7 @@ class Plan:
         totals = self.totals
         kinds = [f"{len(self.mapping)} tensors", f"{len(self.files)} files", format_size(totals.bytes_written)]
         moved = f"{format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed"
-        lines = [f"{self.root} ({self.format}): {', '.join(kinds)}: {moved}"]
+        lines = [f"{self.destination} ({self.format}): {', '.join(kinds)}: {moved}"]
         lines += [f"peak memory {format_size(self.peak_memory)} with {self.workers} workers; disk {format_size(totals.disk_needed)}"]
         for file in self.files:
             lines.append(f"  {file.path}  {format_size(file.size)}" + (f"  {len(file.tensors)} tensors" if file.tensors else ""))
@@ -147,6 +149,11 @@ class Plan:
         lines += [f"  dropped: {name}" for name in self.dropped[:20]]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    @property
+    def destination(self) -> Path:
+        """What DST was: the directory, or the one file."""
+        return Path(self.root) / self.single if self.single else Path(self.root)
 
     def for_file(self, number: int) -> Plan:
         """The plan of one output file alone, as a remote worker receives it."""
@@ -201,7 +208,7 @@ class Plan:
         return json.dumps(
             {
                 "streamconv_plan": VERSION,
-                **{key: getattr(self, key) for key in ("root", "format", "workers", "arena", "read_backend", "peak_memory")},
+                **{key: getattr(self, key) for key in ("root", "single", "format", "workers", "arena", "read_backend", "peak_memory")},
                 "sources": self.sources,
                 "graph": table.rows,
                 "nodes": roots,
@@ -228,7 +235,7 @@ class Plan:
             files = tuple(SourceFile(*row) for row in data["sources"])
             graph = _read_graph(data["graph"], files)
             return cls(
-                **{key: data[key] for key in ("root", "format", "workers", "arena", "read_backend", "peak_memory")},
+                **{key: data[key] for key in ("root", "single", "format", "workers", "arena", "read_backend", "peak_memory")},
                 sources=files,
                 nodes=tuple(graph[k] for k in data["nodes"]),
                 files=tuple(_file_from_json(row) for row in data["files"]),

@@ -16,4 +16,8 @@ def bar(total: int, title: str, *, show: bool) -> Iterator[Callable[[int], None]
     from tqdm import tqdm
 
     with tqdm(total=total, unit="B", unit_scale=True, desc=title, dynamic_ncols=True, miniters=1) as shown:
-        yield lambda nbytes: None if shown.update(nbytes) else None
+
+        def tell(nbytes: int) -> None:
+            shown.update(nbytes)
+
+        yield tell

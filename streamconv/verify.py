@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from streamconv.engine.readers import BACKENDS, Reader
 from streamconv.errors import BudgetError, RunError, StreamconvError
 from streamconv.formats import Source
-from streamconv.graph import AnyNode, Node
+from streamconv.graph import AnyNode, Node, as_bytes
 from streamconv.runs import identity
 from streamconv.units import format_size
 
 if TYPE_CHECKING:
     from streamconv.evaluate import Arena, Array
 
+PIECE = 32 << 10  # elements: norms are taken as torch does, in float32, of pieces this small, and added up in float64
 TORCH = 256 << 20  # bytes: what loading torch may add to the process, when values differ and norms are wanted
 
 
@@ -266,8 +267,8 @@ class _Comparer:
 
             torch.set_num_threads(1)
             squares, largest, nonfinite = 0.0, 0.0, 0
-            for start in range(0, len(ours), 1 << 18):
-                a, b = (as_torch(x[start : start + (1 << 18)], n.spec.dtype) for x, n in ((ours, left), (theirs, right)))
+            for start in range(0, len(ours), PIECE):
+                a, b = (as_torch(x[start : start + PIECE], n.spec.dtype) for x, n in ((ours, left), (theirs, right)))
                 kind = torch.complex64 if a.is_complex() or b.is_complex() else torch.float32
                 difference = a.to(kind).sub(b.to(kind)).abs()
                 finite = torch.isfinite(difference)
@@ -276,13 +277,8 @@ class _Comparer:
                     difference = difference[finite]
                 if difference.numel():
                     largest = max(largest, float(difference.max()))
-                    squares += float(difference.double().square_().sum())
+                    norm = float(torch.linalg.vector_norm(difference))
+                    if not 1e-12 < norm < 1e12:  # squares may have left the range of float32
+                        norm = float(torch.linalg.vector_norm(difference.double()))
+                    squares += norm * norm
             return squares, largest, nonfinite
-
-
-def as_bytes(node: AnyNode) -> Source:
-    """A stored tensor as the bytes it takes."""
-    from streamconv.dtypes import DTYPES, TensorSpec
-
-    assert not isinstance(node, Node), "packed types are only ever stored"
-    return Source(TensorSpec(DTYPES["uint8"], (node.spec.nbytes,)), node.extents)

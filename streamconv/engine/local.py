@@ -291,7 +291,7 @@ class LocalEngine:
                 reader.close()
                 raise CoverageError(
                     f"{names[0]} should hold the same bytes as {names[1]}, which stands for both, and does not: "
-                    "one of them would be lost; convert with tie_word_embeddings=false, or mend the source"
+                    "one of them would be lost; keep both (--set tied=false, where the recipe has it), or mend the source"
                 )
 
 
