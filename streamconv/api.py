@@ -19,7 +19,7 @@ from streamconv import memory, recipes
 from streamconv.checkpoint import CONFIG, Checkpoint, find_sidecars, is_weights, open_checkpoint, read_config
 from streamconv.compiler import Budget, check_workers, compile_plan
 from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
-from streamconv.engine.check import OutputCheck
+from streamconv.engine.check import OutputCheck, check_replicas
 from streamconv.engine.io import describe_os_error
 from streamconv.engine.journal import NAME as JOURNAL
 from streamconv.engine.journal import Journal, journal_path
@@ -300,6 +300,7 @@ def run(plan: Plan, *, overwrite: bool = False, resume: bool = False, verify: bo
             finished = resume and _is_complete(plan, journal)
             if not finished:
                 _check_room(plan, root, _old_files(root, plan.single) if overwrite else [])
+                check_replicas(plan)
                 _prepare(plan, root, overwrite=overwrite, resume=resume and journal.path.exists())
                 journal.begin(resume=resume)
                 with bar(plan.totals.bytes_written, "converting", show=progress) as tell:

@@ -25,6 +25,7 @@ from streamconv.names import Matcher, Pattern, nearest
 from streamconv.names import parse as parse_names
 from streamconv.ops import Cast, Rearrange
 
+MOST_PARTS = 1_000_000  # tensors that one tensor can be taken apart into
 Dim = int | str | Mapping[str, "int | str"]
 """A size: a number, an expression over config and options, or one of these for each alternative of a for-each list."""
 
@@ -659,6 +660,8 @@ class _Application:
             sizes = layout.solve(shapes, lambda axis: self._dim(rule, axis, chosen), where)
             leading = len(binding.right_counts)
             parts = range(math.prod(sizes[name] for name in binding.right_counts))
+            if len(parts) > MOST_PARTS:
+                raise CoverageError(f"{where}{rule.right!r} would make {len(parts)} tensors of it, which no model has")
             self._cache[key] = [
                 Rearrange(str(layout), sizes, stacks, output, leading, part) for output in range(len(layout.right)) for part in parts
             ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from streamconv.engine.io import FALLBACK_CHUNK
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
 from streamconv.engine.readers import BACKENDS, Reader
+from streamconv.errors import CoverageError
 from streamconv.plan import Copy, Plan
 from streamconv.runs import region
 
@@ -17,6 +18,28 @@ if TYPE_CHECKING:
     from streamconv.evaluate import Arena
 
 STEP = FALLBACK_CHUNK // 2  # bytes of each side at a time
+
+
+def check_replicas(plan: Plan) -> None:
+    """Compares the tensors that stand for one another, before anything is written.
+
+    Raises:
+        CoverageError: they differ.
+    """
+    if not plan.checks:
+        return
+    from streamconv.evaluate import Arena, same_bytes
+
+    arena, reader = Arena(plan.arena), BACKENDS[plan.read_backend]()
+    try:
+        for left, right, names in plan.checks:
+            if not same_bytes(plan.nodes[left], plan.nodes[right], arena, reader.read):
+                raise CoverageError(
+                    f"{names[0]} should hold the same bytes as {names[1]}, which stands for both, and does not: "
+                    "one of them would be lost; keep both (--set tied=false, where the recipe has it), or mend the source"
+                )
+    finally:
+        reader.close()
 
 
 class OutputCheck:

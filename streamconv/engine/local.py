@@ -28,7 +28,7 @@ from streamconv.engine.io import (
 from streamconv.engine.journal import Journal
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
 from streamconv.engine.readers import BACKENDS, Reader
-from streamconv.errors import CoverageError, Interrupted, RunError, SourceChanged, StreamconvError
+from streamconv.errors import Interrupted, RunError, SourceChanged, StreamconvError
 from streamconv.plan import Compute, Copy, Plan, Segment
 from streamconv.runs import Move, region
 
@@ -80,12 +80,10 @@ class LocalEngine:
         Raises:
             RunError: an I/O error; what is done is kept.
             SourceChanged: a source is not what was planned with.
-            CoverageError: tensors that should be equal are not; nothing is written.
             Interrupted: Ctrl-C.
         """
         check_sources(self._plan)
         try:
-            self._check_replicas()
             waiting = self._create()
             self._work(tasks_in_order(self._plan, waiting))
             self._commit()
@@ -275,24 +273,6 @@ class LocalEngine:
                     write(target, packed[at : at + nbytes], segment.dst + offset)
         arena.release(mark)
         return tile.numel * itemsize
-
-    # Checks ----------------------------------------------------------------------------------------------------
-
-    def _check_replicas(self) -> None:
-        """Compares the tensors that stand for one another, before anything is written."""
-        if not self._plan.checks:
-            return
-        from streamconv.evaluate import Arena, same_bytes
-
-        arena, reader = Arena(self._plan.arena), self._reader()
-        for left, right, names in self._plan.checks:
-            same = same_bytes(self._plan.nodes[left], self._plan.nodes[right], arena, reader.read)
-            if not same:
-                reader.close()
-                raise CoverageError(
-                    f"{names[0]} should hold the same bytes as {names[1]}, which stands for both, and does not: "
-                    "one of them would be lost; keep both (--set tied=false, where the recipe has it), or mend the source"
-                )
 
 
 def _nbytes(plan: Plan, segment: Segment) -> int:

@@ -117,6 +117,7 @@ _HF2CUSTOM = Recipe(
     },
     reference="OpenGVLab/InternVL 2410d1d internvl_{hf2custom,custom2hf}.py; transformers 4.57 convert_internvl_weights_to_hf.py",
     source_aliases=_IN_MEMORY,
+    target_aliases=(("language_model.model.lm_head.weight", "language_model.lm_head.weight"),),
     inverse_config="streamconv.recipes.internvl:hf_config",
 )
 
