@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import memory, recipes
-from streamconv.checkpoint import CONFIG, Checkpoint, find_sidecars, is_weights, open_checkpoint, read_config
+from streamconv.checkpoint import CONFIG, CONTAINERS, FORMAT_OF, Checkpoint, find_sidecars, is_weights, open_checkpoint, read_config
 from streamconv.compiler import Budget, check_workers, compile_plan
 from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
 from streamconv.engine.check import OutputCheck, check_replicas
@@ -26,18 +26,17 @@ from streamconv.engine.journal import Journal, journal_path
 from streamconv.engine.local import LocalEngine, check_sources, partial
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import DestinationError, FormatError, Interrupted, RunError, SpaceError, UsageError
-from streamconv.formats import safetensors
+from streamconv.formats import Source
 from streamconv.names import parse as parse_names
 from streamconv.plan import Mapping as Row
 from streamconv.plan import Plan
 from streamconv.progress import bar
-from streamconv.recipe import Conversion, Recipe, identity
+from streamconv.recipe import Conversion, Recipe, identity, read_identity_options
 from streamconv.units import format_size, parse_size
 from streamconv.verify import Comparison, compare
 
 MAX_MEMORY = "1GB"
 MAX_SHARD_SIZE = "5GB"
-SUFFIXES = {".safetensors": "safetensors"}
 AnyPath = str | os.PathLike[str]
 
 
@@ -77,7 +76,8 @@ class Result:
         moved = f"{format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed"
         checked = ", verified" if self.verified else ""
         return (
-            f"{self.plan.destination}: {len(self.plan.mapping)} tensors, {format_size(totals.bytes_written)} in {self.seconds:.2f} s ({rate}/s); "
+            f"{self.plan.destination}: {len(self.plan.mapping)} tensors, "
+            f"{format_size(totals.bytes_written)} in {self.seconds:.2f} s ({rate}/s); "
             f"{moved}{checked}; peak memory {format_size(self.peak_rss)}"
         )
 
@@ -113,8 +113,9 @@ def plan(
     if read_backend not in BACKENDS:
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    target = Target.of(dst, format or (chosen.target_format if chosen else None))
-    checkpoint = open_checkpoint(src)
+    target = Target.of(dst, format, chosen.target_format if chosen else "safetensors")
+    own = read_identity_options(options or {}) if chosen is None else {}
+    checkpoint = open_checkpoint(src, root=own.get("root"))
     try:
         target.check(checkpoint, overwrite=overwrite, resume=resume)
     except OSError as error:
@@ -123,11 +124,18 @@ def plan(
     if beside is not None and not beside.is_dir():
         raise UsageError(f"--sidecars-from {beside}: not a directory")
     conversion = _convert_names(checkpoint, chosen, options or {}, _recast(dtype, keep_dtype), beside)
+    tied = _ties(checkpoint, conversion) if own.get("tied") == "keep" else {}
+    metadata = {"format": "pt", **{key: value for key, value in checkpoint.metadata.items() if key not in checkpoint.ties}}
+    container = CONTAINERS[target.format]
+    if container.holds_ties:
+        facts = {"tied": tied}
+    else:
+        conversion, facts = _without(conversion, tied), {"metadata": metadata | tied}
     specs = {name: node.spec for name, node in conversion.outputs.items()}
-    metadata = {"format": "pt", **checkpoint.metadata}
     shard = parse_size(max_shard_size)
     limit = None if single_file or target.file else shard
-    layouts = safetensors.lay_out(specs, metadata=metadata, max_shard_size=limit, file=target.file)
+    layouts = container.lay_out(specs, max_shard_size=limit, file=target.file, **facts)
+    told = [f"{name} is {kept}, stored once (--set tied=copy: twice)" for name, kept in list(tied.items())[:5]]
     sidecars, notes = ({}, []) if target.file else _sidecars(checkpoint, beside, chosen, conversion, dtype)
     return compile_plan(
         conversion.outputs,
@@ -139,7 +147,7 @@ def plan(
         sidecars=sidecars,
         mapping=(Row(*row) for row in conversion.rows),
         dropped=conversion.dropped,
-        notes=[*conversion.notes, *notes],
+        notes=[*checkpoint.contents.notes, *told, *conversion.notes, *notes],
         replicas=conversion.replicas,
         read_backend=read_backend,
     )
@@ -176,13 +184,32 @@ def _convert_names(
     recast: Callable[[str, TensorSpec], str | None],
     beside: Path | None,
 ) -> Conversion:
-    entries = checkpoint.contents.entries
     if recipe is None:
-        if options:
-            raise UsageError(f"--set {next(iter(options))}: there is no recipe to take it; give one with --recipe")
-        return identity(entries, recast)
+        return identity(_with_ties(checkpoint), recast)
     sidecar = read_config(beside) if beside else {}
-    return recipe.apply(entries, checkpoint.config, options, sidecar=sidecar, recast=recast)
+    return recipe.apply(checkpoint.contents.entries, checkpoint.config, options, sidecar=sidecar, recast=recast)
+
+
+def _with_ties(checkpoint: Checkpoint) -> dict[str, Source]:
+    """All tensors, those that are left out because they are another too."""
+    entries = checkpoint.contents.entries
+    return entries | {name: entries[kept] for name, kept in checkpoint.ties.items() if name not in entries}
+
+
+def _ties(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, str]:
+    """The ties of the source that hold among the targets, which may have been cast apart."""
+    outputs = conversion.outputs
+    return {name: kept for name, kept in checkpoint.ties.items() if outputs[name].spec == outputs[kept].spec}
+
+
+def _without(conversion: Conversion, tied: Mapping[str, str]) -> Conversion:
+    """The conversion with tied tensors under one name only, which is then made of both."""
+    others: dict[str, list[str]] = {}
+    for name, kept in tied.items():
+        others.setdefault(kept, []).append(name)
+    outputs = {name: node for name, node in conversion.outputs.items() if name not in tied}
+    rows = [row._replace(sources=(*row.sources, *others.get(row.target, ()))) for row in conversion.rows if row.target in outputs]
+    return replace(conversion, outputs=outputs, rows=rows)
 
 
 def _sidecars(
@@ -227,19 +254,19 @@ class Target:
     format: str
 
     @classmethod
-    def of(cls, dst: AnyPath, format: str | None) -> Target:  # noqa: A002
+    def of(cls, dst: AnyPath, format: str | None, default: str = "safetensors") -> Target:  # noqa: A002
         path = Path(dst)
         if "://" in str(dst):
             raise UsageError(f"{dst}: URLs cannot be written yet: give a path")
-        if format not in (None, *SUFFIXES.values()):
-            raise UsageError(f"--format {format}: unknown container; known are {', '.join(SUFFIXES.values())}")
+        if format not in (None, *CONTAINERS):
+            raise UsageError(f"--format {format}: unknown container; known are {', '.join(CONTAINERS)}")
         path = Path(os.path.abspath(path))  # noqa: PTH100 - links in DST are kept as the user wrote them
-        by_suffix = SUFFIXES.get(path.suffix)
+        by_suffix = FORMAT_OF.get(path.suffix)
         if by_suffix and not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
             if format and format != by_suffix:
                 raise UsageError(f"{path}: ends in {path.suffix}, which is not --format {format}")
             return cls(path.parent, path.name, by_suffix)
-        return cls(path, None, format or "safetensors")
+        return cls(path, None, format or default)
 
     @property
     def path(self) -> Path:
@@ -414,8 +441,8 @@ def convert(src: AnyPath, dst: AnyPath, *, compare_with: AnyPath | None = None, 
         return result
     done = open_checkpoint(made.destination)
     comparison = compare(
-        dict(done.contents.entries),
-        reference.contents.entries,
+        dict(_with_ties(done)),
+        _with_ties(reference),
         workers=made.workers,
         max_memory=parse_size(settings.get("max_memory", MAX_MEMORY)),
         read_backend=made.read_backend,
@@ -444,15 +471,17 @@ def verify(
     """
     if read_backend not in BACKENDS:
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
-    left, right = open_checkpoint(a), open_checkpoint(b)
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
+    own = read_identity_options(options or {}) if chosen is None else {}
+    left, right = open_checkpoint(a, root=own.get("root")), open_checkpoint(b)
     beside = Path(sidecars_from).absolute() if sidecars_from is not None else None
     made = _convert_names(left, chosen, options or {}, _recast(dtype, keep_dtype), beside)
-    total = sum(entry.spec.nbytes for entry in right.contents.entries.values())
+    found = right.contents.entries if chosen else _with_ties(right)
+    total = sum(entry.spec.nbytes for entry in found.values())
     with bar(total, "comparing", show=progress) as tell:
         return compare(
             made.outputs,
-            right.contents.entries,
+            found,
             workers=check_workers(workers),
             max_memory=parse_size(max_memory),
             read_backend=read_backend,

@@ -10,8 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, UsageError
-from streamconv.formats import Contents, Extent, Source, safetensors
+from streamconv.formats import Contents, Extent, FileLayout, Source, safetensors
+from streamconv.formats import torch as torch_files
+from streamconv.formats.files import Names, show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,8 +22,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 WEIGHT_SUFFIXES = (
-    ".safetensors", ".safetensors.index.json", ".bin.index.json", ".pth", ".pt", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot",
-    ".partial",
+    ".safetensors", ".safetensors.index.json", ".bin.index.json", ".pt.index.json", ".pth.index.json", ".pth", ".pt", ".ckpt", ".gguf",
+    ".onnx", ".h5", ".msgpack", ".ot", ".partial",
 )  # fmt: skip
 _MAX_CONFIG = 64 << 20
 
@@ -131,6 +134,15 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return self.contents.metadata
 
     @cached_property
+    def ties(self) -> dict[str, str]:
+        """Names that stand for the data of another tensor, and the name of that.
+
+        Where files can hold a tensor under two names both are entries, and the first in alphabetical order is the other's (as the
+        safetensors library and huggingface_hub have it); where they cannot, one is left out and their metadata says so.
+        """
+        return ties(self.contents)
+
+    @cached_property
     def sidecars(self) -> list[str]:
         """Paths, relative to the checkpoint, of the files beside the weights; none for a single file."""
         return find_sidecars(self.path, self.contents) if self.path.is_dir() else []
@@ -192,29 +204,71 @@ def read_config(directory: Path) -> dict[str, Any]:
     return found
 
 
-READERS: dict[str, Callable[..., Contents]] = {"safetensors": safetensors.read}
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A kind of files: how they are called, read and laid out. ``holds_ties``: a file can hold a tensor under two names."""
+
+    names: Names
+    read: Callable[..., Contents]
+    lay_out: Callable[..., list[FileLayout]]
+    holds_ties: bool = False
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, by_rank: bool = False) -> Checkpoint:
+CONTAINERS = {  # in the order in which they are looked for in a directory
+    "safetensors": Container(safetensors.KIND, safetensors.read, safetensors.lay_out),
+    "torch": Container(torch_files.KIND, torch_files.read, torch_files.lay_out, holds_ties=True),
+}
+FORMAT_OF = {suffix: name for name, container in CONTAINERS.items() for suffix in container.names.suffixes}
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, by_rank: bool = False, root: str | None = None) -> Checkpoint:
     """Opens a checkpoint: one file, or a directory with or without index. No tensor data is read.
 
     Args:
         path: where it is.
         by_rank: the files repeat names, as ranks do; tensors are presented as ``<file>/<name>``.
+        root: the key of the dict of tensors in a file that nests them.
 
     Raises:
         FormatError: damaged or not a checkpoint.
         UsageError: not there, or not readable.
     """
+    if "://" in str(path):
+        raise UsageError(f"{path}: URLs cannot be opened yet: give a path")
     where = Path(path)
-    return Checkpoint(where.absolute(), READERS[detect_format(where)](where, by_rank=by_rank))
+    name = detect_format(where)
+    if root is not None and name != "torch":
+        raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
+    nested = {} if root is None else {"root": root}
+    return Checkpoint(where.absolute(), CONTAINERS[name].read(where, by_rank=by_rank, **nested))
 
 
 def detect_format(path: Path) -> str:
-    """The container that a path holds."""
-    if "://" in str(path):
-        raise UsageError(f"{path}: URLs cannot be opened yet: give a path")
-    return "safetensors"
+    """The container that a path holds: by a file's suffix, or by what is in a directory."""
+    if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
+        return FORMAT_OF.get(path.suffix, "safetensors")
+    try:
+        names = [name for name in os.listdir(path) if not name.startswith(".")]  # noqa: PTH208 - names are wanted
+    except OSError:
+        return "safetensors"  # which says why it cannot be read
+    for container, kind in ((container, CONTAINERS[container].names) for container in CONTAINERS):
+        if any(name.endswith(kind.suffixes) or kind.is_index(name) for name in names):
+            return container
+    raise FormatError(f"{show(path)}: no *{', *'.join(FORMAT_OF)} file in it: give the path of a checkpoint")
+
+
+def ties(contents: Contents) -> dict[str, str]:
+    """See `Checkpoint.ties`."""
+    entries = contents.entries
+    if not CONTAINERS[contents.format].holds_ties:
+        said = contents.metadata.items()
+        return {name: kept for name, kept in said if name != "format" and name not in entries and kept in entries}
+    first: dict[tuple[TensorSpec, tuple[Extent, ...]], str] = {}
+    for name in sorted(entries):
+        if entries[name].spec.nbytes:
+            first.setdefault((entries[name].spec, entries[name].extents), name)
+    kept_of = ((name, first.get((source.spec, source.extents), name)) for name, source in entries.items())
+    return {name: kept for name, kept in kept_of if name != kept}
 
 
 def extents(checkpoint: Checkpoint) -> Iterator[tuple[str, Extent]]:

@@ -34,7 +34,13 @@ def _memory(parser: argparse.ArgumentParser) -> None:
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe's name, or a .yaml or .json file")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="an option of the recipe (repeatable)")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an option of the recipe (repeatable)",
+    )
     parser.add_argument("--dtype", metavar="DTYPE", help="cast floating tensors: float32, float16, bfloat16, ...")
     parser.add_argument(
         "--keep-dtype", metavar="PATTERN", action="append", default=[], help="tensors that --dtype leaves alone (repeatable)"
@@ -47,7 +53,7 @@ def _conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", metavar="DST", help="a file if it ends in the container's suffix, else a directory")
     _recipe(parser)
     _memory(parser)
-    parser.add_argument("--format", metavar="NAME", help="container of DST (the recipe's, else safetensors)")
+    parser.add_argument("--format", metavar="NAME", help="container of DST (by its suffix, else the recipe's, else safetensors)")
     parser.add_argument("--max-shard-size", metavar="SIZE", default=api.MAX_SHARD_SIZE, help="5GB is decimal, 5GiB binary (5GB)")
     parser.add_argument("--single-file", action="store_true", help="one file, whatever its size")
     parser.add_argument("--engine", choices=["local"], default="local", help="where output files are made")

@@ -137,14 +137,19 @@ class _Compiler:
     def file(self, layout: FileLayout, outputs: Mapping[str, AnyNode]) -> FilePlan:
         """A file's plan; tiles are not chosen yet."""
         segments: list[Segment] = []
+        filled = set()
         for name, slot in sorted(layout.slots.items(), key=lambda item: item[1]):
+            if slot in filled:
+                continue  # tied to the tensor before
+            if outputs[name].spec.nbytes:
+                filled.add(slot)
             for segment in self._segments(outputs[name], slot):
                 last = segments[-1] if segments else None
                 if isinstance(segment, Copy) and isinstance(last, Copy) and _continues(last, segment):
                     segments[-1] = last._replace(nbytes=last.nbytes + segment.nbytes)
                 else:
                     segments.append(segment)
-        return FilePlan(layout.path, layout.size, layout.literals, tuple(segments), tuple(layout.slots))
+        return FilePlan(layout.path, layout.size, layout.literals, tuple(segments), tuple(layout.slots), layout.checksums)
 
     def sidecar(self, path: str, given: str | bytes) -> FilePlan:
         """A file beside the weights: another file's bytes, or these."""

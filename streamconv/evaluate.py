@@ -176,7 +176,7 @@ def _numel(axes: list[tuple[int, int, int]]) -> int:
 
 
 def copy_strided(out: Array, given: Array, axes: list[tuple[int, int, int]], arena: Arena) -> None:
-    """``out[index . d] = given[index . s]`` for axes of (size, d, s). Transposing copies go band by band, which is several times as fast."""
+    """``out[index . d] = given[index . s]`` for axes of (size, d, s). Transposing copies go band by band, several times as fast."""
     itemsize = out.itemsize
     sizes = [n for n, _, _ in axes]
     target = np.lib.stride_tricks.as_strided(out, sizes, [d * itemsize for _, d, _ in axes])

@@ -65,7 +65,7 @@ def evaluate(text: str, scope: Scope) -> Any:
         raise NotationError(f"cannot be evaluated ({error})", text, 0) from error
 
 
-def _value(node: ast.expr, scope: Scope) -> Any:
+def _value(node: ast.expr, scope: Scope) -> Any:  # noqa: C901, PLR0912 - one branch for each kind of node
     match node:
         case ast.Constant():
             return node.value

@@ -10,11 +10,12 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamconv import ops
+from streamconv.digests import Checksum
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError
 from streamconv.formats import Extent
@@ -63,13 +64,14 @@ Segment = Copy | Compute
 
 @dataclass(frozen=True, slots=True)
 class FilePlan:
-    """One output file. ``path`` is relative to the plan's root."""
+    """One output file. ``path`` is relative to the plan's root; ``checksums`` are written when all else is there."""
 
     path: str
     size: int
     literals: tuple[tuple[int, bytes], ...]
     segments: tuple[Segment, ...]
     tensors: tuple[str, ...] = ()
+    checksums: tuple[Checksum, ...] = ()
 
 
 class Mapping(NamedTuple):
@@ -194,7 +196,7 @@ class Plan:
         for row in self.mapping:
             found.update(repr((row.target, row.sources, row.layout, str(row.spec))).encode())
         for file in self.files:
-            found.update(repr((file.path, file.size, file.tensors)).encode())
+            found.update(repr((file.path, file.size, file.tensors, file.checksums)).encode())
             for offset, data in file.literals:
                 found.update(offset.to_bytes(8, "little") + data)
         return found.hexdigest()
@@ -291,7 +293,15 @@ def _move_from_json(row: list[Any]) -> Move:
 def _file_to_json(file: FilePlan) -> dict[str, Any]:
     segments = [s._replace(move=_move_to_json(s.move)) if isinstance(s, Compute) else s for s in file.segments]  # type: ignore[arg-type]
     literals = [(offset, base64.b64encode(data).decode()) for offset, data in file.literals]
-    return {"path": file.path, "size": file.size, "literals": literals, "segments": segments, "tensors": file.tensors}
+    checksums = [(*astuple(checksum)[:-1], checksum.prefix.decode()) for checksum in file.checksums]
+    return {
+        "path": file.path,
+        "size": file.size,
+        "literals": literals,
+        "segments": segments,
+        "tensors": file.tensors,
+        "checksums": checksums,
+    }
 
 
 def _file_from_json(row: dict[str, Any]) -> FilePlan:
@@ -304,6 +314,7 @@ def _file_from_json(row: dict[str, Any]) -> FilePlan:
         tuple((offset, base64.b64decode(data)) for offset, data in row["literals"]),
         tuple(Copy(*s) if len(s) == 4 else Compute(s[0], s[1], _move_from_json(s[2]), tuple(s[3]), *s[4:]) for s in row["segments"]),
         tuple(row["tensors"]),
+        tuple(Checksum(kind, at, n, tuple(to), seed, tuple(tail), p.encode()) for kind, at, n, to, seed, tail, p in row["checksums"]),
     )
 
 

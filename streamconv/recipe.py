@@ -242,9 +242,7 @@ class Recipe:
         Raises:
             UsageError: an option that the recipe does not have, or a value that it cannot take.
         """
-        if unknown := sorted(set(given) - set(self.options)):
-            known = ", ".join(sorted(self.options)) or "none"
-            raise UsageError(f"--set {unknown[0]}: recipe {self.name} has no such option; it has: {known}")
+        _check_options(given, self.options, f"recipe {self.name} has no such option; it has")
         values: dict[str, Any] = {}
         for name, option in self.options.items():
             default = option.default
@@ -320,6 +318,11 @@ class Recipe:
         }
         recipe: Recipe = _build(cls, {"summary": "", **table, "rules": tuple(facts), "options": options}, where)
         return recipe
+
+
+def _check_options(given: Mapping[str, object], known: Mapping[str, Option], problem: str) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise UsageError(f"--set {unknown[0]}: {problem}: {', '.join(sorted(known)) or 'none'}")
 
 
 def _check_sizes(dims: Mapping[str, Dim]) -> None:
@@ -717,6 +720,19 @@ def _grid(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 def _capture(pattern: Pattern, name: str) -> Any:
     return next(capture for capture in pattern.captures if capture.name == name)
+
+
+IDENTITY_OPTIONS = {
+    "root": Option("the key of the dict of tensors in a file that torch.save wrote, dotted if it lies deeper"),
+    "tied": Option("keep: tensors that are one and the same are stored once; copy: each of them", "keep", ("keep", "copy")),
+}
+"""What ``--set`` accepts without a recipe."""
+
+
+def read_identity_options(given: Mapping[str, object]) -> dict[str, Any]:
+    """The values of these options. Raises UsageError."""
+    _check_options(given, IDENTITY_OPTIONS, "there is no recipe to take it; without one there are")
+    return {name: option.read(name, given[name]) if name in given else option.default for name, option in IDENTITY_OPTIONS.items()}
 
 
 def identity(entries: Mapping[str, Source], recast: Recast = lambda _name, _spec: None) -> Conversion:

@@ -66,6 +66,8 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
     for row in found["tensors"]:
         bytes_by_dtype[row["dtype"]] += row["nbytes"]
         print(f"{row['name']}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {row['file']}")
+    for note in checkpoint.contents.notes:
+        print(f"note: {note}")
     dtypes = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in bytes_by_dtype.most_common())
     print(
         f"{checkpoint.path}: {found['format']}, {len(checkpoint)} tensors, {found['total_parameters']:,} parameters, "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from streamconv.engine.io import share_descriptors
 from streamconv.engine.readers import BACKENDS, Reader
 from streamconv.errors import BudgetError, RunError, StreamconvError
 from streamconv.formats import Source
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from streamconv.evaluate import Arena, Array
 
 PIECE = 32 << 10  # elements: norms are taken as torch does, in float32, of pieces this small, and added up in float64
-TORCH = 256 << 20  # bytes: what loading torch may add to the process, when values differ and norms are wanted
+TORCH = 210 << 20  # bytes: what loading torch adds to the process, which it does where values differ and norms are wanted
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class _Comparer:
         self._backend = read_backend
         self._lock, self._torch_lock, self._stop = threading.Lock(), threading.Lock(), threading.Event()
         self._workers, self._max_memory = workers, max_memory
+        self._descriptors = 1
         self._error: BaseException | None = None
         self._results: dict[str, TensorDifference] = {}
 
@@ -186,6 +189,7 @@ class _Comparer:
                 needed = -(-(self._max_memory - free + 2 * arena) // 10**6) * 10**6
                 raise BudgetError(f"--max-memory {format_size(self._max_memory)} is too small to compare; use {needed // 10**6}MB", needed)
             self._workers = max(1, min(self._workers, free // (2 * arena)))
+        self._workers, self._descriptors = share_descriptors(self._workers)
         queue = iter(names)
         threads = [threading.Thread(target=self._work, args=(queue, Arena(arena)), daemon=True) for _ in range(self._workers)]
         for thread in threads:
@@ -203,7 +207,7 @@ class _Comparer:
         yield from (self._results[name] for name in names if name in self._results)
 
     def _work(self, queue: Iterator[str], arena: Arena) -> None:
-        reader = BACKENDS[self._backend]()
+        reader = BACKENDS[self._backend](self._descriptors)
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -258,11 +262,25 @@ class _Comparer:
             yield parts[0], parts[1]
             arena.release(mark)
 
+    def _check_room_for_torch(self) -> None:
+        """Refuses to load torch where it would break the memory bound."""
+        from streamconv import memory
+
+        needed = memory.resident() + TORCH
+        if self._max_memory is not None and needed > self._max_memory and "torch" not in sys.modules:
+            needed = -(-needed // 10**7) * 10**7
+            raise BudgetError(
+                f"--max-memory {format_size(self._max_memory)} is too small: tensors differ, and to say by how much takes "
+                f"{format_size(needed)}; use --max-memory {needed // 10**6}MB",
+                needed,
+            )
+
     def _distance(self, ours: Array, theirs: Array, left: AnyNode, right: Source) -> tuple[float, float, int]:
         """Sum of squares, largest magnitude and number of non-finite elements of the difference in float32."""
         from streamconv.ops import as_torch
 
         with self._torch_lock:  # one at a time: the temporaries are not from the arena
+            self._check_room_for_torch()
             import torch
 
             torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import safetensors as fmt
+from streamconv.formats.files import split_into_shards
 
 PT = {"format": "pt"}
 # What safetensors.torch can save; float6 kinds have no torch type.
@@ -191,7 +192,7 @@ def test_what_no_file_can_hold_is_refused(names, spec, metadata, part):
 
 
 def test_a_header_over_the_limit_is_refused(monkeypatch):
-    monkeypatch.setattr(fmt, "_MAX_JSON", 64)
+    monkeypatch.setattr(fmt, "MAX_JSON", 64)
     spec = TensorSpec(DTYPES["int8"], (1,))
     assert len(fmt.header_bytes({"a": spec}, {})[0]) <= 72
     with pytest.raises(UsageError, match="smaller shards"):
@@ -207,17 +208,17 @@ def test_shards_equal_huggingface_hub(sizes, limit, stem):
     sizes = {f"t{i}": size for i, size in enumerate(sizes)}
     pattern = stem.replace("{", "{{").replace("}", "}}") + "{suffix}.safetensors"
     theirs = split_state_dict_into_shards_factory(sizes, get_storage_size=int, filename_pattern=pattern, max_shard_size=limit)
-    ours = fmt.split_into_shards(sizes, limit, stem)
+    ours = split_into_shards(sizes, limit, stem, ".safetensors")
     expected = theirs.filename_to_tensors or {f"{stem}.safetensors": []}  # no tensors: theirs is no file at all
     assert list(ours.items()) == list(expected.items())
 
 
 def test_no_limit_is_one_file():
-    assert fmt.split_into_shards({"a": 10**15, "b": 1}, None) == {"model.safetensors": ["a", "b"]}
+    assert split_into_shards({"a": 10**15, "b": 1}, None, "model", ".safetensors") == {"model.safetensors": ["a", "b"]}
 
 
 def test_an_oversized_tensor_is_numbered_before_the_open_shard():
-    files = fmt.split_into_shards({"a": 1, "big": 9, "b": 1}, 4)
+    files = split_into_shards({"a": 1, "big": 9, "b": 1}, 4, "model", ".safetensors")
     assert files == {"model-00001-of-00002.safetensors": ["big"], "model-00002-of-00002.safetensors": ["a", "b"]}
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamconv.engine.io import FALLBACK_CHUNK
+from streamconv.digests import read_patches
+from streamconv.engine.io import FALLBACK_CHUNK, data_ranges, is_sparse, share_descriptors
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
 from streamconv.engine.readers import BACKENDS, Reader
 from streamconv.errors import CoverageError
-from streamconv.plan import Copy, Plan
+from streamconv.plan import Copy, FilePlan, Plan
 from streamconv.runs import region
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def check_replicas(plan: Plan) -> None:
         return
     from streamconv.evaluate import Arena, same_bytes
 
-    arena, reader = Arena(plan.arena), BACKENDS[plan.read_backend]()
+    arena, reader = Arena(plan.arena), BACKENDS[plan.read_backend](8)
     try:
         for left, right, names in plan.checks:
             if not same_bytes(plan.nodes[left], plan.nodes[right], arena, reader.read):
@@ -48,6 +49,7 @@ class OutputCheck:
     def __init__(self, plan: Plan, progress: Callable[[int], None] = lambda _: None) -> None:
         self._plan, self._progress = plan, progress
         self._root = Path(plan.root)
+        self._workers, self._descriptors = share_descriptors(plan.workers)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._different: str | None = None
@@ -61,9 +63,12 @@ class OutputCheck:
                 if not self._same(str(self._root / file.path), offset, memoryview(data), buffer, reader):
                     reader.close()
                     return file.path
+            if not self._checksums_are_right(file, buffer, reader):
+                reader.close()
+                return file.path
         reader.close()
         tasks = tasks_in_order(self._plan, range(len(self._plan.files)))
-        threads = [threading.Thread(target=self._work, args=(tasks,), daemon=True) for _ in range(self._plan.workers)]
+        threads = [threading.Thread(target=self._work, args=(tasks,), daemon=True) for _ in range(self._workers)]
         for thread in threads:
             thread.start()
         try:
@@ -75,6 +80,12 @@ class OutputCheck:
         if self._error is not None:
             raise self._error
         return self._different
+
+    def _checksums_are_right(self, file: FilePlan, buffer: memoryview, reader: Reader) -> bool:
+        """Whether a file's checksums are those of its bytes."""
+        path = str(self._root / file.path)
+        found = read_patches(file.checksums, lambda offset, view: reader.read(path, offset, view), buffer)
+        return all(self._same(path, offset, memoryview(data), buffer, reader) for offset, data in found)
 
     def _work(self, tasks: Iterator[Task]) -> None:
         reader = self._make_reader()
@@ -96,7 +107,7 @@ class OutputCheck:
             reader.close()
 
     def _make_reader(self) -> Reader:
-        return BACKENDS[self._plan.read_backend]()
+        return BACKENDS[self._plan.read_backend](self._descriptors)
 
     def _make_arena(self) -> Arena | None:
         if not self._plan.arena:
@@ -111,10 +122,12 @@ class OutputCheck:
         path = str(self._root / self._plan.files[number].path)
         equal = True
         if isinstance(segment, Copy):
-            for start in range(0, segment.nbytes, STEP):
-                given = buffers[0][: min(STEP, segment.nbytes - start)]
-                reader.read(self._plan.sources[segment.source].path, segment.offset + start, given)
-                equal = equal and self._same(path, segment.dst + start, given, buffers[1], reader)
+            source = self._plan.sources[segment.source].path
+            for start, stop in self._filled(segment, reader.fd(source), reader.fd(path)):
+                for at in range(start, stop, STEP):
+                    given = buffers[0][: min(STEP, stop - at)]
+                    reader.read(source, segment.offset + at, given)
+                    equal = equal and self._same(path, segment.dst + at, given, buffers[1], reader)
             self._tell(segment.nbytes)
             return equal
         from streamconv.evaluate import evaluate
@@ -130,6 +143,16 @@ class OutputCheck:
         arena.release(mark)
         self._tell(tile.numel * itemsize)
         return equal
+
+    @staticmethod
+    def _filled(segment: Copy, source: int, target: int) -> Iterator[tuple[int, int]]:
+        """The ranges of a copy, from its start, that are not holes on both sides."""
+        if not (is_sparse(source) and is_sparse(target)):
+            yield 0, segment.nbytes
+            return
+        for fd, offset in ((source, segment.offset), (target, segment.dst)):
+            for begin, end in data_ranges(fd, offset, offset + segment.nbytes):
+                yield begin - offset, end - offset
 
     def _tell(self, nbytes: int) -> None:
         with self._lock:

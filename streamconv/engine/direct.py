@@ -2,25 +2,43 @@
 
 Large copies spend most of their processor time on pages that nobody will read again, and push everybody else's out of memory.
 Direct I/O wants offsets, lengths and addresses in whole blocks, so data goes through a block-aligned buffer and is shifted
-there; what is left at the edges of a range goes through the page cache. What the page cache already holds is taken from it.
+there; what is left at the edges of a range goes through the page cache. What the page cache already holds is taken from it, where
+the kernel says so: asking for it with a read that must not wait would start a read-ahead, and read everything twice.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 from pathlib import Path
 
-from streamconv.engine.io import PositionedReader, write
+from streamconv.engine.io import OwnFiles, PositionedReader, write
 from streamconv.errors import SourceChanged
 
 BLOCK = 4096  # bytes: offsets, lengths and addresses are multiples of this
 CHUNK = 1 << 20  # bytes of one direct read or write
 LEAST = 256 << 10  # bytes: shorter ranges go through the page cache
+_libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" and hasattr(os, "O_DIRECT") else None
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 _SHARING = ("btrfs", "xfs", "bcachefs", "zfs", "apfs")
 AVAILABLE = hasattr(os, "O_DIRECT") and hasattr(os, "preadv")
+
+
+_CACHESTAT = 451  # the same number on all architectures that Python's Linux builds run on
+_PAGE = mmap.PAGESIZE
+
+
+def is_cached(fd: int, offset: int, nbytes: int) -> bool:
+    """Whether the page cache holds all of a range (False where the kernel, before 6.5, cannot tell)."""
+    if _libc is None:
+        return False
+    wanted, found = (ctypes.c_uint64 * 2)(offset, nbytes), (ctypes.c_uint64 * 5)()
+    if _libc.syscall(_CACHESTAT, fd, ctypes.byref(wanted), ctypes.byref(found), 0) != 0:
+        return False
+    pages = (offset + nbytes - 1) // _PAGE - offset // _PAGE + 1
+    return int(found[0]) >= pages
 
 
 def shares_extents(path: Path) -> bool:
@@ -37,9 +55,9 @@ def shares_extents(path: Path) -> bool:
 class DirectReader(PositionedReader):
     """`PositionedReader` whose long reads do not leave pages behind. For one thread."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._direct: dict[str, int] = {}
+    def __init__(self, limit: int = 8) -> None:
+        super().__init__(limit)
+        self._direct = OwnFiles(lambda path: open_direct(path, os.O_RDONLY), limit)
         self._bounce: memoryview | None = None
 
     def read(self, path: str, offset: int, view: memoryview) -> None:
@@ -56,10 +74,8 @@ class DirectReader(PositionedReader):
             self._read_chunk(path, offset + start, piece)
 
     def _read_chunk(self, path: str, offset: int, view: memoryview) -> None:
-        if self._is_cached(path, offset, view):
-            return
-        direct = self._direct_fd(path)
-        if direct < 0:
+        direct = self._direct.get(path)
+        if direct < 0 or is_cached(self.fd(path), offset, len(view)):
             super().read(path, offset, view)
             return
         first = offset - offset % BLOCK
@@ -67,28 +83,12 @@ class DirectReader(PositionedReader):
         bounce = self.bounce()
         done = _read_blocks(direct, first, bounce[: -(-wanted // BLOCK) * BLOCK], wanted)
         if done is None:
-            self._direct[path] = -1
+            self._direct.refuse(path)
             super().read(path, offset, view)
         elif done < wanted:
             raise SourceChanged(f"{path}: ends at byte {first + done}, {wanted - done} more were planned: it changed; plan again")
         else:
             view[:] = bounce[offset - first : wanted]
-
-    def _is_cached(self, path: str, offset: int, view: memoryview) -> bool:
-        """Fills ``view`` if all of it is in the page cache; costs one call if not."""
-        try:
-            return os.preadv(self.fd(path), [view], offset, os.RWF_NOWAIT) == len(view)
-        except OSError as error:
-            if error.errno == errno.EAGAIN or error.errno in _REFUSED:
-                return False
-            raise
-
-    def _direct_fd(self, path: str) -> int:
-        if path not in self._direct:
-            while len(self._direct) >= self.limit:
-                _close(self._direct.pop(next(iter(self._direct))))
-            self._direct[path] = open_direct(path, os.O_RDONLY)
-        return self._direct[path]
 
     def bounce(self) -> memoryview:
         """This thread's block-aligned buffer of a chunk and a block at either end."""
@@ -98,17 +98,14 @@ class DirectReader(PositionedReader):
 
     def close(self) -> None:
         super().close()
-        while self._direct:
-            _close(self._direct.popitem()[1])
+        self._direct.close()
 
 
 class DirectWriter:
     """Writes whole blocks directly and the edges through the page cache. For one thread."""
 
-    limit = 8  # descriptors
-
-    def __init__(self) -> None:
-        self._direct: dict[str, int] = {}
+    def __init__(self, limit: int = 8) -> None:
+        self._direct = OwnFiles(lambda path: open_direct(path, os.O_WRONLY), limit)
         self._bounce: memoryview | None = None
 
     def buffer(self) -> memoryview:
@@ -119,7 +116,7 @@ class DirectWriter:
 
     def takes(self, path: str, nbytes: int) -> bool:
         """Whether a range of a file is to be written directly."""
-        return nbytes >= LEAST and self._fd(path) >= 0
+        return nbytes >= LEAST and self._direct.get(path) >= 0
 
     def write(self, path: str, fd: int, view: memoryview, offset: int) -> None:
         """Writes ``view`` at ``offset`` of ``path``, whose ordinary descriptor is ``fd``."""
@@ -139,26 +136,17 @@ class DirectWriter:
         done = 0
         while done < size:
             try:
-                done += os.pwrite(self._direct[path], self.buffer()[done:size], offset + done)
+                done += os.pwrite(self._direct.get(path), self.buffer()[done:size], offset + done)
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
-                _close(self._direct[path])
-                self._direct[path] = -1
-            if self._direct[path] < 0 or done % BLOCK:
+                self._direct.refuse(path)
+            if self._direct.get(path) < 0 or done % BLOCK:
                 write(fd, self.buffer()[done:size], offset + done)
                 return
 
-    def _fd(self, path: str) -> int:
-        if path not in self._direct:
-            while len(self._direct) >= self.limit:
-                _close(self._direct.pop(next(iter(self._direct))))
-            self._direct[path] = open_direct(path, os.O_WRONLY)
-        return self._direct[path]
-
     def close(self) -> None:
-        while self._direct:
-            _close(self._direct.popitem()[1])
+        self._direct.close()
 
 
 def blocks(offset: int, nbytes: int) -> tuple[int, int]:
@@ -193,8 +181,3 @@ def _read_blocks(fd: int, offset: int, view: memoryview, least: int) -> int | No
         if done % BLOCK:  # the end of the file
             break
     return done
-
-
-def _close(fd: int) -> None:
-    if fd >= 0:
-        os.close(fd)

@@ -19,7 +19,7 @@ _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, er
 class Files:
     """Open descriptors by path, at most ``limit`` of them; the least recently used unused one is closed first."""
 
-    def __init__(self, flags: int, limit: int = 64) -> None:
+    def __init__(self, flags: int, limit: int) -> None:
         self._flags, self._limit = flags | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0), limit
         self._open: OrderedDict[str, tuple[int, list[int]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -53,22 +53,59 @@ class Files:
                     os.close(self._open.pop(name)[0])
 
 
-class PositionedReader:
-    """Reads by ``preadv`` into the caller's memory; nothing is mapped. For one thread."""
+class OwnFiles:
+    """One thread's descriptors by path, the oldest closed first; ``open_file`` may give -1 for a file it cannot open its way."""
 
-    limit = 8  # descriptors
-
-    def __init__(self) -> None:
+    def __init__(self, open_file: Callable[[str], int], limit: int) -> None:
+        self._open_file, self._limit = open_file, limit
         self._open: dict[str, int] = {}
+
+    def get(self, path: str) -> int:
+        """The descriptor of ``path``, opened if it is not."""
+        fd = self._open.get(path)
+        if fd is None:
+            while len(self._open) >= self._limit:
+                self._close(next(iter(self._open)))
+            fd = self._open[path] = self._open_file(path)
+        return fd
+
+    def refuse(self, path: str) -> None:
+        """Closes ``path``'s descriptor and gives -1 for it from now on."""
+        self._close(path)
+        self._open[path] = -1
+
+    def close(self) -> None:
+        for path in list(self._open):
+            self._close(path)
+
+    def _close(self, path: str) -> None:
+        fd = self._open.pop(path, -1)
+        if fd >= 0:
+            os.close(fd)
+
+
+def share_descriptors(workers: int) -> tuple[int, int]:
+    """How many workers may run, and how many descriptors of each of three kinds each may hold, within what the process may open."""
+    try:
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except (ImportError, ValueError):
+        soft = 512
+    free = max(8, min(soft, 4096) - 32)
+    workers = min(workers, max(1, free // 4))
+    return workers, max(1, min(8, (free - workers) // (3 * workers)))
+
+
+class PositionedReader:
+    """Reads by ``preadv`` into the caller's memory; nothing is mapped. For one thread, with ``limit`` descriptors of a kind."""
+
+    def __init__(self, limit: int = 8) -> None:
+        self._files = OwnFiles(lambda path: os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)), limit)
 
     def fd(self, path: str) -> int:
         """This reader's own descriptor of a file: seeking for holes may move its position."""
-        fd = self._open.get(path)
-        if fd is None:
-            while len(self._open) >= self.limit:
-                os.close(self._open.pop(next(iter(self._open))))
-            fd = self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-        return fd
+        return self._files.get(path)
 
     def read(self, path: str, offset: int, view: memoryview) -> None:
         """Fills ``view`` from ``offset``.
@@ -84,8 +121,7 @@ class PositionedReader:
             view, offset = view[done:], offset + done
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._files.close()
 
 
 _seek_lock = threading.Lock()

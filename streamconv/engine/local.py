@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamconv.digests import read_patches
 from streamconv.engine.direct import CHUNK, DirectWriter, blocks, shares_extents
 from streamconv.engine.io import (
     FALLBACK_CHUNK,
     Files,
+    PositionedReader,
     copy_range,
     data_ranges,
     describe_os_error,
     is_sparse,
+    share_descriptors,
     sync_directory,
     write,
     write_data,
@@ -65,7 +68,8 @@ class LocalEngine:
     def __init__(self, plan: Plan, journal: Journal, progress: Progress = lambda _: None) -> None:
         self._plan, self._journal, self._progress = plan, journal, progress
         self._root = Path(plan.root)
-        self._targets = Files(os.O_RDWR)
+        self._workers, self._descriptors = share_descriptors(plan.workers)
+        self._targets = Files(os.O_RDWR, min(16, self._workers))
         self._is_direct = plan.read_backend == "auto" and not shares_extents(self._root)
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -86,6 +90,7 @@ class LocalEngine:
         try:
             waiting = self._create()
             self._work(tasks_in_order(self._plan, waiting))
+            check_sources(self._plan)
             self._commit()
         except OSError as error:
             raise describe_os_error(error, str(self._root)) from error
@@ -130,12 +135,31 @@ class LocalEngine:
         path = self._path(number)
         temporary = partial(path)
         with self._targets.use(str(temporary)) as fd:
+            self._seal(number, str(temporary), fd)
             os.fsync(fd)
         self._targets.close(str(temporary))
         temporary.replace(path)
         sync_directory(str(path.parent))
         with self._lock:
             self._journal.finish(self._plan.files[number].path)
+
+    def _seal(self, number: int, path: str, fd: int) -> None:
+        """Reads a file back where it has checksums, and writes them."""
+        if not (checksums := self._plan.files[number].checksums):
+            return
+        reader = PositionedReader()
+
+        def read(offset: int, view: memoryview) -> None:
+            if self._stop.is_set():
+                raise Interrupted(f"interrupted: {self._root} is incomplete; rerun the same command with --resume")
+            reader.read(path, offset, view)
+
+        try:
+            for offset, data in read_patches(checksums, read, self._writer().buffer() if self._is_direct else self._buffer()):
+                write(fd, memoryview(data), offset)
+                self._progress(len(data))
+        finally:
+            reader.close()
 
     def _commit(self) -> None:
         last = len(self._plan.files) - 1
@@ -147,7 +171,7 @@ class LocalEngine:
     # Work ------------------------------------------------------------------------------------------------------
 
     def _work(self, tasks: Iterator[Task]) -> None:
-        threads = [threading.Thread(target=self._worker, args=(tasks,), daemon=True) for _ in range(self._plan.workers)]
+        threads = [threading.Thread(target=self._worker, args=(tasks,), daemon=True) for _ in range(self._workers)]
         for thread in threads:
             thread.start()
         try:
@@ -192,14 +216,14 @@ class LocalEngine:
     def _reader(self) -> Reader:
         """This thread's reader."""
         if not hasattr(self._local, "reader"):
-            self._local.reader = BACKENDS[self._plan.read_backend]()
+            self._local.reader = BACKENDS[self._plan.read_backend](self._descriptors)
         reader: Reader = self._local.reader
         return reader
 
     def _writer(self) -> DirectWriter:
         """This thread's direct writer."""
         if not hasattr(self._local, "writer"):
-            self._local.writer = DirectWriter()
+            self._local.writer = DirectWriter(self._descriptors)
         writer: DirectWriter = self._local.writer
         return writer
 

@@ -8,7 +8,7 @@ from streamconv.engine.direct import AVAILABLE, DirectReader
 from streamconv.engine.io import MappedReader, PositionedReader
 
 Reader = PositionedReader
-BACKENDS: dict[str, Callable[[], Reader]] = {
+BACKENDS: dict[str, Callable[[int], Reader]] = {
     "auto": DirectReader if AVAILABLE else PositionedReader,
     "mmap": MappedReader,
     "pread": PositionedReader,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from streamconv.digests import Checksum
 from streamconv.dtypes import TensorSpec
 
 
@@ -35,7 +36,8 @@ class Contents:
     """A container's table of contents.
 
     ``entries`` is in tensor order: the index's file order (else file-name order), within a file by offset.
-    ``files`` are the weight files, ``others`` the files that belong to the container but hold no tensor (its index).
+    ``files`` are the weight files, ``others`` the files that belong to the container but hold no tensor (its index); ``notes`` say what
+    else a user should know of them.
     """
 
     format: str
@@ -43,13 +45,18 @@ class Contents:
     files: list[Path]
     others: list[Path] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """A file to be written: ``size`` bytes, ``literals`` at their offsets, and a slot (offset) for each tensor."""
+    """A file to be written: ``size`` bytes, ``literals`` at their offsets, a slot (offset) for each tensor, and checksums.
+
+    Literals lie neither in slots nor where checksums go.
+    """
 
     path: str
     size: int
     literals: tuple[tuple[int, bytes], ...]
     slots: Mapping[str, int]
+    checksums: tuple[Checksum, ...] = ()

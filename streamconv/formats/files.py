@@ -1,0 +1,333 @@
+"""What containers have in common: files in a directory, the index that names them, JSON that is not trusted, and messages."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import reprlib
+import stat
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from streamconv.dtypes import TensorSpec
+from streamconv.errors import FormatError, StreamconvError, UsageError
+from streamconv.formats import FileLayout, Source
+
+MAX_JSON = 100_000_000  # safetensors' own limit for a header; an index is held to the same
+_MAX_COUNT = 2**63 - 1
+
+short = reprlib.Repr()  # what a damaged file says may be long, or hold newlines
+short.maxstring = short.maxother = 240
+
+Table = dict[str, Source]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """How a container's files are called, in directories and in messages.
+
+    Attributes:
+        noun: what a file is, with its article.
+        suffixes: how its files end; the first is the one to write.
+        stem: how names of new files start.
+        choices: patterns of weight files where neither an index nor the single file is there; the first that fits any counts.
+        others: a pattern of files with such a suffix that are no weights.
+    """
+
+    noun: str
+    suffixes: tuple[str, ...]
+    stem: str
+    choices: tuple[str, ...]
+    others: str = r"(?!)"
+
+    @property
+    def single(self) -> str:
+        return self.stem + self.suffixes[0]
+
+    @property
+    def index(self) -> str:
+        return f"{self.single}.index.json"
+
+    def is_index(self, name: str) -> bool:
+        return name.endswith(tuple(f"{suffix}.index.json" for suffix in self.suffixes))
+
+    def shard(self, name: str) -> re.Match[str] | None:
+        """The parts of a file name with a number in it."""
+        suffix = next((suffix for suffix in self.suffixes if name.endswith(suffix)), "")
+        return re.fullmatch(r"(?P<stem>.*)-\d+-of-(?P<total>\d+)", name.removesuffix(suffix), re.DOTALL) if suffix else None
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path, offset: int, limit: int, noun: str) -> tuple[bytes, int]:
+    """At most ``limit`` bytes from ``offset`` of a regular file, and the file's size."""
+    try:
+        check_regular(path, noun)
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(offset)
+            return file.read(max(0, min(limit, size - offset))), size
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error, noun) from error
+
+
+def check_regular(path: Path, noun: str) -> None:
+    """Refuses what is no file before it is opened: a pipe would wait for its writer."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise FormatError(f"{show(path)}: not a regular file; expected {noun} or its index: give the path of one")
+
+
+class Repeated(dict[str, Any]):
+    """A JSON object that says a key twice; refused where it is used, since only there its place is known."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) == len(pairs):
+        return table
+    repeated = Repeated()
+    repeated.key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+    return repeated
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _parse_int(text: str) -> int:
+    return -1 if text == "-0" else int(text)  # as the reference library has it, -0 is no count
+
+
+def parse_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:
+    """A JSON object; one in it that says a key twice is a `Repeated`."""
+    hook = _parse_int if b"-0" in raw else None  # None is much faster
+    try:
+        found = json.loads(raw.decode(), object_pairs_hook=_object, parse_int=hook, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        problem = f"its {what} is not UTF-8 at byte {error.start}"
+    except json.JSONDecodeError as error:
+        problem = f"its {what} is not JSON: {error.msg} at character {error.pos}"
+    except (ValueError, RecursionError) as error:
+        problem = f"its {what} is not JSON that can be read: {short.repr(str(error))}"
+    else:
+        if type(found) is dict:
+            return found
+        if type(found) is not Repeated:
+            raise damaged(path, f"its {what} must be a JSON object and is a {type(found).__name__}")
+        problem = f"its {what} names {short.repr(found.key)} twice"
+    raise damaged(path, problem)
+
+
+def check_unicode(path: Path, *groups: Iterable[str]) -> None:
+    """Refuses lone surrogates, which JSON can escape but no file can hold."""
+    for group in groups:
+        try:
+            "".join(group).encode()
+        except UnicodeEncodeError as error:
+            raise damaged(path, f"a name or metadata holds {error.object[error.start]!r}, which is no character") from error
+
+
+def countable(shape: Sequence[int]) -> bool:
+    """Whether a shape is of sizes from 0 and of less than 2**63 elements."""
+    count = 1
+    for size in shape:
+        count *= size or 1  # sizes beside a zero count too: other readers may multiply them first
+        if size < 0 or count > _MAX_COUNT:
+            return False
+    return True
+
+
+# Directories -----------------------------------------------------------------------------------------------------
+
+
+def locate(path: Path, kind: Names, chosen: Iterable[str] | None = None) -> tuple[Path | None, dict[str, str], dict[str, Path]]:
+    """The files of a checkpoint: the index if there is one, what it says, and the weight files by name.
+
+    Args:
+        path: a file, or a directory with an index, the single file, or files that `Names.choices` knows.
+        kind: how they are called.
+        chosen: names of the files of the directory to take instead.
+    """
+    if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises: reading the file says what is wrong
+        return None, {}, {path.name: path}
+    try:
+        names = sorted(name for name in os.listdir(path) if not name.startswith("."))  # noqa: PTH208 - names are wanted
+    except OSError as error:
+        raise unreadable(path, error, kind.noun) from error
+    index: Path | None = None
+    weight_map: dict[str, str] = {}
+    if chosen is None and (index := _find_index(path, names, kind)):
+        weight_map = _read_index(index, kind)
+        chosen = _in_order(weight_map.values(), kind)
+    files = {name: path / name for name in (_choose_files(path, names, kind) if chosen is None else chosen)}
+    _check_present(index or path, files)
+    return index, weight_map, files
+
+
+def _find_index(directory: Path, names: list[str], kind: Names) -> Path | None:
+    found = list(filter(kind.is_index, names))
+    if len(found) > 1 and kind.index not in found:
+        raise FormatError(f"{show(directory)}: several indexes, {short.repr(found)}, none of them {kind.index}: keep the one that counts")
+    return directory / (kind.index if kind.index in found else found[0]) if found else None
+
+
+def _choose_files(directory: Path, names: list[str], kind: Names) -> list[str]:
+    """The weight files of a directory without an index."""
+    if kind.single in names:
+        return [kind.single]
+    names = [name for name in names if not re.fullmatch(kind.others, name)]
+    choices = ([name for name in names if re.fullmatch(choice, name, re.DOTALL)] for choice in kind.choices)
+    if not (found := next(filter(None, choices), [])):
+        raise FormatError(f"{show(directory)}: no *{', *'.join(kind.suffixes)} file in it: give the path of a checkpoint")
+    counts = Counter((match["stem"], int(match["total"])) for match in map(kind.shard, found) if match)
+    for (stem, total), count in counts.items():
+        if count < total:
+            raise FormatError(f"{show(directory)}: {count} of the {total} files {short.repr(stem)}-* are there: download the others")
+    return found
+
+
+def _check_present(where: Path, files: Mapping[str, Path]) -> None:
+    absent = [name for name, file in files.items() if not os.path.exists(file)]  # noqa: PTH110 - never raises
+    if absent:
+        raise FormatError(
+            f"{show(where)}: {len(absent)} of {len(files)} files are not there, such as {short.repr(absent[0])}: download them"
+        )
+
+
+def _read_index(path: Path, kind: Names) -> dict[str, str]:
+    raw, size = read_bytes(path, 0, MAX_JSON, kind.noun)
+    if size > MAX_JSON:
+        raise damaged(path, f"it has {size} bytes, an index at most {MAX_JSON}")
+    weight_map = parse_object(path, raw, "text").get("weight_map")
+    if type(weight_map) is Repeated:
+        raise damaged(path, f"its weight_map names {short.repr(weight_map.key)} twice")
+    if type(weight_map) is not dict or not weight_map:
+        raise damaged(path, f"it must have a weight_map of tensor names to file names, found {short.repr(weight_map)}")
+    for name, shard in weight_map.items():
+        if type(shard) is not str or not _is_inside(shard, kind):
+            raise damaged(path, f"expected a *{', *'.join(kind.suffixes)} file below this directory, found {short.repr(shard)}", name)
+    return weight_map
+
+
+def _is_inside(shard: str, kind: Names) -> bool:
+    """Whether a file name in an index is a plain relative path that cannot leave the directory. Links in it may."""
+    path = PurePosixPath(shard)
+    plain = str(path) == shard and not path.is_absolute() and ".." not in path.parts
+    return plain and shard.endswith(kind.suffixes) and "\\" not in shard and "\0" not in shard
+
+
+def _in_order(shards: Iterable[str], kind: Names) -> list[str]:
+    """File names in the order of their numbers if all have one, else of their first appearance.
+
+    A weight_map is usually sorted by tensor name, which would let ``model-00007-of-00009`` appear first.
+    """
+    names = list(dict.fromkeys(shards))
+    return sorted(names) if all(map(kind.shard, names)) else names
+
+
+def check_index(index: Path, weight_map: Mapping[str, str], tables: Mapping[str, Table]) -> None:
+    """Every tensor is in the file that the index says, and in no other."""
+    extra, moved = [], []
+    for file, table in tables.items():
+        for name in table:
+            said = weight_map.get(name)
+            if said is None:
+                extra.append((name, f"is in {short.repr(file)}, the index does not name it"))
+            elif said != file:
+                moved.append((name, f"is in {short.repr(file)}, the index says {short.repr(said)}"))
+    missing = [(name, f"is in no file, the index says {short.repr(file)}") for name, file in weight_map.items() if name not in tables[file]]
+    for problems in (moved, missing, extra):
+        if problems:
+            name, what = problems[0]
+            raise FormatError(
+                f"{show(index)}: index and files differ in {len(problems)} tensors: {short.repr(name)} {what}; "
+                "download or write the index and the files again"
+            )
+
+
+def merge(path: Path, tables: Mapping[str, Table], *, by_rank: bool) -> Table:
+    """The tensors of all files by name, or by ``<file>/<name>``."""
+    if by_rank:
+        return {f"{file}/{name}": entry for file, table in tables.items() for name, entry in table.items()}
+    merged: Table = {}
+    for file, table in tables.items():
+        if not merged.keys().isdisjoint(table):
+            name = next(name for name in table if name in merged)
+            other = next(other for other in tables if name in tables[other])
+            raise FormatError(
+                f"{show(path)}: tensor {short.repr(name)} is in both {short.repr(other)} and {short.repr(file)}: remove the file that "
+                "does not belong here, or, if these are ranks that repeat names, use a recipe that reads them as <file>/<name>"
+            )
+        merged |= table
+    return merged
+
+
+# Writing ---------------------------------------------------------------------------------------------------------
+
+
+def split_into_shards(sizes: Mapping[str, int], max_shard_size: int | None, stem: str, suffix: str) -> dict[str, list[str]]:
+    """File names and the tensors in each, as huggingface_hub assigns them for the same order and size.
+
+    Args:
+        sizes: bytes of each tensor, in tensor order.
+        max_shard_size: bytes of tensors in a file; a larger tensor gets its own; None puts all in one file.
+        stem: how the file names start.
+        suffix: how they end.
+    """
+    closed: list[list[str]] = []
+    current: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if max_shard_size is not None and size > max_shard_size:
+            closed.append([name])  # its number comes before that of the file still open
+            continue
+        if max_shard_size is not None and filled + size > max_shard_size:
+            closed.append(current)
+            current, filled = [], 0
+        current.append(name)
+        filled += size
+    if current or not closed:
+        closed.append(current)
+    if len(closed) == 1:
+        return {f"{stem}{suffix}": closed[0]}
+    return {f"{stem}-{number:05d}-of-{len(closed):05d}{suffix}": names for number, names in enumerate(closed, 1)}
+
+
+def index_layout(path: str, shards: Mapping[str, Iterable[str]], specs: Iterable[TensorSpec]) -> FileLayout:
+    """The index of a checkpoint, which says in which file each tensor is; ``specs`` are those of what is stored."""
+    stored = list(specs)
+    totals = {"total_size": sum(spec.nbytes for spec in stored), "total_parameters": sum(spec.numel for spec in stored)}
+    index = {"metadata": totals, "weight_map": {name: file for file, names in shards.items() for name in names}}
+    text = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    return FileLayout(path, len(text), ((0, text),), {})
+
+
+# Messages --------------------------------------------------------------------------------------------------------
+
+
+def show(path: Path) -> str:
+    """A path as one line."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
+
+
+def damaged(path: Path, problem: str, tensor: str | None = None) -> FormatError:
+    """The error for a file that breaks a rule of its format."""
+    place = "" if tensor is None else f"tensor {short.repr(tensor)}: "
+    return FormatError(f"{show(path)}: {place}{problem[:800]}; the file is damaged: download or write it again")
+
+
+def unreadable(path: Path, error: OSError | ValueError, noun: str) -> StreamconvError:
+    """The error for a path that the system does not let us read."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return UsageError(f"{show(path)}: no such file or directory: give the path of {noun} or a directory of them")
+    reason = (isinstance(error, OSError) and error.strerror) or short.repr(str(error))
+    return UsageError(f"{show(path)}: cannot be read: {reason}; make it readable or give another path")

@@ -1,0 +1,291 @@
+"""The shape of the package: which module may import which, and what every module owes its readers."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import re
+import subprocess
+import sys
+import tokenize
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import streamconv
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "streamconv"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+# From the ground up; a room may import from its own storey and from those below.
+STOREYS = [
+    ["errors", "dtypes", "units", "memory", "digests"],
+    ["names", "axes", "expressions"],
+    ["formats", "formats.*"],
+    ["checkpoint"],
+    ["runs", "ops", "graph", "evaluate"],
+    ["recipe", "recipes", "recipes.*"],
+    ["plan", "compiler"],
+    ["engine", "engine.*"],
+    ["verify", "progress", "report", "api", "demo", "cli", ""],
+]
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its name within the package; the package itself is ``""``."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def storey(module: str) -> int:
+    """The number of a module's storey, from the ground."""
+    for number, rooms in enumerate(STOREYS):
+        if module in rooms or any(room.endswith(".*") and module.startswith(room[:-1]) for room in rooms):
+            return number
+    raise AssertionError(f"{module} has no storey: give it one")
+
+
+def imports(module: str) -> Iterator[tuple[str, int]]:
+    """Modules of this package that a module imports, in functions too, and the line of each."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{absolute(module, node)}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "streamconv":
+                yield nearest_module(name), node.lineno
+
+
+def absolute(module: str, node: ast.ImportFrom) -> str:
+    """The module that ``from ... import`` names."""
+    if not node.level:
+        return node.module or ""
+    parts = ["streamconv", *module.split(".")] if module else ["streamconv"]
+    package = parts if MODULES[module].stem == "__init__" else parts[:-1]
+    return ".".join(filter(None, [*package[: len(package) - node.level + 1], node.module]))
+
+
+def nearest_module(name: str) -> str:
+    """The module that ``streamconv.a.b.Thing`` is in."""
+    parts = name.split(".")[1:]
+    while parts and ".".join(parts) not in MODULES:
+        parts.pop()
+    return ".".join(parts)
+
+
+def test_there_are_modules():
+    assert {"", "cli", "engine.local", "formats.safetensors", "recipes.internvl"} <= MODULES.keys()
+    assert ("checkpoint", 17) not in imports("errors")
+    assert "engine.io" in {name for name, _ in imports("engine.local")}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    for other, line in imports(module):
+        assert storey(other) <= storey(module), f"{MODULES[module]}:{line}: {module} must not import {other}"
+
+
+def test_modules_do_not_import_each_other_in_circles():
+    above = {module: {other for other, _ in imports(module)} - {module} for module in MODULES}
+    while above:
+        free = {module for module, others in above.items() if not others & above.keys()}
+        assert free, f"a circle among {sorted(above)}"
+        above = {module: others for module, others in above.items() if module not in free}
+
+
+def test_the_engine_knows_no_recipe_no_container_and_no_checkpoint():
+    for module in MODULES:
+        if module.split(".")[0] == "engine":
+            for other, line in imports(module):
+                first = other.split(".")[0]
+                assert first not in {"recipe", "recipes", "checkpoint", "compiler"}, f"{module}:{line}: imports {other}"
+                assert other == "formats" or first != "formats", f"{module}:{line}: imports {other}"
+
+
+def test_a_worker_loads_no_recipe_and_no_container():
+    """What a remote worker runs: a plan from JSON, by the engine."""
+    code = (
+        "import sys; from streamconv.plan import Plan; from streamconv.engine import local, check, journal\n"
+        "own = {name for name in sys.modules if name.startswith('streamconv.')}\n"
+        "print(sorted(own))"
+    )
+    # The package's own __init__ loads everything; a worker may do without it.
+    stub = (
+        f"import sys, types\nsys.modules['streamconv'] = package = types.ModuleType('streamconv')\npackage.__path__ = [{str(PACKAGE)!r}]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", stub + code], capture_output=True, text=True, check=True, timeout=60)
+    loaded = set(ast.literal_eval(done.stdout))
+    assert "streamconv.engine.local" in loaded
+    assert not {name for name in loaded if re.match(r"streamconv\.(recipe|recipes|checkpoint|formats\.)", name)}
+
+
+def test_recipes_are_declarations():
+    """They know what a recipe is and nothing else of the package, and no library."""
+    for module, path in MODULES.items():
+        if not module.startswith("recipes."):
+            continue
+        assert {other for other, _ in imports(module)} <= {"recipe"}, module
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [absolute(module, node)] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                first = name.split(".")[0]
+                assert first in sys.stdlib_module_names | {"streamconv"}, f"{path}:{node.lineno}: imports {name}"
+                assert first not in {"os", "pathlib", "subprocess", "shutil", "io"}, f"{path}:{node.lineno}: imports {name}"
+
+
+def test_ops_and_graph_know_no_names_and_no_files():
+    for module in ("runs", "ops", "graph", "evaluate"):
+        for other, line in imports(module):
+            assert other not in {"names", "checkpoint"}, f"{module}:{line}: imports {other}"
+            assert not other.startswith("formats."), f"{module}:{line}: imports {other}"
+
+
+def test_language_knows_no_files_and_no_tensors():
+    for module in ("names", "axes", "expressions", *STOREYS[0]):
+        if module == "memory":
+            continue
+        for node in ast.walk(ast.parse(MODULES[module].read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [absolute(module, node)] if isinstance(node, ast.ImportFrom) else []
+            assert not {"os", "pathlib", "numpy", "torch", "mmap", "io"} & {name.split(".")[0] for name in names}, f"{module}:{node.lineno}"
+
+
+# Every module ------------------------------------------------------------------------------------------------------
+
+
+def public(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """Public functions and classes of a module, and the methods whose names say that they take arguments of users."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_things_have_docstrings(module):
+    tree = ast.parse(MODULES[module].read_text())
+    assert ast.get_docstring(tree), f"{module} has no docstring"
+    for node in public(tree):
+        assert ast.get_docstring(node), f"{MODULES[module]}:{node.lineno}: {node.name} has no docstring"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_left_to_do(module):
+    text = MODULES[module].read_text()
+    assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)
+    assert not re.search(r"^\s*except\s*:", text, re.MULTILINE)
+    assert "raise NotImplemented" not in text or module == "ops"
+
+
+def test_names_say_what_is_inside():
+    vague = {"utils", "util", "common", "helpers", "helper", "misc", "base", "core", "manager", "managers", "shared"}
+    for path in (*PACKAGE.rglob("*"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "tools").rglob("*.py")):
+        assert path.stem.lower() not in vague, path
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                assert not re.search(r"Manager|Helper|Util", node.name), f"{path}:{node.lineno}"
+
+
+def code_lines(text: str) -> int:
+    """Lines with code on them: no blank lines, comments or docstrings."""
+    marks = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in marks:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            lines -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return len(lines)
+
+
+def test_the_code_stays_small():
+    sizes = {module: code_lines(path.read_text()) for module, path in MODULES.items() if module.split(".")[0] != "recipes"}
+    total = sum(sizes.values())
+    assert total < 5400, f"{total} lines of code: {sorted(sizes.items(), key=lambda item: -item[1])[:8]}"
+
+
+# The project -------------------------------------------------------------------------------------------------------
+
+
+def readme_command(mark: str) -> str:
+    """The lines of the first code block after a mark in README.md."""
+    found = re.search(rf"^<!-- {mark} -->\n```\w*\n(.*?)\n```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert found, f"README.md has no command marked {mark}"
+    return found[1]
+
+
+@pytest.mark.parametrize("mark", ["demo", "test"])
+def test_continuous_integration_runs_what_the_readme_says(mark):
+    command = readme_command(mark)
+    assert ("streamconv demo" if mark == "demo" else "pytest") in command
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    (function,) = [line for line in script.read_text().splitlines() if line.startswith("command_after()")]
+    extracted = subprocess.run(
+        ["bash", "-c", f"{function}\ncommand_after {mark}"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30
+    )
+    assert extracted.stdout.rstrip("\n") == command
+    assert re.search(rf"^for step in .*\b{mark}\b.*; do$", script.read_text(), re.MULTILINE)
+    assert subprocess.run(["bash", "-n", "-c", command], check=False, timeout=30).returncode == 0
+
+
+def test_the_version_stands_in_one_place():
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert "version" not in PROJECT["project"]
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "streamconv/__init__.py"
+    stated = [path for path in MODULES.values() if re.search(r"^__version__ = ", path.read_text(), re.MULTILINE)]
+    assert stated == [PACKAGE / "__init__.py"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", streamconv.__version__)
+
+
+def test_what_is_exported_exists():
+    assert sorted(streamconv.__all__) == streamconv.__all__
+    for name in streamconv.__all__:
+        assert getattr(streamconv, name).__doc__, name
+
+
+def test_the_package_does_without_what_only_tests_need():
+    """Every module loads where none of the packages of the extras is there."""
+    extras = {name for group in PROJECT["project"]["optional-dependencies"].values() for name in group}
+    needed = {re.split(r"[<>=!~\[ ]", name)[0].lower() for name in PROJECT["project"]["dependencies"]}
+    own = {re.split(r"[<>=!~\[ ]", name)[0].lower().replace("-", "_") for name in extras} - needed
+    assert {"safetensors", "huggingface_hub", "hypothesis", "einops", "pytest", "transformers"} <= own
+    names = [".".join(filter(None, ["streamconv", module])) for module in MODULES]
+    code = f"""
+import importlib, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {sorted(own)!r}:
+            raise ImportError(f"{{name}} is for tests")
+sys.meta_path.insert(0, Refuse())
+for name in {names!r}:
+    importlib.import_module(name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_third_party_imports_are_declared():
+    allowed = {re.split(r"[<>=!~\[ ]", name)[0].lower() for name in PROJECT["project"]["dependencies"]}
+    allowed = {{"pyyaml": "yaml"}.get(name, name) for name in allowed} | {"streamconv"} | sys.stdlib_module_names
+    optional = {"ml_dtypes"}  # by its user's own choice, with a message where it is missing
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [absolute(module, node)] if isinstance(node, ast.ImportFrom) else []
+            assert {name.split(".")[0] for name in names} <= allowed | optional, f"{module}:{node.lineno}: {names}"
