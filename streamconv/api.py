@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +20,14 @@ from streamconv.checkpoint import CONFIG, CONTAINERS, FORMAT_OF, Checkpoint, fin
 from streamconv.compiler import Budget, check_workers, compile_plan
 from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
 from streamconv.engine.check import OutputCheck, check_replicas
+from streamconv.engine.direct import BLOCK, LEAST, shares_extents
 from streamconv.engine.io import describe_os_error
 from streamconv.engine.journal import NAME as JOURNAL
 from streamconv.engine.journal import Journal, journal_path
 from streamconv.engine.local import LocalEngine, check_sources, partial
 from streamconv.engine.readers import BACKENDS
-from streamconv.errors import DestinationError, FormatError, Interrupted, RunError, SpaceError, UsageError
-from streamconv.formats import Source
+from streamconv.errors import BudgetError, DestinationError, FormatError, Interrupted, RunError, SpaceError, UsageError
+from streamconv.formats import FileLayout, Source
 from streamconv.names import parse as parse_names
 from streamconv.plan import Mapping as Row
 from streamconv.plan import Plan
@@ -37,6 +38,7 @@ from streamconv.verify import Comparison, compare
 
 MAX_MEMORY = "1GB"
 MAX_SHARD_SIZE = "5GB"
+COMPARING = 24 << 20  # bytes that --compare takes beside its libraries
 AnyPath = str | os.PathLike[str]
 
 
@@ -102,7 +104,7 @@ def plan(
     sidecars_from: AnyPath | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    **_: bool,
+    align: bool = False,
 ) -> Plan:
     """Everything but the run: what `convert` would do. Writes nothing; see `convert` for the arguments.
 
@@ -127,10 +129,13 @@ def plan(
     tied = _ties(checkpoint, conversion) if own.get("tied") == "keep" else {}
     metadata = {"format": "pt", **{key: value for key, value in checkpoint.metadata.items() if key not in checkpoint.ties}}
     container = CONTAINERS[target.format]
+    facts: dict[str, Any]
     if container.holds_ties:
+        if align:
+            raise UsageError(f"--align: {target.format} files have an alignment of their own: leave it out")
         facts = {"tied": tied}
     else:
-        conversion, facts = _without(conversion, tied), {"metadata": metadata | tied}
+        conversion, facts = _without(conversion, tied), {"metadata": metadata | tied, "align": BLOCK if align else 8}
     specs = {name: node.spec for name, node in conversion.outputs.items()}
     shard = parse_size(max_shard_size)
     limit = None if single_file or target.file else shard
@@ -147,10 +152,21 @@ def plan(
         sidecars=sidecars,
         mapping=(Row(*row) for row in conversion.rows),
         dropped=conversion.dropped,
-        notes=[*checkpoint.contents.notes, *told, *conversion.notes, *notes],
+        notes=[*checkpoint.contents.notes, *told, *conversion.notes, *notes, *_may_share(checkpoint, target, layouts)],
         replicas=conversion.replicas,
         read_backend=read_backend,
     )
+
+
+def _may_share(checkpoint: Checkpoint, target: Target, layouts: Sequence[FileLayout]) -> Iterator[str]:
+    """Suggests ``--align`` where DST could share the source's blocks and only the headers' lengths keep it from that."""
+    above = next(parent for parent in (target.root, *target.root.parents) if parent.exists())
+    if target.format != "safetensors" or above.stat().st_dev != checkpoint.path.stat().st_dev or not shares_extents(above):
+        return
+    starts = [source.extents[0].offset for source in checkpoint.contents.entries.values() if source.spec.nbytes >= LEAST]
+    aligned = all(min(layout.slots.values(), default=0) % BLOCK == 0 for layout in layouts)
+    if starts and not aligned and sum(start % BLOCK == 0 for start in starts) > len(starts) // 2:
+        yield "the file system can share blocks between SRC and DST: with --align it need not copy them"
 
 
 def _taken(floor: int) -> int:
@@ -419,24 +435,36 @@ def _find_difference(plan: Plan, *, progress: bool) -> str | None:
             raise describe_os_error(error, plan.root) from error
 
 
-def convert(src: AnyPath, dst: AnyPath, *, compare_with: AnyPath | None = None, progress: bool = False, **settings: Any) -> Result:
+def convert(
+    src: AnyPath,
+    dst: AnyPath,
+    *,
+    verify: bool = False,
+    compare_with: AnyPath | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Result:
     """Plans and runs a conversion.
 
     Args:
         src: a directory or file.
         dst: a file if its name ends in the container's suffix, else a directory.
+        verify: read everything back and compare it after writing.
         compare_with: a reference checkpoint to compare the result with; differences do not fail.
         progress: show a bar on stderr if that is a terminal.
         settings: the arguments of `plan`: recipe (name, file or `Recipe`), options, format, dtype, keep_dtype, max_shard_size,
-            single_file, max_memory, workers, read_backend, sidecars_from, overwrite, resume, verify.
+            single_file, max_memory, workers, read_backend, sidecars_from, overwrite, resume, align.
 
     Raises:
         StreamconvError: see the classes.
     """
-    made = plan(src, dst, **settings)
     reference = open_checkpoint(compare_with) if compare_with is not None else None
-    flags = {key: bool(settings.get(key)) for key in ("overwrite", "resume", "verify")}
-    result = run(made, progress=progress, **flags)
+    if reference is not None:
+        import torch  # noqa: F401 - loaded first, so that the plan counts what measuring differences takes
+    made = plan(src, dst, **settings)
+    if reference is not None:
+        made = _with_comparison(made, parse_size(settings.get("max_memory", MAX_MEMORY)))
+    result = run(made, progress=progress, verify=verify, overwrite=bool(settings.get("overwrite")), resume=bool(settings.get("resume")))
     if reference is None:
         return result
     done = open_checkpoint(made.destination)
@@ -444,10 +472,23 @@ def convert(src: AnyPath, dst: AnyPath, *, compare_with: AnyPath | None = None, 
         dict(_with_ties(done)),
         _with_ties(reference),
         workers=made.workers,
-        max_memory=parse_size(settings.get("max_memory", MAX_MEMORY)),
+        max_memory=made.peak_memory,
         read_backend=made.read_backend,
     )
     return replace(result, comparison=comparison, peak_rss=memory.peak())
+
+
+def _with_comparison(made: Plan, limit: int) -> Plan:
+    """The plan with a peak that leaves room for a comparison afterwards.
+
+    Raises:
+        BudgetError: there is none.
+    """
+    peak = max(made.peak_memory, memory.resident() + COMPARING)
+    if peak > limit:
+        needed = -(-peak // 10**6)
+        raise BudgetError(f"--max-memory {format_size(limit)} is too small for --compare: use --max-memory {needed}MB", needed * 10**6)
+    return replace(made, peak_memory=peak)
 
 
 def verify(

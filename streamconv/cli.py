@@ -56,6 +56,9 @@ def _conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", metavar="NAME", help="container of DST (by its suffix, else the recipe's, else safetensors)")
     parser.add_argument("--max-shard-size", metavar="SIZE", default=api.MAX_SHARD_SIZE, help="5GB is decimal, 5GiB binary (5GB)")
     parser.add_argument("--single-file", action="store_true", help="one file, whatever its size")
+    parser.add_argument(
+        "--align", action="store_true", help="start data at whole blocks, so that file systems that share blocks need not copy"
+    )
     parser.add_argument("--engine", choices=["local"], default="local", help="where output files are made")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="remove weight and index files in DST first")
@@ -119,7 +122,7 @@ def _options(given: Sequence[str]) -> dict[str, object]:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `api.plan` from those of the command line."""
     names = ("recipe", "format", "dtype", "keep_dtype", "max_shard_size", "single_file", "max_memory", "workers", "read_backend")
-    found = {name: getattr(args, name) for name in (*names, "sidecars_from", "overwrite", "resume")}
+    found = {name: getattr(args, name) for name in (*names, "sidecars_from", "overwrite", "resume", "align")}
     return found | {"options": _options(args.set)}
 
 

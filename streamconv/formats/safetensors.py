@@ -197,8 +197,10 @@ def order_in_file(specs: Mapping[str, TensorSpec]) -> list[str]:
     return sorted(specs, key=lambda name: (_RANK[specs[name].dtype.name], name))
 
 
-def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], align: int = 8) -> tuple[bytes, dict[str, int]]:
     """The first bytes of a file of these tensors, length included, and where in the file each tensor starts.
+
+    The header is padded with spaces so that the data starts at a multiple of ``align``; the reference library's own is 8.
 
     Raises:
         UsageError: a name that cannot be stored, a packed tensor that ends inside a byte, or too many tensors for one file.
@@ -218,7 +220,7 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"a name or metadata holds {error.object[error.start]!r}, which UTF-8 cannot store: rename it") from error
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % align)
     if len(text) > MAX_JSON:
         raise UsageError(f"the header of {len(specs)} tensors takes {len(text)} bytes, safetensors allows {MAX_JSON}: use smaller shards")
     start = 8 + len(text)
@@ -226,7 +228,7 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
 
 
 def lay_out(
-    specs: Mapping[str, TensorSpec], *, metadata: Mapping[str, str], max_shard_size: int | None, file: str | None = None
+    specs: Mapping[str, TensorSpec], *, metadata: Mapping[str, str], max_shard_size: int | None, file: str | None = None, align: int = 8
 ) -> list[FileLayout]:
     """The files of a checkpoint, with paths relative to it; the index, if there is more than one, comes last.
 
@@ -235,6 +237,7 @@ def lay_out(
         metadata: goes into each file.
         max_shard_size: see `split_into_shards`.
         file: the name of the one file to make, whatever its size.
+        align: bytes that the data's start in each file is a multiple of.
 
     Raises:
         UsageError: see `header_bytes`.
@@ -243,7 +246,7 @@ def lay_out(
     shards = {file: list(specs)} if file else split_into_shards(sizes, max_shard_size, KIND.stem, KIND.suffixes[0])
     layouts = []
     for path, names in shards.items():
-        header, slots = header_bytes({name: specs[name] for name in names}, metadata)
+        header, slots = header_bytes({name: specs[name] for name in names}, metadata, align)
         layouts.append(FileLayout(path, len(header) + sum(sizes[name] for name in names), ((0, header),), slots))
     if len(shards) > 1:
         layouts.append(index_layout(INDEX, shards, specs.values()))
