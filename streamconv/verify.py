@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.engine.io import share_descriptors
 from streamconv.engine.readers import BACKENDS, Reader
+from streamconv.engine.threads import run_threads
 from streamconv.errors import BudgetError, RunError, StreamconvError
 from streamconv.formats import Source
 from streamconv.graph import AnyNode, Node, as_bytes
@@ -172,7 +173,6 @@ class _Comparer:
         self._lock, self._torch_lock, self._stop = threading.Lock(), threading.Lock(), threading.Event()
         self._workers, self._max_memory = workers, max_memory
         self._descriptors = 1
-        self._error: BaseException | None = None
         self._results: dict[str, TensorDifference] = {}
 
     def run(self, names: list[str]) -> Iterator[TensorDifference]:
@@ -191,19 +191,12 @@ class _Comparer:
             self._workers = max(1, min(self._workers, free // (2 * arena)))
         self._workers, self._descriptors = share_descriptors(self._workers)
         queue = iter(names)
-        threads = [threading.Thread(target=self._work, args=(queue, Arena(arena)), daemon=True) for _ in range(self._workers)]
-        for thread in threads:
-            thread.start()
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.1)
-        finally:
-            self._stop.set()
-        if self._error is not None:
-            if isinstance(self._error, StreamconvError):
-                raise self._error
-            raise RunError(f"while comparing: {type(self._error).__name__}: {self._error}") from self._error
+            run_threads(self._workers, lambda: self._work(queue, Arena(arena)), self._stop)
+        except StreamconvError:
+            raise
+        except Exception as error:
+            raise RunError(f"while comparing: {type(error).__name__}: {error}") from error
         yield from (self._results[name] for name in names if name in self._results)
 
     def _work(self, queue: Iterator[str], arena: Arena) -> None:
@@ -219,9 +212,6 @@ class _Comparer:
                     self._progress(self._found[name].spec.nbytes)
                     if difference:
                         self._results[name] = difference
-        except BaseException as error:  # noqa: BLE001 - carried to the main thread
-            self._error = self._error or error
-            self._stop.set()
         finally:
             reader.close()
 

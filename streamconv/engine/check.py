@@ -11,6 +11,7 @@ from streamconv.digests import read_patches
 from streamconv.engine.io import FALLBACK_CHUNK, data_ranges, is_sparse, share_descriptors
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
 from streamconv.engine.readers import BACKENDS, Reader
+from streamconv.engine.threads import run_threads
 from streamconv.errors import CoverageError
 from streamconv.plan import Copy, FilePlan, Plan
 from streamconv.runs import region
@@ -53,7 +54,6 @@ class OutputCheck:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._different: str | None = None
-        self._error: BaseException | None = None
 
     def run(self) -> str | None:
         """The path of a file that differs, or None."""
@@ -68,17 +68,7 @@ class OutputCheck:
                 return file.path
         reader.close()
         tasks = tasks_in_order(self._plan, range(len(self._plan.files)))
-        threads = [threading.Thread(target=self._work, args=(tasks,), daemon=True) for _ in range(self._workers)]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.1)
-        finally:
-            self._stop.set()
-        if self._error is not None:
-            raise self._error
+        run_threads(self._workers, lambda: self._work(tasks), self._stop)
         return self._different
 
     def _checksums_are_right(self, file: FilePlan, buffer: memoryview, reader: Reader) -> bool:
@@ -100,9 +90,6 @@ class OutputCheck:
                 if not self._compare(task, buffers, arena, reader):
                     self._different = self._plan.files[task[0]].path
                     self._stop.set()
-        except BaseException as error:  # noqa: BLE001 - carried to the main thread
-            self._error = self._error or error
-            self._stop.set()
         finally:
             reader.close()
 

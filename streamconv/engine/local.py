@@ -31,6 +31,7 @@ from streamconv.engine.io import (
 from streamconv.engine.journal import Journal
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
 from streamconv.engine.readers import BACKENDS, Reader
+from streamconv.engine.threads import run_threads
 from streamconv.errors import Interrupted, RunError, SourceChanged, StreamconvError
 from streamconv.plan import Compute, Copy, Plan, Segment
 from streamconv.runs import Move, region
@@ -73,7 +74,6 @@ class LocalEngine:
         self._is_direct = plan.read_backend == "auto" and not shares_extents(self._root)
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._error: BaseException | None = None
         self._remaining: dict[int, int] = {}
         self._sparse: dict[int, bool] = {}
         self._local = threading.local()
@@ -171,24 +171,14 @@ class LocalEngine:
     # Work ------------------------------------------------------------------------------------------------------
 
     def _work(self, tasks: Iterator[Task]) -> None:
-        threads = [threading.Thread(target=self._worker, args=(tasks,), daemon=True) for _ in range(self._workers)]
-        for thread in threads:
-            thread.start()
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.1)
+            run_threads(self._workers, lambda: self._worker(tasks), self._stop)
         except KeyboardInterrupt:
-            self._stop.set()
-            for thread in threads:
-                thread.join()
             raise Interrupted(f"interrupted: {self._root} is incomplete; rerun the same command with --resume") from None
-        if isinstance(self._error, OSError):
-            raise describe_os_error(self._error, str(self._root)) from self._error
-        if self._error is not None:
-            if isinstance(self._error, StreamconvError):
-                raise self._error
-            raise RunError(f"{self._root}: {type(self._error).__name__}: {self._error}") from self._error
+        except (OSError, StreamconvError):
+            raise
+        except Exception as error:
+            raise RunError(f"{self._root}: {type(error).__name__}: {error}") from error
 
     def _worker(self, tasks: Iterator[Task]) -> None:
         try:
@@ -205,10 +195,6 @@ class LocalEngine:
                     self._progress(done)
                 if complete and not self._is_commit(number):
                     self._finish(number)
-        except BaseException as error:  # noqa: BLE001 - carried to the main thread
-            with self._lock:
-                self._error = self._error or error
-            self._stop.set()
         finally:
             self._reader().close()
             self._writer().close()
