@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,6 +24,7 @@ SMALLEST_TILE = 64 << 10
 SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
 MARGIN = 6 << 20  # bytes: how much one process may differ from the next in what it takes itself
 RESERVE = 6 << 20  # bytes: thread stacks, descriptors, the bar, what the allocator keeps; per worker see WORKER
+WORKERS = 8  # unless asked otherwise: so many reads and writes in flight saturate a disk, on any number of cores
 WORKER = 2560 << 10  # bytes: a worker's stack, and its block-aligned buffers for reading and writing
 
 
@@ -353,11 +353,6 @@ def _numel(tile: Sequence[int]) -> int:
     return total
 
 
-def default_workers() -> int:
-    """Workers when nobody says: several copies in flight saturate a disk that one cannot."""
-    return max(8, min(16, os.cpu_count() or 8))
-
-
 def check_workers(workers: int | None) -> int:
     """The number asked for, or the default.
 
@@ -366,4 +361,4 @@ def check_workers(workers: int | None) -> int:
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: give at least 1")
-    return workers or default_workers()
+    return workers or WORKERS
