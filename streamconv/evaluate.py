@@ -63,10 +63,13 @@ def round_up(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-def arena_bytes(node: AnyNode, tile: int) -> int:
-    """Bytes of arena that evaluating ``tile`` bytes of ``node`` takes at most, the tile's own included."""
+def arena_bytes(node: AnyNode, tile: int, *, scattered: bool = False) -> int:
+    """Bytes of arena that evaluating ``tile`` bytes of ``node`` takes at most, the tile's own included.
+
+    Regions of a node that nothing rearranges are contiguous, as its tiles are, unless ``scattered`` says that any will be asked for.
+    """
     numel = max(1, tile // node.spec.dtype.itemsize)
-    return round_up(numel * node.spec.dtype.itemsize) + _below(node, numel)
+    return round_up(numel * node.spec.dtype.itemsize) + _below(node, numel, scattered=scattered)
 
 
 def _below(node: AnyNode, numel: int, *, scattered: bool = False) -> int:

@@ -603,7 +603,7 @@ def test_regions_in_any_order_stay_within_arena_bytes(data: st.DataObject) -> No
                 count = data.draw(st.integers(1, (node.spec.numel - 1 - start) // step + 1))
                 wanted = region(Move((count,), start, (step,), 0, (1,)))
                 assert axes.numel >= wanted.numel
-                arena = Arena(arena_bytes(node, count * node.spec.dtype.itemsize))
+                arena = Arena(arena_bytes(node, count * node.spec.dtype.itemsize, scattered=True))
                 out = arena.take(count, node.spec.dtype.itemsize)
                 evaluate.evaluate(node, wanted, out, arena, reader.read)
                 assert np.array_equal(out, whole[start : start + step * count : step][:count])
