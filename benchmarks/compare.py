@@ -706,7 +706,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeat", type=_positive, default=3, metavar="N", help="rounds (3)")
     parser.add_argument("--operations", type=_chosen(OPERATIONS), default=list(OPERATIONS), metavar="A,B", help=", ".join(OPERATIONS))
     parser.add_argument("--tools", type=_chosen(TOOLS), default=list(TOOLS), metavar="A,B", help=", ".join(TOOLS))
-    parser.add_argument("--work", type=Path, default=HERE / "work", metavar="DIR", help="checkpoints go here; removed at the end")
+    parser.add_argument("--work", type=Path, default=HERE / "scratch", metavar="DIR", help="checkpoints go here; removed at the end")
     parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="results.json, table.md and pictures go here")
     parser.add_argument("--max-memory", default="300MB", metavar="SIZE", help="streamconv's (300MB)")
     parser.add_argument("--shard-size", type=parse_size, default="2GB", metavar="SIZE", help="of outputs (2GB)")

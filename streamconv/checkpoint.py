@@ -269,10 +269,3 @@ def ties(contents: Contents) -> dict[str, str]:
             first.setdefault((entries[name].spec, entries[name].extents), name)
     kept_of = ((name, first.get((source.spec, source.extents), name)) for name, source in entries.items())
     return {name: kept for name, kept in kept_of if name != kept}
-
-
-def extents(checkpoint: Checkpoint) -> Iterator[tuple[str, Extent]]:
-    """Every extent of a checkpoint with the name of its tensor."""
-    for name, source in checkpoint.contents.entries.items():
-        for extent in source.extents:
-            yield name, extent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -310,14 +311,14 @@ def choose_tile(sizes: tuple[int, ...], dst_strides: tuple[int, ...], src_stride
             start = [1] * len(sizes)
             for order, piece in ((by_src, src_piece), (by_dst, dst_piece)):
                 _grow(start, sizes, order, piece)
-            if _numel(start) > numel:
+            if math.prod(start) > numel:
                 break
             for filling in (by_src, by_dst):
                 tile = list(start)
                 for k in filling:
-                    tile[k] = min(sizes[k], max(tile[k], numel // (_numel(tile) // tile[k])))
+                    tile[k] = min(sizes[k], max(tile[k], numel // (math.prod(tile) // tile[k])))
                 pieces = _pieces(tile, sizes, by_src, src_strides) + _pieces(tile, sizes, by_dst, dst_strides)
-                score = pieces / _numel(tile)
+                score = pieces / math.prod(tile)
                 if best is None or score < best[0]:
                     best = score, Tile(tuple(tile), pieces)
     assert best is not None
@@ -343,14 +344,7 @@ def _pieces(tile: Sequence[int], sizes: Sequence[int], order: Sequence[int], str
         run *= tile[k]
         if tile[k] < sizes[k]:
             break
-    return _numel(tile) // run
-
-
-def _numel(tile: Sequence[int]) -> int:
-    total = 1
-    for n in tile:
-        total *= n
-    return total
+    return math.prod(tile) // run
 
 
 def check_workers(workers: int | None) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -172,10 +173,7 @@ def _span(axes: list[tuple[int, int, int]]) -> int:
 
 
 def _numel(axes: list[tuple[int, int, int]]) -> int:
-    total = 1
-    for n, _, _ in axes:
-        total *= n
-    return total
+    return math.prod(n for n, _, _ in axes)
 
 
 def copy_strided(out: Array, given: Array, axes: list[tuple[int, int, int]], arena: Arena) -> None:
