@@ -7,6 +7,10 @@
 For each operation a checkpoint is generated, and every tool runs once per round, in another order each time, on cold caches. The time
 is that of the command and of the ``sync`` after it; removing the output is not in it. ``x cp`` compares with ``cp -r`` of the source in the
 same rounds: with the time that cp would take for as many bytes as the operation has to read and write, half of both together.
+``cgroup`` compares a re-shard inside a memory cgroup with the same outside of it; ``reflink-...`` a re-shard on a file system that shares
+blocks, mounted from an image (which takes root), with ``cp --reflink=never``.
+``llama-hf2ms`` converts about 2 GB at most to MindSpore's container, beside MindSpore Transformers (``pip install mindformers``, in an
+environment of its own).
 
 Prints a table in Markdown; writes ``results.json``, ``table.md``, ``time.png`` and ``memory.png`` (the pictures take matplotlib).
 """
@@ -51,12 +55,23 @@ OPERATIONS = {
     "to-fp32": "Cast bf16 to fp32",
     "to-bf16": "Cast fp32 to bf16",
     "verify": "Compare two checkpoints",
+    "llama-hf2ms": "Llama to MindSpore",
     "cgroup": f"Re-shard in {GROUP_LIMIT}",
+    "reflink-xfs": "Re-shard one file on XFS",
+    "reflink-btrfs": "Re-shard one file on btrfs",
 }
 DTYPES = {"to-fp32": "float32", "to-bf16": "bfloat16"}
 GROWTH = {"to-fp32": 2.0, "to-bf16": 0.5, "verify": 0.0}  # bytes written for each byte of the source, where that is not 1
+SHARING = {"reflink-xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "reflink-btrfs": ["mkfs.btrfs", "-q"]}
+SHARED_SIZE = 4_000_000_000  # bytes of the file that is re-sharded there, to quarters, with its tensors at whole blocks
+LEAST_ROUNDS = {"cgroup": 5}
 LAYOUTS = ("fuse", "rotary", "transpose")
-RECIPES = {"llama": {name: str(HERE / "recipes" / f"llama-{name}.yaml") for name in LAYOUTS}, "internvl": {"fuse": "internvl-hf2custom"}}
+MINDSPORE = "llama-hf2ms"
+MINDSPORE_SIZE = 2_000_000_000  # bytes of the source of that; the other tool holds it several times
+RECIPES = {
+    "llama": {MINDSPORE: MINDSPORE, **{name: str(HERE / "recipes" / f"llama-{name}.yaml") for name in LAYOUTS}},
+    "internvl": {"fuse": "internvl-hf2custom"},
+}
 
 
 class NotRunError(Exception):
@@ -69,7 +84,11 @@ class NotRunError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One operation on one source. ``other`` is the second checkpoint to compare, or the source prepared for a tool."""
+    """One operation on one source.
+
+    ``other`` is the second checkpoint to compare, or the source prepared for a tool; ``image`` holds the file system of source and
+    target, where that is one that shares blocks between files.
+    """
 
     operation: str
     source: Path
@@ -78,8 +97,10 @@ class Job:
     shard_size: int
     max_memory: str
     mergekit_python: str
+    mindspore_python: str
     recipe: str | None = None
     other: Path | None = None
+    image: Path | None = None
 
     @property
     def dtype(self) -> str | None:
@@ -105,8 +126,10 @@ def _script(name: str, job: Job, *options: str) -> list[str]:
     return [sys.executable, str(COMPETITORS / f"{name}.py"), str(job.source), str(job.target), *shards, *options]
 
 
-def _cp(job: Job) -> list[str]:
-    return ["cp", "-r", str(job.source), str(job.target)]
+def _cp(job: Job) -> list[str] | None:
+    if job.operation == "cgroup":
+        return None
+    return ["cp", "-r", *(["--reflink=never"] if job.image else []), str(job.source), str(job.target)]
 
 
 def _streamconv(job: Job) -> list[str]:
@@ -114,7 +137,7 @@ def _streamconv(job: Job) -> list[str]:
     memory = ["--max-memory", GROUP_MEMORY if job.operation == "cgroup" else job.max_memory]
     if job.operation == "verify":
         return [*command, "verify", str(job.source), str(job.other), *memory, "--no-progress"]
-    options = [*_recipe(job), "--max-shard-size", str(job.shard_size)]
+    options = [*_recipe(job), "--max-shard-size", str(job.shard_size), *(["--align"] if job.image else [])]
     return [*command, "convert", str(job.source), str(job.target), *options, *memory, "--no-progress"]
 
 
@@ -128,7 +151,7 @@ def _streamconv_in_group(job: Job) -> list[str] | None:
 
 
 def _safetensors(job: Job) -> list[str] | None:
-    if job.operation == "cgroup":
+    if job.operation in ("cgroup", MINDSPORE) or job.image:
         return None
     _needs("safetensors", "huggingface_hub")
     if job.operation == "verify":
@@ -165,6 +188,15 @@ def _mergekit(job: Job) -> list[str] | None:
     return [job.mergekit_python, "-m", "mergekit.scripts.run_yaml", str(config), str(job.target), *shards, *options]
 
 
+def _mindformers(job: Job) -> list[str] | None:
+    """MindSpore Transformers' own function, which the command line of its ``convert_weight.py`` calls."""
+    if job.operation != MINDSPORE:
+        return None
+    if subprocess.run([job.mindspore_python, "-c", "import mindformers, torch"], capture_output=True, check=False).returncode:
+        raise NotRunError("mindformers not installed (--mindspore-python gives the interpreter of another environment)")
+    return [job.mindspore_python, str(COMPETITORS / "mindformers_llama.py"), str(job.source), str(job.target)]
+
+
 def _dcp(job: Job) -> list[str] | None:
     if job.operation != "reshard":
         return None
@@ -180,8 +212,9 @@ TOOLS: dict[str, tuple[str, Callable[[Job], list[str] | None]]] = {
     "transformers": ("transformers load, save", _transformers),
     "mergekit": ("mergekit passthrough", _mergekit),
     "dcp": ("torch DCP consolidation", _dcp),
+    "mindformers": ("mindformers convert_weight", _mindformers),
 }
-WHOLE_MODEL = ("safetensors", "huggingface_hub", "transformers")
+WHOLE_MODEL = ("safetensors", "huggingface_hub", "transformers", "mindformers")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -208,6 +241,11 @@ def forget(files: Iterable[Path], how: str) -> str:
     return how
 
 
+def _used(folder: Path) -> int:
+    os.sync()
+    return shutil.disk_usage(folder).used
+
+
 def _files(*folders: Path | None) -> list[Path]:
     return [path for folder in folders if folder for path in folder.rglob("*") if path.is_file()]
 
@@ -222,8 +260,9 @@ def run_once(name: str, job: Job, command: list[str], *, cold: str, interval: fl
     Raises:
         NotRunError: it failed, or did not make what it should.
     """
-    done = forget(_files(job.source, job.other), cold)
+    done = forget([*_files(job.source, job.other), *([job.image] if job.image else [])], cold)
     limit = parse_size(GROUP_LIMIT) if name == "streamconv-cgroup" else None
+    used = _used(job.target.parent)
     with log.open("w", encoding="utf-8") as output:
         try:
             found = measure(command, interval=interval, cgroup=limit, stdout=output, stderr=subprocess.STDOUT)
@@ -238,7 +277,8 @@ def run_once(name: str, job: Job, command: list[str], *, cold: str, interval: fl
     if job.makes_files and not 0.99 < _size_of(job.target) / (job.source_bytes if name == "cp" else job.output_bytes) < 1.01:
         raise NotRunError(f"made {format_size(_size_of(job.target))} instead of {format_size(job.output_bytes)}")
     row = {key: value for key, value in found.to_json().items() if key not in ("command", "samples", "exit_code")}
-    return {"seconds": found.wall_seconds + synced, "sync_seconds": synced, "caches": done, **row}, found
+    blocks = {"new_bytes": _used(job.target.parent) - used} if job.image else {}
+    return {"seconds": found.wall_seconds + synced, "sync_seconds": synced, "caches": done, **blocks, **row}, found
 
 
 def check_output(job: Job) -> str:
@@ -273,7 +313,8 @@ def compare(job: Job, names: Sequence[str], options: argparse.Namespace) -> dict
     tools: dict[str, dict[str, Any]] = {}
     commands: dict[str, list[str]] = {}
     for name in names:
-        entry: dict[str, Any] = {"name": name, "label": TOOLS[name][0], "runs": [], "curve": [], "skipped": None}
+        label = TOOLS[name][0] + (" --reflink=never" if name == "cp" and job.image else "")
+        entry: dict[str, Any] = {"name": name, "label": label, "runs": [], "curve": [], "skipped": None}
         try:
             command = TOOLS[name][1](job)
             if command is None:
@@ -286,7 +327,8 @@ def compare(job: Job, names: Sequence[str], options: argparse.Namespace) -> dict
             _say(f"  {name}: skipped: {reason}")
         tools[name] = entry
     curves: dict[str, list[tuple[float, Measurement]]] = {name: [] for name in commands}
-    for turn in range(options.repeat):
+    rounds = max(options.repeat, LEAST_ROUNDS.get(job.operation, 1))
+    for turn in range(rounds):
         order = list(commands)
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
             if tools[name]["skipped"]:
@@ -310,7 +352,7 @@ def compare(job: Job, names: Sequence[str], options: argparse.Namespace) -> dict
             tools[name]["curve"] = _curve(sorted(found, key=lambda pair: pair[0])[(len(found) - 1) // 2][1])
     return {
         "name": job.operation,
-        "title": OPERATIONS[job.operation],
+        "title": OPERATIONS[job.operation] + (f", {rounds} rounds" if rounds != options.repeat else ""),
         "source_bytes": job.source_bytes,
         "output_bytes": job.output_bytes,
         "tools": list(tools.values()),
@@ -324,21 +366,21 @@ def compare(job: Job, names: Sequence[str], options: argparse.Namespace) -> dict
 class Sources:
     """The checkpoints of a comparison, made when first needed."""
 
-    def __init__(self, work: Path, model: str, size: int) -> None:
-        self._work, self._model, self._size = work, model, size
-        self._made: dict[str, Path] = {}
+    def __init__(self, work: Path, model: str) -> None:
+        self._work, self._model = work, model
+        self._made: dict[tuple[str, int], Path] = {}
 
-    def get(self, dtype: str) -> Path:
-        """The checkpoint of that element type; others are removed."""
-        for other in set(self._made) - {dtype}:
+    def get(self, dtype: str, size: int) -> Path:
+        """The checkpoint of that element type and about ``size`` bytes; others are removed."""
+        for other in set(self._made) - {(dtype, size)}:
             _remove(self._made.pop(other))
-        if dtype not in self._made:
+        if (dtype, size) not in self._made:
             folder = self._work / f"source-{dtype}"
-            _say(f"making {self._model}, about {format_size(self._size)}, {dtype}")
-            _check_room(self._work, self._size)
-            make_checkpoint(self._model, folder, size=self._size, dtype=dtype)
-            self._made[dtype] = folder
-        return self._made[dtype]
+            _say(f"making {self._model}, about {format_size(size)}, {dtype}")
+            _check_room(self._work, size)
+            make_checkpoint(self._model, folder, size=size, dtype=dtype)
+            self._made[dtype, size] = folder
+        return self._made[dtype, size]
 
 
 def _check_room(folder: Path, nbytes: float) -> None:
@@ -365,24 +407,72 @@ def prepared(job: Job, names: Sequence[str]) -> Iterator[Job]:
         _remove(other)
 
 
-def _job(operation: str, sources: Sources, options: argparse.Namespace) -> Job:
+@contextmanager
+def mounted(make: Sequence[str], image: Path, size: int) -> Iterator[Path]:
+    """A file system of ``size`` bytes that ``make`` makes, in the file ``image``.
+
+    Raises:
+        NotRunError: it cannot be made or mounted here.
+    """
+    if shutil.which(make[0]) is None:
+        raise NotRunError(f"{make[0]} is not installed")
+    if os.geteuid():
+        raise NotRunError("mounting takes root")
+    place = image.with_name("mounted")
+    try:
+        place.mkdir()
+        image.touch()
+        os.truncate(image, size)
+        for command in ([*make, str(image)], ["mount", "-o", "loop", str(image), str(place)]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise NotRunError(f"{command[0]} fails here: {' '.join(done.stderr.split())[:200]}")
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+    finally:
+        image.unlink(missing_ok=True)
+        place.rmdir()
+
+
+@contextmanager
+def _sharing_job(operation: str, options: argparse.Namespace) -> Iterator[Job]:
+    """One file with its tensors at whole blocks, on a file system that can share them, and quarters of it to make."""
+    size = min(options.size, SHARED_SIZE)
+    _check_room(options.work, 2 * size)
+    image = options.work / "image"
+    with mounted(SHARING[operation], image, 3 * size + (1 << 30)) as place:
+        _say(f"making {options.model}, about {format_size(size)}, in one file on {operation.removeprefix('reflink-')}")
+        plain, source = place / "plain", place / "source"
+        make_checkpoint(options.model, plain, size=size, max_shard_size=2 * size)
+        job = replace(_make_job(operation, plain, source, options, shard_size=2 * size), image=image)
+        subprocess.run(_streamconv(job), check=True, stdout=subprocess.DEVNULL)
+        _remove(plain)
+        yield replace(job, source=source, target=place / "target", shard_size=size // 4)
+
+
+@contextmanager
+def _job(operation: str, sources: Sources, options: argparse.Namespace) -> Iterator[Job]:
+    """What is to be done, with all that it takes at hand."""
+    if operation in SHARING:
+        with _sharing_job(operation, options) as job:
+            yield job
+        return
     recipe = RECIPES.get(MODELS[options.model].config["model_type"], {}).get(operation)
-    if operation in LAYOUTS and recipe is None:
+    if operation in (*LAYOUTS, MINDSPORE) and recipe is None:
         raise NotRunError(f"there is no recipe for {options.model}")
-    source = sources.get("float32" if operation == "to-bf16" else "bfloat16")
-    total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    job = Job(
-        operation,
-        source,
-        options.work / "target",
-        total,
-        shard_size=options.shard_size,
-        max_memory=options.max_memory,
-        mergekit_python=options.mergekit_python,
-        recipe=recipe,
-    )
+    size = min(options.size, MINDSPORE_SIZE) if operation == MINDSPORE else options.size
+    source = sources.get("float32" if operation == "to-bf16" else "bfloat16", size)
+    job = replace(_make_job(operation, source, options.work / "target", options, shard_size=options.shard_size), recipe=recipe)
     _check_room(options.work, max(job.output_bytes, job.source_bytes))
-    return job
+    with prepared(job, options.tools) as job:
+        yield job
+
+
+def _make_job(operation: str, source: Path, target: Path, options: argparse.Namespace, *, shard_size: int) -> Job:
+    total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    return Job(operation, source, target, total, shard_size, options.max_memory, options.mergekit_python, options.mindspore_python)
 
 
 def run_all(options: argparse.Namespace) -> dict[str, Any]:
@@ -391,14 +481,14 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     if any(work.iterdir()):
         raise NotRunError(f"{work} is not empty: give another --work")
-    sources = Sources(work, options.model, options.size)
+    sources = Sources(work, options.model)
     found: list[dict[str, Any]] = []
     try:
         for operation in options.operations:
             _say(f"{OPERATIONS[operation]}:")
             try:
-                with prepared(_job(operation, sources, options), options.tools) as job:
-                    found.append(compare(job, options.tools, options))
+                with _job(operation, sources, options) as job:
+                    found.append(compare(job, list(dict.fromkeys([*options.tools, "streamconv-cgroup"])), options))
             except NotRunError as reason:
                 _say(f"  skipped: {reason}")
     finally:
@@ -504,7 +594,7 @@ class Goal:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
-TIMES = {"reshard": 0.75, "fuse": 0.85, "rotary": 1.0, "transpose": 1.5, "to-fp32": 1.0, "to-bf16": 1.0}
+TIMES = dict.fromkeys(SHARING, 0.15) | {"reshard": 0.75, "fuse": 0.85, "rotary": 1.0, "transpose": 1.5, "to-fp32": 1.0, "to-bf16": 1.0}
 
 
 def goals(results: dict[str, Any]) -> list[Goal]:
@@ -528,6 +618,11 @@ def goals(results: dict[str, Any]) -> list[Goal]:
                     found.append(Goal(f"{title}: time of {other} / streamconv", tools[other].median / mine.median, bound, at_least=True))
             if "transformers" in tools:
                 found.append(Goal(f"{title}: peak memory of transformers / streamconv", tools["transformers"].peak / mine.peak, 20, True))  # noqa: FBT003
+        if "mindformers" in tools:
+            found.append(Goal(f"{title}: time of mindformers / streamconv", tools["mindformers"].median / mine.median, 1.0, at_least=True))
+        runs = next(tool["runs"] for tool in operation["tools"] if tool["name"] == "streamconv")
+        if name in SHARING:
+            found.append(Goal(f"{title}: new blocks / output", statistics.median(run["new_bytes"] for run in runs) / output, 0.1))
         if "streamconv-cgroup" in tools:
             found.append(Goal(f"{title}: time inside the cgroup / outside", tools["streamconv-cgroup"].median / mine.median, 1.15))
     return found
@@ -588,6 +683,7 @@ COLOURS = {
     "transformers": "#7d5ba6",
     "mergekit": "#8d6a4f",
     "dcp": "#3aa6b9",
+    "mindformers": "#b08ea2",
 }
 
 
@@ -714,6 +810,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--interval", type=float, default=0.1, metavar="SECONDS", help="between two samples of memory (0.1)")
     parser.add_argument("--check", action="store_true", help="compare what each tool makes in the first round, byte for byte")
     parser.add_argument("--mergekit-python", default=sys.executable, metavar="PATH", help="an interpreter that has mergekit")
+    parser.add_argument("--mindspore-python", default=sys.executable, metavar="PATH", help="an interpreter that has mindformers")
     parser.add_argument("--render", type=Path, metavar="results.json", help="print and draw these results, run nothing")
     return parser
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,73 @@ def test_goals() -> None:
         "cgroup: bytes written / output": (0, True),
         "cgroup: time inside the cgroup / outside": (1.2, False),
     }
+
+
+def test_goals_of_shared_blocks() -> None:
+    sharing = operation(
+        "reflink-xfs", 100, 100, cp=[run(2)], streamconv=[run(0.2, new_bytes=3), run(0.4, new_bytes=20), run(0.5, new_bytes=12)]
+    )
+    found = {goal.text: (pytest.approx(goal.value), goal.holds) for goal in compare.goals({"operations": [sharing]})}
+    assert found["reflink-xfs: time / cp"] == (0.2, False)
+    assert found["reflink-xfs: new blocks / output"] == (0.12, False)
+    sharing["tools"][1]["runs"] = [run(0.3, new_bytes=9)]
+    assert all(goal.holds for goal in compare.goals({"operations": [sharing]}))
+
+
+@pytest.mark.parametrize("name", compare.SHARING)
+def test_a_comparison_on_a_file_system_that_shares_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    given = ["--model", "minilm", "--size", "90MB", "--repeat", "1", "--cold", "data", "--interval", "0.02", "--check"]
+    out = tmp_path / "out"
+    assert (
+        compare.main(
+            [*given, "--operations", name, "--tools", "cp,streamconv,safetensors", "--work", str(tmp_path / "work"), "--out", str(out)]
+        )
+        == 0
+    )
+    assert not (tmp_path / "work").exists()
+    (sharing,) = json.loads((out / "results.json").read_text())["operations"] or [None]
+    if sharing is None:
+        pytest.skip(capsys.readouterr().err.splitlines()[-1])
+    copied, mine = (tool["runs"] for tool in sharing["tools"])
+    assert [row["check"] for row in mine] == ["equal"]
+    assert copied[0]["new_bytes"] > 0.9 * sharing["source_bytes"] > mine[0]["new_bytes"]
+    assert "--reflink=never" in sharing["tools"][0]["label"]
+
+
+def test_an_image_that_cannot_be_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare.os, "geteuid", lambda: 0)
+    for make, said in ((["no-such-mkfs"], "not installed"), (["false"], "fails here"), (["true"], "fails here")):
+        with pytest.raises(compare.NotRunError, match=said), compare.mounted(make, tmp_path / "image", 1 << 20):
+            pass
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_in_a_cgroup(tmp_path: Path) -> None:
+    given = ["--model", "minilm", "--size", "90MB", "--repeat", "1", "--cold", "none", "--interval", "0.02"]
+    out = tmp_path / "out"
+    chosen = ["--operations", "cgroup", "--tools", "cp,streamconv"]
+    assert compare.main([*given, *chosen, "--work", str(tmp_path / "work"), "--out", str(out)]) == 0
+    (grouped,) = json.loads((out / "results.json").read_text())["operations"]
+    assert grouped["title"].endswith("5 rounds")
+    outside, inside = grouped["tools"]
+    assert len(outside["runs"]) == 5
+    if inside["skipped"]:
+        pytest.skip(inside["skipped"])
+    assert [row["cgroup"]["oom_kills"] for row in inside["runs"]] == [0] * 5
+
+
+def test_a_comparison_with_a_tool_of_another_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compare.MODELS["llama-3-8b"]
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 64}
+    monkeypatch.setitem(compare.MODELS, "llama-3-8b", replace(model, config=model.config | sizes))
+    given = ["--size", "9MB", "--repeat", "1", "--cold", "none", "--interval", "0.02", "--mindspore-python", "false", "--check"]
+    chosen = ["--operations", compare.MINDSPORE, "--tools", "streamconv,safetensors,mindformers"]
+    assert compare.main([*given, *chosen, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]) == 0
+    (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["operations"]
+    mine, other = found["tools"]
+    assert (mine["name"], [row["check"] for row in mine["runs"]]) == ("streamconv", ["equal"])
+    assert (other["name"], other["runs"]) == ("mindformers", [])
+    assert "--mindspore-python" in other["skipped"]
 
 
 def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

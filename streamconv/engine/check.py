@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamconv.digests import read_patches
-from streamconv.engine.io import FALLBACK_CHUNK, data_ranges, is_sparse, share_descriptors
+from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse, share_descriptors
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
 from streamconv.engine.readers import BACKENDS, Reader
 from streamconv.engine.threads import run_threads
 from streamconv.errors import CoverageError
-from streamconv.plan import Copy, FilePlan, Plan
+from streamconv.plan import Copy, Plan
 from streamconv.runs import region
 
 if TYPE_CHECKING:
     from streamconv.evaluate import Arena
 
-STEP = FALLBACK_CHUNK // 2  # bytes of each side at a time
+STEP = CHUNK // 2  # bytes of each side at a time
+HALF = STEP + BLOCK  # bytes of a reader's buffer for each side
 
 
 def check_replicas(plan: Plan) -> None:
@@ -45,51 +48,57 @@ def check_replicas(plan: Plan) -> None:
 
 
 class OutputCheck:
-    """A comparison of a plan's output files with its sources. Takes as many threads and as much memory as the run did."""
+    """A comparison of a plan's output files with its sources. Takes as many threads and as much memory as the run did.
 
-    def __init__(self, plan: Plan, progress: Callable[[int], None] = lambda _: None) -> None:
+    ``path_of`` gives the path under which a file, by its number, is to be found: its own, unless it is not finished.
+    """
+
+    def __init__(self, plan: Plan, progress: Callable[[int], None] = lambda _: None, path_of: Callable[[int], Path] | None = None) -> None:
         self._plan, self._progress = plan, progress
-        self._root = Path(plan.root)
+        self._path_of = path_of or (lambda number: Path(plan.root) / plan.files[number].path)
         self._workers, self._descriptors = share_descriptors(plan.workers)
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._different: str | None = None
+        self._different: set[int] = set()
 
     def run(self) -> str | None:
         """The path of a file that differs, or None."""
-        buffer, reader = memoryview(bytearray(STEP)), self._make_reader()
-        for file in self._plan.files:
-            for offset, data in file.literals:
-                if not self._same(str(self._root / file.path), offset, memoryview(data), buffer, reader):
-                    reader.close()
-                    return file.path
-            if not self._checksums_are_right(file, buffer, reader):
-                reader.close()
-                return file.path
-        reader.close()
-        tasks = tasks_in_order(self._plan, range(len(self._plan.files)))
-        run_threads(self._workers, lambda: self._work(tasks), self._stop)
+        numbers = range(len(self._plan.files))
+        found = self.find_wrong_literals(numbers) or self.compare(tasks_in_order(self._plan, numbers), to_first=True)
+        return self._plan.files[min(found)].path if found else None
+
+    def find_wrong_literals(self, numbers: Iterable[int]) -> set[int]:
+        """Those files whose literals are not what is planned or whose checksums are not those of its bytes."""
+        reader, buffer = self._make_reader(), memoryview(bytearray(STEP))
+        wrong = set()
+        try:
+            for number in numbers:
+                file, path = self._plan.files[number], str(self._path_of(number))
+                found = read_patches(file.checksums, partial(reader.read, path), buffer)
+                if not all(self._same(path, offset, memoryview(data), reader) for offset, data in chain(file.literals, found)):
+                    wrong.add(number)
+        finally:
+            reader.close()
+        return wrong
+
+    def compare(self, tasks: Iterator[Task], *, to_first: bool = False) -> set[int]:
+        """The files that do not hold what one of the ``tasks`` has written, or the first of them that is found."""
+        run_threads(self._workers, lambda: self._work(tasks, to_first=to_first), self._stop)
         return self._different
 
-    def _checksums_are_right(self, file: FilePlan, buffer: memoryview, reader: Reader) -> bool:
-        """Whether a file's checksums are those of its bytes."""
-        path = str(self._root / file.path)
-        found = read_patches(file.checksums, lambda offset, view: reader.read(path, offset, view), buffer)
-        return all(self._same(path, offset, memoryview(data), buffer, reader) for offset, data in found)
-
-    def _work(self, tasks: Iterator[Task]) -> None:
+    def _work(self, tasks: Iterator[Task], *, to_first: bool) -> None:
         reader = self._make_reader()
         try:
-            buffers = memoryview(bytearray(STEP)), memoryview(bytearray(STEP))
             arena = self._make_arena()
             while not self._stop.is_set():
                 with self._lock:
                     task = next(tasks, None)
                 if task is None:
                     return
-                if not self._compare(task, buffers, arena, reader):
-                    self._different = self._plan.files[task[0]].path
-                    self._stop.set()
+                if task[0] not in self._different and not self._compare(task, arena, reader):
+                    self._different.add(task[0])
+                    if to_first:
+                        self._stop.set()
         finally:
             reader.close()
 
@@ -103,18 +112,18 @@ class OutputCheck:
 
         return Arena(self._plan.arena)
 
-    def _compare(self, task: Task, buffers: tuple[memoryview, memoryview], arena: Arena | None, reader: Reader) -> bool:
+    def _compare(self, task: Task, arena: Arena | None, reader: Reader) -> bool:
         """Whether the bytes that a task wrote are in the file."""
         number, segment, tile = task
-        path = str(self._root / self._plan.files[number].path)
+        path = str(self._path_of(number))
         equal = True
         if isinstance(segment, Copy):
             source = self._plan.sources[segment.source].path
             for start, stop in self._filled(segment, reader.fd(source), reader.fd(path)):
                 for at in range(start, stop, STEP):
-                    given = buffers[0][: min(STEP, stop - at)]
-                    reader.read(source, segment.offset + at, given)
-                    equal = equal and self._same(path, segment.dst + at, given, buffers[1], reader)
+                    size = min(STEP, stop - at)
+                    first = reader.load(source, segment.offset + at, size, reader.buffer()[:HALF])
+                    equal = equal and self._same(path, segment.dst + at, reader.buffer()[first : first + size], reader)
             self._tell(segment.nbytes)
             return equal
         from streamconv.evaluate import evaluate
@@ -126,7 +135,7 @@ class OutputCheck:
         out = arena.take(tile.numel, itemsize)
         evaluate(node, region(tile), out, arena, reader.read)
         for at, offset, nbytes in tile_pieces(tile, itemsize):
-            equal = equal and self._same(path, segment.dst + offset, out.data.cast("B")[at : at + nbytes], buffers[1], reader)
+            equal = equal and self._same(path, segment.dst + offset, out.data.cast("B")[at : at + nbytes], reader)
         arena.release(mark)
         self._tell(tile.numel * itemsize)
         return equal
@@ -145,11 +154,18 @@ class OutputCheck:
         with self._lock:
             self._progress(nbytes)
 
-    def _same(self, path: str, offset: int, wanted: memoryview, buffer: memoryview, reader: Reader) -> bool:
-        """Whether a file holds ``wanted`` at ``offset``."""
+    def _same(self, path: str, offset: int, wanted: memoryview, reader: Reader) -> bool:
+        """Whether a file holds ``wanted``, which may lie in the first half of the reader's buffer, at ``offset``."""
+        buffer = reader.buffer()[HALF:]
         for start in range(0, len(wanted), STEP):
             piece = wanted[start : start + STEP]
-            reader.read(path, offset + start, buffer[: len(piece)])
-            if piece != buffer[: len(piece)]:
+            first = reader.load(path, offset + start, len(piece), buffer)
+            if not _equal(piece, buffer[first : first + len(piece)]):
                 return False
         return True
+
+
+def _equal(one: memoryview, other: memoryview) -> bool:
+    """Whether two ranges of memory of the same length are equal; they are compared item by item, so the larger the items the better."""
+    whole = len(one) // 8 * 8
+    return one[:whole].cast("Q") == other[:whole].cast("Q") and one[whole:] == other[whole:]

@@ -1,7 +1,7 @@
 """Reads and writes past the page cache, where the filesystem has that.
 
 Large copies spend most of their processor time on pages that nobody will read again, and push everybody else's out of memory.
-Direct I/O wants offsets, lengths and addresses in whole blocks, so data goes through a block-aligned buffer and is shifted
+Direct I/O wants offsets, lengths and addresses in whole blocks, so data goes through the thread's buffer and is shifted
 there; what is left at the edges of a range goes through the page cache. What the page cache already holds is taken from it, where
 the kernel says so: asking for it with a read that must not wait would start a read-ahead, and read everything twice.
 """
@@ -12,15 +12,15 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from streamconv.engine.io import OwnFiles, PositionedReader, write
+from streamconv.engine.io import BLOCK, CHUNK, OwnFiles, PositionedReader, located, write
 from streamconv.errors import SourceChanged
 
-BLOCK = 4096  # bytes: offsets, lengths and addresses are multiples of this
-CHUNK = 1 << 20  # bytes of one direct read or write
 LEAST = 256 << 10  # bytes: shorter ranges go through the page cache
-_libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" and hasattr(os, "O_DIRECT") else None
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 _SHARING = ("btrfs", "xfs", "bcachefs", "zfs", "apfs")
 AVAILABLE = hasattr(os, "O_DIRECT") and hasattr(os, "preadv")
@@ -52,13 +52,24 @@ def shares_extents(path: Path) -> bool:
     return not mounts or mounts[max(mounts, key=len)] in _SHARING
 
 
+def allocate(fd: int, nbytes: int) -> None:
+    """Reserves a file's blocks, where that does not mean to write them: direct writes into holes of one file wait for each other.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if _libc is None or _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) == 0:
+        return
+    if (number := ctypes.get_errno()) not in (*_REFUSED, errno.EINTR):
+        raise OSError(number, os.strerror(number))
+
+
 class DirectReader(PositionedReader):
     """`PositionedReader` whose long reads do not leave pages behind. For one thread."""
 
     def __init__(self, limit: int = 8) -> None:
         super().__init__(limit)
         self._direct = OwnFiles(lambda path: open_direct(path, os.O_RDONLY), limit)
-        self._bounce: memoryview | None = None
 
     def read(self, path: str, offset: int, view: memoryview) -> None:
         """Fills ``view`` from ``offset``.
@@ -69,32 +80,36 @@ class DirectReader(PositionedReader):
         if len(view) < LEAST:
             super().read(path, offset, view)
             return
+        buffer = self.buffer()
         for start in range(0, len(view), CHUNK):
             piece = view[start : start + CHUNK]
-            self._read_chunk(path, offset + start, piece)
+            at = self._load_blocks(path, offset + start, len(piece), buffer)
+            if at is None:
+                super().read(path, offset + start, piece)
+            else:
+                piece[:] = buffer[at : at + len(piece)]
 
-    def _read_chunk(self, path: str, offset: int, view: memoryview) -> None:
+    def load(self, path: str, offset: int, nbytes: int, buffer: memoryview) -> int:
+        """`PositionedReader.load`; nothing is moved within ``buffer``."""
+        at = self._load_blocks(path, offset, nbytes, buffer) if nbytes >= LEAST else None
+        if at is None:
+            super().read(path, offset, buffer[:nbytes])
+        return at or 0
+
+    def _load_blocks(self, path: str, offset: int, nbytes: int, buffer: memoryview) -> int | None:
+        """`load` past the page cache; None where the bytes are to be had from there."""
         direct = self._direct.get(path)
-        if direct < 0 or is_cached(self.fd(path), offset, len(view)):
-            super().read(path, offset, view)
-            return
-        first = offset - offset % BLOCK
-        wanted = offset - first + len(view)
-        bounce = self.bounce()
-        done = _read_blocks(direct, first, bounce[: -(-wanted // BLOCK) * BLOCK], wanted)
+        if direct < 0 or is_cached(self.fd(path), offset, nbytes):
+            return None
+        at = offset % BLOCK
+        wanted = at + nbytes
+        with located(path, offset):
+            done = _read_blocks(direct, offset - at, buffer[: -(-wanted // BLOCK) * BLOCK], wanted)
         if done is None:
             self._direct.refuse(path)
-            super().read(path, offset, view)
         elif done < wanted:
-            raise SourceChanged(f"{path}: ends at byte {first + done}, {wanted - done} more were planned: it changed; plan again")
-        else:
-            view[:] = bounce[offset - first : wanted]
-
-    def bounce(self) -> memoryview:
-        """This thread's block-aligned buffer of a chunk and a block at either end."""
-        if self._bounce is None:
-            self._bounce = memoryview(mmap.mmap(-1, CHUNK + 2 * BLOCK))
-        return self._bounce
+            raise SourceChanged(f"{path}: ends at byte {offset - at + done}, {wanted - done} more were planned: it changed; plan again")
+        return None if done is None else at
 
     def close(self) -> None:
         super().close()
@@ -102,17 +117,11 @@ class DirectReader(PositionedReader):
 
 
 class DirectWriter:
-    """Writes whole blocks directly and the edges through the page cache. For one thread."""
+    """Writes whole blocks directly, through the thread's ``buffer()``, and the edges through the page cache. For one thread."""
 
-    def __init__(self, limit: int = 8) -> None:
+    def __init__(self, limit: int, buffer: Callable[[], memoryview]) -> None:
         self._direct = OwnFiles(lambda path: open_direct(path, os.O_WRONLY), limit)
-        self._bounce: memoryview | None = None
-
-    def buffer(self) -> memoryview:
-        """This thread's block-aligned buffer for what is to be written."""
-        if self._bounce is None:
-            self._bounce = memoryview(mmap.mmap(-1, CHUNK))
-        return self._bounce
+        self._buffer = buffer
 
     def takes(self, path: str, nbytes: int) -> bool:
         """Whether a range of a file is to be written directly."""
@@ -127,23 +136,22 @@ class DirectWriter:
         write(fd, view[: first - offset], offset)
         for start in range(first, last, CHUNK):
             size = min(CHUNK, last - start)
-            self.buffer()[:size] = view[start - offset : start - offset + size]
+            self._buffer()[:size] = view[start - offset : start - offset + size]
             self.write_buffer(path, fd, start, size)
         write(fd, view[last - offset :], last)
 
     def write_buffer(self, path: str, fd: int, offset: int, size: int) -> None:
-        """Writes ``size`` bytes of `buffer`, in whole blocks, at a block's ``offset``."""
-        done = 0
-        while done < size:
+        """Writes the first ``size`` bytes of the buffer, in whole blocks, at a block's ``offset``."""
+        done, direct = 0, self._direct.get(path)
+        while done < size and done % BLOCK == 0 and direct >= 0:
             try:
-                done += os.pwrite(self._direct.get(path), self.buffer()[done:size], offset + done)
+                done += os.pwrite(direct, self._buffer()[done:size], offset + done)
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
                 self._direct.refuse(path)
-            if self._direct.get(path) < 0 or done % BLOCK:
-                write(fd, self.buffer()[done:size], offset + done)
-                return
+                direct = -1
+        write(fd, self._buffer()[done:size], offset + done)
 
     def close(self) -> None:
         self._direct.close()

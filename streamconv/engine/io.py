@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from streamconv.errors import RunError, SourceChanged
 
-FALLBACK_CHUNK = WINDOW = 1 << 20  # bytes of buffer, and of a map, for each worker
+BLOCK = 4096  # bytes: direct I/O takes offsets, lengths and addresses that are multiples of this
+CHUNK = 2 << 20  # bytes of one read or write through a worker's buffer: a huge page
+BUFFER = CHUNK + 2 * BLOCK  # bytes of that buffer: a range of a chunk touches a block more, two ranges of half a chunk two
+WINDOW = 256 << 10  # bytes of a map
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
@@ -46,10 +50,10 @@ class Files:
                 users[0] -= 1
 
     def close(self, path: str | None = None) -> None:
-        """Closes ``path``'s descriptor, or all."""
+        """Closes ``path``'s descriptor, or all; one in use stays open: its number must not come to mean another file."""
         with self._lock:
             for name in [path] if path else list(self._open):
-                if name in self._open:
+                if name in self._open and not self._open[name][1][0]:
                     os.close(self._open.pop(name)[0])
 
 
@@ -97,11 +101,32 @@ def share_descriptors(workers: int) -> tuple[int, int]:
     return workers, max(1, min(8, (free - workers) // (3 * workers)))
 
 
+def block_buffer() -> memoryview:
+    """`BUFFER` bytes at a block, the first `CHUNK` of them in a huge page where there is one.
+
+    A disk takes so many pieces of memory in a request: 254 small pages are 1 MB, a huge page is a single piece.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(mmap.mmap(-1, BUFFER))
+    pages = mmap.mmap(-1, CHUNK + BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % CHUNK
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE, start, CHUNK)
+    return memoryview(pages)[start : start + BUFFER]
+
+
 class PositionedReader:
     """Reads by ``preadv`` into the caller's memory; nothing is mapped. For one thread, with ``limit`` descriptors of a kind."""
 
     def __init__(self, limit: int = 8) -> None:
         self._files = OwnFiles(lambda path: os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)), limit)
+        self._buffer: memoryview | None = None
+
+    def buffer(self) -> memoryview:
+        """This thread's `block_buffer`, which `read` may use as well."""
+        if self._buffer is None:
+            self._buffer = block_buffer()
+        return self._buffer
 
     def fd(self, path: str) -> int:
         """This reader's own descriptor of a file: seeking for holes may move its position."""
@@ -115,13 +140,39 @@ class PositionedReader:
         """
         fd = self.fd(path)
         while view:
-            done = os.preadv(fd, [view], offset) if hasattr(os, "preadv") else _seek_read(fd, offset, view)
+            try:
+                done = os.preadv(fd, [view], offset) if hasattr(os, "preadv") else _seek_read(fd, offset, view)
+            except OSError as error:
+                raise locate(error, path, offset) from error
             if done == 0:
                 raise SourceChanged(f"{path}: ends at byte {offset}, {len(view)} more were planned: it changed; plan again")
             view, offset = view[done:], offset + done
 
+    def load(self, path: str, offset: int, nbytes: int, buffer: memoryview) -> int:
+        """Reads ``nbytes`` at ``offset`` into ``buffer``, which begins at a block and is a block longer; gives where in it they are.
+
+        Raises:
+            SourceChanged: the file ends before that.
+        """
+        self.read(path, offset, buffer[:nbytes])
+        return 0
+
     def close(self) -> None:
         self._files.close()
+
+
+@contextmanager
+def located(path: str, offset: int) -> Iterator[None]:
+    """Has an error of the operating system say where it came; see `locate`."""
+    try:
+        yield
+    except OSError as error:
+        raise locate(error, path, offset) from error
+
+
+def locate(error: OSError, path: str, offset: int) -> OSError:
+    """The error with the byte of the file at which it came, unless it names a file already."""
+    return error if error.filename is not None else OSError(error.errno, error.strerror or str(error), f"{path}, byte {offset}")
 
 
 _seek_lock = threading.Lock()
@@ -146,19 +197,23 @@ class MappedReader(PositionedReader):
             SourceChanged: the file ends before ``view`` is full.
         """
         fd = self.fd(path)
-        if os.fstat(fd).st_size < offset + len(view):
-            raise SourceChanged(f"{path}: ends before byte {offset + len(view)}, which was planned: it changed; plan again")
         while view:
+            if os.fstat(fd).st_size < offset + len(view):  # before each window: what is mapped and not there is a fatal signal
+                raise SourceChanged(f"{path}: ends before byte {offset + len(view)}, which was planned: it changed; plan again")
             start = offset - offset % mmap.ALLOCATIONGRANULARITY
             take = min(len(view), WINDOW - (offset - start))
-            with mmap.mmap(fd, offset - start + take, access=mmap.ACCESS_READ, offset=start) as window, memoryview(window) as pages:
+            with (
+                located(path, offset),
+                mmap.mmap(fd, offset - start + take, access=mmap.ACCESS_READ, offset=start) as window,
+                memoryview(window) as pages,
+            ):
                 view[:take] = pages[offset - start : offset - start + take]
             view, offset = view[take:], offset + take
 
 
-def is_sparse(fd: int) -> bool:
+def is_sparse(file: int | str) -> bool:
     """Whether the file has holes worth keeping."""
-    found = os.fstat(fd)
+    found = os.stat(file)  # noqa: PTH116 - a descriptor, too
     return hasattr(os, "SEEK_DATA") and found.st_blocks * 512 < found.st_size - 4096
 
 
@@ -195,7 +250,7 @@ def copy_range(source: int, target: int, src: int, dst: int, nbytes: int, buffer
         else:
             done = -1
         if done < 0:
-            view = buffer()[:nbytes]
+            view = buffer()[: min(nbytes, CHUNK)]
             done = os.preadv(source, [view], src) if hasattr(os, "preadv") else _seek_read(source, src, view)
             write(target, view[:done], dst)
         if done == 0:

@@ -1,19 +1,37 @@
-"""The state of an interrupted run, beside its output: which conversion it is and which files are finished.
+"""The state of an interrupted run, beside its output: which conversion it is, what of it is durable, and who is at it.
 
-Its presence says that the output is not complete. It is written before the first byte and removed after the commit.
+Its presence says that the output is not complete. It is there, with its first line, before the first byte of output, and goes after the
+commit. One JSON object a line: the first says which conversion this is, each other one what has become durable since; a line that a
+crash cut off counts for nothing. The run that holds the file's lock (``flock``) is the one at work: a dead one holds none.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import socket
+import sys
+import threading
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from streamconv.engine import order
+from streamconv.engine.io import sync_directory
 from streamconv.errors import DestinationError
-from streamconv.plan import Plan
+from streamconv.plan import VERSION, Plan, SourceFile
+
+try:
+    import fcntl
+except ImportError:  # a system without it
+    fcntl = None  # type: ignore[assignment]
 
 NAME = ".streamconv.json"
+HEAD, TAIL = 256 << 10, 64 << 10  # bytes of a source that tell it from another: a container's table of contents is at one end
+_OWN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
 def journal_path(root: Path, single_file: str | None) -> Path:
@@ -22,64 +40,288 @@ def journal_path(root: Path, single_file: str | None) -> Path:
 
 
 class Journal:
-    """Reads and writes the journal at ``path`` for the conversion that ``plan`` is."""
+    """The journal at ``path`` of the conversion that ``plan`` is.
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    Attributes:
+        finished: files that are complete, durable and under their final names, with their SHA-256 where it is known.
+        overwrites: old files in DST are to be removed before anything is written, also by the run that takes this one up.
+        durable: of other files, by name, where the tasks begin whose bytes are durable.
+    """
+
+    def __init__(
+        self, path: Path, plan: Plan, settings: Mapping[str, Any] | None = None, *, overwrite: bool = False, reclaim: bool = False
+    ) -> None:
         self.path = path
-        self._plan = plan
-        self._digest = plan.digest()
-        self.finished: list[str] = []
+        self.overwrites = overwrite
+        self.finished: dict[str, str] = {}
+        self.durable: dict[str, set[int]] = {}
+        self._plan, self._settings, self._reclaim = plan, dict(settings or {}), reclaim
+        self._fd = -1
+        self._lock = threading.Lock()
 
     def begin(self, *, resume: bool) -> None:
-        """Starts a new journal, or takes up the finished files of the one that is there.
+        """Starts a new journal, or takes up the one that is there; either way nobody else writes there until `close`.
 
         Raises:
-            DestinationError: what is there belongs to another conversion.
+            DestinationError: another run is at it, or what is there belongs to another conversion.
         """
-        if resume and self.path.exists():
-            found = self._load()
-            if found.get("plan") != self._digest:
+        old = self._take(self.path, os.O_RDWR | os.O_APPEND)
+        if old >= 0 and resume:
+            self._fd = old
+            self._take_up()
+            return
+        try:
+            if old >= 0 and is_only_copy(self.path):
                 raise DestinationError(
-                    f"{self.path}: the interrupted run was another one (other sources, options, recipe or version): "
-                    "start afresh with --overwrite, or give the options of that run"
+                    f"{self.path.parent}: holds the only copy of tensors whose source was given back (--reclaim-source): "
+                    "finish that run with --resume"
                 )
-            sizes = {file.path: file.size for file in self._plan.files}
-            self.finished = [name for name in found.get("finished", []) if _size(self.path.parent / str(name)) == sizes.get(name, -1)]
-        self._write()
+            self._create()
+        finally:
+            if old >= 0:
+                os.close(old)
 
-    def finish(self, name: str) -> None:
+    def record(self, done: Mapping[str, Iterable[int]]) -> None:
+        """Notes that tasks are durable: by file, where they begin."""
+        self._append({"durable": {name: sorted(places) for name, places in done.items()}})
+
+    def finish(self, name: str, digest: str = "") -> None:
         """Notes that ``name`` is complete, durable and under its final name."""
-        self.finished.append(name)
-        self._write()
+        self._append({"finished": name, "sha256": digest})
+
+    def forget(self, name: str) -> None:
+        """Notes that ``name`` has to be made again."""
+        self._append({"again": name})
 
     def end(self) -> None:
         """The conversion is complete."""
         self.path.unlink(missing_ok=True)
+        self.close()
 
-    def _load(self) -> dict[str, Any]:
+    def close(self) -> None:
+        """Lets others at the output; what is recorded stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _create(self) -> None:
+        draft = self.path.with_name(f"{self.path.name}.new")
+        fd = self._take(draft, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
-            found = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            found = None
-        return found if isinstance(found, dict) else {}
+            os.ftruncate(fd, 0)
+            self._fd = fd
+            self._append(self._describe())
+            draft.replace(self.path)
+            sync_directory(str(self.path.parent))
+        except BaseException:
+            self.close()
+            raise
 
-    def _write(self) -> None:
-        state = {
+    def _describe(self) -> dict[str, Any]:
+        """The first line."""
+        return {
             "state": "incomplete",
             "advice": "this conversion was interrupted or is running; rerun the same command with --resume",
-            "plan": self._digest,
-            "finished": self.finished,
+            "version": VERSION,
+            "plan": self._plan.digest(),
+            "settings": self._settings,
+            "sources": {source.path: [source.size, source.mtime_ns, _read_ends(source)] for source in self._plan.sources},
+            "tiling": _tiling(self._plan),
+            "holder": _describe_process(),
+            "overwrite": self.overwrites,
+            **({"reclaim": self._plan.to_json()} if self._reclaim else {}),
         }
-        temporary = self.path.with_name(f"{self.path.name}.new")
-        with temporary.open("w") as file:
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+
+    def _take_up(self) -> None:
+        lines, size = _read_lines(self._fd)
+        first = lines[0] if lines else {}
+        if difference := self._find_difference(first):
+            self.close()
+            raise DestinationError(
+                f"{self.path}: the interrupted run was another one ({difference}): "
+                + (
+                    "give the options of that run"
+                    if first.get("reclaim")
+                    else "start afresh with --overwrite, or give the options of that run"
+                )
+            )
+        os.ftruncate(self._fd, size)
+        self.overwrites = bool(first.get("overwrite"))
+        for line in lines:
+            self._read(line)
+        self._append({"holder": _describe_process()})
+        if _tiling(self._plan) != _last(lines, "tiling"):  # other memory or workers: what is half done was cut otherwise
+            self._append({"tiling": _tiling(self._plan)})
+
+    def _find_difference(self, found: Mapping[str, Any]) -> str | None:
+        """What makes this conversion another one than the one whose first line is ``found``."""
+        mine = self._describe()
+        if not {"plan", "settings", "sources", "tiling"} <= found.keys():
+            return "its journal cannot be read"
+        if found.get("version") != VERSION:
+            return f"its plan is of version {found.get('version')}, not {VERSION}"
+        if bool(found.get("reclaim")) != self._reclaim:
+            return f"--reclaim-source was {'' if found.get('reclaim') else 'not '}given"
+        same = found["plan"] == mine["plan"]
+        settings = found["settings"]
+        if self._reclaim or not same:  # with the same plan, options may say the same in other words
+            for key in sorted(settings.keys() & self._settings.keys()):
+                if settings[key] != self._settings[key]:
+                    return f"{key} was {settings[key]!r}, is {self._settings[key]!r}"
+        if not self._reclaim:  # whose sources are checked, as far as they are still needed, before they are read
+            for path in sorted({*found["sources"], *mine["sources"]}):
+                old, new = found["sources"].get(path), mine["sources"].get(path)
+                if old != new:
+                    return f"{path} {_compare(old, new)}"
+        return None if same else "other options, recipe or release"
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self._lock:
+            view = memoryview(json.dumps(line).encode() + b"\n")
+            while view:
+                view = view[os.write(self._fd, view) :]
+            os.fsync(self._fd)
+            self._read(line)
+
+    def _read(self, line: Mapping[str, Any]) -> None:
+        """Takes a line into account."""
+        if "tiling" in line:
+            self.durable.clear()
+        for name, places in line.get("durable", {}).items():
+            self.durable.setdefault(name, set()).update(places)
+        if (name := line.get("finished")) is not None:
+            self.finished[name] = line.get("sha256", "")
+            self.durable.pop(name, None)
+        if (name := line.get("again")) is not None:
+            self.finished.pop(name, None)
+            self.durable.pop(name, None)
+
+    def _take(self, path: Path, flags: int) -> int:
+        """A descriptor of ``path``, locked, or -1 if it is not there.
+
+        Raises:
+            DestinationError: another run has it.
+        """
+        while True:
+            try:
+                fd = os.open(path, flags | _OWN, 0o666)
+            except FileNotFoundError:
+                return -1
+            if not _lock(fd):
+                holder = _last(_read_lines(fd)[0], "holder") or {}
+                os.close(fd)
+                who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+                raise DestinationError(f"{self.path.parent}: {who} is writing there: wait for it, or give another DST")
+            try:
+                if os.path.samestat(os.fstat(fd), path.stat()):
+                    return fd
+            except FileNotFoundError:
+                pass
+            os.close(fd)  # it was finished and removed in between
 
 
-def _size(path: Path) -> int | None:
+def is_only_copy(path: Path) -> bool:
+    """Whether the run of this journal has given parts of its source back."""
+    first, finished = read_journal(path)
+    return "reclaim" in first and bool(finished)
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A journal's first line and its finished files; nothing where there is none."""
     try:
-        return path.stat().st_size if path.is_file() and not path.is_symlink() else None
+        with path.open("rb") as file:
+            lines, _ = _read_lines(file.fileno())
     except OSError:
+        return {}, {}
+    found = {line["finished"]: line.get("sha256", "") for line in lines if "finished" in line}
+    return (lines[0] if lines else {}), found
+
+
+def _read_lines(fd: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a journal and how many bytes they are."""
+    with os.fdopen(os.dup(fd), "rb") as file:
+        file.seek(0)
+        text = file.read()
+    lines: list[dict[str, Any]] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        try:
+            found = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            break
+        lines.append(found)
+        size += len(line)
+    return lines, size
+
+
+def _last(lines: Iterable[Mapping[str, Any]], key: str) -> Any:
+    return next((line[key] for line in reversed(list(lines)) if key in line), None)
+
+
+def _lock(fd: int) -> bool:
+    """Takes a file's lock; where there are none, whether the last holder is gone."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            return False
+    holder = _last(_read_lines(fd)[0], "holder")
+    return holder is None or not _is_alive(holder)
+
+
+def _is_alive(holder: Mapping[str, Any]) -> bool:
+    """Whether a process is there; of those on other hosts nobody knows."""
+    if holder["host"] != socket.gethostname():
+        return True
+    return holder["pid"] != os.getpid() and holder["started"] is not None and _read_start(holder["pid"]) == holder["started"]
+
+
+def _describe_process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": _read_start(os.getpid())}
+
+
+def _read_start(pid: int) -> float | None:
+    """When a process began, in the system's own measure; None where it is not there."""
+    if sys.platform == "linux":
+        try:
+            return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        except OSError:
+            return None
+    import psutil
+
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
         return None
+
+
+def _tiling(plan: Plan) -> str:
+    """Identifies how a plan's segments are cut into tasks."""
+    tiles = [getattr(segment, "tile", None) for file in plan.files for segment in file.segments]
+    return hashlib.sha256(repr((order.COPY_CHUNK, tiles)).encode()).hexdigest()
+
+
+def _read_ends(source: SourceFile) -> str:
+    """SHA-256 of the first and last bytes of a source; nothing where it is gone."""
+    found = hashlib.sha256()
+    try:
+        with Path(source.path).open("rb") as file:
+            found.update(file.read(HEAD))
+            file.seek(max(HEAD, source.size - TAIL))
+            found.update(file.read(TAIL))
+    except OSError:
+        return ""
+    return found.hexdigest()
+
+
+def _compare(old: list[Any] | None, new: list[Any] | None) -> str:
+    """How a source differs from what it was."""
+    if old is None or new is None:
+        return "was not read" if old is None else "is not read any more"
+    if old[0] != new[0]:
+        return f"had {old[0]} bytes, has {new[0]}"
+    return "was modified" if old[1] != new[1] else "has other bytes"

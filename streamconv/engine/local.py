@@ -1,44 +1,56 @@
 """The local engine: a plan's segments, ordered by source offset across all output files, run by a pool of threads.
 
 Files are created at their final size under ``NAME.partial`` and filled in any order. A file that is complete is synced and
-renamed; the plan's last file, the commit, only after all others.
+renamed; the plan's last file, the commit, only after all others. Now and then what is done of the others is synced, too, and noted
+in the journal: a later run compares it, and finished files, with what the plan makes of the sources, and goes on from there.
+Comparing costs nothing unless there was a crash; a digest of each file would have every run read all it has written.
 """
 
 from __future__ import annotations
 
-import mmap
+import hashlib
+import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamconv.digests import read_patches
-from streamconv.engine.direct import CHUNK, DirectWriter, blocks, shares_extents
+from streamconv.digests import format_sums, read_patches
+from streamconv.engine.check import OutputCheck
+from streamconv.engine.direct import DirectWriter, allocate, blocks, shares_extents
 from streamconv.engine.io import (
-    FALLBACK_CHUNK,
+    CHUNK,
     Files,
     PositionedReader,
     copy_range,
     data_ranges,
     describe_os_error,
     is_sparse,
+    located,
     share_descriptors,
     sync_directory,
     write,
     write_data,
 )
 from streamconv.engine.journal import Journal
-from streamconv.engine.order import Task, tasks_in_order, tile_pieces
+from streamconv.engine.order import Task, place_of, tasks_in_order, tile_pieces
 from streamconv.engine.readers import BACKENDS, Reader
+from streamconv.engine.reclaim import Reclaim, find_reads
 from streamconv.engine.threads import run_threads
-from streamconv.errors import Interrupted, RunError, SourceChanged, StreamconvError
+from streamconv.errors import DestinationError, Interrupted, RunError, SourceChanged, StreamconvError
 from streamconv.plan import Compute, Copy, Plan, Segment
 from streamconv.runs import Move, region
+from streamconv.units import format_size
 
 if TYPE_CHECKING:
     from streamconv.evaluate import Arena
 
+SAVE_BYTES = 1 << 30  # bytes of output, at most, after which what is done is made durable and noted ...
+SAVE_SECONDS = 10.0  # ... or after so long
+SUMS = "SHA256SUMS"
+_log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 """Told how many bytes of output have come since the last call."""
 
@@ -48,13 +60,20 @@ def partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def check_sources(plan: Plan) -> None:
+def check_sources(plan: Plan, paths: Container[str] | None = None, *, given_back: Container[str] = ()) -> None:
     """Refuses sources that are not what was planned with.
+
+    Args:
+        plan: whose sources they are.
+        paths: those to look at; all unless given.
+        given_back: those that this conversion itself may have punched or removed.
 
     Raises:
         SourceChanged: size or modification time differ.
     """
     for source in plan.sources:
+        if source.path in given_back or not (paths is None or source.path in paths):
+            continue
         try:
             found = Path(source.path).stat()
         except OSError as error:
@@ -64,10 +83,27 @@ def check_sources(plan: Plan) -> None:
 
 
 class LocalEngine:
-    """One run of a plan on this machine."""
+    """One run of a plan on this machine.
 
-    def __init__(self, plan: Plan, journal: Journal, progress: Progress = lambda _: None) -> None:
+    Args:
+        plan: what to run.
+        journal: begun, for this plan.
+        progress: told of bytes of output.
+        checksum: write `SUMS`, too.
+        reclaim: makes the files one after the other, and gives back what each was made of.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        journal: Journal,
+        progress: Progress = lambda _: None,
+        *,
+        checksum: bool = False,
+        reclaim: Reclaim | None = None,
+    ) -> None:
         self._plan, self._journal, self._progress = plan, journal, progress
+        self._checksum, self._reclaim = checksum, reclaim
         self._root = Path(plan.root)
         self._workers, self._descriptors = share_descriptors(plan.workers)
         self._targets = Files(os.O_RDWR, min(16, self._workers))
@@ -77,6 +113,10 @@ class LocalEngine:
         self._remaining: dict[int, int] = {}
         self._sparse: dict[int, bool] = {}
         self._local = threading.local()
+        self._saving = threading.Lock()
+        self._unsaved: dict[int, list[int]] = {}
+        self._unsaved_bytes, self._saved_at = 0, time.monotonic()
+        self._save_bytes = min(SAVE_BYTES, max((file.size for file in plan.files), default=0) // 2)
 
     def run(self) -> None:
         """Runs the plan to its commit.
@@ -86,42 +126,106 @@ class LocalEngine:
             SourceChanged: a source is not what was planned with.
             Interrupted: Ctrl-C.
         """
-        check_sources(self._plan)
+        self._check_sources()
         try:
-            waiting = self._create()
-            self._work(tasks_in_order(self._plan, waiting))
-            check_sources(self._plan)
+            self._take_up()
+            if self._reclaim:
+                self._reclaim.release(self._journal.finished, self._journal.finished)
+                for number in range(len(self._plan.files)):
+                    self._make([number])
+            else:
+                self._make(range(len(self._plan.files)))
             self._commit()
         except OSError as error:
             raise describe_os_error(error, str(self._root)) from error
         finally:
             self._targets.close()
 
+    def _make(self, numbers: Iterable[int]) -> None:
+        """Makes these files and, unless it is the commit, finishes them."""
+        waiting = self._create(numbers)
+        durable = {number: self._journal.durable.get(self._plan.files[number].path, set()) for number in waiting}
+        self._work(task for task in tasks_in_order(self._plan, waiting) if place_of(self._plan, task) not in durable[task[0]])
+        self._check_sources()
+        if self._reclaim:  # whose comparison takes as much memory as the work itself, which is over now
+            for number in waiting:
+                if self._plan.files[number].path not in self._journal.finished and not self._is_commit(number):
+                    self._finish(number)
+
+    def _check_sources(self, paths: Container[str] | None = None) -> None:
+        check_sources(self._plan, paths, given_back=self._reclaim.touched(self._journal.finished) if self._reclaim else ())
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise Interrupted(f"interrupted: {self._root} is incomplete; rerun the same command with --resume")
+
     # Files -----------------------------------------------------------------------------------------------------
 
     def _path(self, number: int) -> Path:
         return self._root / self._plan.files[number].path
 
-    def _create(self) -> list[int]:
-        """Creates the files that are not finished, at their final size and with their literals; returns their numbers."""
-        waiting = []
-        for number, file in enumerate(self._plan.files):
-            if file.path in self._journal.finished:
-                self._progress(file.size)
-                continue
-            path = partial(self._path(number))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    def _present_path(self, number: int) -> Path:
+        path = self._path(number)
+        return path if self._plan.files[number].path in self._journal.finished else partial(path)
+
+    def _take_up(self) -> None:
+        """Compares what an earlier run has left with what it should be; what differs is made again."""
+        known = [file.path for file in self._plan.files]
+        kept = [number for number, name in enumerate(known) if name in self._journal.finished or name in self._journal.durable]
+        if not kept:
+            return
+        wrong = {number for number in kept if not _holds(self._present_path(number), self._plan.files[number].size)}
+        for number in set(kept) - wrong:
+            _drop_cache(self._present_path(number))
+        finished = [number for number in kept if known[number] in self._journal.finished]
+        hashed = [number for number in finished if self._journal.finished[known[number]]]
+        for number in set(hashed) - wrong:
+            if self._read_digest(number, self._present_path(number)) != self._journal.finished[known[number]]:
+                wrong.add(number)
+        compared = [number for number in kept if number not in wrong and number not in hashed]
+        check = OutputCheck(self._plan, path_of=self._present_path)
+        wrong |= check.find_wrong_literals(number for number in compared if number in finished)
+        durable = {number: self._journal.durable.get(known[number]) for number in compared}
+        tasks = tasks_in_order(self._plan, [number for number in compared if number not in wrong])
+        wrong |= check.compare(task for task in tasks if (places := durable[task[0]]) is None or place_of(self._plan, task) in places)
+        for number in sorted(wrong):
+            if self._reclaim and number in finished:
+                raise DestinationError(f"{self._path(number)}: is damaged, and its source was given back: restore it from a copy")
+            self._journal.forget(known[number])
+        for number in set(finished) - wrong:
+            self._progress(self._plan.files[number].size)
+
+    def _create(self, numbers: Iterable[int]) -> list[int]:
+        """Creates those files that are not finished, at their final size and with their literals; returns their numbers.
+
+        Files of which something is durable are there.
+        """
+        waiting = [number for number in numbers if self._plan.files[number].path not in self._journal.finished]
+        for number in waiting:
+            file, path = self._plan.files[number], partial(self._path(number))
+            durable = self._journal.durable.get(file.path, set())
+            if not durable:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+            fd = os.open(path, os.O_RDWR | (0 if durable else os.O_CREAT | os.O_EXCL) | getattr(os, "O_BINARY", 0), 0o666)
             try:
                 os.truncate(fd, file.size)
+                if self._is_direct and not any(self._is_sparse(segment.source) for segment in file.segments):
+                    allocate(fd, file.size)
                 for offset, data in file.literals:
                     write(fd, memoryview(data), offset)
             finally:
                 os.close(fd)
             self._progress(sum(len(data) for _, data in file.literals))
-            waiting.append(number)
             self._remaining[number] = sum(_nbytes(self._plan, segment) for segment in file.segments)
+            if durable:
+                done = sum(
+                    _task_nbytes(self._plan, task) for task in tasks_in_order(self._plan, [number]) if place_of(self._plan, task) in durable
+                )
+                self._remaining[number] -= done
+                self._progress(done)
+        for folder in {str(self._path(number).parent) for number in waiting}:
+            sync_directory(folder)
         for number in waiting:
             if not self._remaining[number] and not self._is_commit(number):
                 self._finish(number)
@@ -132,16 +236,65 @@ class LocalEngine:
 
     def _finish(self, number: int) -> None:
         """Makes a complete file durable and gives it its name."""
-        path = self._path(number)
+        path, name = self._path(number), self._plan.files[number].path
         temporary = partial(path)
         with self._targets.use(str(temporary)) as fd:
             self._seal(number, str(temporary), fd)
             os.fsync(fd)
-        self._targets.close(str(temporary))
+        self._check_sources(set(find_reads(self._plan, self._plan.files[number])))
+        digest = ""
+        if self._reclaim:
+            self._compare(number)
+        if self._checksum or self._reclaim:
+            digest = self._read_digest(number, temporary)
+        if self._checksum and self._is_commit(number):
+            self.write_sums({**self._journal.finished, name: digest})
+        with self._saving:
+            self._targets.close(str(temporary))
+            temporary.replace(path)
+            sync_directory(str(path.parent))
+            self._journal.finish(name, digest)
+            self._unsaved.pop(number, None)
+        _log.info("%s: %s done", name, format_size(self._plan.files[number].size))
+        if self._reclaim:
+            self._reclaim.release(self._journal.finished, [name])
+
+    def _compare(self, number: int) -> None:
+        """Compares a file that is about to be finished with its sources, as the disk has it."""
+        path = partial(self._path(number))
+        _drop_cache(path)
+        check = OutputCheck(self._plan, path_of=lambda _: path)
+        if check.find_wrong_literals([number]) or check.compare(tasks_in_order(self._plan, [number])):
+            raise RunError(f"{path}: does not hold what was written: check disk and memory, then rerun with --resume")
+
+    def _read_digest(self, number: int, path: Path) -> str:
+        reader, buffer, found = BACKENDS[self._plan.read_backend](2), self._reader().buffer(), hashlib.sha256()
+        try:
+            for start in range(0, self._plan.files[number].size, CHUNK):
+                self._raise_if_stopped()
+                size = min(CHUNK, self._plan.files[number].size - start)
+                at = reader.load(str(path), start, size, buffer)
+                found.update(buffer[at : at + size])
+        finally:
+            reader.close()
+        return found.hexdigest()
+
+    def write_sums(self, digests: Mapping[str, str]) -> None:
+        """Writes `SUMS` durably: ``digests`` by file, and those of the plan's other files, which are finished.
+
+        Beside an output of one file, lines of other files stay.
+        """
+        sums = {file.path: digests.get(file.path) or self._read_digest(k, self._path(k)) for k, file in enumerate(self._plan.files)}
+        path = self._root / SUMS
+        kept = path.read_text() if self._plan.single and path.exists() else ""
+        temporary = partial(path)
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x") as file:
+            file.write(format_sums(sums, kept))
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
-        sync_directory(str(path.parent))
-        with self._lock:
-            self._journal.finish(self._plan.files[number].path)
+        sync_directory(str(self._root))
 
     def _seal(self, number: int, path: str, fd: int) -> None:
         """Reads a file back where it has checksums, and writes them."""
@@ -150,12 +303,11 @@ class LocalEngine:
         reader = PositionedReader()
 
         def read(offset: int, view: memoryview) -> None:
-            if self._stop.is_set():
-                raise Interrupted(f"interrupted: {self._root} is incomplete; rerun the same command with --resume")
+            self._raise_if_stopped()
             reader.read(path, offset, view)
 
         try:
-            for offset, data in read_patches(checksums, read, self._writer().buffer() if self._is_direct else self._buffer()):
+            for offset, data in read_patches(checksums, read, self._reader().buffer()):
                 write(fd, memoryview(data), offset)
                 self._progress(len(data))
         finally:
@@ -163,10 +315,36 @@ class LocalEngine:
 
     def _commit(self) -> None:
         last = len(self._plan.files) - 1
-        if last in self._remaining:
+        if self._plan.files[last].path not in self._journal.finished:
             self._finish(last)
+        elif self._checksum:
+            self.write_sums(self._journal.finished)
         self._journal.end()
         sync_directory(str(self._root))
+
+    def _note(self, number: int, place: int, nbytes: int) -> None:
+        """A task is done; what has gathered of these is made durable and noted when it is enough. Others wait when twice as much has."""
+        with self._lock:
+            self._unsaved.setdefault(number, []).append(place)
+            self._unsaved_bytes += nbytes
+            if not self._is_due():
+                return
+        with self._saving:
+            with self._lock:
+                if not self._is_due():
+                    return
+                pending, self._unsaved, self._unsaved_bytes = self._unsaved, {}, 0
+            names = {file: self._plan.files[file].path for file in pending}
+            done = {file: places for file, places in pending.items() if names[file] not in self._journal.finished}
+            for file in done:
+                with self._targets.use(str(partial(self._path(file)))) as fd:
+                    getattr(os, "fdatasync", os.fsync)(fd)
+            if done:
+                self._journal.record({names[file]: places for file, places in done.items()})
+            self._saved_at = time.monotonic()
+
+    def _is_due(self) -> bool:
+        return self._unsaved_bytes >= self._save_bytes or time.monotonic() - self._saved_at > SAVE_SECONDS
 
     # Work ------------------------------------------------------------------------------------------------------
 
@@ -188,12 +366,17 @@ class LocalEngine:
                 if task is None:
                     return
                 number, segment, tile = task
-                done = self._copy(number, segment) if isinstance(segment, Copy) else self._compute(number, segment, tile)
+                with located(str(partial(self._path(number))), place_of(self._plan, task)):
+                    done = self._copy(number, segment) if isinstance(segment, Copy) else self._compute(number, segment, tile)
+                if not self._reclaim:  # which changes them itself
+                    check_sources(self._plan, {source.path for source in self._plan.sources[segment.source : segment.source + 1]})
                 with self._lock:
                     self._remaining[number] -= done
                     complete = not self._remaining[number]
                     self._progress(done)
-                if complete and not self._is_commit(number):
+                if not complete:
+                    self._note(number, place_of(self._plan, task), done)
+                elif not self._is_commit(number) and not self._reclaim:
                     self._finish(number)
         finally:
             self._reader().close()
@@ -209,21 +392,14 @@ class LocalEngine:
     def _writer(self) -> DirectWriter:
         """This thread's direct writer."""
         if not hasattr(self._local, "writer"):
-            self._local.writer = DirectWriter(self._descriptors)
+            self._local.writer = DirectWriter(self._descriptors, self._reader().buffer)
         writer: DirectWriter = self._local.writer
         return writer
 
     def _is_sparse(self, number: int) -> bool:
-        if number not in self._sparse:
-            self._sparse[number] = is_sparse(self._reader().fd(self._plan.sources[number].path))
+        if number not in self._sparse:  # a plan of constants has no sources at all
+            self._sparse[number] = bool(self._plan.sources) and is_sparse(self._plan.sources[number].path)
         return self._sparse[number]
-
-    def _buffer(self) -> memoryview:
-        """This thread's buffer for copies that the kernel cannot do."""
-        if not hasattr(self._local, "buffer"):
-            self._local.buffer = memoryview(mmap.mmap(-1, FALLBACK_CHUNK))
-        buffer: memoryview = self._local.buffer
-        return buffer
 
     def _copy(self, number: int, segment: Copy) -> int:
         source = self._plan.sources[segment.source].path
@@ -237,20 +413,25 @@ class LocalEngine:
                 if self._is_direct and self._writer().takes(path, nbytes):
                     self._copy_directly(source, begin, path, target, dst, nbytes)
                 else:
-                    copy_range(fd, target, begin, dst, nbytes, self._buffer, source)
+                    with located(source, begin):
+                        copy_range(fd, target, begin, dst, nbytes, self._reader().buffer, source)
         return segment.nbytes
 
     def _copy_directly(self, source: str, src: int, path: str, target: int, dst: int, nbytes: int) -> None:
         """Copies whole blocks of the target past the page cache, and the edges through it."""
         reader, writer = self._reader(), self._writer()
+        buffer = reader.buffer()
         first, last = blocks(dst, nbytes)
         shift = src - dst
         for begin, end in ((dst, first), (last, dst + nbytes)):
             if begin < end:
-                copy_range(reader.fd(source), target, begin + shift, begin, end - begin, self._buffer, source)
+                with located(source, begin + shift):
+                    copy_range(reader.fd(source), target, begin + shift, begin, end - begin, reader.buffer, source)
         for start in range(first, last, CHUNK):
+            self._raise_if_stopped()
             size = min(CHUNK, last - start)
-            reader.read(source, start + shift, writer.buffer()[:size])
+            if at := reader.load(source, start + shift, size, buffer):
+                buffer[:size] = buffer[at : at + size]
             writer.write_buffer(path, target, start, size)
 
     def _arena(self) -> Arena:
@@ -270,7 +451,13 @@ class LocalEngine:
         arena = self._arena()
         mark = arena.mark
         out = arena.take(tile.numel, itemsize)
-        evaluate(node, region(tile), out, arena, self._reader().read)
+        reader = self._reader()
+
+        def read(path: str, offset: int, view: memoryview) -> None:
+            self._raise_if_stopped()
+            reader.read(path, offset, view)
+
+        evaluate(node, region(tile), out, arena, read)
         packed, sparse = out.data.cast("B"), self._is_sparse(segment.source)
         path = str(partial(self._path(number)))
         with self._targets.use(path) as target:
@@ -289,3 +476,28 @@ def _nbytes(plan: Plan, segment: Segment) -> int:
     if isinstance(segment, Copy):
         return segment.nbytes
     return segment.move.numel * plan.nodes[segment.node].spec.dtype.itemsize
+
+
+def _task_nbytes(plan: Plan, task: Task) -> int:
+    _, segment, tile = task
+    return segment.nbytes if isinstance(segment, Copy) else tile.numel * plan.nodes[segment.node].spec.dtype.itemsize if tile else 0
+
+
+def _holds(path: Path, size: int) -> bool:
+    """Whether there is a file of this size, and no link."""
+    try:
+        return path.is_file() and not path.is_symlink() and path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def _drop_cache(path: Path) -> None:
+    """Has a file that is synced read from the disk next time."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 
+from streamconv.engine.io import BLOCK
 from streamconv.plan import Copy, Plan, Segment
 from streamconv.runs import Move, region
 
@@ -45,13 +46,23 @@ def _start(segment: Segment) -> Position:
 def _expand(number: int, segment: Segment) -> Iterator[tuple[Position, Task]]:
     """The tasks of a segment with the source positions they begin at, ascending."""
     if isinstance(segment, Copy):
-        for start in range(0, segment.nbytes, COPY_CHUNK):
-            size = min(COPY_CHUNK, segment.nbytes - start)
-            chunk = Copy(segment.source, segment.offset + start, segment.dst + start, size)
+        edge = segment.dst % BLOCK % COPY_CHUNK  # all but the first begin at a block of the target
+        for at in range(-edge, segment.nbytes, COPY_CHUNK):
+            start, stop = max(0, at), min(at + COPY_CHUNK, segment.nbytes)
+            chunk = Copy(segment.source, segment.offset + start, segment.dst + start, stop - start)
             yield (segment.source, chunk.offset), (number, chunk, None)
     else:
         for tile in segment.move.tiles(segment.tile):
             yield (segment.source, segment.offset + tile.src * segment.itemsize), (number, segment, tile)
+
+
+def place_of(plan: Plan, task: Task) -> int:
+    """Where in its file a task begins to write, in bytes: no other task of the file begins there."""
+    _, segment, tile = task
+    if isinstance(segment, Copy):
+        return segment.dst
+    assert tile is not None
+    return segment.dst + tile.dst * plan.nodes[segment.node].spec.dtype.itemsize
 
 
 def tile_pieces(tile: Move, itemsize: int) -> Iterator[tuple[int, int, int]]:
