@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, UsageError
-from streamconv.formats import Contents, Extent, FileLayout, Source, safetensors
+from streamconv.formats import Contents, Extent, FileLayout, Source, mindspore, safetensors, sat
 from streamconv.formats import torch as torch_files
-from streamconv.formats.files import Names, show
+from streamconv.formats.files import Names, read_index, show
+from streamconv.names import natural_key
+from streamconv.names import parse as parse_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 WEIGHT_SUFFIXES = (
     ".safetensors", ".safetensors.index.json", ".bin.index.json", ".pt.index.json", ".pth.index.json", ".pth", ".pt", ".ckpt", ".gguf",
-    ".onnx", ".h5", ".msgpack", ".ot", ".partial",
+    ".onnx", ".h5", ".msgpack", ".ot", ".partial", "param_name_map.json",
 )  # fmt: skip
 _MAX_CONFIG = 64 << 20
 
@@ -78,6 +80,13 @@ class TensorEntry:
             start = max(0, start - extent.nbytes)
         return data, shape
 
+    def pieces(self, nbytes: int) -> Iterator[torch.Tensor]:
+        """The tensor's values from front to back, flat, in pieces of about ``nbytes`` bytes. Raises as `torch` does."""
+        flat = TensorEntry(self.name, Source(TensorSpec(self.source.spec.dtype, (self.source.spec.numel,)), self.source.extents))
+        step = max(1, nbytes * 8 // self.source.spec.dtype.bits)
+        for start in range(0, self.source.spec.numel, step):
+            yield flat.torch(slice(start, min(start + step, self.source.spec.numel)))
+
     def torch(self, rows: slice | None = None) -> torch.Tensor:
         """The tensor, or ``rows`` of it, as a torch tensor that owns its memory."""
         import torch
@@ -109,9 +118,10 @@ class TensorEntry:
 class Checkpoint(Mapping[str, TensorEntry]):
     """An open checkpoint. Only headers have been read; iteration is in tensor order."""
 
-    def __init__(self, path: Path, contents: Contents) -> None:
+    def __init__(self, path: Path, contents: Contents, config: str = CONFIG) -> None:
         self.path = path
         self.contents = contents
+        self._config = config
 
     def __getitem__(self, name: str) -> TensorEntry:
         return TensorEntry(name, self.contents.entries[name])
@@ -149,12 +159,12 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The checkpoint's config.json (beside it, for a single file), or an empty dict.
+        """The checkpoint's config.json, or what it has instead (beside it, for a single file), or an empty dict.
 
         Raises:
             FormatError: it is not a JSON object.
         """
-        return read_config(self.path if self.path.is_dir() else self.path.parent)
+        return read_config(self.path if self.path.is_dir() else self.path.parent, self._config)
 
 
 def find_sidecars(root: Path, contents: Contents | None = None) -> list[str]:
@@ -171,7 +181,8 @@ def find_sidecars(root: Path, contents: Contents | None = None) -> list[str]:
         module = here != root and CONFIG in files
         for name in sorted(files):
             relative = (here / name).relative_to(root).as_posix()
-            if name.endswith(".streamconv.json") or (here == root and name in own) or (is_weights(name) and not module):
+            made = name.endswith(".streamconv.json") or name == "SHA256SUMS"  # of another set of files
+            if made or (here == root and name in own) or (is_weights(name) and not module):
                 continue
             if not (here / name).exists():
                 raise FormatError(f"{here / name}: a link to a file that is not there: fetch the checkpoint again, or remove the link")
@@ -181,16 +192,17 @@ def find_sidecars(root: Path, contents: Contents | None = None) -> list[str]:
 
 def is_weights(name: str) -> bool:
     """Whether a file of this name holds tensors, or says where they are, in any container."""
-    return name.endswith(WEIGHT_SUFFIXES) or (name.endswith(".bin") and name.startswith(("pytorch_model", "adapter_model", "consolidated")))
+    bin_ = name.endswith(".bin") and name.startswith(("pytorch_model", "adapter_model", "consolidated"))
+    return bin_ or name.endswith(WEIGHT_SUFFIXES) or name == sat.LATEST
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a directory, or an empty dict.
+def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
+    """``config.json`` of a directory, or what is called ``name``, or an empty dict.
 
     Raises:
         FormatError: it is not a JSON object.
     """
-    path = directory / CONFIG
+    path = directory / name
     if not path.is_file():
         return {}
     if path.stat().st_size > _MAX_CONFIG:
@@ -206,28 +218,47 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A kind of files: how they are called, read and laid out. ``holds_ties``: a file can hold a tensor under two names."""
+    """A kind of files: how they are called, read and laid out.
+
+    ``holds_ties``: a file can hold a tensor under two names; ``stores_ties_once``: and then has its data once; ``by_rank``: there is a file
+    for each rank, and tensors are ``<file>/<name>``.
+    """
 
     names: Names
     read: Callable[..., Contents]
     lay_out: Callable[..., list[FileLayout]]
     holds_ties: bool = False
+    stores_ties_once: bool = True
+    by_rank: bool = False
 
 
 CONTAINERS = {  # in the order in which they are looked for in a directory
     "safetensors": Container(safetensors.KIND, safetensors.read, safetensors.lay_out),
     "torch": Container(torch_files.KIND, torch_files.read, torch_files.lay_out, holds_ties=True),
+    "mindspore": Container(mindspore.KIND, mindspore.read, mindspore.lay_out, holds_ties=True, stores_ties_once=False),
+    "sat": Container(sat.KIND, sat.read, sat.lay_out, holds_ties=True, by_rank=True),
 }
 FORMAT_OF = {suffix: name for name, container in CONTAINERS.items() for suffix in container.names.suffixes}
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, by_rank: bool = False, root: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    by_rank: bool = False,
+    root: str | None = None,
+    ranks: Sequence[str] = (),
+    files: Sequence[str] = (),
+    config: str = CONFIG,
+) -> Checkpoint:
     """Opens a checkpoint: one file, or a directory with or without index. No tensor data is read.
 
     Args:
         path: where it is.
         by_rank: the files repeat names, as ranks do; tensors are presented as ``<file>/<name>``.
         root: the key of the dict of tensors in a file that nests them.
+        ranks: patterns of file names; those that the first one with any matches are read instead, by rank.
+        files: the same for files that do not repeat names, where there are none by rank.
+        config: the name of the file with the model's config.
 
     Raises:
         FormatError: damaged or not a checkpoint.
@@ -236,23 +267,54 @@ def open_checkpoint(path: str | os.PathLike[str], *, by_rank: bool = False, root
     if "://" in str(path):
         raise UsageError(f"{path}: URLs cannot be opened yet: give a path")
     where = Path(path)
-    name = detect_format(where)
+    chosen, ranked = _choose(where, ranks, files)
+    name = _format_of(where / chosen[0]) if chosen else detect_format(where)
+    if name == "mindspore" and not chosen and (others := _torch_files(where)):
+        name, chosen = "torch", others
     if root is not None and name != "torch":
         raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
-    nested = {} if root is None else {"root": root}
-    return Checkpoint(where.absolute(), CONTAINERS[name].read(where, by_rank=by_rank, **nested))
+    given: dict[str, Any] = {} if root is None else {"root": root}
+    given |= {"files": chosen} if chosen else {}
+    return Checkpoint(where.absolute(), CONTAINERS[name].read(where, by_rank=by_rank or ranked, **given), config)
+
+
+def _choose(path: Path, ranks: Sequence[str], files: Sequence[str]) -> tuple[list[str], bool]:
+    """The files of a directory that a pattern matches, in the order of their numbers, and whether they are ranks."""
+    if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
+        return [], any(parse_names(pattern).match(path.name) is not None for pattern in ranks)
+    names = sorted(os.listdir(path), key=natural_key)  # noqa: PTH208 - names are wanted
+    for pattern in (*ranks, *files):
+        if pattern in names and pattern.endswith(".index.json"):
+            index = read_index(path / pattern, safetensors.KIND)
+            return sorted(set(index.values()), key=natural_key), False
+        matching = [name for name in names if parse_names(pattern).match(name) is not None and Path(name).suffix in FORMAT_OF]
+        if matching:
+            return matching, pattern in ranks
+    return [], False
+
+
+def _format_of(path: Path) -> str:
+    """The container of a file by its suffix; MindSpore's is that of many files of torch.save too."""
+    name = FORMAT_OF.get(path.suffix, "safetensors")
+    return "torch" if name == "mindspore" and torch_files.wrote(path) else name
+
+
+def _torch_files(path: Path) -> list[str]:
+    """The files of torch.save in a directory that are called as MindSpore's are, where the first of these is one."""
+    names = sorted(name for name in os.listdir(path) if name.endswith(mindspore.KIND.suffixes)) if os.path.isdir(path) else []  # noqa: PTH112, PTH208
+    return names if names and torch_files.wrote(path / names[0]) else []
 
 
 def detect_format(path: Path) -> str:
     """The container that a path holds: by a file's suffix, or by what is in a directory."""
     if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
-        return FORMAT_OF.get(path.suffix, "safetensors")
+        return _format_of(path)
     try:
         names = [name for name in os.listdir(path) if not name.startswith(".")]  # noqa: PTH208 - names are wanted
     except OSError:
         return "safetensors"  # which says why it cannot be read
     for container, kind in ((container, CONTAINERS[container].names) for container in CONTAINERS):
-        if any(name.endswith(kind.suffixes) or kind.is_index(name) for name in names):
+        if any(map(kind.is_part, names)):
             return container
     raise FormatError(f"{show(path)}: no *{', *'.join(FORMAT_OF)} file in it: give the path of a checkpoint")
 

@@ -52,7 +52,8 @@ class Contents:
 class FileLayout:
     """A file to be written: ``size`` bytes, ``literals`` at their offsets, a slot (offset) for each tensor, and checksums.
 
-    Literals lie neither in slots nor where checksums go.
+    ``pieces`` are the tensors that lie in several ranges of the file: (offset, bytes) of each, the first at the slot; none ends inside an
+    element. Literals lie neither in slots and pieces nor where checksums go.
     """
 
     path: str
@@ -60,3 +61,4 @@ class FileLayout:
     literals: tuple[tuple[int, bytes], ...]
     slots: Mapping[str, int]
     checksums: tuple[Checksum, ...] = ()
+    pieces: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)

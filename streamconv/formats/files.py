@@ -37,6 +37,9 @@ class Names:
         stem: how names of new files start.
         choices: patterns of weight files where neither an index nor the single file is there; the first that fits any counts.
         others: a pattern of files with such a suffix that are no weights.
+        folders: a pattern of folders in which such files may lie, where none lie in the directory itself.
+        other_index: the name of an index that another writer makes.
+        unlisted: the name of a file that belongs to that index and is not named in it.
     """
 
     noun: str
@@ -44,6 +47,9 @@ class Names:
     stem: str
     choices: tuple[str, ...]
     others: str = r"(?!)"
+    folders: str = r"(?!)"
+    other_index: str = ""
+    unlisted: str = ""
 
     @property
     def single(self) -> str:
@@ -54,7 +60,13 @@ class Names:
         return f"{self.single}.index.json"
 
     def is_index(self, name: str) -> bool:
-        return name.endswith(tuple(f"{suffix}.index.json" for suffix in self.suffixes))
+        return name == self.other_index or name.endswith(tuple(f"{suffix}.index.json" for suffix in self.suffixes))
+
+    def is_part(self, name: str) -> bool:
+        """Whether what is called so in a directory says that it is of this kind."""
+        if name.endswith(self.suffixes):
+            return not re.fullmatch(self.others, name)
+        return self.is_index(name) or re.fullmatch(self.folders, name) is not None
 
     def shard(self, name: str) -> re.Match[str] | None:
         """The parts of a file name with a number in it."""
@@ -160,13 +172,17 @@ def locate(path: Path, kind: Names, chosen: Iterable[str] | None = None) -> tupl
         return None, {}, {path.name: path}
     try:
         names = sorted(name for name in os.listdir(path) if not name.startswith("."))  # noqa: PTH208 - names are wanted
+        folders = sorted((name for name in names if re.fullmatch(kind.folders, name) and (path / name).is_dir()), key=len)
+        names += [f"{folder}/{name}" for folder in folders for name in sorted(os.listdir(path / folder))]  # noqa: PTH208
     except OSError as error:
         raise unreadable(path, error, kind.noun) from error
     index: Path | None = None
     weight_map: dict[str, str] = {}
     if chosen is None and (index := _find_index(path, names, kind)):
-        weight_map = _read_index(index, kind)
+        weight_map = read_index(index, kind)
         chosen = _in_order(weight_map.values(), kind)
+        if index.name == kind.other_index and kind.unlisted in names:
+            chosen.append(kind.unlisted)
     files = {name: path / name for name in (_choose_files(path, names, kind) if chosen is None else chosen)}
     _check_present(index or path, files)
     return index, weight_map, files
@@ -202,11 +218,13 @@ def _check_present(where: Path, files: Mapping[str, Path]) -> None:
         )
 
 
-def _read_index(path: Path, kind: Names) -> dict[str, str]:
+def read_index(path: Path, kind: Names) -> dict[str, str]:
+    """The weight map of an index: tensor -> file, which is a plain path below the index's directory. Raises FormatError."""
     raw, size = read_bytes(path, 0, MAX_JSON, kind.noun)
     if size > MAX_JSON:
         raise damaged(path, f"it has {size} bytes, an index at most {MAX_JSON}")
-    weight_map = parse_object(path, raw, "text").get("weight_map")
+    table = parse_object(path, raw, "text")
+    weight_map = table.get("weight_map", table if path.name == kind.other_index else None)
     if type(weight_map) is Repeated:
         raise damaged(path, f"its weight_map names {short.repr(weight_map.key)} twice")
     if type(weight_map) is not dict or not weight_map:
@@ -235,13 +253,13 @@ def _in_order(shards: Iterable[str], kind: Names) -> list[str]:
 
 def check_index(index: Path, weight_map: Mapping[str, str], tables: Mapping[str, Table]) -> None:
     """Every tensor is in the file that the index says, and in no other."""
-    extra, moved = [], []
+    extra, moved, listed = [], [], set(weight_map.values())
     for file, table in tables.items():
         for name in table:
             said = weight_map.get(name)
-            if said is None:
+            if said is None and file in listed:
                 extra.append((name, f"is in {short.repr(file)}, the index does not name it"))
-            elif said != file:
+            elif said not in (None, file):
                 moved.append((name, f"is in {short.repr(file)}, the index says {short.repr(said)}"))
     missing = [(name, f"is in no file, the index says {short.repr(file)}") for name, file in weight_map.items() if name not in tables[file]]
     for problems in (moved, missing, extra):
@@ -305,8 +323,20 @@ def index_layout(path: str, shards: Mapping[str, Iterable[str]], specs: Iterable
     """The index of a checkpoint, which says in which file each tensor is; ``specs`` are those of what is stored."""
     stored = list(specs)
     totals = {"total_size": sum(spec.nbytes for spec in stored), "total_parameters": sum(spec.numel for spec in stored)}
-    index = {"metadata": totals, "weight_map": {name: file for file, names in shards.items() for name in names}}
-    text = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    return _json_layout(path, {"metadata": totals, "weight_map": _file_of(shards)})
+
+
+def map_layout(path: str, shards: Mapping[str, Iterable[str]]) -> FileLayout:
+    """An index that says nothing but in which file each tensor is."""
+    return _json_layout(path, _file_of(shards))
+
+
+def _file_of(shards: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    return {name: file for file, names in shards.items() for name in names}
+
+
+def _json_layout(path: str, table: Mapping[str, Any]) -> FileLayout:
+    text = (json.dumps(table, indent=2, sort_keys=True) + "\n").encode()
     return FileLayout(path, len(text), ((0, text),), {})
 
 
@@ -323,6 +353,11 @@ def damaged(path: Path, problem: str, tensor: str | None = None) -> FormatError:
     """The error for a file that breaks a rule of its format."""
     place = "" if tensor is None else f"tensor {short.repr(tensor)}: "
     return FormatError(f"{show(path)}: {place}{problem[:800]}; the file is damaged: download or write it again")
+
+
+def lfs_pointer(path: Path) -> FormatError:
+    """The error for what git leaves where it has not fetched a large file."""
+    return FormatError(f"{show(path)}: a Git LFS pointer, not the file it stands for: fetch that, for instance with git lfs pull")
 
 
 def unreadable(path: Path, error: OSError | ValueError, noun: str) -> StreamconvError:

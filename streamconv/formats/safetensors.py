@@ -7,13 +7,13 @@ back. A checkpoint is one file, or several in a directory, usually with an index
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from streamconv.dtypes import DTYPES, TensorSpec
-from streamconv.errors import FormatError, UsageError
+from streamconv.errors import UsageError
 from streamconv.formats import Contents, Extent, FileLayout, Source
 from streamconv.formats.files import (
     MAX_JSON,
@@ -25,17 +25,24 @@ from streamconv.formats.files import (
     countable,
     damaged,
     index_layout,
+    lfs_pointer,
     locate,
+    map_layout,
     merge,
     parse_object,
     read_bytes,
     short,
-    show,
     split_into_shards,
 )
 
-KIND = Names("a safetensors file", (".safetensors",), "model", (r".*\.safetensors",))
-INDEX = KIND.index
+KIND = Names(
+    "a safetensors file",
+    (".safetensors",),
+    "model",
+    (r".*\.safetensors",),
+    other_index="param_name_map.json",  # of mindspore.unified_safetensors, which leaves out what has no strategy
+    unlisted="hyper_param.safetensors",
+)
 
 # In the order in which the reference library puts them into a file: widest first, so that all stay aligned.
 CODES: dict[str, str] = {
@@ -75,19 +82,20 @@ _Specs = dict[tuple[str, tuple[int, ...]], TensorSpec]
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, *, by_rank: bool = False) -> Contents:
+def read(path: Path, *, by_rank: bool = False, files: Sequence[str] | None = None) -> Contents:
     """The contents of a file, or of a directory by its index, else ``model.safetensors``, else all its files.
 
     Args:
         path: a ``.safetensors`` file or a directory.
         by_rank: present each tensor as ``<file>/<name>``, for files of ranks, which repeat names.
+        files: names of the files of the directory to read, in this order, instead of looking for them.
 
     Raises:
         FormatError: damaged, incomplete or contradictory files; a tensor in two files without ``by_rank``.
         UsageError: the path is not there or cannot be read.
     """
     path = path.absolute()
-    index, weight_map, paths = locate(path, KIND)
+    index, weight_map, paths = locate(path, KIND, files)
     specs: _Specs = {}
     tables: dict[str, Table] = {}
     metadata: dict[str, str] = {}
@@ -140,7 +148,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     raw, size = read_bytes(path, 0, 8, KIND.noun)
     length = int.from_bytes(raw, "little")
     if raw == b"version ":
-        raise FormatError(f"{show(path)}: a Git LFS pointer, not the file it stands for: fetch that, for instance with git lfs pull")
+        raise lfs_pointer(path)
     if len(raw) < 8:
         raise damaged(path, f"it has {size} bytes, a safetensors file has 8 and a header at least")
     if length > MAX_JSON:
@@ -228,7 +236,14 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], a
 
 
 def lay_out(
-    specs: Mapping[str, TensorSpec], *, metadata: Mapping[str, str], max_shard_size: int | None, file: str | None = None, align: int = 8
+    specs: Mapping[str, TensorSpec],
+    *,
+    metadata: Mapping[str, str],
+    max_shard_size: int | None,
+    file: str | None = None,
+    align: int = 8,
+    stem: str = KIND.stem,
+    index: str | None = None,
 ) -> list[FileLayout]:
     """The files of a checkpoint, with paths relative to it; the index, if there is more than one, comes last.
 
@@ -238,16 +253,20 @@ def lay_out(
         max_shard_size: see `split_into_shards`.
         file: the name of the one file to make, whatever its size.
         align: bytes that the data's start in each file is a multiple of.
+        stem: how the files' names start.
+        index: the name of an index without anything but the files of the tensors, for a single file too.
 
     Raises:
         UsageError: see `header_bytes`.
     """
     sizes = {name: spec.nbytes for name, spec in specs.items()}
-    shards = {file: list(specs)} if file else split_into_shards(sizes, max_shard_size, KIND.stem, KIND.suffixes[0])
+    shards = {file: list(specs)} if file else split_into_shards(sizes, max_shard_size, stem, KIND.suffixes[0])
     layouts = []
     for path, names in shards.items():
         header, slots = header_bytes({name: specs[name] for name in names}, metadata, align)
         layouts.append(FileLayout(path, len(header) + sum(sizes[name] for name in names), ((0, header),), slots))
-    if len(shards) > 1:
-        layouts.append(index_layout(INDEX, shards, specs.values()))
+    if index and not file:
+        layouts.append(map_layout(index, shards))
+    elif len(shards) > 1:
+        layouts.append(index_layout(f"{stem}{KIND.suffixes[0]}.index.json", shards, specs.values()))
     return layouts

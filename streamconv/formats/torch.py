@@ -31,6 +31,7 @@ from streamconv.formats.files import (
     countable,
     damaged,
     index_layout,
+    lfs_pointer,
     locate,
     merge,
     short,
@@ -158,6 +159,17 @@ def _open_legacy(path: Path, file: _BoundedFile, size: int) -> tuple[Any, _Place
     return tree, places
 
 
+def wrote(path: Path) -> bool:
+    """Whether a file begins as those of torch.save do, whatever it is called."""
+    try:
+        check_regular(path, KIND.noun)
+        with path.open("rb", buffering=0) as file:
+            head = file.read(14)
+    except (OSError, ValueError, FormatError):
+        return False  # reading it says what is wrong
+    return head.startswith(b"PK\3\4") or head[4:14] == _MAGIC.to_bytes(10, "little")
+
+
 def _open(path: Path) -> tuple[Any, _Places]:
     try:
         check_regular(path, KIND.noun)
@@ -170,7 +182,7 @@ def _open(path: Path) -> tuple[Any, _Places]:
     except (OSError, ValueError) as error:
         raise unreadable(path, error, KIND.noun) from error
     if head.startswith(b"version https://git-lfs"):
-        raise FormatError(f"{show(path)}: a Git LFS pointer, not the file it stands for: fetch that, for instance with git lfs pull")
+        raise lfs_pointer(path)
     if head[257:262] == b"ustar":
         raise FormatError(f"{show(path)}: torch's tar format from before 2017, which weights_only refuses: {_rewrite(path, safe=False)}")
     raise damaged(path, f"it has {size} bytes and is neither a zip nor torch's older format: it starts with {head[:8]!r}")
