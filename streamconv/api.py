@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib
 import json
 import os
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from streamconv import memory, recipes
-from streamconv.checkpoint import CONFIG, CONTAINERS, FORMAT_OF, Checkpoint, find_sidecars, is_weights, open_checkpoint, read_config
+from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, open_checkpoint, read_config
 from streamconv.compiler import Budget, check_workers, compile_plan
+from streamconv.destination import Target, check_room, clear, old_files, prepare
 from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
 from streamconv.engine.check import OutputCheck, check_replicas
-from streamconv.engine.direct import BLOCK, LEAST, shares_extents
-from streamconv.engine.io import describe_os_error
-from streamconv.engine.journal import NAME as JOURNAL
-from streamconv.engine.journal import Journal, journal_path
-from streamconv.engine.local import LocalEngine, check_sources, partial
+from streamconv.engine.direct import LEAST, shares_extents
+from streamconv.engine.io import BLOCK, describe_os_error
+from streamconv.engine.journal import Journal, journal_path, read_journal
+from streamconv.engine.local import SUMS, LocalEngine, check_sources
 from streamconv.engine.readers import BACKENDS
-from streamconv.errors import BudgetError, DestinationError, FormatError, Interrupted, RunError, SpaceError, UsageError
+from streamconv.engine.reclaim import Reclaim
+from streamconv.errors import BudgetError, DestinationError, FormatError, Interrupted, RunError, StreamconvError, UsageError
 from streamconv.formats import FileLayout, Source
+from streamconv.names import Matcher
 from streamconv.names import parse as parse_names
+from streamconv.plan import FilePlan, Plan, Totals
 from streamconv.plan import Mapping as Row
-from streamconv.plan import Plan
-from streamconv.progress import bar
-from streamconv.recipe import Conversion, Recipe, identity, read_identity_options
+from streamconv.progress import Progress, bar
+from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_options
+from streamconv.sidecars import make_sidecars
 from streamconv.units import format_size, parse_size
 from streamconv.verify import Comparison, compare
+from streamconv.vocabulary import resize_vocab, sampling
 
 MAX_MEMORY = "1GB"
 MAX_SHARD_SIZE = "5GB"
@@ -66,6 +68,7 @@ class Result:
             "workers",
             "dropped",
             "notes",
+            "summary",
         )
         found: dict[str, Any] = {key: plan[key] for key in kept}
         found |= {"seconds": self.seconds, "peak_rss": self.peak_rss, "peak_anonymous": self.peak_anonymous}
@@ -80,7 +83,7 @@ class Result:
         return (
             f"{self.plan.destination}: {len(self.plan.mapping)} tensors, "
             f"{format_size(totals.bytes_written)} in {self.seconds:.2f} s ({rate}/s); "
-            f"{moved}{checked}; peak memory {format_size(self.peak_rss)}"
+            f"{moved}{checked}; peak memory {format_size(self.peak_rss)}\n{self.plan.account}"
         )
 
 
@@ -105,6 +108,7 @@ def plan(
     overwrite: bool = False,
     resume: bool = False,
     align: bool = False,
+    reclaim_source: bool = False,
 ) -> Plan:
     """Everything but the run: what `convert` would do. Writes nothing; see `convert` for the arguments.
 
@@ -115,9 +119,9 @@ def plan(
     if read_backend not in BACKENDS:
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    target = Target.of(dst, format, chosen.target_format if chosen else "safetensors")
+    target = Target.of(dst, format, chosen.target.format if chosen else "safetensors")
     own = read_identity_options(options or {}) if chosen is None else {}
-    checkpoint = open_checkpoint(src, root=own.get("root"))
+    checkpoint = _open(src, chosen.source if chosen else Side(), root=own.get("root"))
     try:
         target.check(checkpoint, overwrite=overwrite, resume=resume)
     except OSError as error:
@@ -126,9 +130,10 @@ def plan(
     if beside is not None and not beside.is_dir():
         raise UsageError(f"--sidecars-from {beside}: not a directory")
     conversion = _convert_names(checkpoint, chosen, options or {}, _recast(dtype, keep_dtype), beside)
-    tied = _ties(checkpoint, conversion) if own.get("tied") == "keep" else {}
-    metadata = {"format": "pt", **{key: value for key, value in checkpoint.metadata.items() if key not in checkpoint.ties}}
     container = CONTAINERS[target.format]
+    tied = _ties(checkpoint, conversion) if own.get("tied") == "keep" and container.stores_ties_once else {}
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key not in checkpoint.ties}
+    metadata |= {"format": "pt", **sampling(conversion.outputs.values())}
     facts: dict[str, Any]
     if container.holds_ties:
         if align:
@@ -136,13 +141,12 @@ def plan(
         facts = {"tied": tied}
     else:
         conversion, facts = _without(conversion, tied), {"metadata": metadata | tied, "align": BLOCK if align else 8}
-    specs = {name: node.spec for name, node in conversion.outputs.items()}
     shard = parse_size(max_shard_size)
     limit = None if single_file or target.file else shard
-    layouts = container.lay_out(specs, max_shard_size=limit, file=target.file, **facts)
+    layouts = _lay_out(conversion, target, chosen.target if chosen else Side(), limit, facts)
     told = [f"{name} is {kept}, stored once (--set tied=copy: twice)" for name, kept in list(tied.items())[:5]]
-    sidecars, notes = ({}, []) if target.file else _sidecars(checkpoint, beside, chosen, conversion, dtype)
-    return compile_plan(
+    sidecars, notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, chosen, conversion, dtype)
+    made = compile_plan(
         conversion.outputs,
         layouts,
         root=str(target.root),
@@ -155,7 +159,82 @@ def plan(
         notes=[*checkpoint.contents.notes, *told, *conversion.notes, *notes, *_may_share(checkpoint, target, layouts)],
         replicas=conversion.replicas,
         read_backend=read_backend,
+        reasons=conversion.reasons,
+        tied=len(conversion.tied) + len(tied),
     )
+    return _with_reclaim(made) if reclaim_source else made
+
+
+def _with_reclaim(made: Plan, finished: Collection[str] = ()) -> Plan:
+    """The plan with the room that it takes where the source's space is given back meanwhile.
+
+    Raises:
+        DestinationError: the source's space cannot be given back.
+    """
+    reclaim = Reclaim(made)
+    reclaim.check(finished)
+    kept = sum(file.size for file in made.files if file.path in finished)
+    needed = min(made.totals.disk_needed, reclaim.disk_needed(finished) + kept)
+    return replace(made, totals=replace(made.totals, disk_needed=needed))
+
+
+def _open(path: AnyPath, side: Side, root: str | None = None) -> Checkpoint:
+    """A checkpoint as one side of a recipe has them."""
+    return open_checkpoint(path, root=root, ranks=side.ranks, files=side.files, config=side.config)
+
+
+def _lay_out(conversion: Conversion, target: Target, side: Side, limit: int | None, facts: Mapping[str, Any]) -> list[FileLayout]:
+    """The files of the target."""
+    specs = {name: node.spec for name, node in conversion.outputs.items()}
+    container = CONTAINERS[target.format]
+    file = target.file
+    if side.root and target.format == "torch":  # whose files alone can nest them, whatever the side's own container
+        facts = {**facts, "root": side.root}
+    if target.format == side.format:
+        facts = {**facts, **({"index": side.index} if side.index else {})}
+        if side.shards and side.stem and not file:
+            parts = enumerate(_spread(specs, side.shards if limit is not None else 1))
+            named = [(parse_names(side.stem).format({"n": n}), part) for n, part in parts]
+            return [made for name, part in named for made in container.lay_out(part, max_shard_size=None, file=name, **facts)]
+        if side.stem and side.stem.endswith(container.names.suffixes):
+            file = file or side.stem
+        elif side.stem:
+            facts = {**facts, "stem": side.stem}
+    if container.by_rank or not (ranks := _ranks(specs, side.ranks)):
+        return container.lay_out(specs, max_shard_size=limit, file=file, **facts)
+    if target.file and len(ranks) > 1:
+        raise UsageError(f"{target.path}: {len(ranks)} ranks are files of their own: give a directory")
+    if not (first := next(iter(ranks))).endswith(container.names.suffixes):
+        raise UsageError(f"{first}: not a {target.format} file: give --format {FORMAT_OF[Path(first).suffix]}")
+    layouts = []
+    for rank, names in ranks.items():
+        rows = {name: specs[f"{rank}/{name}"] for name in names}
+        for layout in container.lay_out(rows, max_shard_size=None, file=target.file or rank, **facts):
+            slots = {f"{rank}/{name}": slot for name, slot in layout.slots.items()}
+            layouts.append(replace(layout, slots=slots, pieces={f"{rank}/{name}": parts for name, parts in layout.pieces.items()}))
+    return layouts
+
+
+def _spread(specs: Mapping[str, TensorSpec], count: int) -> list[dict[str, TensorSpec]]:
+    """Tensors in order, in ``count`` parts of about as many bytes."""
+    parts: list[dict[str, TensorSpec]] = [{} for _ in range(count)]
+    total, done = sum(spec.nbytes for spec in specs.values()), 0
+    for name, spec in specs.items():
+        parts[min(done * count // max(total, 1), count - 1)][name] = spec
+        done += spec.nbytes
+    return parts
+
+
+def _ranks(names: Iterable[str], patterns: Iterable[str]) -> dict[str, list[str]]:
+    """Tensors called ``<file>/<name>`` by file, where all are called so; else nothing."""
+    found: dict[str, list[str]] = {}
+    matcher = Matcher([parse_names(f"{pattern}/{{rest*}}") for pattern in patterns])
+    for name in names:
+        if not matcher.match(name):
+            return {}
+        file, _, rest = name.partition("/")
+        found.setdefault(file, []).append(rest)
+    return dict(sorted(found.items()))
 
 
 def _may_share(checkpoint: Checkpoint, target: Target, layouts: Sequence[FileLayout]) -> Iterator[str]:
@@ -201,8 +280,8 @@ def _convert_names(
     beside: Path | None,
 ) -> Conversion:
     if recipe is None:
-        return identity(_with_ties(checkpoint), recast)
-    sidecar = read_config(beside) if beside else {}
+        return resize_vocab(identity(_with_ties(checkpoint), recast), read_identity_options(options))
+    sidecar = read_config(beside, recipe.target.config) if beside else {}
     return recipe.apply(checkpoint.contents.entries, checkpoint.config, options, sidecar=sidecar, recast=recast)
 
 
@@ -228,100 +307,20 @@ def _without(conversion: Conversion, tied: Mapping[str, str]) -> Conversion:
     return replace(conversion, outputs=outputs, rows=rows)
 
 
-def _sidecars(
-    checkpoint: Checkpoint, beside: Path | None, recipe: Recipe | None, conversion: Conversion, dtype: str | None
-) -> tuple[dict[str, str | bytes], list[str]]:
-    """The files beside the weights: relative path -> file to copy, or new bytes for a config that changes; and notes."""
-    root = beside or checkpoint.path
-    names = find_sidecars(root, None if beside else checkpoint.contents) if root.is_dir() else []
-    sidecars: dict[str, str | bytes] = {name: str(root / name) for name in names}
-    config = read_config(root) if CONFIG in sidecars or root.is_dir() else {}
-    changed = dict(config)
-    notes = []
-    if recipe and recipe.config and not beside and config:
-        module, function = recipe.config.split(":")
-        changed = getattr(importlib.import_module(module), function)(config, conversion.options) or changed
-    elif recipe and not beside and recipe.target_format == recipe.source_format and config and recipe.inverse_config:
-        notes.append(f"{CONFIG} is the source's own: give --sidecars-from a folder of the target model for one that its code reads")
-    if dtype is not None:
-        changed = _set_dtype(changed, parse_dtype(dtype).name)
-    if changed != config and CONFIG in sidecars:
-        sidecars[CONFIG] = (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
-    return sidecars, notes
-
-
-def _set_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config with every ``dtype`` / ``torch_dtype`` in it, nested ones too, set to ``dtype``."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and (value is None or isinstance(value, str)):
-            found[key] = dtype
-        else:
-            found[key] = _set_dtype(value, dtype) if isinstance(value, dict) else value
-    return found
-
-
-@dataclass(frozen=True)
-class Target:
-    """DST taken apart: the directory of the files, the one file's name if DST names one, and the container."""
-
-    root: Path
-    file: str | None
-    format: str
-
-    @classmethod
-    def of(cls, dst: AnyPath, format: str | None, default: str = "safetensors") -> Target:  # noqa: A002
-        path = Path(dst)
-        if "://" in str(dst):
-            raise UsageError(f"{dst}: URLs cannot be written yet: give a path")
-        if format not in (None, *CONTAINERS):
-            raise UsageError(f"--format {format}: unknown container; known are {', '.join(CONTAINERS)}")
-        path = Path(os.path.abspath(path))  # noqa: PTH100 - links in DST are kept as the user wrote them
-        by_suffix = FORMAT_OF.get(path.suffix)
-        if by_suffix and not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
-            if format and format != by_suffix:
-                raise UsageError(f"{path}: ends in {path.suffix}, which is not --format {format}")
-            return cls(path.parent, path.name, by_suffix)
-        return cls(path, None, format or default)
-
-    @property
-    def path(self) -> Path:
-        return self.root / self.file if self.file else self.root
-
-    def check_free(self) -> None:
-        """Refuses a DST that has something in it."""
-        path = self.path
-        if journal_path(self.root, self.file).exists():
-            raise DestinationError(f"{path}: holds an unfinished conversion: continue it with --resume, start afresh with --overwrite")
-        occupied = os.path.lexists(path) if self.file else path.is_dir() and any(entry.name != f"{JOURNAL}.new" for entry in path.iterdir())
-        if occupied:
-            raise DestinationError(f"{path}: already exists and is not empty: give another DST, or --overwrite, or --resume")
-
-    def check(self, checkpoint: Checkpoint, *, overwrite: bool, resume: bool) -> None:
-        """Refuses a DST that is, holds or lies in SRC, or that has something in it."""
-        path, src = self.path, checkpoint.path
-        mine, theirs = Path(os.path.realpath(path)), Path(os.path.realpath(src))
-        if mine == theirs:
-            raise DestinationError(f"{path}: DST is SRC: give another DST")
-        if src.is_dir() and mine.is_relative_to(theirs):
-            raise DestinationError(f"{path}: DST lies inside SRC {src}: give a DST outside of it")
-        if theirs.is_relative_to(mine) or any(os.path.realpath(file).startswith(f"{mine}{os.sep}") for file in checkpoint.contents.files):
-            raise DestinationError(f"{path}: SRC {src} lies inside DST: give another DST")
-        if overwrite and resume:
-            raise UsageError("--overwrite and --resume exclude each other: start afresh, or continue")
-        if path.exists() and not path.is_dir() and not self.file:
-            raise DestinationError(f"{path}: exists and is not a directory: give another DST")
-        above = next((parent for parent in self.root.parents if parent.exists() or parent.is_symlink()), None)
-        if above is not None and not above.is_dir() and not self.root.exists():
-            raise DestinationError(f"{path}: {above} is not a directory: give another DST")
-        if not overwrite and not resume:
-            self.check_free()
-
-
 # Running -----------------------------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, *, overwrite: bool = False, resume: bool = False, verify: bool = False, progress: bool = False) -> Result:
+def run(
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    checksum: bool = False,
+    reclaim_source: bool = False,
+    progress: bool | Progress = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Result:
     """Runs a plan.
 
     Args:
@@ -329,32 +328,64 @@ def run(plan: Plan, *, overwrite: bool = False, resume: bool = False, verify: bo
         overwrite: remove weight and index files that are in the way first, nothing else.
         resume: keep what an interrupted run of the same plan has finished.
         verify: read everything back and compare.
-        progress: show a bar on stderr if that is a terminal.
+        checksum: write ``SHA256SUMS``, too, which ``sha256sum --check`` reads.
+        reclaim_source: DELETE the source: give the space of its weight files back as soon as what was made of them is durable and checked.
+        progress: show a bar, on stderr if that is a terminal or in a notebook; or how to.
+        settings: what the plan was made with; says what differs if an interrupted run was another one.
 
     Raises:
         StreamconvError: see the classes; nothing is lost.
     """
     started = time.perf_counter()
     root = Path(plan.root)
-    journal = Journal(journal_path(root, plan.single), plan)
-    check_sources(plan)
+    if checksum:  # the source's own, if it has one, is of other files
+        plan = replace(plan, files=tuple(file for file in plan.files if file.path != SUMS))
+    reclaim = Reclaim(plan) if reclaim_source else None
+    journal = Journal(journal_path(root, plan.single), plan, settings, overwrite=overwrite, reclaim=reclaim_source)
+    done = read_journal(journal.path)[1] if resume else {}
+    check_sources(plan, given_back=reclaim.touched(done) if reclaim else ())
     with _watch() as figures:
         try:
             finished = resume and _is_complete(plan, journal)
             if not finished:
-                _check_room(plan, root, _old_files(root, plan.single) if overwrite else [])
-                check_replicas(plan)
-                _prepare(plan, root, overwrite=overwrite, resume=resume and journal.path.exists())
-                journal.begin(resume=resume)
-                with bar(plan.totals.bytes_written, "converting", show=progress) as tell:
-                    LocalEngine(plan, journal, tell).run()
-            if (verify or finished) and (different := _find_difference(plan, progress=progress)) is not None:
+                check_room(_with_reclaim(plan, done) if reclaim else plan, root, old_files(root, plan.single) if overwrite else [])
+                if not (reclaim and done):
+                    check_replicas(plan)
+                _write(plan, journal, overwrite=overwrite, resume=resume, checksum=checksum, reclaim=reclaim, progress=progress)
+            elif checksum:
+                LocalEngine(plan, journal).write_sums({})
+            if ((verify and not reclaim) or finished) and (different := _find_difference(plan, progress=progress)) is not None:
                 if finished:
                     raise DestinationError(f"{root}: {different} is not what this conversion makes: start afresh with --overwrite")
                 raise RunError(f"{root}: {different} does not hold what was written: check disk and memory, then rerun with --overwrite")
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: rerun the same command with --resume to go on with {root}") from None
     return Result(plan, time.perf_counter() - started, memory.peak(), figures["anonymous"], True if verify or finished else None)
+
+
+def _write(
+    plan: Plan, journal: Journal, *, overwrite: bool, resume: bool, checksum: bool, reclaim: Reclaim | None, progress: bool | Progress
+) -> None:
+    """Writes a plan's files, with DST to itself."""
+    root = Path(plan.root)
+    goes_on = resume and journal.path.exists()
+    prepare(plan, root, overwrite=overwrite, resume=goes_on)
+    try:
+        journal.begin(resume=goes_on)
+        if journal.overwrites:
+            clear(plan, root, journal)
+        elif not goes_on:  # another run may have finished in between
+            try:
+                Target(root, plan.single, plan.format).check_empty()
+            except DestinationError:
+                journal.end()
+                raise
+        with bar(plan.totals.bytes_written, "converting", show=progress) as tell:
+            LocalEngine(plan, journal, tell, checksum=checksum, reclaim=reclaim).run()
+    except OSError as error:
+        raise describe_os_error(error, str(root)) from error
+    finally:
+        journal.close()
 
 
 @contextmanager
@@ -383,50 +414,7 @@ def _is_complete(plan: Plan, journal: Journal) -> bool:
     )
 
 
-def _check_room(plan: Plan, root: Path, doomed: Iterable[Path]) -> None:
-    existing = next(parent for parent in (root, *root.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    replaced = {name for file in plan.files for path in [root / file.path] for name in (path, partial(path))}
-    present = sum(_allocated(path) for path in replaced.union(doomed))
-    if plan.totals.disk_needed > free + present:
-        raise SpaceError(
-            f"{root}: no room on the disk: the output needs {format_size(plan.totals.disk_needed)}, {format_size(free)} are free: "
-            "free some, or give a DST on another disk"
-        )
-
-
-def _allocated(path: Path) -> int:
-    """Bytes on the disk that removing ``path`` gives back."""
-    if path.is_symlink() or not path.is_file():
-        return 0
-    found = path.stat()
-    return getattr(found, "st_blocks", -(-found.st_size // 512)) * 512
-
-
-def _old_files(root: Path, single: str | None) -> list[Path]:
-    """What ``--overwrite`` removes: DST itself if it is one file, else the weight and index files in it, links to nowhere included."""
-    if single:
-        return [root / single]
-    return [path for path in root.iterdir() if is_weights(path.name) and not path.is_dir()] if root.is_dir() else []
-
-
-def _prepare(plan: Plan, root: Path, *, overwrite: bool, resume: bool) -> None:
-    """Makes DST ready to be written, or says why it cannot be."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for path in _old_files(root, plan.single):
-                path.unlink(missing_ok=True)
-            journal_path(root, plan.single).unlink(missing_ok=True)
-        elif not resume:
-            Target(root, plan.single, plan.format).check_free()
-        if not os.access(root, os.W_OK | os.X_OK):
-            raise DestinationError(f"{root}: cannot be written: make it writable or give another DST")
-    except OSError as error:
-        raise DestinationError(f"{root}: cannot be written: {error.strerror}; give another DST") from error
-
-
-def _find_difference(plan: Plan, *, progress: bool) -> str | None:
+def _find_difference(plan: Plan, *, progress: bool | Progress) -> str | None:
     """Compares every output file, read back, with what the plan makes of the sources; names one that differs."""
     with bar(plan.totals.bytes_written, "verifying", show=progress) as tell:
         try:
@@ -440,8 +428,10 @@ def convert(
     dst: AnyPath,
     *,
     verify: bool = False,
+    checksum: bool = False,
+    reclaim_source: bool = False,
     compare_with: AnyPath | None = None,
-    progress: bool = False,
+    progress: bool | Progress = False,
     **settings: Any,
 ) -> Result:
     """Plans and runs a conversion.
@@ -450,8 +440,10 @@ def convert(
         src: a directory or file.
         dst: a file if its name ends in the container's suffix, else a directory.
         verify: read everything back and compare it after writing.
+        checksum: see `run`.
+        reclaim_source: see `run`; what is interrupted must be gone on with ``resume``.
         compare_with: a reference checkpoint to compare the result with; differences do not fail.
-        progress: show a bar on stderr if that is a terminal.
+        progress: show a bar, on stderr if that is a terminal or in a notebook; or how to.
         settings: the arguments of `plan`: recipe (name, file or `Recipe`), options, format, dtype, keep_dtype, max_shard_size,
             single_file, max_memory, workers, read_backend, sidecars_from, overwrite, resume, align.
 
@@ -461,10 +453,30 @@ def convert(
     reference = open_checkpoint(compare_with) if compare_with is not None else None
     if reference is not None:
         import torch  # noqa: F401 - loaded first, so that the plan counts what measuring differences takes
-    made = plan(src, dst, **settings)
+    overwrite, resume = bool(settings.get("overwrite")), bool(settings.get("resume"))
+    target = Target.of(dst, settings.get("format"))
+    if reclaim_source and compare_with is not None and os.path.realpath(compare_with) == os.path.realpath(src):
+        raise UsageError(f"--compare {compare_with}: will be gone with --reclaim-source: give another reference")
+    made = _find_begun(src, target, reclaim_source=reclaim_source) if resume else None
+    if made is None:
+        try:
+            made = plan(src, dst, reclaim_source=reclaim_source, **settings)
+        except (FormatError, UsageError) as error:
+            if not (reclaim_source and resume) or (finished := _find_finished(target, error)) is None:
+                raise
+            return Result(finished, 0.0, memory.peak(), memory.anonymous())
     if reference is not None:
         made = _with_comparison(made, parse_size(settings.get("max_memory", MAX_MEMORY)))
-    result = run(made, progress=progress, verify=verify, overwrite=bool(settings.get("overwrite")), resume=bool(settings.get("resume")))
+    result = run(
+        made,
+        overwrite=overwrite,
+        resume=resume,
+        verify=verify,
+        checksum=checksum,
+        reclaim_source=reclaim_source,
+        progress=progress,
+        settings=_describe(src, settings),
+    )
     if reference is None:
         return result
     done = open_checkpoint(made.destination)
@@ -476,6 +488,66 @@ def convert(
         read_backend=made.read_backend,
     )
     return replace(result, comparison=comparison, peak_rss=memory.peak())
+
+
+def _describe(src: AnyPath, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which conversion it is, in JSON's terms."""
+    names = ("recipe", "options", "format", "dtype", "keep_dtype", "max_shard_size", "single_file", "sidecars_from", "align")
+    found = {name: settings[name] for name in names if settings.get(name)}
+    shard = parse_size(found.get("max_shard_size", MAX_SHARD_SIZE))
+    recipe = getattr(found.get("recipe"), "name", found.get("recipe"))
+    found = dict.fromkeys(names) | found | {"src": os.path.abspath(src), "recipe": recipe, "max_shard_size": shard}  # noqa: PTH100
+    described: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return described
+
+
+def _find_begun(src: AnyPath, target: Target, *, reclaim_source: bool) -> Plan | None:
+    """The plan of an interrupted run that gives its source back, which cannot be planned again.
+
+    Raises:
+        DestinationError: such a run was interrupted, and this is none, or one of another source.
+    """
+    path = journal_path(target.root, target.file)
+    first, _ = read_journal(path)
+    if "reclaim" not in first:
+        return None
+    if not reclaim_source:
+        raise DestinationError(f"{path}: the interrupted run was begun with --reclaim-source: add it, to go on")
+    made = replace(Plan.from_json(first["reclaim"]), root=str(target.root), single=target.file)
+    above = Path(os.path.abspath(src))  # noqa: PTH100 - links are looked for later
+    if foreign := [file for file in Reclaim(made).files if not Path(file).is_relative_to(above if above.is_dir() else above.parent)]:
+        raise DestinationError(
+            f"{path}: the interrupted run was another one (src was not {src}, it had {foreign[0]}): give the SRC of that run"
+        )
+    return made
+
+
+def _find_finished(target: Target, error: StreamconvError) -> Plan | None:
+    """What is in DST, where the source cannot be opened because a run that is complete has given it back."""
+    if journal_path(target.root, target.file).exists():
+        return None
+    try:
+        found = open_checkpoint(target.path)
+    except StreamconvError:
+        return None
+    files = tuple(FilePlan(path.name, path.stat().st_size, (), ()) for path in (*found.contents.files, *found.contents.others))
+    return Plan(
+        root=str(target.root),
+        single=target.file,
+        format=found.contents.format,
+        sources=(),
+        nodes=(),
+        files=files,
+        checks=(),
+        mapping=tuple(Row(name, (name,), "", entry.spec) for name, entry in found.contents.entries.items()),
+        dropped=(),
+        notes=(f"nothing left to do: {target.path} is complete, and the source is not there any more ({error})",),
+        totals=Totals(0, 0, 0, 0, 0),
+        workers=1,
+        arena=0,
+        read_backend="auto",
+        peak_memory=memory.peak(),
+    )
 
 
 def _with_comparison(made: Plan, limit: int) -> Plan:
@@ -503,7 +575,7 @@ def verify(
     workers: int | None = None,
     read_backend: str = "auto",
     sidecars_from: AnyPath | None = None,
-    progress: bool = False,
+    progress: bool | Progress = False,
 ) -> Comparison:
     """Compares two checkpoints tensor by tensor; with a recipe, what it makes of ``a`` with ``b``.
 
@@ -514,7 +586,8 @@ def verify(
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     own = read_identity_options(options or {}) if chosen is None else {}
-    left, right = open_checkpoint(a, root=own.get("root")), open_checkpoint(b)
+    sides = (chosen.source, chosen.target) if chosen else (Side(), Side())
+    left, right = _open(a, sides[0], own.get("root")), _open(b, sides[1])
     beside = Path(sidecars_from).absolute() if sidecars_from is not None else None
     made = _convert_names(left, chosen, options or {}, _recast(dtype, keep_dtype), beside)
     found = right.contents.entries if chosen else _with_ties(right)
@@ -530,16 +603,64 @@ def verify(
         )
 
 
+@dataclass(frozen=True)
+class Match:
+    """How well a recipe fits a checkpoint: the shares of its tensors that have a rule, and of the rules that must have a tensor.
+
+    ``fits``: nothing is left over, missing or of the wrong shape; ``named``: it goes by the model type that config.json says.
+    """
+
+    recipe: Recipe
+    tensors: float
+    rules: float
+    fits: bool
+    named: bool
+
+
 def match_recipes(src: AnyPath) -> list[str]:
-    """The names of the recipes that fit a checkpoint: all its tensors have a rule, all required rules a tensor."""
-    checkpoint = open_checkpoint(src)
-    fitting = []
-    for name, recipe in recipes.registry().items():
-        try:
-            recipe.apply(checkpoint.contents.entries, checkpoint.config)
-        except (UsageError, FormatError):
-            raise
-        except Exception:  # noqa: BLE001, S112 - whatever does not fit does not match
-            continue
-        fitting.append(name)
-    return fitting
+    """The names of the recipes that fit a checkpoint, the likeliest first. Raises as `rank_recipes`."""
+    return [match.recipe.name for match in rank_recipes(src) if match.fits]
+
+
+def rank_recipes(src: AnyPath) -> list[Match]:
+    """The recipes that fit a checkpoint and then the others, the nearest first; those without rules, which ask a library, are left out.
+
+    Raises:
+        StreamconvError: it cannot be read.
+    """
+    found = []
+    opened: dict[tuple[Any, ...], Checkpoint | None] = {}
+    for recipe in recipes.registry().values():
+        side = recipe.source
+        key = (side.ranks, side.files, side.config)
+        if key not in opened:
+            try:
+                opened[key] = _open(src, side)
+            except StreamconvError:
+                opened[key] = None
+        if recipe.rules and (checkpoint := opened[key]):
+            found.append(_match(recipe, checkpoint))
+    if not any(opened.values()):
+        open_checkpoint(src)  # which says what is wrong with it
+    return sorted(found, key=lambda match: (-match.fits, -match.named, -match.tensors * match.rules, match.recipe.name))
+
+
+def _match(recipe: Recipe, checkpoint: Checkpoint) -> Match:
+    entries = checkpoint.contents.entries
+    tensors, rules, fits = 0.0, 0.0, False
+    try:
+        tensors, rules = recipe.coverage(entries)
+        if tensors == 1:
+            recipe.apply(entries, checkpoint.config)
+            fits = True
+    except Exception:  # noqa: BLE001, S110 - whatever keeps it from being applied, it does not fit
+        pass
+    return Match(recipe, tensors, rules, fits, recipes.is_named(recipe, checkpoint.config))
+
+
+def suggest_recipes(src: AnyPath) -> list[str]:
+    """The recipes that go by the model type in a checkpoint's config.json and have a rule for each of its tensors."""
+    config = read_config(Path(src) if Path(src).is_dir() else Path(src).parent)
+    named = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)] if config.get("model_type") else []
+    entries = open_checkpoint(src).contents.entries if named else {}
+    return [recipe.name for recipe in named if recipe.coverage(entries) == (1, 1)]

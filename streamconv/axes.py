@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -124,14 +124,20 @@ class Layout:
         """The shapes of the tensors of ``side`` ("left" or "right"), in elements."""
         return [tuple(_extent(factor, sizes) for factor in tensor.factors) for tensor in getattr(self, side)]
 
-    def solve(self, shapes: Sequence[tuple[int, ...]], lookup: Callable[[str], int | None], where: str = "") -> Sizes:
-        """All axis sizes, from the left tensors' shapes first, then from ``lookup`` for what shapes leave open.
+    def solve(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        lookup: Callable[[str], int | None],
+        where: str = "",
+        fixed: Mapping[str, int] | None = None,
+    ) -> Sizes:
+        """All axis sizes: the ``fixed`` ones, then from the left tensors' shapes, then from ``lookup`` for what they leave open.
 
         Raises:
             CoverageError: the sizes contradict each other or are not determined.
         """
         equations = [(f, n) for tensor, shape in zip(self.left, shapes, strict=True) for f, n in zip(tensor.factors, shape, strict=True)]
-        sizes: Sizes = {"1": 1}
+        sizes: Sizes = {"1": 1, **(fixed or {})}
         open_axes = list(self.axes)
         while True:
             self._propagate(equations, sizes, where)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from streamconv import memory
 from streamconv.errors import BudgetError, UsageError
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph import AnyNode, Node, Source, sources, trace
-from streamconv.plan import Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile, Totals
+from streamconv.plan import Account, Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile, Totals
 from streamconv.plan import Mapping as Row
 from streamconv.runs import Move, identity
 from streamconv.units import format_size
@@ -26,7 +27,7 @@ SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
 MARGIN = 6 << 20  # bytes: how much one process may differ from the next in what it takes itself
 RESERVE = 6 << 20  # bytes: thread stacks, descriptors, the bar, what the allocator keeps; per worker see WORKER
 WORKERS = 8  # unless asked otherwise: so many reads and writes in flight saturate a disk, on any number of cores
-WORKER = 2560 << 10  # bytes: a worker's stack, and its block-aligned buffers for reading and writing
+WORKER = 2560 << 10  # bytes: a worker's stack, its buffer, and what it maps at a time
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def compile_plan(
     notes: Iterable[str] = (),
     replicas: Iterable[tuple[AnyNode, AnyNode, tuple[str, str]]] = (),
     read_backend: str = "auto",
+    reasons: Mapping[str, str] | None = None,
+    tied: int = 0,
 ) -> Plan:
     """Compiles target nodes and the layout of their files into a plan.
 
@@ -68,6 +71,8 @@ def compile_plan(
         notes: lines for the user.
         replicas: pairs of nodes that must hold the same bytes.
         read_backend: how tiles are read.
+        reasons: source names left out -> by which rule.
+        tied: how many tensors repeat another.
 
     Raises:
         BudgetError: the memory limit cannot be kept.
@@ -78,6 +83,7 @@ def compile_plan(
     files[-1:-1] = beside
     checks = [Check(compiler.node(a), compiler.node(b), names) for a, b, names in replicas]
     fit = compiler.fit(budget, files, checks)
+    rows = tuple(mapping)
     return Plan(
         root=root,
         single=single,
@@ -86,7 +92,7 @@ def compile_plan(
         nodes=tuple(compiler.nodes),
         files=tuple(compiler.tiled(file, fit) for file in files),
         checks=tuple(checks),
-        mapping=tuple(mapping),
+        mapping=rows,
         dropped=tuple(dropped),
         notes=tuple(notes),
         totals=compiler.totals(files),
@@ -94,6 +100,7 @@ def compile_plan(
         arena=fit.arena,
         read_backend=read_backend,
         peak_memory=fit.peak,
+        account=compiler.account(files, outputs, rows, reasons or {}, tied),
     )
 
 
@@ -144,7 +151,7 @@ class _Compiler:
                 continue  # tied to the tensor before
             if outputs[name].spec.nbytes:
                 filled.add(slot)
-            for segment in self._segments(outputs[name], slot):
+            for segment in self._segments(outputs[name], layout.pieces.get(name) or [(slot, outputs[name].spec.nbytes)]):
                 last = segments[-1] if segments else None
                 if isinstance(segment, Copy) and isinstance(last, Copy) and _continues(last, segment):
                     segments[-1] = last._replace(nbytes=last.nbytes + segment.nbytes)
@@ -160,30 +167,34 @@ class _Compiler:
         size = self.sources[number].size
         return FilePlan(path, size, (), (Copy(number, 0, 0, size),) if size else ())
 
-    def _segments(self, node: AnyNode, slot: int) -> Iterable[Segment]:
-        if not isinstance(node, Node):
-            return self._copies(node.extents, slot)
-        segments: list[Segment] = []
-        if not node.spec.numel:
-            return segments
+    def _segments(self, node: AnyNode, pieces: Iterable[tuple[int, int]]) -> Iterator[Segment]:
+        """How a tensor gets into the ranges of its file, (offset, bytes) each, that hold its bytes one after the other."""
+        start = 0
+        for slot, nbytes in pieces:
+            if isinstance(node, Node):
+                yield from self._computed(node, start, slot, nbytes)
+            else:
+                yield from self._range(node.extents, start, slot, nbytes)
+            start += nbytes
+
+    def _computed(self, node: Node, start: int, slot: int, nbytes: int) -> Iterator[Segment]:
+        """Bytes [start, start + nbytes) of a node; where they are those of a stored tensor for long enough, copies."""
         itemsize = node.spec.dtype.itemsize
-        for found in trace(node, identity(node.spec.numel)):
+        if not nbytes:
+            return
+        for found in trace(node, identity(nbytes // itemsize, start // itemsize)):
             move = found.move.simplify()
             if found.exact and isinstance(found.leaf, Source) and _copyable(move, itemsize):
                 for dst, src in move.runs():
-                    segments += self._range(found.leaf.extents, src * itemsize, slot + dst * itemsize, move.run * itemsize)
+                    yield from self._range(found.leaf.extents, src * itemsize, slot + dst * itemsize, move.run * itemsize)
             else:
                 extent = next((extent for leaf in sources(found.leaf) for extent in leaf.extents), None)
                 leaf_item = found.leaf.spec.dtype.itemsize if isinstance(found.leaf, Source) else 0
                 where = (self.source(extent.path), extent.offset) if extent else (0, 0)
-                segments.append(Compute(self.node(node), slot, move, (), *where, leaf_item))
-        return segments
-
-    def _copies(self, extents: Sequence[Extent], slot: int) -> Iterable[Copy]:
-        for extent in extents:
-            if extent.nbytes:
-                yield Copy(self.source(extent.path), extent.offset, slot, extent.nbytes)
-            slot += extent.nbytes
+                whole = replace(move, dst=move.dst + start // itemsize)
+                # What has to see all of its input makes all of its output: in one tile, once.
+                tile = move.sizes if isinstance(found.leaf, Node) and (found.leaf.op.streams or found.leaf.op.whole) else ()
+                yield Compute(self.node(node), slot - start, whole, tile, *where, leaf_item)
 
     def _range(self, extents: Sequence[Extent], start: int, dst: int, nbytes: int) -> Iterable[Copy]:
         """Bytes [start, start + nbytes) of a tensor, which may lie in several extents."""
@@ -208,11 +219,13 @@ class _Compiler:
         prepare(self.nodes)
         base = budget.measure()
         checked = {node for check in checks for node in (check.left, check.right)}
-        scattered = {s.node for file in files for s in file.segments if isinstance(s, Compute) and self._tile(s, TILE).pieces > SCATTERED}
+        computed = [s for file in files for s in file.segments if isinstance(s, Compute)]
+        scattered = {s.node for s in computed if not s.tile and self._tile(s, TILE).pieces > SCATTERED}
+        fixed = [(s.node, math.prod(s.tile) * self.nodes[s.node].spec.dtype.itemsize) for s in computed if s.tile]
         tile = SCATTERED_TILE if scattered else TILE
         while True:
-            sizes = ((arena_bytes(node, tile if k in scattered else min(tile, TILE)), k) for k, node in enumerate(self.nodes))
-            arena, worst = max(sizes)
+            sizes = [(k, tile if k in scattered else min(tile, TILE)) for k in range(len(self.nodes))]
+            arena, worst = max((arena_bytes(self.nodes[k], nbytes), k) for k, nbytes in [*sizes, *fixed])
             what = f"{self.nodes[worst].spec} by {describe(self.nodes[worst])}"
             if checked:
                 arena = max(arena, 2 * COMPARE + max(arena_bytes(self.nodes[k], max(tile, COMPARE)) for k in checked))
@@ -246,15 +259,31 @@ class _Compiler:
         def nbytes(segment: Compute) -> int:
             return fit.tile if segment.node in fit.scattered else min(fit.tile, TILE)
 
-        segments = tuple(s._replace(tile=self._tile(s, nbytes(s)).sizes) if isinstance(s, Compute) else s for s in file.segments)
+        segments = tuple(s._replace(tile=s.tile or self._tile(s, nbytes(s)).sizes) if isinstance(s, Compute) else s for s in file.segments)
         return replace(file, segments=segments)
+
+    def account(
+        self, files: Sequence[FilePlan], outputs: Mapping[str, AnyNode], rows: Sequence[Row], reasons: Mapping[str, str], tied: int
+    ) -> Account:
+        computed = {id(self.nodes[s.node]) for file in files for s in file.segments if isinstance(s, Compute)}
+        count = sum(id(node) in computed for node in outputs.values())
+        leaves = ((node, next(sources(node), node)) for node in outputs.values())
+        return Account(
+            tensors=len(outputs),
+            copied=len(outputs) - count,
+            computed=count,
+            renamed=sum(not row.layout and len(row.sources) == 1 and _bare(row.target) != _bare(row.sources[0]) for row in rows),
+            dropped=dict(Counter(reasons.values()).most_common()),
+            tied=tied,
+            cast=sum(leaf.spec.dtype != node.spec.dtype for node, leaf in leaves),
+        )
 
     def totals(self, files: Sequence[FilePlan]) -> Totals:
         copied = computed = read = 0
         disk = 0.0
         # What is left of a sparse source's blocks may straddle twice as many blocks in the output.
         shares = [source.allocated / source.size if source.size else 1.0 for source in self.sources]
-        density = [min(1.0, share if share > SPARSE else 2 * share) for share in shares]
+        density = [min(1.0, share if share > SPARSE else 2 * share) for share in shares] or [1.0]  # nothing is read: all is made
         for file in files:
             disk += sum(len(data) for _, data in file.literals)
             for segment in file.segments:
@@ -270,6 +299,11 @@ class _Compiler:
         return Totals(read + copied, copied, computed, written, round(disk))
 
 
+def _bare(name: str) -> str:
+    """A tensor's name without that of a rank's file."""
+    return name.rpartition("/")[2]
+
+
 def _continues(last: Copy, segment: Copy) -> bool:
     return last.source == segment.source and last.offset + last.nbytes == segment.offset and last.dst + last.nbytes == segment.dst
 
@@ -282,7 +316,9 @@ def describe(node: AnyNode) -> str:
     """The ops of a node, outermost first."""
     names = []
     while isinstance(node, Node):
-        names.append(node.op.kind)
+        names.append(node.op.label)
+        if not node.inputs:
+            break
         node = node.inputs[0]
     return " of ".join(names) or "reading"
 

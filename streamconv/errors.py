@@ -53,7 +53,9 @@ class FormatError(StreamconvError):
 
 
 class RecipeError(StreamconvError):
-    """A recipe contradicts itself or is malformed."""
+    """A recipe contradicts itself or is malformed; ``place``: the keys that lead to the fault in the recipe's data."""
+
+    place: tuple[str | int, ...] = ()
 
 
 class NotationError(RecipeError):
@@ -62,7 +64,8 @@ class NotationError(RecipeError):
     def __init__(self, message: str, text: str, position: int) -> None:
         self.text = text
         self.position = position
-        super().__init__(f"{message} at character {position + 1} of {text!r}: {text[:position]}>>>{text[position:]}")
+        before, after = (repr(part)[1:-1] for part in (text[max(0, position - 400) : position], text[position : position + 400]))
+        super().__init__(f"{message} at character {position + 1} of {text[:800]!r}: {before}>>>{after}")
 
 
 class CoverageError(StreamconvError):

@@ -77,10 +77,15 @@ def _below(node: AnyNode, numel: int, *, scattered: bool = False) -> int:
     """What evaluating ``numel`` elements takes beside their own buffer; scattered ones are picked from spans."""
     if not isinstance(node, Node):
         return round_up(max(numel * node.spec.dtype.itemsize * 5 // 4, SPAN)) + round_up(BAND) if scattered else 0
-    below = max((_below(child, numel, scattered=scattered or node.op.layout_only) for child in node.inputs), default=0)
+    if node.op.streams:  # which reads its input's rows in order, whatever region is wanted
+        buffers = node.op.scratch([child.spec for child in node.inputs])
+        below = max(_below(child, buffers[0][0]) for child in node.inputs)
+        return below + sum(round_up(count * itemsize) for count, itemsize in buffers) + round_up(BAND)
+    parts = list(zip(node.inputs, node.op.reach(numel, [child.spec for child in node.inputs]), strict=True))
+    below = max((_below(child, count, scattered=scattered or node.op.layout_only) for child, count in parts), default=0)
     if node.op.layout_only:
         return below
-    return below + sum(round_up(numel * child.spec.dtype.itemsize) for child in node.inputs)
+    return below + node.op.temporary + sum(round_up(count * child.spec.dtype.itemsize) for child, count in parts)
 
 
 def evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read) -> None:
@@ -92,6 +97,14 @@ def evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read) ->
         assert pieces is not None
         for number, piece in pieces:
             evaluate(node.inputs[number], piece, out, arena, read)
+    elif node.op.streams:
+        mark, (child,) = arena.mark, node.inputs
+        buffers = [arena.take(count, itemsize) for count, itemsize in node.op.scratch([child.spec])]
+        made = node.op.compute_streamed(
+            child.spec, lambda start, part: evaluate(child, identity(len(part), start), part, arena, read), buffers
+        )
+        copy_strided(out[move.dst :], made[move.src :], list(zip(move.sizes, move.dst_strides, move.src_strides, strict=True)), arena)
+        arena.release(mark)
     else:
         mark = arena.mark
         parts, specs = [], []

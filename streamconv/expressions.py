@@ -1,13 +1,14 @@
 """Small expressions over config values and options: ``text_config.head_dim or hidden_size // num_attention_heads``.
 
 Names are looked up, never executed; what is missing is None, and arithmetic with None is None. There are comparisons,
-``and``, ``or``, ``not``, ``in``, ``x if c else y``, ``+ - * //``, and functions that the caller gives.
+``and``, ``or``, ``not``, ``in``, ``x if c else y``, ``+ - * //``, ``/`` that must come out even, and functions that the caller gives.
 """
 
 from __future__ import annotations
 
 import ast
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -15,11 +16,20 @@ from typing import Any
 from streamconv.errors import NotationError
 
 Scope = Mapping[str, Any]
+
+
+def _divide(left: int, right: int) -> int:
+    if left % right:
+        raise ValueError(f"{left} cannot be divided by {right}")
+    return left // right
+
+
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
+    ast.Div: _divide,
 }
 _COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
@@ -38,7 +48,9 @@ _KNOWN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.List, ast.Tu
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> ast.expr:
     try:
-        tree = ast.parse(text, mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Python has to say of "1and 2"
+            tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise NotationError("not an expression", text, max(0, (getattr(error, "offset", 0) or 1) - 1)) from error
     for node in ast.walk(tree):

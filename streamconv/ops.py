@@ -5,16 +5,19 @@ Layout ops are dtype-blind: they move items of N bytes. Only `Cast` and its like
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv import axes
+from streamconv.axes import Axis, Leaf
 from streamconv.dtypes import CASTABLE, DTYPES, DType, TensorSpec
 from streamconv.errors import CoverageError
-from streamconv.runs import Move, packed_strides, place, pull, split_stack
+from streamconv.runs import Move, identity, packed_strides, place, pull, split_stack
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -23,21 +26,33 @@ if TYPE_CHECKING:
 
 _OPS: dict[str, type[Op]] = {}
 _MASKED = 1 << 16  # elements: pieces in which NaNs are looked for
+_SCALED = 1 << 17  # elements: pieces in which blocks are scaled
+_SUMMED = 1 << 18  # elements of a matrix that are summed at once
+_BLOCK = 128  # rows, columns and ranks of a product that are made at once
 
 
 class Op:
     """What a node does. Subclasses are frozen dataclasses whose fields are JSON values.
 
     An op either rearranges (`pull` gives pieces, nothing is computed), or is elementwise (`pull` gives the move itself, so
-    that the plan can see through it, and `compute` turns values), or neither (`pull` gives None, `demand` and `compute`).
+    that the plan can see through it, and `compute` turns values), or neither (`pull` gives None, `demand` and `compute`). One that
+    ``streams`` has to see all of its input, piece by piece, and makes all of its output: `scratch` and `compute_streamed`.
     """
 
     kind: ClassVar[str]
     layout_only: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
+    whole: ClassVar[bool] = False  # makes all of its output at once
+    temporary: ClassVar[int] = 0  # bytes that `compute` takes at most beside what it is given
 
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:
             _OPS[cls.kind] = cls
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.kind
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         """The output's spec. Raises CoverageError where the inputs do not fit."""
@@ -51,8 +66,20 @@ class Op:
         """For each part that `compute` needs: the input, and a move of the region wanted into a buffer of its own."""
         raise NotImplementedError
 
+    def reach(self, numel: int, inputs: Sequence[TensorSpec]) -> list[int]:
+        """How many elements of each input any region of ``numel`` elements of the output takes at most."""
+        return [numel] * len(inputs)
+
     def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
         """Writes the region ``move`` of the output into the flat ``out``. Arrays hold items as unsigned integers of their width."""
+        raise NotImplementedError
+
+    def scratch(self, inputs: Sequence[TensorSpec]) -> list[tuple[int, int]]:
+        """The buffers that `compute_streamed` takes: (elements, bytes of each)."""
+        raise NotImplementedError
+
+    def compute_streamed(self, spec: TensorSpec, fetch: Callable[[int, Array], None], buffers: Sequence[Array]) -> Array:
+        """All of the output, in one of the ``buffers``; ``fetch(start, out)`` reads the input of ``spec`` from element ``start``."""
         raise NotImplementedError
 
     def prepare(self, inputs: Sequence[TensorSpec]) -> None:
@@ -134,6 +161,47 @@ class Rearrange(Op):
                 yield firsts[where.tensor] + number, found
 
 
+@dataclass(frozen=True)
+class Reshape(Op):
+    """The same elements in the same order under another shape."""
+
+    kind: ClassVar[str] = "reshape"
+    layout_only: ClassVar[bool] = True
+
+    shape: tuple[int, ...]
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        inputs[0].dtype.itemsize  # noqa: B018 - refuses packed types
+        if math.prod(self.shape) != inputs[0].numel:
+            raise CoverageError(f"{inputs[0]} cannot have shape {self.shape}")
+        return TensorSpec(inputs[0].dtype, self.shape)
+
+    def pull(self, move: Move) -> Iterator[tuple[int, Move]]:
+        yield 0, move
+
+
+@dataclass(frozen=True)
+class Rows(Op):
+    """Rows ``start`` to ``stop`` of a tensor, along its first axis."""
+
+    kind: ClassVar[str] = "rows"
+    layout_only: ClassVar[bool] = True
+
+    start: int
+    stop: int
+    row: int  # elements
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        inputs[0].dtype.itemsize  # noqa: B018 - refuses packed types
+        shape = inputs[0].shape
+        if not shape or not 0 <= self.start <= self.stop <= shape[0] or math.prod(shape[1:]) != self.row:
+            raise CoverageError(f"rows {self.start} to {self.stop} are not in {inputs[0]}")
+        return TensorSpec(inputs[0].dtype, (self.stop - self.start, *shape[1:]))
+
+    def pull(self, move: Move) -> Iterator[tuple[int, Move]]:
+        yield 0, replace(move, src=move.src + self.start * self.row)
+
+
 class Elementwise(Op):
     """An op whose output element depends on the one input element at the same place."""
 
@@ -173,6 +241,355 @@ class Cast(Elementwise):
         made = as_torch(out, spec.dtype).as_strided(move.sizes, move.dst_strides, move.dst).copy_(given)
         if spec.dtype != specs[0].dtype and given.min().isnan():
             _settle_nans(made)
+
+
+@dataclass(frozen=True)
+class Dequantize(Elementwise):
+    """A matrix of one-byte floats times the scale of each of its blocks, both as float32, rounded to bfloat16; NaNs as those of `Cast`.
+
+    Attributes:
+        shape: rows and columns of the matrix.
+        block: rows and columns of a block; the last ones may be cut off.
+    """
+
+    kind: ClassVar[str] = "dequantize"
+    temporary: ClassVar[int] = 12 * _SCALED
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """How many blocks there are: the shape of the scales."""
+        return -(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1])
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        matrix, scales = inputs
+        if matrix.dtype.bits != 8 or not matrix.dtype.floating or matrix.shape != self.shape:
+            raise CoverageError(f"expected a matrix of one-byte floats {list(self.shape)}, found {matrix}")
+        if not scales.dtype.floating or scales.dtype.bits % 8 or scales.shape != self.blocks:
+            blocks = " x ".join(map(str, self.block))
+            raise CoverageError(f"the scales of {matrix} in blocks of {blocks} must be floats {list(self.blocks)}, found {scales}")
+        return TensorSpec(DTYPES["bfloat16"], matrix.shape)
+
+    def demand(self, move: Move) -> list[tuple[int, Move]]:
+        return [*super().demand(move), (1, identity(math.prod(self.blocks)))]
+
+    def reach(self, numel: int, inputs: Sequence[TensorSpec]) -> list[int]:
+        return [numel, inputs[1].numel]
+
+    def prepare(self, inputs: Sequence[TensorSpec]) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        ones = torch.ones(2, 2, dtype=getattr(torch, inputs[0].dtype.name)).float()
+        ones.mul_(ones.index_select(0, torch.zeros(2, dtype=torch.int64))).bfloat16()
+
+    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
+        given, scales = (as_torch(part, of.dtype) for part, of in zip(parts, specs, strict=True))
+        made, scales = as_torch(out, spec.dtype), scales.view(self.blocks).float()
+        tree = axes.Axis("row", self.shape[1], axes.Axis("column", 1, axes.Leaf(0)))
+        packed = replace(move, dst=0, dst_strides=packed_strides(move.sizes))
+        for (_, read, digits), (_, write, _) in zip(pull(tree, packed), pull(tree, move), strict=True):
+            values = given.as_strided(read.sizes, read.dst_strides, read.dst)
+            _scale(
+                values, made.as_strided(write.sizes, write.dst_strides, write.dst), scales, self.block, [digits["row"], digits["column"]]
+            )
+
+
+class Made(Op):
+    """An op without inputs."""
+
+    def pull(self, move: Move) -> None:
+        return None
+
+    def demand(self, move: Move) -> list[tuple[int, Move]]:
+        return []
+
+    def prepare(self, inputs: Sequence[TensorSpec]) -> None:
+        import torch  # noqa: F401 - loaded before the process is measured
+
+
+@dataclass(frozen=True)
+class Zeros(Made):
+    """A tensor of zeros."""
+
+    kind: ClassVar[str] = "zeros"
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        DTYPES[self.dtype].itemsize  # noqa: B018 - refuses packed types
+        return TensorSpec(DTYPES[self.dtype], self.shape)
+
+    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
+        as_torch(out, spec.dtype).as_strided(move.sizes, move.dst_strides, move.dst).zero_()
+
+
+@dataclass(frozen=True)
+class InvFreq(Made):
+    """The frequencies of a rotary embedding: float32 base^(-2j/dim) for j < dim / 2, with torch's last bits."""
+
+    kind: ClassVar[str] = "inv_freq"
+
+    dim: int
+    base: int
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        return TensorSpec(DTYPES["float32"], (self.dim // 2,))
+
+    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
+        import torch
+
+        values = 1.0 / (float(self.base) ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim))
+        made = as_torch(out, spec.dtype).as_strided(move.sizes, move.dst_strides, move.dst)
+        made.copy_(values.as_strided(move.sizes, move.src_strides, move.src))
+
+
+@dataclass(frozen=True)
+class SampleRows(Op):
+    """``rows`` new rows of an embedding, drawn from the normal distribution of its old ones with 1e-5 of their covariance.
+
+    With E of V rows and mean mu, ``mu + sqrt(1e-5 / V) * sum_v z_v (E_v - mu)`` with standard normal z has exactly that distribution;
+    E is streamed once, no covariance is made, and it may be singular. ``seed`` and ``stream`` choose z. Sums are of float64, in an order
+    that shapes alone decide: other processors' matrix products may round their last bits otherwise.
+    """
+
+    kind: ClassVar[str] = "sample_rows"
+    streams: ClassVar[bool] = True
+    MOST: ClassVar[int] = 64  # rows that one op makes: what it keeps of them while it streams is counted
+
+    rows: int
+    seed: int
+    stream: int
+    dtype: str
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        spec = inputs[0]
+        if len(spec.shape) != 2 or not spec.numel or spec.dtype.name not in CASTABLE or self.dtype not in CASTABLE:
+            raise CoverageError(f"rows are sampled from matrices of {', '.join(CASTABLE)}, not from {spec}")
+        return TensorSpec(DTYPES[self.dtype], (self.rows, spec.shape[1]))
+
+    def pull(self, move: Move) -> None:
+        return None
+
+    def block(self, spec: TensorSpec) -> int:
+        """Rows of the input that are read at once; they follow from shapes alone, as the order of additions does."""
+        return max(1, min(spec.shape[0], _SUMMED // max(spec.shape[1], self.rows + 1)))
+
+    def scratch(self, inputs: Sequence[TensorSpec]) -> list[tuple[int, int]]:
+        """The input as stored and in float64, z and a row of ones, their products (the last the sum of all rows), the output."""
+        spec = inputs[0]
+        block, columns = self.block(spec), spec.shape[1]
+        wide = [(count, 8) for count in (block * columns, (self.rows + 1) * block, (self.rows + 1) * columns)]
+        return [(block * columns, spec.dtype.itemsize), *wide, (self.rows * columns, DTYPES[self.dtype].itemsize)]
+
+    def prepare(self, inputs: Sequence[TensorSpec]) -> None:
+        import numpy as np
+
+        spec = inputs[0]
+        once = replace(spec, shape=(self.block(spec), spec.shape[1]))
+        buffers = [np.zeros(count, f"u{itemsize}") for count, itemsize in self.scratch([once])]
+        self.compute_streamed(once, lambda _start, _out: None, buffers)
+
+    def compute_streamed(self, spec: TensorSpec, fetch: Callable[[int, Array], None], buffers: Sequence[Array]) -> Array:
+        """All rows, in the last of the buffers."""
+        import numpy as np
+        import torch
+
+        torch.set_num_threads(1)  # wherever the plan runs: how a product is shared out decides its last bits
+        raw, *wide, made = buffers
+        values, factors, sums = (as_torch(buffer, DTYPES["float64"]) for buffer in wide)
+        block, (count, columns) = self.block(spec), spec.shape
+        total = sums.view(self.rows + 1, columns).zero_()
+        normals = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, self.stream % 2**64]))
+        drawn = torch.zeros(self.rows + 1, dtype=torch.float64)
+        for start in range(0, count, block):
+            n = min(block, count - start)
+            fetch(start * columns, raw[: n * columns])
+            part = values[: n * columns].copy_(as_torch(raw, spec.dtype)[: n * columns]).view(n, columns)
+            z = factors[: (self.rows + 1) * n].view(self.rows + 1, n)
+            normals.standard_normal(out=z[: self.rows].numpy())
+            z[self.rows] = 1
+            drawn += z.sum(1)
+            total.addmm_(z, part)
+        mean = total[self.rows].div_(count)
+        new = total[: self.rows].addr_(drawn[: self.rows], mean, alpha=-1).mul_(math.sqrt(1e-5 / count)).add_(mean)
+        _settle_nans(as_torch(made, DTYPES[self.dtype]).view(self.rows, columns).copy_(new))
+        return made
+
+
+def _scale(values: Any, made: Any, scales: Any, block: tuple[int, int], digits: list[tuple[int, tuple[int, ...]]]) -> None:
+    """``made`` of one-byte ``values``; ``digits`` are the first row and column and how far each axis steps along them."""
+    import torch
+
+    if values.numel() > _SCALED:
+        axis = max(range(values.dim()), key=lambda k: values.shape[k])
+        half = values.shape[axis] // 2
+        later = [(first + half * steps[axis], steps) for first, steps in digits]
+        for start, size, where in ((0, half, digits), (half, values.shape[axis] - half, later)):
+            _scale(values.narrow(axis, start, size), made.narrow(axis, start, size), scales, block, where)
+        return
+    order = sorted(range(values.dim()), key=lambda k: not digits[0][1][k])  # rows first
+    blocks = []
+    for (first, steps), size in zip(digits, block, strict=True):
+        at: Any = torch.tensor([first])
+        for k in order:
+            if steps[k]:
+                at = (at.unsqueeze(1) + torch.arange(values.shape[k]) * steps[k]).flatten()
+        blocks.append(at // size)
+    few, rows = blocks[0].unique(return_inverse=True)
+    factors = scales.index_select(0, few).index_select(1, blocks[1])
+    factors = factors.index_select(0, rows) if len(few) > 1 else factors.expand(len(rows), -1)
+    result = _widen(values.permute(order)).mul_(factors.reshape([values.shape[k] for k in order]))
+    made.permute(order).copy_(result)
+    if result.min().isnan():
+        _settle_nans(made)
+
+
+def _widen(values: Any) -> Any:
+    """One-byte floats as float32. Those of the usual kind are read as float16 with another bias, which is several times as fast."""
+    import torch
+
+    if values.dtype == torch.float8_e4m3fn and (values.view(torch.uint8) & 0x7F).max() < 0x7F:
+        halves = values.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(~(1 << 14))
+        return halves.view(torch.float16).float().mul_(1 << 8)
+    return values.float()
+
+
+@dataclass(frozen=True)
+class Foreign(Op):
+    """What other code makes of whole tensors, all at once.
+
+    Attributes:
+        code: ``module:function`` of this package that takes ``given`` and the inputs as torch tensors, and returns the output; without
+            inputs it only loads what it needs.
+        given: what tells it what to do.
+        output: the name of what it makes.
+        dtype: of that.
+        shape: of that.
+        numels: elements of each input.
+        needs: bytes that it takes beside its inputs, those of its output included.
+    """
+
+    kind: ClassVar[str] = "foreign"
+    whole: ClassVar[bool] = True
+
+    code: str
+    given: str
+    output: str
+    dtype: str
+    shape: tuple[int, ...]
+    numels: tuple[int, ...]
+    needs: int
+
+    @property
+    def temporary(self) -> int:  # type: ignore[override]
+        return self.needs
+
+    @property
+    def label(self) -> str:
+        return f"the conversion that makes {self.output}"
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        if tuple(spec.numel for spec in inputs) != self.numels:
+            raise CoverageError(f"{self.output} is made of tensors of {self.numels} elements, not of {', '.join(map(str, inputs))}")
+        return TensorSpec(DTYPES[self.dtype], self.shape)
+
+    def pull(self, move: Move) -> None:
+        return None
+
+    def demand(self, move: Move) -> list[tuple[int, Move]]:
+        return [(k, identity(numel)) for k, numel in enumerate(self.numels)]
+
+    def reach(self, numel: int, inputs: Sequence[TensorSpec]) -> list[int]:
+        return list(self.numels)
+
+    def prepare(self, inputs: Sequence[TensorSpec]) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._run([])
+
+    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
+        made = self._run([as_torch(part, of.dtype).view(of.shape) for part, of in zip(parts, specs, strict=True)])
+        as_torch(out, spec.dtype).as_strided(move.sizes, move.dst_strides, move.dst).copy_(
+            made.reshape(-1).as_strided(move.sizes, move.src_strides, move.src)
+        )
+
+    def _run(self, tensors: Sequence[Any]) -> Any:
+        module, _, function = self.code.partition(":")
+        if not module.startswith("streamconv."):
+            raise CoverageError(f"{self.code} is no code of this package: make the plan again")
+        return getattr(importlib.import_module(module), function)(self.given, self.output, tensors)
+
+
+@dataclass(frozen=True)
+class MergeLora(Op):
+    """``W + alpha / rank * B A`` of the inputs W (rows, columns), A (rank, columns) and B (rows, rank), in the dtype of W.
+
+    Summed in float64, so that a tile's shape, which changes the order of additions, does not change what is rounded to that dtype.
+    """
+
+    kind: ClassVar[str] = "merge_lora"
+    temporary: ClassVar[int] = 3 * 8 * _BLOCK**2
+
+    alpha: int
+    rows: int
+    columns: int
+    rank: int
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        shapes = [(self.rows, self.columns), (self.rank, self.columns), (self.rows, self.rank)]
+        if [spec.shape for spec in inputs] != shapes or any(spec.dtype.name not in CASTABLE for spec in inputs):
+            found = ", ".join(map(str, inputs))
+            raise CoverageError(f"low-rank matrices are merged into a matrix of {', '.join(CASTABLE)} that they fit, found {found}")
+        return inputs[0]
+
+    def pull(self, move: Move) -> None:
+        return None
+
+    def reach(self, numel: int, inputs: Sequence[TensorSpec]) -> list[int]:
+        return [numel, self.rank * self.columns, self.rows * self.rank]
+
+    def demand(self, move: Move) -> list[tuple[int, Move]]:
+        own = Move(move.sizes, 0, packed_strides(move.sizes), move.src, move.src_strides)
+        return [(0, own), (1, identity(self.rank * self.columns)), (2, identity(self.rows * self.rank))]
+
+    def prepare(self, inputs: Sequence[TensorSpec]) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        given = torch.zeros(_BLOCK, _BLOCK, dtype=torch.float64)
+        given.addmm_(given, given)
+
+    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
+        weight, down, up = (as_torch(part, of.dtype) for part, of in zip(parts, specs, strict=True))
+        matrix = Axis("row", self.columns, Axis("column", 1, Leaf(0)))
+        for _, piece, digits in pull(matrix, Move(move.sizes, 0, packed_strides(move.sizes), move.src, move.src_strides)):
+            self._add(weight, piece, digits, down.view(self.rank, self.columns), up.view(self.rows, self.rank))
+        as_torch(out, spec.dtype).as_strided(move.sizes, move.dst_strides, move.dst).copy_(weight.view(move.sizes))
+
+    def _add(self, weight: Any, piece: Move, digits: dict[str, tuple[int, tuple[int, ...]]], down: Any, up: Any) -> None:
+        """Adds the product to a piece, in blocks whose temporary copies do not count."""
+        axes = list(zip(piece.sizes, piece.dst_strides, digits["row"][1], digits["column"][1], strict=True))
+        tall = max((axis for axis in axes if axis[2]), default=(1, 1, 1, 0))
+        wide = max((axis for axis in axes if axis[3]), default=(1, 1, 0, 1))
+        others = [axis for axis in axes if axis is not tall and axis is not wide]
+        blocks = itertools.product(*(range(n) for n, *_ in others), range(0, tall[0], _BLOCK), range(0, wide[0], _BLOCK))
+        for *index, top, left in blocks:
+            at, row, column = (
+                first + sum(map(int.__mul__, index, (axis[k] for axis in others))) + top * tall[k] + left * wide[k]
+                for k, first in ((1, piece.dst), (2, digits["row"][0]), (3, digits["column"][0]))
+            )
+            height, width = min(_BLOCK, tall[0] - top), min(_BLOCK, wide[0] - left)
+            block = weight.as_strided((height, width), (tall[1], wide[1]), at)
+            ups, downs = up[row :: tall[2]][:height], down[:, column :: wide[3]][:, :width]
+            total = block.double()
+            for k in range(0, self.rank, _BLOCK):
+                total.addmm_(ups[:, k : k + _BLOCK].double(), downs[k : k + _BLOCK].double(), alpha=self.alpha / self.rank)
+            block.copy_(total)
 
 
 def _settle_nans(values: Any) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,14 @@ from streamconv import ops
 from streamconv.digests import Checksum
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError
+from streamconv.folding import fold, fold_names
 from streamconv.formats import Extent
 from streamconv.graph import AnyNode, Node, Source, sources
 from streamconv.runs import Move
 from streamconv.units import format_size
 
 VERSION = 1
+SHOWN = 40  # lines of a kind that a plan's picture has
 
 
 class SourceFile(NamedTuple):
@@ -103,6 +105,30 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class Account:
+    """What becomes of tensors, as numbers of them: of all ``tensors`` written ``copied`` and ``computed`` ones are two parts.
+
+    ``renamed`` ones have another name and nothing else changed, ``cast`` ones another dtype; ``dropped`` says how many by which rule;
+    ``tied`` ones repeat another, in the source or the target.
+    """
+
+    tensors: int = 0
+    copied: int = 0
+    computed: int = 0
+    renamed: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    tied: int = 0
+    cast: int = 0
+
+    def __str__(self) -> str:
+        rules = ", ".join(f"{count} by {rule!r}" for rule, count in self.dropped.items())
+        return (
+            f"{self.tensors} tensors: {self.copied} copied, {self.computed} computed, {self.renamed} renamed, "
+            f"{sum(self.dropped.values())} dropped{f' ({rules})' if rules else ''}, {self.tied} tied, {self.cast} cast"
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a run needs, and nothing it does not.
 
@@ -116,6 +142,7 @@ class Plan:
         notes: what a user should know of the conversion, a line each.
         arena: bytes of buffer for each worker.
         peak_memory: bytes of resident memory that the run stays below.
+        account: what becomes of the tensors.
     """
 
     root: str
@@ -133,24 +160,46 @@ class Plan:
     arena: int
     read_backend: str
     peak_memory: int
+    account: Account = field(default_factory=Account)
 
     def __str__(self) -> str:
-        totals = self.totals
-        kinds = [f"{len(self.mapping)} tensors", f"{len(self.files)} files", format_size(totals.bytes_written)]
-        moved = f"{format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed"
-        lines = [f"{self.destination} ({self.format}): {', '.join(kinds)}: {moved}"]
-        lines += [f"peak memory {format_size(self.peak_memory)} with {self.workers} workers; disk {format_size(totals.disk_needed)}"]
-        for file in self.files:
-            lines.append(f"  {file.path}  {format_size(file.size)}" + (f"  {len(file.tensors)} tensors" if file.tensors else ""))
-        changed = [row for row in self.mapping if row.layout or (row.target,) != row.sources]
-        for row in changed[:20]:
-            how = f"  [{row.layout}]" if row.layout else ""
-            lines.append(f"  {row.target} {row.spec} <- {', '.join(row.sources[:4])}{' ...' if len(row.sources) > 4 else ''}{how}")
-        if len(changed) > 20:
-            lines.append(f"  ... and {len(changed) - 20} more renamed or rearranged")
-        lines += [f"  dropped: {name}" for name in self.dropped[:20]]
+        totals, workers = self.totals, f"{self.workers} worker{'' if self.workers == 1 else 's'}"
+        written = format_size(totals.bytes_written)
+        taken = sum(source.allocated for source in self.sources)
+        lines = [
+            f"{self.destination} ({self.format}): {len(self.mapping)} tensors, {len(self.files)} files, {written}",
+            f"  reads    {format_size(totals.bytes_read)}: {_list_files((source.path, source.size) for source in self.sources)}",
+            f"  writes   {written}: {_list_files((file.path, file.size) for file in self.files)}",
+            f"  moves    {format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed",
+            f"  memory   peak memory at most {format_size(self.peak_memory)}, with {workers}",
+            f"  disk     {format_size(taken)} now, {format_size(taken + totals.disk_needed)} afterwards, with the sources",
+            f"  account  {self.account}",
+        ]
+        changed = [(len(members), row) for row, members in self.fold_mapping() if row.layout or (row.target,) != row.sources]
+        same = len(self.mapping) - sum(count for count, _ in changed)
+        lines += [f"  {same} keep their names"] if same and changed else []
+        for count, row in changed[:SHOWN]:
+            target = f"-> {row.target}  {row.spec}{f'  x{count}' if count > 1 else ''}"
+            if len(row.sources) == 1 and not row.layout:
+                lines.append(f"  {row.sources[0]} {target}")
+            else:
+                lines += [f"  {source}" for source in row.sources[:SHOWN]]
+                lines += [f"    [{row.layout}]"] if row.layout else []
+                lines.append(f"    {target}")
+        lines += [f"  ... and {len(changed) - SHOWN} kinds more; --json lists them"] if len(changed) > SHOWN else []
+        dropped = fold_names(self.dropped)
+        lines += [f"  dropped: {name}" for name in dropped[:SHOWN]]
+        lines += [f"  ... and {len(dropped) - SHOWN} kinds more dropped"] if len(dropped) > SHOWN else []
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def fold_mapping(self) -> Iterator[tuple[Mapping, list[Mapping]]]:
+        """Rows of the mapping that differ in numbers only as one, with ranges in its names, and the rows it stands for."""
+        rows = (
+            ((row.layout, row.spec), (row.target, *(fold_names(row.sources) if row.sources[1:] else row.sources))) for row in self.mapping
+        )
+        for (target, *made_of), members in fold(rows):
+            yield self.mapping[members[0]]._replace(target=target, sources=tuple(made_of)), [self.mapping[k] for k in members]
 
     @property
     def destination(self) -> Path:
@@ -186,6 +235,7 @@ class Plan:
             ],
             "dropped": list(self.dropped),
             "notes": list(self.notes),
+            "summary": asdict(self.account),
         }
 
     def digest(self) -> str:
@@ -220,6 +270,7 @@ class Plan:
                 "dropped": self.dropped,
                 "notes": self.notes,
                 "totals": asdict(self.totals),
+                "account": asdict(self.account),
             }
         )
 
@@ -246,6 +297,7 @@ class Plan:
                 dropped=tuple(data["dropped"]),
                 notes=tuple(data["notes"]),
                 totals=Totals(**data["totals"]),
+                account=Account(**data["account"]),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
             raise FormatError(f"not a plan that can be read: {type(error).__name__}: {error}; make it again") from error
@@ -321,3 +373,11 @@ def _file_from_json(row: dict[str, Any]) -> FilePlan:
 def source_files(nodes: Iterator[AnyNode]) -> list[str]:
     """The paths that the leaves below ``nodes`` lie in, in order of first appearance."""
     return list(dict.fromkeys(extent.path for node in nodes for leaf in sources(node) for extent in leaf.extents))
+
+
+def _list_files(files: Iterable[tuple[str, int]]) -> str:
+    """``model-[1-9].safetensors x9, config.json``: the names, folded; the largest first."""
+    listed = list(files)
+    folded = sorted(fold((None, (Path(path).name,)) for path, _ in listed), key=lambda kind: -sum(listed[k][1] for k in kind.members))
+    shown = [f"{kind.texts[0]}{f' x{len(kind.members)}' if len(kind.members) > 1 else ''}" for kind in folded[:4]]
+    return ", ".join(shown) + (f", and {len(folded) - 4} more" if len(folded) > 4 else "")

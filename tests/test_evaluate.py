@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_layouts import Drawn, layouts, meaning, permutations
 
-from streamconv import compiler, evaluate
+from streamconv import compiler, evaluate, steps
 from streamconv.axes import parse
 from streamconv.compiler import Budget, choose_tile, compile_plan
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
@@ -29,7 +29,7 @@ from streamconv.errors import CoverageError
 from streamconv.evaluate import Arena, arena_bytes
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph import AnyNode, Node, Source, apply, rearrange
-from streamconv.ops import Cast, Rearrange, as_torch
+from streamconv.ops import Cast, Rearrange, Rows, Zeros, as_torch
 from streamconv.plan import Compute, Copy, Plan
 from streamconv.runs import Move, identity, region
 
@@ -51,6 +51,10 @@ def _eager(node: AnyNode, files: dict[str, bytes], known: dict[int, np.ndarray])
     given = [eager(child, files, known) for child in node.inputs]
     if isinstance(node.op, Cast):
         return cast(given[0], node.inputs[0].spec, node.spec)
+    if isinstance(node.op, Rows):
+        return given[0][node.op.start * node.op.row : node.op.stop * node.op.row]
+    if isinstance(node.op, Zeros):
+        return np.zeros(node.spec.numel, f"u{itemsize}")
     assert isinstance(node.op, Rearrange)
     ready = iter(given)
     left = [np.concatenate([next(ready) for _ in range(count)]) for count in node.op.stacks]
@@ -206,10 +210,16 @@ def graphs(draw, world: World) -> None:
 
 @st.composite
 def above(draw, node: AnyNode) -> list[AnyNode]:
-    """What becomes of a node: itself, cast, or split by a layout of other sizes than the one that made it."""
+    """What becomes of a node: itself, cast, some rows of it, with more rows, or split by a layout of other sizes than made it."""
     for _ in range(draw(st.integers(0, 2))):
         if node.spec.dtype.name in CASTABLE and draw(st.booleans()):
             node = apply(Cast(draw(st.sampled_from(CASTABLE))), node)
+        if node.spec.shape and draw(st.booleans()):
+            count, row = node.spec.shape[0], math.prod(node.spec.shape[1:])
+            start = draw(st.integers(0, count))
+            node = apply(Rows(start, draw(st.integers(start, count)), row), node)
+        if node.spec.shape and node.spec.dtype.name in CASTABLE and draw(st.booleans()):
+            node = steps.take("pad", [node], {"rows": node.spec.shape[0] + draw(st.integers(0, 3))}, {})
         if node.spec.numel and draw(st.booleans()):
             text, sizes = draw(permutations(node.spec.numel))
             made = [rearrange(Rearrange(text, sizes, (1,), k), (node,)) for k in range(len(parse(text).right))]

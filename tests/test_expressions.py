@@ -22,6 +22,8 @@ SCOPE = {
         ("-n", -12),
         ("3 + n * 2 - 1", 26),
         ("n // config.heads", 1),
+        ("n / 4", 3),
+        ("missing / 4", None),
         ("config.inner.head_dim or n // 4", 3),
         ("zero or config.heads", 8),
         ("n and name", "llama"),
@@ -75,7 +77,7 @@ def test_values_that_do_not_go_together(text: str) -> None:
     "text",
     [
         "", "n +", "n = 1", "import os", "(lambda: 1)()", "[x for x in config.sizes]", "{x for x in config.sizes}", "{'a': 1}",
-        "{1, 2}", "(x for x in config.sizes)", "f'{n}'", "(n := 3)", "config.sizes[0:1]", "n ** n", "n / 2", "n % 2", "n << 3",
+        "{1, 2}", "(x for x in config.sizes)", "f'{n}'", "(n := 3)", "config.sizes[0:1]", "n ** n", "n % 2", "n << 3",
         "n | 1", "~n", "+n", "n is None", "await n", "yield n", "double(x=1)", "double(*config.sizes)", "double(**config)", "n; n",
         "not " * 100_000 + "n", "(" * 5000 + "n" + ")" * 5000, "\0",
     ],
@@ -104,3 +106,8 @@ def test_errors_point_at_the_character() -> None:
     with pytest.raises(NotationError, match=r"n \+ n\[>>>1:2\]") as caught:
         check("n + n[1:2]")
     assert caught.value.position == 6
+
+
+def test_division_must_come_out_even() -> None:
+    with pytest.raises(NotationError, match="12 cannot be divided by 8"):
+        evaluate("n / config.heads", SCOPE)

@@ -18,7 +18,7 @@ from streamconv import recipes
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError, RecipeError, UsageError
 from streamconv.formats import Source
-from streamconv.recipe import Drop, Option, Recipe, Rule, Tie
+from streamconv.recipe import Drop, Option, Recipe, Rule, Side, Tie
 
 
 def recipe_of(*rules, **settings):
@@ -207,7 +207,7 @@ def test_a_target_takes_the_place_of_its_first_source():
 
 
 def test_rows_say_what_is_made_of_what():
-    recipe = recipe_of(Rule("m.{q,k}", "qk", "a, a -> (a + a)"), source_aliases=(("old.{n*}", "m.{n*}"),))
+    recipe = recipe_of(Rule("m.{q,k}", "qk", "a, a -> (a + a)"), left=Side(aliases=(("old.{n*}", "m.{n*}"),)))
     (row,) = recipe.apply(entries({"old.q": (2,), "old.k": (2,)})).rows
     assert (row.target, row.sources, row.layout, str(row.spec)) == ("qk", ("old.q", "old.k"), "a, a -> (a + a)", "float32[4]")
 
@@ -220,7 +220,9 @@ def test_names_that_look_like_a_pattern(tmp_path):
 # Other names and repeated tensors ----------------------------------------------------------------------------------
 
 
-ALIASED = recipe_of(Rule("x.{n*}", "y.{n*}"), source_aliases=(("model.x.{n*}", "x.{n*}"),), target_aliases=(("net.y.{n*}", "y.{n*}"),))
+ALIASED = recipe_of(
+    Rule("x.{n*}", "y.{n*}"), left=Side(aliases=(("model.x.{n*}", "x.{n*}"),)), right=Side(aliases=(("net.y.{n*}", "y.{n*}"),))
+)
 
 
 def test_aliases_are_other_names_of_the_source():
@@ -234,7 +236,7 @@ def test_two_names_of_one_tensor_are_refused():
 
 
 def test_messages_give_names_as_they_are_stored():
-    assert "model.x" in refused(recipe_of(Rule("y", "z"), source_aliases=(("model.x", "x"),)), {"model.x": (1,), "y": (1,)})
+    assert "model.x" in refused(recipe_of(Rule("y", "z"), left=Side(aliases=(("model.x", "x"),))), {"model.x": (1,), "y": (1,)})
 
 
 TIED = recipe_of(
@@ -377,6 +379,46 @@ def test_sizes_that_nothing_gives():
     assert "not a whole number" in refused(recipe, {"a": (6,)}, config={"heads": True})
 
 
+def test_what_a_recipe_requires():
+    demands = {"shape('a')[0] == n": "a does not have {n} rows: set n"}
+    recipe = recipe_of(Rule("a", "b"), options={"n": Option("rows", 2)}, requires=demands)
+    assert list(recipe.apply(entries({"a": (2, 3)})).outputs) == ["b"]
+    with pytest.raises(CoverageError, match="recipe test-a2b: a does not have 3 rows: set n"):
+        recipe.apply(entries({"a": (2, 3)}), options={"n": 3})
+    with pytest.raises(CoverageError, match="no rule"):
+        recipe.apply(entries({"a": (2, 3), "c": (1,)}), options={"n": 3})
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(RecipeError, match="test-a2b"):
+        recipe_of(Rule("a", "b"), requires={"n ==": "never"})
+
+
+def test_complete_rules_miss_no_name():
+    """Numbers go up to the largest of any complete rule or as dims say; alternatives are all there, of a labelled list those in use."""
+    recipe = recipe_of(
+        Rule("{base:,m.}{i}.{q,k}.w", "{base:,m.}{i}.w{q,k}", complete=True),
+        Rule("{base:,m.}{i}.{part:q,k}.b", "{base:,m.}{i}.b{part:q,k}", complete=True, optional=True),
+        Rule("{base:,m.}{i}.rest", "{base:,m.}{i}.rest", optional=True),
+        dims={"i": "layers"},
+    )
+    whole = {f"{at}{i}.{part}.w": (1,) for at in ("", "m.") for i in (0, 1, 2) for part in "qk"}
+    biases = {f"m.{i}.q.b": (1,) for i in (0, 1, 2)}
+    for tensors in (whole, whole | biases, {name: shape for name, shape in whole.items() if name[0] == "m"}):
+        made = recipe.apply(entries({**tensors, "m.9.rest": (1,)})).outputs
+        assert len(made) == len(tensors) + 1
+        for way, names in ((recipe, list(tensors)), (recipe.inverse("test-b2a"), [name for name in made if "rest" not in name])):
+            for gone in names:
+                message = refused(way, {name: (1,) for name in names if name != gone})
+                assert f"{gone} is missing, while " in message
+    assert "3.q.w is missing" in refused(recipe, whole, config={"layers": 4})
+    assert "3.q.w is missing" in refused(recipe, {**whole, f"{10**17}.k.w": (1,), f"{10**17}.q.w": (1,)})  # at once
+
+
+@pytest.mark.parametrize("rule", [{"left": "{x*}", "right": "{x*}"}, {"where": "i > 1"}, {"offset": {"i": 1}}])
+def test_complete_rules_must_know_their_names(rule):
+    with pytest.raises(RecipeError, match="a complete rule has no where, offset or"):
+        recipe_of(Rule(**{"left": "a.{i}", "right": "b.{i}", **rule}, complete=True))
+
+
 def test_only_dropped_tensors_are_nothing_to_convert():
     assert "nothing to convert" in refused(recipe_of(Drop("a", "why"), Rule("b", "c", optional=True)), {"a": (1,)})
 
@@ -451,7 +493,7 @@ def test_contradictions_are_found_when_a_recipe_is_made(make, part):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"source_aliases": (("a.{n*}", "b"),)}, {"options": {"x": Option("", default="{1 +}")}}, {"dims": {"h": {"q": "("}}}],
+    [{"left": Side(aliases=(("a.{n*}", "b"),))}, {"options": {"x": Option("", default="{1 +}")}}, {"dims": {"h": {"q": "("}}}],
 )
 def test_contradictions_outside_of_rules(settings):
     with pytest.raises(RecipeError, match="recipe test-a2b: "):
@@ -482,24 +524,23 @@ RICH = Recipe(
         "m": Option("a mode", default="u", choices=("u", "v")),
         "tied": Option("", default=True),
     },
-    target_format="safetensors",
     reference="somewhere",
-    source_aliases=(("model.{n*}", "{n*}"),),
-    target_aliases=(("net.{n*}", "{n*}"),),
-    config="streamconv.recipes.internvl:hf_config",
+    left=Side(aliases=(("model.{n*}", "{n*}"),), writes="streamconv.recipes.internvl:hf_files"),
+    right=Side(format="torch", ranks=("rank{r}.pt",), root="model", aliases=(("net.{n*}", "{n*}"),)),
 )
 
 
-@pytest.mark.parametrize("recipe", [RICH, QKV, TIED, *recipes.registry().values()], ids=lambda recipe: recipe.name)
+DECLARED = [recipe for recipe in recipes.registry().values() if all(type(stage) is Recipe for stage in recipe.stages)]
+
+
+@pytest.mark.parametrize("recipe", [RICH, QKV, TIED, *DECLARED], ids=lambda recipe: recipe.name)
 def test_the_way_back_of_the_way_back(recipe):
     again = recipe.inverse("x").inverse(recipe.name, recipe.summary)
     assert again.rules == recipe.rules
     assert again == recipe
 
 
-@pytest.mark.parametrize(
-    "recipe", [RICH, RICH.inverse("rich-b2a"), QKV, TIED, *recipes.registry().values()], ids=lambda recipe: recipe.name
-)
+@pytest.mark.parametrize("recipe", [RICH, RICH.inverse("rich-b2a"), QKV, TIED, *DECLARED], ids=lambda recipe: recipe.name)
 def test_as_data_and_back(recipe):
     data = recipe.to_dict()
     assert Recipe.from_dict(data) == recipe
@@ -588,7 +629,7 @@ def rule(**fields):
         ({**GOOD, "dims": {"h": 1.5}}, "dims must be a mapping"),
         ({**GOOD, "nmae": "x"}, "unknown field 'nmae'"),
         ({**GOOD, "name": 3}, "name must be text"),
-        ({**GOOD, "target_format": 3}, "target_format must be text"),
+        ({**GOOD, "right": {"format": 3}}, "format must be text"),
         ({**GOOD, "options": []}, "options: expected a mapping"),
         ({**GOOD, "options": {"x": 3}}, "option x: expected a mapping"),
         ({**GOOD, "options": {"x": {"default": [1]}}}, "default must be"),
@@ -596,12 +637,19 @@ def rule(**fields):
         ({**GOOD, "options": {"x": {"choices": 3}}}, "choices must be a list"),
         ({**GOOD, "options": {"x": {"kind": "float"}}}, "kind must be"),
         ({**GOOD, "options": {"x": {"type": "int"}}}, "unknown field 'type'"),
-        ({**GOOD, "source_aliases": "ab"}, "source_aliases must be a list of pairs"),
-        ({**GOOD, "source_aliases": ["ab"]}, "source_aliases must be a list of pairs"),
-        ({**GOOD, "source_aliases": [["a"]]}, "source_aliases must be a list of pairs"),
-        ({**GOOD, "target_aliases": [["a.{i}", "b"]]}, "must have the same captures"),
-        ({**GOOD, "config": "os:getcwd"}, "names code to run"),
-        ({**GOOD, "inverse_config": "shutil:rmtree"}, "names code to run"),
+        ({**GOOD, "left": {"aliases": "ab"}}, "aliases must be a list of pairs"),
+        ({**GOOD, "left": {"aliases": ["ab"]}}, "aliases must be a list of pairs"),
+        ({**GOOD, "left": {"aliases": [["a"]]}}, "aliases must be a list of pairs"),
+        ({**GOOD, "right": {"aliases": [["a.{i}", "b"]]}}, "must have the same captures"),
+        ({**GOOD, "right": {"ranks": "r"}}, "ranks must be a list of texts"),
+        ({**GOOD, "left": "torch"}, "left: expected a mapping"),
+        ({**GOOD, "right": {"writes": "os:getcwd"}}, "names code to run"),
+        ({**GOOD, "left": {"writes": "shutil:rmtree"}}, "names code to run"),
+        ({**GOOD, "then": {**GOOD, "name": "b", "left": {"writes": "shutil:rmtree"}}}, "names code to run"),
+        ({**GOOD, "then": {"name": "b"}}, "then: 'rules' must be a list"),
+        (rule(op={"op": "explode"}), "op 'explode' is unknown"),
+        (rule(copies={"r": 2}), "copies of r: no name on one side counts that"),
+        (rule(offset={"i": 2}), "offset of i"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
@@ -697,7 +745,7 @@ def test_recipes_on_the_command_line(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rules"]
     write(tmp_path / "none", numbered({"x": (1,)}))
     assert run("recipes", "--match", tmp_path / "none") == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "no recipe fits\n"
 
 
 # Any recipe, any checkpoint ----------------------------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""Repeated names as one: ``layers.0.norm`` to ``layers.31.norm`` are ``layers.[0-31].norm``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Iterator
+from itertools import product
+from typing import NamedTuple
+
+_NUMBER = re.compile("([0-9]+)")
+_Point = tuple[int, ...]
+
+
+class Fold(NamedTuple):
+    """Rows that differ in numbers only: their texts, with ranges for the numbers that vary, and their positions."""
+
+    texts: tuple[str, ...]
+    members: list[int]
+
+
+def fold(rows: Iterable[tuple[Hashable, tuple[str, ...]]]) -> Iterator[Fold]:
+    """Folds rows of texts that have the same key and differ in numbers only, in the order in which they come first.
+
+    The ranges of a fold are exact, all of its numbers with all others. A number that follows another one within its row, by a constant
+    difference, is a range of its own: ``("layers.0", "blocks.1")``, ``("layers.1", "blocks.2")`` are ``("layers.[0-1]", "blocks.[1-2]")``.
+    """
+    groups: dict[tuple[Hashable, tuple[str, ...]], list[tuple[int, list[str]]]] = {}
+    for position, (key, texts) in enumerate(rows):
+        parts = _NUMBER.split("\0".join(texts))
+        groups.setdefault((key, tuple(parts[::2])), []).append((position, parts[1::2]))
+    for (_, literals), members in groups.items():
+        yield from _fold(literals, members)
+
+
+def _fold(literals: tuple[str, ...], members: list[tuple[int, list[str]]]) -> Iterator[Fold]:
+    columns = list(zip(*(numbers for _, numbers in members), strict=True))
+    values = [tuple(map(int, column)) for column in columns]
+    widths = [len(column[0]) if len({*map(len, column)}) == 1 else 1 for column in columns]
+    free: list[int] = []
+    follows: list[tuple[int, int]] = []  # for each column the number, among those that are free, of the one it follows, and its difference
+    for column in values:
+        bases = ((k, column[0] - values[at][0]) for k, at in enumerate(free))
+        base = next(((k, d) for k, d in bases if all(x - y == d for x, y in zip(column, values[free[k]], strict=True))), None)
+        follows.append(base or (len(free), 0))
+        if base is None:
+            free.append(len(follows) - 1)
+    points: dict[_Point, list[int]] = {}
+    for row, (position, _) in enumerate(members):
+        points.setdefault(tuple(values[at][row] for at in free), []).append(position)
+    for box in _boxes(frozenset(points)):
+        numbers = [_show([value + d for value in box[k]], width) for (k, d), width in zip(follows, widths, strict=True)]
+        text = literals[0] + "".join(number + literal for number, literal in zip(numbers, literals[1:], strict=True))
+        yield Fold(tuple(text.split("\0")), sorted(position for point in product(*box) for position in points[point]))
+
+
+def _boxes(points: frozenset[_Point]) -> Iterator[tuple[list[int], ...]]:
+    """Products of numbers that are these points together."""
+    if points == {()}:
+        yield ()
+        return
+    rests: dict[int, set[_Point]] = {}
+    for first, *rest in points:
+        rests.setdefault(first, set()).add(tuple(rest))
+    firsts: dict[frozenset[_Point], list[int]] = {}
+    for first in sorted(rests):
+        firsts.setdefault(frozenset(rests[first]), []).append(first)
+    for left, numbers in firsts.items():
+        for box in _boxes(left):
+            yield (numbers, *box)
+
+
+def _show(numbers: list[int], width: int) -> str:
+    """``7``, or ``[0-3,7]``."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][-1] == number - 1:
+            ranges[-1] = [ranges[-1][0], number]
+        else:
+            ranges.append([number])
+    text = ",".join("-".join(f"{end:0{width}d}" for end in ends) for ends in ranges)
+    return text if len(numbers) == 1 else f"[{text}]"
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Names alone, folded: ``["experts.[0-7].w1"]``."""
+    return [folded.texts[0] for folded in fold((None, (name,)) for name in names)]

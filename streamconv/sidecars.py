@@ -1,0 +1,83 @@
+"""The files beside the weights: which are copied, and which are made because the conversion changes what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamconv.checkpoint import CONFIG, Checkpoint, find_sidecars, read_config
+from streamconv.dtypes import parse_dtype
+from streamconv.recipe import Conversion, Model, Recipe
+
+Sidecars = dict[str, str | bytes]
+"""Relative path -> the file to copy, or the bytes to write."""
+
+
+def make_sidecars(
+    checkpoint: Checkpoint, beside: Path | None, recipe: Recipe | None, conversion: Conversion, dtype: str | None
+) -> tuple[Sidecars, list[str]]:
+    """The files beside the target's weights, and notes about them.
+
+    Args:
+        checkpoint: the source, whose files they are ...
+        beside: ... unless this folder is given.
+        recipe: may make files of its own, or None.
+        conversion: what it made.
+        dtype: what floating tensors are cast to, or None.
+    """
+    root = beside or checkpoint.path
+    names = find_sidecars(root, None if beside else checkpoint.contents) if root.is_dir() else []
+    sidecars: Sidecars = {name: str(root / name) for name in names}
+    config = read_config(root) if root.is_dir() else {}
+    made: dict[str, Any] = {}
+    notes: list[str] = []
+    if recipe:
+        if recipe.source.config != recipe.target.config and not beside:
+            sidecars.pop(recipe.source.config, None)
+        if recipe.target.writes:
+            sources = {name: source.spec for name, source in checkpoint.contents.entries.items()}
+            targets = {name: node.spec for name, node in conversion.outputs.items()}
+            side = read_config(beside, recipe.target.config) if beside else {}
+
+            def read(name: str) -> dict[str, Any]:
+                return read_config(root, name) if name in sidecars else {}
+
+            model = Model(checkpoint.config, side, conversion.options, sources, targets, read, notes)
+            made = _writer(recipe.target.writes)(model)
+            if not made and recipe.target.config not in sidecars:
+                notes.append(f"{recipe.target.config} is not written: it takes {recipe.source.config} beside SRC, or --sidecars-from")
+        elif recipe.source.writes and not beside and config:
+            notes.append(f"{CONFIG} is the source's own: give --sidecars-from a folder of the target model for one that its code reads")
+        if missing := [name for name in recipe.target.expects if name not in sidecars]:
+            notes.append(f"{', '.join(missing)}: not beside {root}; --sidecars-from a folder of the target model brings it along")
+    if CONFIG in sidecars or CONFIG in made:
+        given = made.get(CONFIG, config)
+        changed = _change(given, parse_dtype(dtype).name if dtype else None, conversion.config)
+        if CONFIG in made or changed != given:
+            made[CONFIG] = changed
+    for name, contents in made.items():
+        if name not in sidecars or contents != (config if name == CONFIG else None):
+            sidecars[name] = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
+    return sidecars, notes
+
+
+def _writer(code: str) -> Callable[[Model], dict[str, Any]]:
+    module, function = code.split(":")
+    writer: Callable[[Model], dict[str, Any]] = getattr(importlib.import_module(module), function)
+    return writer
+
+
+def _change(config: Mapping[str, Any], dtype: str | None, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """A config with every ``dtype`` / ``torch_dtype`` in it, nested ones too, set to ``dtype``, and sizes that changed."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found[key] = _change(value, dtype, sizes)
+        elif dtype and key in ("dtype", "torch_dtype") and (value is None or isinstance(value, str)):
+            found[key] = dtype
+        else:
+            found[key] = sizes[key][1] if key in sizes and value == sizes[key][0] else value
+    return found
