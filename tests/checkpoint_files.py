@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import streamconv
 from streamconv.cli import main
 
 # The tests share one process, which holds torch and more; how well a run keeps its memory is tested elsewhere.
@@ -30,9 +32,33 @@ def write(folder: Path, tensors: Mapping[str, torch.Tensor], *, shards: int = 1,
         save_file(mine, folder / file, metadata={"format": "pt"})
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return _with_config(folder, config)
+
+
+def write_ckpt(folder: Path, tensors: Mapping[str, torch.Tensor], *, config: Mapping[str, Any] | None = None) -> Path:
+    """Writes ``tensors`` to ``model.ckpt``."""
+    write(folder / "in-safetensors", tensors)
+    assert run("convert", folder / "in-safetensors", folder / "model.ckpt", "--quiet") == 0
+    shutil.rmtree(folder / "in-safetensors")
+    return _with_config(folder, config)
+
+
+def write_bin(folder: Path, tree: object, *, config: Mapping[str, Any] | None = None) -> Path:
+    """Writes ``tree`` to ``pytorch_model.bin``."""
+    folder.mkdir(parents=True)
+    torch.save(tree, folder / "pytorch_model.bin")
+    return _with_config(folder, config)
+
+
+def _with_config(folder: Path, config: Mapping[str, Any] | None) -> Path:
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def read_any(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint in any container."""
+    return {name: entry.torch() for name, entry in streamconv.open(path).items()}
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:

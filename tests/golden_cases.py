@@ -39,8 +39,13 @@ def source_tensors(case: Case) -> dict[str, torch.Tensor]:
 
 
 def write_source(case: Case, folder: Path) -> Path:
-    """The source checkpoint of a case, in two files, with its config."""
-    return checkpoint_files.write(folder, source_tensors(case), shards=2, config=case["config"])
+    """The source checkpoint of a case, with its config: in two files, or in one where its container has one."""
+    tensors, config = source_tensors(case), case["config"]
+    if case["source_format"] == "mindspore-ckpt":
+        return checkpoint_files.write_ckpt(folder, tensors, config=config)
+    if case["source_format"] == "torch-bin":
+        return checkpoint_files.write_bin(folder, {root: tensors} if (root := case.get("source_wrapper")) else tensors, config=config)
+    return checkpoint_files.write(folder, tensors, shards=2, config=config)
 
 
 def name_on_disk(name: str) -> str:
@@ -51,12 +56,34 @@ def name_on_disk(name: str) -> str:
     return f"language_model.model.{inner.removeprefix('language_model.')}" if inner.startswith("language_model.") else inner
 
 
+def recipes_of(case: Case) -> tuple[str, str]:
+    """The recipe of a case of MindSpore Transformers, and the one in the other direction."""
+    forward, back = {"forward": ("hf2ms", "ms2hf"), "reverse": ("ms2hf", "hf2ms"), "fuse": ("ms-fuse", "ms-unfuse")}[case["direction"]]
+    return f"{case['family']}-{forward}", f"{case['family']}-{back}"
+
+
+def options_of(case: Case) -> list[str]:
+    """The options of a case of MindSpore Transformers, as the command line has them; what its scripts alone take is left out."""
+    fusing = ["qkv_concat"] if case["direction"] == "fuse" else []
+    names = [name for name in case["params"] if name not in ("dtype", "branch", "save_format", "load_format", *fusing)]
+    return [word for name in names for word in ("--set", f"{name}={case['params'][name]}")]
+
+
+def dtype_of(case: Case) -> str | None:
+    """The dtype that a case asks for, or that the reference ends up with for no reason but its libraries."""
+    if case["params"].get("dtype"):
+        return case["params"]["dtype"]
+    made, given = ({record["dtype"] for record in case[key].values()} for key in ("expected", "source"))
+    return made.pop() if "expected_keep_dtype" not in case and made != given and len(made) == 1 else None
+
+
 def expected(case: Case) -> dict[str, dict[str, Any]]:
     """What the files must hold: names as the target model has them, where the reference errs, and as they are saved."""
-    records = {case.get("reference_bug_names", {}).get(name, name): record for name, record in case["expected"].items()}
+    given = case.get("expected_keep_dtype", case["expected"])
+    records = {case.get("reference_bug_names", {}).get(name, name): record for name, record in given.items()}
     if "expected_on_disk_names" in case:
         return {case["expected_on_disk_names"][name]: record for name, record in records.items()}
-    if case["output_format"].startswith("huggingface"):
+    if case["system"] != "mindformers" and case["output_format"].startswith("huggingface"):
         return {name_on_disk(name): record for name, record in records.items()}
     return records
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import traceback
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
-from streamconv.errors import RecipeError, UsageError
+from streamconv.declaration import KINDS
+from streamconv.errors import NotationError, RecipeError, UsageError
 from streamconv.names import nearest
 from streamconv.recipe import Recipe
 
@@ -43,8 +47,15 @@ def registry() -> dict[str, Recipe]:
     return dict(sorted(found.items()))
 
 
+def is_named(recipe: Recipe, config: Mapping[str, Any]) -> bool:
+    """Whether a recipe's family is the model type of a config.json, or what that begins with: ``internvl`` of ``internvl_chat``."""
+    kind = str(config.get("model_type") or "").replace("_", "-")
+    family = recipe.name.rpartition("-")[0]
+    return bool(family) and (kind == family or kind.startswith(f"{family}-"))
+
+
 def get(name: str) -> Recipe:
-    """The recipe of that name, or the one in that ``.yaml`` or ``.json`` file.
+    """The recipe of that name, or the one in that ``.yaml``, ``.json`` or ``.py`` file; ``FILE.py:NAME`` where it has several.
 
     Raises:
         UsageError: there is none.
@@ -52,11 +63,14 @@ def get(name: str) -> Recipe:
     """
     if name.endswith((".yaml", ".yml", ".json")):
         return load(Path(name))
+    file, mark, wanted = name.rpartition(".py:")
+    if mark or name.endswith(".py"):
+        return _run(Path(f"{file}.py") if mark else Path(name), wanted if mark else None)
     known = registry()
     if name not in known:
         near = nearest(name, known)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"unknown recipe {name!r}: {hint}known are {', '.join(known)}; or give a .yaml or .json file")
+        raise UsageError(f"unknown recipe {name!r}: {hint}known are {', '.join(known)}; or give a .yaml, .json or .py file")
     return known[name]
 
 
@@ -65,29 +79,130 @@ def load(path: Path) -> Recipe:
 
     Raises:
         UsageError: the file cannot be read.
-        RecipeError: it is not a recipe.
+        RecipeError: it is not a recipe; says at which line and column.
     """
+    text = _read(path)
     try:
-        if path.stat().st_size > _MAX_FILE:
-            raise RecipeError(f"{path}: larger than {_MAX_FILE} bytes, which no recipe is")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}; give the path of a recipe file") from error
-    except ValueError as error:
-        raise RecipeError(f"{path}: not UTF-8 text") from error
-    try:
-        if path.suffix == ".json":
-            data = json.loads(text)
-        else:
-            import yaml
-
-            data = yaml.safe_load(text)
+        data, node = _parse(text, json_only=path.suffix == ".json")
+    except RecipeError as error:
+        raise RecipeError(f"{path}:{error}") from error
     except Exception as error:
         raise RecipeError(f"{path}: cannot be parsed: {' '.join(str(error).split())[:300]}") from error
     if isinstance(data, dict):
         data.setdefault("name", path.stem)
-    recipe = Recipe.from_dict(data, str(path))
-    for code in (recipe.config, recipe.inverse_config):
-        if code is not None and not code.startswith(f"{__name__}."):
-            raise RecipeError(f"{path}: config {code!r} names code to run, which a file may take from {__name__} only; leave it out")
+    try:
+        recipe = Recipe.from_dict(data, str(path))
+        _check_code(recipe, path)
+    except RecipeError as error:
+        said = str(error).removeprefix(str(path)).lstrip(":, ")
+        raise RecipeError(f"{path}:{_where(node, error)}: {said}") from error
     return recipe
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MAX_FILE:
+            raise RecipeError(f"{path}: larger than {_MAX_FILE} bytes, which no recipe is")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}; give the path of a recipe file") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}: not UTF-8 text") from error
+
+
+def _parse(text: str, *, json_only: bool) -> tuple[Any, Any]:
+    """The data in a file, and its YAML nodes, which know where they stand. Raises RecipeError with a line, or what parsers do."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        data = json.loads(text) if json_only else None
+        reader = loader(text.replace("\t", " ") if json_only else text)  # JSON may be indented by tabs, YAML may not
+        node = reader.get_single_node()
+        _check_keys(node, set())
+        return (data if json_only else reader.construct_document(node) if node else None), node
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{error.lineno}:{error.colno}: cannot be parsed: {error.msg}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise RecipeError(f"{_place(mark)}: cannot be parsed: {error.problem or error.context}") from error
+
+
+def _check_keys(node: Any, seen: set[int]) -> None:
+    """Raises RecipeError where a key stands twice in one mapping."""
+    if id(node) in seen or node is None or isinstance(node.value, str):
+        return
+    seen.add(id(node))
+    keys: set[str] = set()
+    for item in node.value:
+        if isinstance(item, tuple):
+            key = item[0]
+            if isinstance(key.value, str) and key.value in keys:
+                raise RecipeError(f"{_place(key.start_mark)}: {key.value!r} a second time; remove one")
+            keys.add(str(key.value))
+        for inner in item if isinstance(item, tuple) else (item,):
+            _check_keys(inner, seen)
+
+
+def _place(mark: Any, columns: int = 0) -> str:
+    return f"{mark.line + 1}:{mark.column + 1 + columns}"
+
+
+def _where(node: Any, error: RecipeError) -> str:
+    """``line:column`` of the key or item at an error's place; for a notation that of the character."""
+    mark = node.start_mark if node else None
+    for key in error.place:
+        pairs = [item if isinstance(item, tuple) else (item, item) for item in node.value] if isinstance(node.value, list) else []
+        texts = {str(pair[0].value): pair for pair in pairs}
+        kind = next((kind for kind in KINDS if kind in texts), "left")
+        pair = pairs[key] if isinstance(key, int) else texts.get(key) or texts.get(kind if key == "left" else "")
+        if pair is None:
+            break
+        mark, node = pair[0].start_mark, pair[1]
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, NotationError):
+        cause = cause.__cause__
+    if cause is not None and (scalar := _scalar(node, cause.text)):
+        plain = scalar.start_mark.line == scalar.end_mark.line and "\\" not in scalar.value
+        inside = scalar.value.find(cause.text) + cause.position + (scalar.style in ("'", '"'))
+        return _place(scalar.start_mark, inside if plain else 0)
+    return _place(mark) if mark else "1:1"
+
+
+def _scalar(node: Any, text: str) -> Any:
+    """The first text below a node that has this in it."""
+    if isinstance(node.value, str):
+        return node if text in node.value else None
+    inner = (part for item in node.value for part in (item if isinstance(item, tuple) else (item,)))
+    return next((found for part in inner if (found := _scalar(part, text))), None)
+
+
+def _check_code(recipe: Recipe, path: Path) -> None:
+    for code in (side.writes for stage in recipe.stages for side in (stage.left, stage.right)):
+        if code is not None and not code.startswith(f"{__name__}."):
+            raise RecipeError(f"{path}: writes {code!r} names code to run, which a file may take from {__name__} only; leave it out")
+
+
+def _run(path: Path, wanted: str | None) -> Recipe:
+    """The recipe in a Python file, which is run: its ``RECIPE``, or the one of its ``RECIPES`` that is called ``wanted``.
+
+    Raises:
+        UsageError: the file cannot be read, or has several and none is wanted.
+        RecipeError: it cannot be run, or holds none.
+    """
+    code = _read(path)
+    names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(code, str(path), "exec"), names)  # noqa: S102 - its user named it on the command line to have it run
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
+        raise RecipeError(f"{path}:{line}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    given = names.get("RECIPE", names.get("RECIPES", ()))
+    recipes = [given] if isinstance(given, Recipe) else list(given) if isinstance(given, list | tuple) else [given]
+    if not recipes or not all(isinstance(recipe, Recipe) for recipe in recipes):
+        raise RecipeError(f"{path}: found no recipe: it must set RECIPE to a Recipe, or RECIPES to a tuple of them")
+    fitting = [recipe for recipe in recipes if wanted in (None, recipe.name)]
+    if len(fitting) != 1:
+        raise UsageError(f"{path}: name one of its recipes: {', '.join(f'{path}:{recipe.name}' for recipe in recipes)}")
+    return fitting[0]

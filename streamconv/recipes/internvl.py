@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.recipe import Drop, Option, Recipe, Rule, Tie
+from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, Tie
 
 _VIT, _OWN = "vision_tower.encoder.layer.{i}", "vision_model.encoder.layers.{i}"
 _LM, _LM2 = "language_model.model.layers.{i}", "language_model.model.layers.{i}"
@@ -116,9 +116,8 @@ _HF2CUSTOM = Recipe(
         ),
     },
     reference="OpenGVLab/InternVL 2410d1d internvl_{hf2custom,custom2hf}.py; transformers 4.57 convert_internvl_weights_to_hf.py",
-    source_aliases=_IN_MEMORY,
-    target_aliases=(("language_model.model.lm_head.weight", "language_model.lm_head.weight"),),
-    inverse_config="streamconv.recipes.internvl:hf_config",
+    left=Side(aliases=_IN_MEMORY, writes="streamconv.recipes.internvl:hf_files"),
+    right=Side(aliases=(("language_model.model.lm_head.weight", "language_model.lm_head.weight"),)),
 )
 
 RECIPES = (
@@ -147,11 +146,12 @@ _VISION_KEYS = {
 _IMAGE_TOKEN = {"llama": 92546, "qwen2": 151667}
 
 
-def hf_config(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """config.json of the Hugging Face model for InternVL's own config, by the table of transformers' script; None if it is one already."""
+def hf_files(model: Model) -> dict[str, Any]:
+    """config.json of the Hugging Face model for InternVL's own, by the table of transformers' script, unless there is one."""
+    config, options = model.config, model.options
     text, vision = config.get("llm_config"), config.get("vision_config")
-    if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
-        return None
+    if model.sidecar or not isinstance(text, Mapping) or not isinstance(vision, Mapping):
+        return {}
     internlm2 = options["text"] == "internlm2"
     own_text = {key: value for key, value in text.items() if key not in _UNUSED_TEXT_KEYS}
     own_text["model_type"] = "llama" if internlm2 else text.get("model_type", "qwen2")
@@ -164,7 +164,7 @@ def hf_config(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
     ratio = config.get("downsample_ratio", 0.5)
     size, patch = (own_vision.get(key, [default])[0] for key, default in (("image_size", 448), ("patch_size", 14)))
     dtype = config.get("dtype") or config.get("torch_dtype")
-    return {
+    own = {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "downsample_ratio": ratio,
@@ -178,3 +178,4 @@ def hf_config(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
         "vision_feature_select_strategy": "default",
         **({"dtype": dtype} if dtype else {}),
     }
+    return {"config.json": own}
