@@ -1,0 +1,312 @@
+"""Tensor-parallel shards: there and back, plans of one's own, replicated heads, padded words, experts by rank; DeepSeek's own layout."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from checkpoint_files import assert_same, numbered, random_tensor, read, refusal, run, write
+from safetensors.torch import load_file
+
+import streamconv
+
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "vocab_size": 128,
+}  # fmt: skip
+DEEPSEEK = {
+    **SIZES, "num_key_value_heads": 8, "moe_intermediate_size": 64, "n_routed_experts": 8, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1, "intermediate_size": 128,
+}  # fmt: skip
+MODELS = {"llama": ("Llama", SIZES), "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 8}), "deepseek_v3": ("DeepseekV3", DEEPSEEK)}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Small models in both layouts: ``<kind>/hub`` and ``<kind>/native``."""
+    with warnings.catch_warnings(action="ignore"):
+        library = pytest.importorskip("transformers", minversion="5")
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+        folder = tmp_path_factory.mktemp("models")
+        for kind, (name, sizes) in MODELS.items():
+            torch.manual_seed(5)
+            model = getattr(library, f"{name}ForCausalLM")(getattr(library, f"{name}Config")(**sizes))
+            model.save_pretrained(folder / kind / "hub")
+            write(folder / kind / "native", model.state_dict(), config=json.loads((folder / kind / "hub" / "config.json").read_text()))
+    return folder
+
+
+def ranks(folder, size):
+    """The tensors of each rank."""
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert found == sorted(f"model{rank}-mp{size}.safetensors" for rank in range(size))
+    return [load_file(folder / f"model{rank}-mp{size}.safetensors") for rank in range(size)]
+
+
+def split(src, folder, size, *options):
+    """What tp-split makes of a checkpoint, after checking that tp-merge brings it back."""
+    own = [text for option in options for text in ("--set", option)]
+    out, back = folder / f"ranks{size}", folder / f"back{size}"
+    assert run("convert", src, out, "--recipe", "tp-split", "--set", f"size={size}", *own, "--quiet") == 0
+    assert run("convert", out, back, "--recipe", "tp-merge", *own, "--quiet") == 0
+    assert_same(read(back), read(src))
+    assert (back / "config.json").read_bytes() == (out / "config.json").read_bytes() == (src / "config.json").read_bytes()
+    return ranks(out, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("layout", ["hub", "native"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_split_then_merge_is_the_identity(checkpoints, tmp_path, kind, layout, size):
+    found = split(checkpoints / kind / layout, tmp_path, size)
+    whole = read(checkpoints / kind / layout)
+    name = f"model.layers.0.{'self_attn.o' if kind == 'mixtral' else 'mlp.down'}_proj.weight"
+    for rank in range(size):
+        assert torch.equal(found[rank][name], whole[name].chunk(size, dim=1)[rank])
+        assert torch.equal(found[rank]["model.norm.weight"], whole["model.norm.weight"])
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+def test_ranks_of_both_layouts_hold_the_same_experts(checkpoints, tmp_path, kind):
+    """A rank's part of an expert's gate and up is the same, fused or not."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    hub, native = (split(checkpoints / kind / layout, tmp_path / folder, 4) for layout, folder in (("hub", "a"), ("native", "b")))
+    gate, up, down, where = {
+        "mixtral": ("w1", "w3", "w2", "block_sparse_moe"),
+        "deepseek_v3": ("gate_proj", "up_proj", "down_proj", "mlp"),
+    }[kind]
+    for mine, theirs in zip(hub, native, strict=True):
+        layer = f"model.layers.1.{where}.experts"
+        both = [torch.cat([mine[f"{layer}.{e}.{part}.weight"] for part in (gate, up)]) for e in range(8)]
+        assert torch.equal(theirs["model.layers.1.mlp.experts.gate_up_proj"], torch.stack(both))
+        downs = torch.stack([mine[f"{layer}.{e}.{down}.weight"] for e in range(8)])
+        assert torch.equal(theirs["model.layers.1.mlp.experts.down_proj"], downs)
+
+
+# Options ---------------------------------------------------------------------------------------------------------------
+
+
+def test_heads_fewer_than_ranks_are_divided_or_replicated(checkpoints, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    src, name = checkpoints / "llama" / "hub", "model.layers.1.self_attn.k_proj.weight"
+    whole = read(src)[name]
+    divided = split(src, tmp_path / "a", 8)
+    assert all(torch.equal(rank[name], part) for rank, part in zip(divided, whole.chunk(8), strict=True))
+    replicated = split(src, tmp_path / "b", 8, "kv_heads=replicate")
+    assert all(torch.equal(rank[name], whole.chunk(2)[number // 4]) for number, rank in enumerate(replicated))
+
+
+def test_replicated_heads_that_differ_are_refused(checkpoints, tmp_path, capsys):
+    src, name = checkpoints / "llama" / "hub", "model.layers.1.self_attn.k_proj.weight"
+    split(src, tmp_path, 4, "kv_heads=replicate")
+    file = tmp_path / "ranks4" / "model1-mp4.safetensors"
+    tensors = load_file(file)
+    tensors[name] = tensors[name] + 1
+    _put(file, tensors)
+    line = refusal(capsys, "convert", tmp_path / "ranks4", tmp_path / "out", "--recipe", "tp-merge", "--set", "kv_heads=replicate")
+    assert f"model1-mp4.safetensors/{name}" in line
+
+
+def _put(file, tensors):
+    from safetensors.torch import save_file
+
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_the_vocabulary_is_filled_up_where_asked(tmp_path):
+    shapes = {"embed_tokens.weight": (99, 8), "lm_head.weight": (99, 8), "norm.weight": (8,)}
+    plan = {"embed_tokens": "embedding_rowwise", "lm_head": "colwise"}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    src = write(tmp_path / "x", numbered(shapes), config={"vocab_size": 99})
+    found = split(src, tmp_path, 4, f"plan={tmp_path / 'plan.json'}", "pad_vocab=16")
+    whole = read(src)
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        assert [rank[name].shape for rank in found] == [(32, 8)] * 4
+        filled = torch.cat([rank[name] for rank in found])
+        assert torch.equal(filled[:99], whole[name])
+        assert not filled[99:].any()
+
+
+@pytest.mark.parametrize(
+    ("style", "blocks"), [("packed_colwise:8,2,2", (32, 8, 8)), ("packed_colwise", (24, 24)), ("packed_colwise:1", (48,))]
+)
+def test_fused_blocks_are_divided_each(tmp_path, style, blocks):
+    (tmp_path / "plan.json").write_text(json.dumps({"layers.*.qkv": style, "layers.*.out": "packed_rowwise"}))
+    src = write(
+        tmp_path / "x", numbered({"layers.3.qkv.weight": (48, 6), "layers.3.qkv.bias": (48,), "layers.3.out.weight": (6, 8)}), config={}
+    )
+    found, whole = split(src, tmp_path, 2, f"plan={tmp_path / 'plan.json'}"), read(src)
+    for name in ("layers.3.qkv.weight", "layers.3.qkv.bias"):
+        for rank in range(2):
+            wanted = [block.chunk(2)[rank] for block in whole[name].split(blocks)]
+            assert torch.equal(found[rank][name], torch.cat(wanted))
+    halves = [half.chunk(2, dim=1) for half in whole["layers.3.out.weight"].chunk(2, dim=1)]
+    assert all(torch.equal(found[k]["layers.3.out.weight"], torch.cat([half[k] for half in halves], dim=1)) for k in range(2))
+
+
+def test_an_odd_number_of_rows_leaves_the_last_rank_fewer(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"a": "colwise", "b": "rowwise"}))
+    src = write(tmp_path / "x", numbered({"a.weight": (11, 4), "a.bias": (11,), "b.weight": (4, 11), "b.bias": (4,)}), config={})
+    found = split(src, tmp_path, 4, f"plan={tmp_path / 'plan.json'}")
+    assert [rank["a.weight"].shape[0] for rank in found] == [rank["a.bias"].shape[0] for rank in found] == [3, 3, 3, 2]
+    assert [rank["b.weight"].shape[1] for rank in found] == [3, 3, 3, 2]
+    assert all(torch.equal(rank["b.bias"], found[0]["b.bias"]) for rank in found)
+
+
+@pytest.mark.parametrize("layout", ["hub", "native"])
+def test_experts_go_to_ranks_whole(checkpoints, tmp_path, layout):
+    """The library's own plan for experts, on its fused tensors and on those of each expert."""
+    plan = {f"model.layers.*.mlp.experts.{name}": "grouped_gemm" for name in ("gate_up_proj", "down_proj")}
+    plan |= {f"model.layers.*.block_sparse_moe.experts.*.{name}": "grouped_gemm" for name in ("w1", "w2", "w3")}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    src = checkpoints / "mixtral" / layout
+    found, whole = split(src, tmp_path, 4, f"plan={tmp_path / 'plan.json'}"), read(src)
+    for number, rank in enumerate(found):
+        if layout == "native":
+            name = "model.layers.0.mlp.experts.gate_up_proj"
+            assert torch.equal(rank[name], whole[name][2 * number : 2 * number + 2])
+        else:
+            mine = {int(name.split(".")[5]) for name in rank if ".experts." in name}
+            assert mine == {2 * number, 2 * number + 1}
+
+
+# What is refused -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "told"),
+    [
+        ('{"a": "diagonal"}', (), "'diagonal' is unknown"),
+        ('{"a": "packed_colwise:0,1"}', (), "is unknown"),
+        ('{"a": 3}', (), "expected a JSON object of names and styles"),
+        ("[", (), "cannot be read as JSON"),
+        ('{"elsewhere": "colwise"}', (), "names none of these tensors"),
+        ('{"a": "colwise"}', ("size=0",), "size=0"),
+        ('{"a": "colwise"}', ("size=7",), "a.weight: 12 elements cannot be divided among 7 ranks"),
+        ('{"a": "packed_colwise:8,2,1"}', (), "not in proportion"),
+        ('{"a": "packed_colwise:3,1"}', ("size=4",), "cannot be divided among 4 ranks"),
+        ('{"layers.*.experts.*.w": "grouped_gemm"}', (), "how many experts there are is not known"),
+        ('{"a": "grouped_gemm"}', (), "its name has no number of one"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(tmp_path, capsys, plan, options, told):
+    (tmp_path / "plan.json").write_text(plan)
+    src = write(tmp_path / "x", numbered({"a.weight": (12, 4), "layers.0.experts.0.w.weight": (4, 4)}), config={})
+    own = [text for option in (f"plan={tmp_path / 'plan.json'}", *options) for text in ("--set", option)]
+    assert told in refusal(capsys, "convert", src, tmp_path / "out", "--recipe", "tp-split", *own)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_that_do_not_fit_together_are_refused(checkpoints, tmp_path, capsys):
+    split(checkpoints / "llama" / "hub", tmp_path, 2)
+    (tmp_path / "ranks2" / "model1-mp2.safetensors").unlink()
+    assert "model1-mp2.safetensors/" in refusal(capsys, "convert", tmp_path / "ranks2", tmp_path / "out", "--recipe", "tp-merge")
+    write(tmp_path / "mixed", {"a": random_tensor(2)}, config={})
+    assert "tp-merge" in refusal(capsys, "convert", tmp_path / "mixed", tmp_path / "out", "--recipe", "tp-merge")
+
+
+def test_whole_tensors_that_differ_between_ranks_are_refused(checkpoints, tmp_path, capsys):
+    split(checkpoints / "llama" / "hub", tmp_path, 2)
+    file = tmp_path / "ranks2" / "model1-mp2.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    _put(file, tensors)
+    line = refusal(capsys, "convert", tmp_path / "ranks2", tmp_path / "out", "--recipe", "tp-merge")
+    assert "model1-mp2.safetensors/model.norm.weight" in line
+
+
+# DeepSeek's own layout -------------------------------------------------------------------------------------------------
+
+# ``mapping`` of DeepSeek-V3's inference/convert.py: names there, and the axis that ranks divide.
+THEIRS = {
+    "embed_tokens": ("embed", 0), "input_layernorm": ("attn_norm", None), "post_attention_layernorm": ("ffn_norm", None),
+    "q_proj": ("wq", 0), "q_a_proj": ("wq_a", None), "q_a_layernorm": ("q_norm", None), "q_b_proj": ("wq_b", 0),
+    "kv_a_proj_with_mqa": ("wkv_a", None), "kv_a_layernorm": ("kv_norm", None), "kv_b_proj": ("wkv_b", 0), "o_proj": ("wo", 1),
+    "gate": ("gate", None), "gate_proj": ("w1", 0), "down_proj": ("w2", 1), "up_proj": ("w3", 0), "norm": ("norm", None),
+    "lm_head": ("head", 0),
+}  # fmt: skip
+
+
+def theirs(tensors, layers, experts, size):
+    """The tensors of each rank, as the loop of that script makes them."""
+    found = [{} for _ in range(size)]
+    for name, tensor in tensors.items():
+        parts = name.removeprefix("model.").split(".")
+        if parts[0] == "layers" and int(parts[1]) >= layers:
+            continue
+        module, axis = THEIRS[parts[-2]]
+        last = {"weight_scale_inv": "scale", "e_score_correction_bias": "bias"}.get(parts[-1], parts[-1])
+        own = ".".join([*({"self_attn": "attn", "mlp": "ffn"}.get(part, part) for part in parts[:-2]), module, last])
+        for rank in range(size):
+            if "experts" in parts:
+                if int(parts[-3]) * size // experts == rank:
+                    found[rank][own] = tensor
+            else:
+                found[rank][own] = tensor if axis is None else tensor.chunk(size, dim=axis)[rank]
+    return found
+
+
+def deepseek(*, low_rank=True, fp8=True, predicts=True):
+    """Numbers in the names and shapes of a DeepSeek-V3 of three layers, and its config."""
+    config = {"num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 64, "quantization_config": {"quant_method": "fp8"}}
+    matrices = {"self_attn.kv_a_proj_with_mqa": (24, 64), "self_attn.kv_b_proj": (64, 16), "self_attn.o_proj": (64, 32)}
+    matrices |= {"self_attn.q_a_proj": (16, 64), "self_attn.q_b_proj": (64, 16)} if low_rank else {"self_attn.q_proj": (64, 64)}
+    norms = {"input_layernorm": 64, "post_attention_layernorm": 64, "self_attn.kv_a_layernorm": 16}
+    norms |= {"self_attn.q_a_layernorm": 16} if low_rank else {}
+    shapes = {"model.embed_tokens.weight": (64, 64), "model.norm.weight": (64,), "lm_head.weight": (64, 64)}
+    for i in range(3 if predicts else 2):
+        mine = dict(matrices)
+        for part in ("mlp",) if i == 0 else ("mlp.shared_experts", *(f"mlp.experts.{e}" for e in range(8))):
+            mine |= {f"{part}.gate_proj": (32, 64), f"{part}.up_proj": (32, 64), f"{part}.down_proj": (64, 32)}
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in mine.items()}
+        shapes |= {f"model.layers.{i}.{name}.weight": (size,) for name, size in norms.items()}
+        if fp8:
+            shapes |= {f"model.layers.{i}.{name}.weight_scale_inv": (rows // 8, columns // 8) for name, (rows, columns) in mine.items()}
+        if i:
+            shapes |= {f"model.layers.{i}.mlp.gate.weight": (8, 64), f"model.layers.{i}.mlp.gate.e_score_correction_bias": (8,)}
+    if predicts:
+        shapes |= {"model.layers.2.eh_proj.weight": (64, 128), "model.layers.2.shared_head.norm.weight": (64,)}
+    return numbered(shapes), config
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("form", [{}, {"low_rank": False}, {"fp8": False}])
+def test_deepseeks_own_layout_is_that_of_its_script(tmp_path, size, form):
+    tensors, config = deepseek(**form)
+    src = write(tmp_path / "x", tensors, config=config, shards=2)
+    size_option = ("--set", f"model_parallel={size}", "--quiet")
+    assert run("convert", src, tmp_path / "mp", "--recipe", "deepseek3-hf2mp", *size_option) == 0
+    for found, wanted in zip(ranks(tmp_path / "mp", size), theirs(tensors, 2, 8, size), strict=True):
+        assert_same(found, wanted)
+    assert run("convert", tmp_path / "mp", tmp_path / "back", "--recipe", "deepseek3-mp2hf", "--quiet") == 0
+    assert_same(read(tmp_path / "back"), {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.2.")})
+
+
+def test_the_account_tells_parts_from_names(tmp_path):
+    tensors, config = deepseek(predicts=False)
+    src = write(tmp_path / "x", tensors, config=config)
+    options = {"model_parallel": 2}
+    made = streamconv.plan(src, tmp_path / "mp", recipe="deepseek3-hf2mp", options=options, max_memory="4GB")
+    whole = [row for row in made.mapping if row.sources[0].endswith(("norm.weight", "a_proj.weight")) or ".experts." in row.target]
+    assert all(not row.layout for row in whole)
+    part = next(row for row in made.mapping if row.target == "model1-mp2.safetensors/embed.weight")
+    assert part.layout == "part 1 of 2"
+    assert 0 < made.account.renamed < made.account.tensors
+
+
+def test_deepseeks_layout_is_refused_where_its_script_would_fail(tmp_path, capsys):
+    tensors, config = deepseek(predicts=False)
+    src = write(tmp_path / "x", tensors, config=config)
+    line = refusal(capsys, "convert", src, tmp_path / "mp", "--recipe", "deepseek3-hf2mp", "--set", "model_parallel=3")
+    assert "cannot be divided among 3 ranks" in line
+    tensors["model.layers.1.mlp.experts.3.gate_proj.extra"] = random_tensor(3)
+    write(tmp_path / "y", tensors, config=config)
+    assert "no rule for it" in refusal(capsys, "convert", tmp_path / "y", tmp_path / "mp", "--recipe", "deepseek3-hf2mp")
