@@ -25,7 +25,7 @@ from streamconv.errors import (
     UsageError,
 )
 from streamconv.plan import Plan
-from streamconv.recipe import Drop, Option, Recipe, Rule, Tie
+from streamconv.recipe import Drop, Option, Recipe, Rule, Side, Tie
 from streamconv.verify import Comparison
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ __all__ = [
     "Result",
     "Rule",
     "RunError",
+    "Side",
     "SourceChanged",
     "SpaceError",
     "StreamconvError",

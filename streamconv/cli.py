@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,44 @@ from streamconv.checkpoint import open_checkpoint
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError
 from streamconv.plan import Plan
+from streamconv.progress import Progress
+from streamconv.units import parse_size
+
+NEAR = 0.25  # of the tensors that have a rule, times the rules that have a tensor: a recipe worth a look
+EXAMPLES = {
+    "convert": (
+        "Llama-3-70B out --max-shard-size 2GB --verify",
+        "pytorch_model.bin model.safetensors",
+        "Qwen3-8B Qwen3-8B-fp32 --dtype float32 --keep-dtype '*.norm.weight'",
+        "Meta-Llama-3-8B Llama-3-8B --recipe llama-meta2hf --max-memory 512MB",
+        "mine out --recipe mine.yaml --set heads=32",
+        "big out --resume",
+    ),
+    "plan": ("Llama-3-70B out --recipe llama-hf2meta --set model_parallel=8", "Llama-3-70B out --out plan.json"),
+    "run": ("plan.json --verify",),
+    "inspect": ("Llama-3-8B", "model.safetensors --json"),
+    "doctor": ("Llama-3-8B", "Llama-3-8B --data --json"),
+    "verify": ("before after", "Meta-Llama-3-8B Llama-3-8B --recipe llama-meta2hf"),
+    "recipes": ("", "llama-meta2hf", "--match Llama-3-8B", "--new mine other > mine.yaml"),
+    "demo": ("", "somewhere"),
+}
+_PATHS = {"SRC", "DST", "A", "B", "FILE", "DIR", "NAME|FILE"}
+
+
+class _Completion(argparse.Action):
+    """Prints a shell's completion script, which shtab writes from the parser."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _namespace: object, shell: object, _option: str | None = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            raise UsageError("--print-completion needs shtab: pip install 'streamconv[completion]'") from None
+        commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        for action in (action for command in commands.choices.values() for action in command._actions):
+            if isinstance(action.metavar, str) and action.metavar in _PATHS:
+                action.complete = shtab.FILE
+        print(shtab.complete(parser, shell=str(shell)))
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,6 +69,10 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-memory", metavar="SIZE", default=api.MAX_MEMORY, help="bound on the process's peak resident memory (1GB)")
     parser.add_argument("-j", "--workers", metavar="N", type=int, help="concurrent copies and tiles")
     parser.add_argument("--read-backend", choices=list(BACKENDS), default="auto", help="how source bytes are read")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--report", metavar="FILE", help="write a page about it to this .html file")
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
@@ -64,28 +107,41 @@ def _conversion(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--overwrite", action="store_true", help="remove weight and index files in DST first")
     again.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare after writing")
+    parser.add_argument("--checksum", action="store_true", help="write SHA256SUMS, too, for 'sha256sum --check'")
+    parser.add_argument(
+        "--reclaim-source",
+        action="store_true",
+        help="DELETE SRC's weights while converting: give their space back once what they became is safe",
+    )
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument("--no-progress", action="store_true", help="no bar")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks with errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="a line for each file; tracebacks with errors")
 
 
 def _build_parser() -> _Parser:
     parser = _Parser(prog="streamconv", description="Converts model checkpoints bigger than the machine, in bounded memory.")
     parser.add_argument("--version", action="version", version=f"streamconv {__version__}")
+    parser.add_argument("--print-completion", action=_Completion, choices=["bash", "zsh", "tcsh"], help="completion for that shell")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, help: str, *parts: Callable[[argparse.ArgumentParser], None]) -> argparse.ArgumentParser:  # noqa: A002
-        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        shown = "\n".join(f"  streamconv {name} {line}" for line in EXAMPLES[name])
+        raw = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(
+            name, help=help, description=help, epilog=f"examples:\n{shown}", formatter_class=raw, allow_abbrev=False
+        )
         for part in (*parts, _output):
             part(command)
         return command
 
     convert = add("convert", "Convert or re-shard a checkpoint.", _conversion)
+    _report(convert)
     convert.add_argument("--compare", metavar="DIR", help="then print the comparison with this reference checkpoint")
+    convert.add_argument("--yes", action="store_true", help="do not ask whether --reclaim-source is meant")
     plan = add("plan", "Say what convert would do; write nothing.", _conversion)
     plan.add_argument("--out", metavar="FILE", help="write the plan itself to this file")
     run = add("run", "Run a plan that 'plan --out' wrote.")
@@ -94,14 +150,28 @@ def _build_parser() -> _Parser:
     again.add_argument("--overwrite", action="store_true", help="remove weight and index files in DST first")
     again.add_argument("--resume", action="store_true", help="continue an interrupted run")
     run.add_argument("--verify", action="store_true", help="read everything back and compare after writing")
+    run.add_argument("--checksum", action="store_true", help="write SHA256SUMS, too")
     inspect = add("inspect", "List names, dtypes, shapes, files and sizes, from headers only.")
     inspect.add_argument("src", metavar="SRC")
+    inspect.add_argument("--filter", metavar="PATTERN", help="only tensors of such names: a name pattern, a glob, or a part of the name")
+    inspect.add_argument("--stats", action="store_true", help="min, max, mean and norm, from the data")
+    inspect.add_argument("--all", action="store_true", help="a line for each tensor, with its file")
+    doctor = add("doctor", "Look for damage and contradictions, from headers, index and config.")
+    doctor.add_argument("src", metavar="SRC")
+    doctor.add_argument("--data", action="store_true", help="look at the numbers too: NaN, Inf, constant tensors")
     verify = add("verify", "Compare two checkpoints tensor by tensor, or a recipe's result with B.", _recipe, _memory)
+    _report(verify)
     verify.add_argument("a", metavar="A")
     verify.add_argument("b", metavar="B")
     known = add("recipes", "List recipes, explain one, or find those that fit a checkpoint.")
     known.add_argument("name", metavar="NAME", nargs="?")
     known.add_argument("--match", metavar="SRC", help="only those that fit this checkpoint")
+    known.add_argument(
+        "--new",
+        metavar=("SRC", "TARGET_NAMES"),
+        nargs=2,
+        help="draft one, as YAML, between two checkpoints; the second may be a JSON file of name -> shape",
+    )
     demo = add("demo", "Build a small checkpoint, convert it there and back, and verify it.")
     demo.add_argument("dir", metavar="DIR", nargs="?", help="where to leave it (default: a temporary directory)")
     return parser
@@ -122,12 +192,23 @@ def _options(given: Sequence[str]) -> dict[str, object]:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `api.plan` from those of the command line."""
     names = ("recipe", "format", "dtype", "keep_dtype", "max_shard_size", "single_file", "max_memory", "workers", "read_backend")
-    found = {name: getattr(args, name) for name in (*names, "sidecars_from", "overwrite", "resume", "align")}
+    found = {name: getattr(args, name) for name in (*names, "sidecars_from", "overwrite", "resume", "align", "reclaim_source")}
     return found | {"options": _options(args.set)}
 
 
 def _shows_bar(args: argparse.Namespace) -> bool:
     return not (args.quiet or args.no_progress)
+
+
+def _progress(args: argparse.Namespace) -> Progress:
+    """How to show a run and, for its report, what to keep of it.
+
+    Raises:
+        UsageError: the report cannot be written.
+    """
+    if args.report:
+        report.check_page(Path(args.report))
+    return Progress(_shows_bar(args), args.verbose, parse_size(args.max_memory), record=args.report is not None)
 
 
 def _say(args: argparse.Namespace, text: object) -> None:
@@ -136,9 +217,45 @@ def _say(args: argparse.Namespace, text: object) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    result = api.convert(args.src, args.dst, compare_with=args.compare, verify=args.verify, progress=_shows_bar(args), **_settings(args))
+    if args.reclaim_source and not args.yes:
+        _confirm(args)
+    progress = _progress(args)
+    shown = {"verify": args.verify, "checksum": args.checksum, "progress": progress}
+    result = api.convert(args.src, args.dst, compare_with=args.compare, **shown, **_settings(args))
+    if args.report:
+        from streamconv import report_page
+
+        report_page.write(args.report, report_page.describe_conversion(result, args, progress))
     _print_result(args, result)
+    _suggest(args)
     return 0
+
+
+def _suggest(args: argparse.Namespace) -> None:
+    """Names the recipes that config.json points at, where none was asked for."""
+    if args.recipe or args.json or args.quiet:
+        return
+    with suppress(StreamconvError):
+        if names := api.suggest_recipes(args.src):
+            print(f"note: for another layout of this model: --recipe {' or '.join(names)}")
+
+
+def _confirm(args: argparse.Namespace) -> None:
+    """Asks on the terminal whether the source may go.
+
+    Raises:
+        UsageError: it may not, or there is nobody to ask.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError("--reclaim-source deletes SRC's weights while they are converted: without a terminal to ask on, say --yes, too")
+    print(
+        f"{args.src}: its weights will be deleted, part by part, as soon as {args.dst} has them. Go on? [y/N] ",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
+    if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+        raise UsageError("--reclaim-source: not confirmed, nothing was done; leave it out to keep SRC")
 
 
 def _print_result(args: argparse.Namespace, result: api.Result) -> None:
@@ -162,7 +279,8 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json:
         report.print_json(made.summary())
     else:
-        _say(args, made)
+        _say(args, f"{made}\n{report.describe_room(made)}")
+        _suggest(args)
     return 0
 
 
@@ -172,23 +290,55 @@ def _run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise FormatError(f"{args.plan}: cannot be read: {error}; make it with 'streamconv plan SRC DST --out FILE'") from error
     made = Plan.from_json(text)
-    _print_result(args, api.run(made, overwrite=args.overwrite, resume=args.resume, verify=args.verify, progress=_shows_bar(args)))
+    _print_result(
+        args,
+        api.run(
+            made,
+            overwrite=args.overwrite,
+            resume=args.resume,
+            verify=args.verify,
+            checksum=args.checksum,
+            progress=Progress(_shows_bar(args), args.verbose, made.peak_memory),
+        ),
+    )
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args.src)
+    if args.filter:
+        checkpoint = report.select(checkpoint, args.filter)
     if args.json:
-        report.print_json(report.describe_checkpoint(checkpoint))
+        report.print_json(report.describe_checkpoint(checkpoint, stats=args.stats))
     else:
-        report.print_checkpoint(checkpoint)
+        report.print_checkpoint(checkpoint, flat=args.all, stats=args.stats)
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from streamconv.doctor import examine
+
+    found = examine(Path(args.src), data=args.data)
+    try:
+        found.recipes = api.match_recipes(args.src)
+    except StreamconvError:
+        found.recipes = []
+    if args.json:
+        report.print_json(found.summary())
+    else:
+        _say(args, found)
+    return 0 if found.healthy else 1
 
 
 def _verify(args: argparse.Namespace) -> int:
     names = ("recipe", "dtype", "keep_dtype", "max_memory", "workers", "read_backend", "sidecars_from")
     settings = {name: getattr(args, name) for name in names}
-    found = api.verify(args.a, args.b, options=_options(args.set), progress=_shows_bar(args), **settings)
+    progress = _progress(args)
+    found = api.verify(args.a, args.b, options=_options(args.set), progress=progress, **settings)
+    if args.report:
+        from streamconv import report_page
+
+        report_page.write(args.report, report_page.describe_comparison(found, args, progress))
     if args.json:
         report.print_json(found.summary())
     else:
@@ -196,7 +346,23 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if found.equal else 1
 
 
+def _draft(args: argparse.Namespace) -> int:
+    from streamconv.draft import draft, read_shapes
+
+    source, target = args.new
+    made = draft(read_shapes(source), read_shapes(target), "mine", f"{source} and {target}")
+    if args.json:
+        report.print_json(made.summary())
+        return 0
+    print(made.text, end="")
+    if not args.quiet:
+        print(made.account, file=sys.stderr)
+    return 0
+
+
 def _recipes(args: argparse.Namespace) -> int:
+    if args.new:
+        return _draft(args)
     if args.name:
         recipe = recipes.get(args.name)
         print(
@@ -205,16 +371,33 @@ def _recipes(args: argparse.Namespace) -> int:
             else report.explain_recipe(recipe)
         )
         return 0
-    found = list(recipes.registry().values())
     if args.match:
-        fitting = set(api.match_recipes(args.match))
-        found = [recipe for recipe in found if recipe.name in fitting]
+        _print_matches(args)
+        return 0
+    found = list(recipes.registry().values())
     if args.json:
         print(json.dumps([report.describe_recipe(recipe) for recipe in found]))
     else:
         for recipe in found:
             print(f"{recipe.name}  {recipe.summary}")
     return 0
+
+
+def _print_matches(args: argparse.Namespace) -> None:
+    """The recipes that fit, and in words, where none does, those that come nearest."""
+    matches = api.rank_recipes(args.match)
+    fitting = [match for match in matches if match.fits]
+    if args.json:
+        print(json.dumps([{**report.describe_recipe(match.recipe), "named": match.named} for match in fitting]))
+        return
+    for match in fitting:
+        print(f"{match.recipe.name}  {match.recipe.summary}{'  (named by config.json)' if match.named else ''}")
+    if fitting:
+        return
+    near = [match for match in matches if match.tensors * match.rules >= NEAR][:3]
+    print("no recipe fits" + ("; the nearest are" if near else ""))
+    for match in near:
+        print(f"  {match.recipe.name}  a rule for {match.tensors:.1%} of the tensors, a tensor for {match.rules:.0%} of the rules")
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -233,6 +416,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": _plan,
     "run": _run,
     "inspect": _inspect,
+    "doctor": _doctor,
     "verify": _verify,
     "recipes": _recipes,
     "demo": _demo,

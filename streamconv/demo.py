@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import api
+from streamconv.destination import Target
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.formats import safetensors
 from streamconv.units import format_size
@@ -96,7 +97,7 @@ def run(directory: str | None = None, *, max_memory: str = "300MB", progress: bo
     """
     with _place(directory) as place:
         source, custom, back = (place / name for name in ("hf", "custom", "back"))
-        api.Target.of(source, None).check_free()
+        Target.of(source, None).check_free()
         build(source)
         steps = [
             ("hf -> custom", api.convert(source, custom, recipe="internvl-hf2custom", max_memory=max_memory, progress=progress)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -64,3 +64,16 @@ def read_patches(checksums: Sequence[Checksum], read: Callable[[int, memoryview]
                 crc = zlib.crc32(piece, crc)
             crcs.append(crc)
     return patches(checksums, crcs)
+
+
+def format_sums(sums: Mapping[str, str], kept: str = "") -> str:
+    """Names and SHA-256s in the form that ``sha256sum --check`` reads; of ``kept``, which is in it, the lines of other files stay."""
+    lines = {_name_of(line): line for line in kept.splitlines() if line}
+    for name, digest in sums.items():
+        escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
+        lines[escaped] = f"{chr(92) if escaped != name else ''}{digest}  {escaped}"
+    return "".join(f"{line}\n" for line in lines.values())
+
+
+def _name_of(line: str) -> str:
+    return line.partition(" ")[2][1:]

@@ -1,23 +1,169 @@
-"""A bar in bytes on stderr, with rate and time left; none where stderr is no terminal."""
+"""How a run shows itself on stderr: a bar in bytes on a terminal or in a notebook, log lines elsewhere if wanted; and its record."""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+from streamconv import memory
+from streamconv.units import format_size
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+SAMPLES = 600  # of a phase: when there are as many, every other one goes, and further ones come half as often
+EVERY = 10.0  # seconds between log lines
+_YES = {"1", "ON", "YES", "TRUE"}
+
+
+@dataclass
+class Phase:
+    """A part of a run: what it did when. A sample is seconds since it ``began``, bytes done, resident bytes."""
+
+    title: str
+    total: int
+    began: float = field(default_factory=time.perf_counter)
+    done: int = 0
+    samples: list[tuple[float, int, int]] = field(default_factory=list)
+    interval: float = 0.05
+
+    def sample(self) -> tuple[float, int, int]:
+        """Takes a sample and keeps it, if its time has come."""
+        taken = (time.perf_counter() - self.began, self.done, memory.resident())
+        if not self.samples or taken[0] - self.samples[-1][0] >= self.interval:
+            self.samples.append(taken)
+        if len(self.samples) >= SAMPLES:
+            self.samples, self.interval = self.samples[::2], 2 * self.interval
+        return taken
+
+
+@dataclass
+class Progress:
+    """How to show a run. ``budget``: bytes of memory it may take; ``verbose``: log lines too; ``phases`` is its record, if ``record``."""
+
+    show: bool = True
+    verbose: bool = False
+    budget: int | None = None
+    record: bool = False
+    phases: list[Phase] = field(default_factory=list)
+
+    def describe_memory(self, resident: int) -> str:
+        """``45 MB of 1 GB``."""
+        return f"memory {format_size(resident)}" + (f" of {format_size(self.budget)}" if self.budget else "")
+
+    def describe(self, phase: Phase, sample: tuple[float, int, int], *, over: bool = False) -> str:
+        """A log line."""
+        seconds, done, resident = sample
+        rate = done / max(seconds, 1e-9)
+        share = f"{format_size(done)} of {format_size(phase.total)} ({100 * done // max(phase.total, 1)} %)"
+        left = f", {max(phase.total - done, 0) / rate:.0f} s left" if done else ""
+        if over:
+            share, left = f"{format_size(done)} in {seconds:.2f} s", ""
+        return f"{phase.title}: {share}, {format_size(rate)}/s{left}, {self.describe_memory(resident)}"
 
 
 @contextmanager
-def bar(total: int, title: str, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """Yields what is to be told how many bytes have come."""
-    if not show or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from tqdm import tqdm
+def bar(total: int, title: str, *, show: bool | Progress) -> Iterator[Callable[[int], None]]:
+    """Yields what is to be told how many bytes have come.
 
-    with tqdm(total=total, unit="B", unit_scale=True, desc=title, dynamic_ncols=True, miniters=1) as shown:
+    A bar needs a terminal or a notebook, and gives way to ``HF_HUB_DISABLE_PROGRESS_BARS``; it has no colour under ``NO_COLOR``.
+    """
+    how = show if isinstance(show, Progress) else Progress(show=show)
+    phase = Phase(title, total)
+    with ExitStack() as stack:
+        shown = stack.enter_context(_open_bar(phase)) if how.show and _can_show() else None
+        writes = how.show and how.verbose
+        if writes:
+            stack.enter_context(_log_to_stderr(shown))
+        if shown is not None or writes or how.record:
+            stack.enter_context(_sampling(how, phase, shown, log=writes and shown is None))
 
         def tell(nbytes: int) -> None:
-            shown.update(nbytes)
+            phase.done += nbytes
+            if shown is not None:
+                shown.update(nbytes)
 
         yield tell
+
+
+def _can_show() -> bool:
+    notebook = "ipykernel" in sys.modules
+    return (notebook or sys.stderr.isatty()) and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() not in _YES
+
+
+def _open_bar(phase: Phase) -> tqdm[Any]:
+    from tqdm import tqdm
+
+    kind: Any = tqdm
+    if "ipykernel" in sys.modules:  # which alone needs what this loads
+        from tqdm.auto import tqdm as kind
+    colour = None if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else "cyan"
+    shown: tqdm[Any] = kind(total=phase.total, unit="B", unit_scale=True, desc=phase.title, dynamic_ncols=True, miniters=1, colour=colour)
+    return shown
+
+
+@contextmanager
+def _sampling(how: Progress, phase: Phase, shown: tqdm[Any] | None, *, log: bool) -> Iterator[None]:
+    """Samples while the block runs, and shows what it finds."""
+    over, logger = threading.Event(), logging.getLogger(__name__)
+    phase.sample()
+    if how.record:
+        how.phases.append(phase)
+
+    def watch() -> None:
+        logged = phase.began
+        while not over.wait(phase.interval if how.record else 0.2):
+            sample = phase.sample()
+            if shown is not None:
+                shown.set_postfix_str(how.describe_memory(sample[2]), refresh=False)
+            if log and time.perf_counter() - logged >= EVERY:
+                logged = time.perf_counter()
+                logger.info("%s", how.describe(phase, sample))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        phase.interval = 0.0
+        sample = phase.sample()
+        if shown is not None:
+            shown.set_postfix_str(how.describe_memory(sample[2]), refresh=False)
+        if log:
+            logger.info("%s", how.describe(phase, sample, over=True))
+
+
+class _Lines(logging.StreamHandler[IO[str]]):
+    """Log lines, above the bar where there is one."""
+
+    def __init__(self, shown: tqdm[Any] | None) -> None:
+        super().__init__(sys.stderr)
+        self._shown = shown
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._shown is None:
+            super().emit(record)
+        else:
+            self._shown.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def _log_to_stderr(shown: tqdm[Any] | None) -> Iterator[None]:
+    logger, handler = logging.getLogger("streamconv"), _Lines(shown)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import math
+import os
+import re
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint import Checkpoint
+from streamconv.checkpoint import Checkpoint, TensorEntry
+from streamconv.errors import UsageError
+from streamconv.folding import Fold, fold
+from streamconv.names import nearest
+from streamconv.names import parse as parse_names
+from streamconv.plan import Plan
 from streamconv.recipe import Drop, Recipe, Rule, Tie
 from streamconv.units import format_size
+
+PIECE = 1 << 20  # bytes of a tensor at a time
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+LAYER = re.compile(r"\.[0-9]+(?=\.)")
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -28,8 +44,8 @@ def print_json(document: Mapping[str, Any]) -> None:
     write("}\n")
 
 
-def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What ``inspect --json`` prints; tensors are given one at a time."""
+def describe_checkpoint(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
+    """What ``inspect --json`` prints; tensors are given one at a time, with ``stats`` from their data if wanted."""
     contents = checkpoint.contents
     specs = [source.spec for source in contents.entries.values()]
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
@@ -46,6 +62,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
                 "nbytes": source.spec.nbytes,
                 "file": names[source.extents[0].path],
                 "offset": source.extents[0].offset if whole else None,
+                **(measured.summary() if stats and (measured := measure(checkpoint[name])) else {}),
             }
 
     return {
@@ -59,13 +76,94 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def print_checkpoint(checkpoint: Checkpoint) -> None:
-    """What ``inspect`` prints: one line a tensor, sums at the end."""
+def select(checkpoint: Checkpoint, pattern: str) -> Checkpoint:
+    """Those tensors of a checkpoint whose names a pattern or glob matches, or have ``pattern`` in them if it is neither.
+
+    Raises:
+        UsageError: none is.
+    """
+    if "{" in pattern:
+        parsed = parse_names(pattern)
+        names = [name for name in checkpoint if parsed.match(name) is not None]
+    elif any(mark in pattern for mark in "*?["):
+        names = [name for name in checkpoint if fnmatch.fnmatchcase(name, pattern)]
+    else:
+        names = [name for name in checkpoint if pattern in name]
+    if not names:
+        close = nearest(pattern, checkpoint, 3)
+        known = f"; near it: {', '.join(close)}" if close else ""
+        raise UsageError(f"--filter {pattern}: no name of {len(checkpoint)} tensors matches{known}; give another pattern")
+    contents = checkpoint.contents
+    return Checkpoint(checkpoint.path, replace(contents, entries={name: contents.entries[name] for name in names}))
+
+
+@dataclass
+class Statistics:
+    """Sums over the finite values of tensors. ``squares`` are added up in float64."""
+
+    count: int = 0
+    nonfinite: int = 0
+    least: float = math.inf
+    most: float = -math.inf
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, other: Statistics) -> None:
+        """Takes other values in."""
+        self.count, self.nonfinite = self.count + other.count, self.nonfinite + other.nonfinite
+        self.least, self.most = min(self.least, other.least), max(self.most, other.most)
+        self.total, self.squares = self.total + other.total, self.squares + other.squares
+
+    def summary(self) -> dict[str, Any]:
+        """What ``inspect --stats --json`` adds to a tensor; null where there is no finite value."""
+        some = self.count > 0
+        return {
+            "min": self.least if some else None,
+            "max": self.most if some else None,
+            "mean": self.total / self.count if some else None,
+            "norm": math.sqrt(self.squares) if some else None,
+            "nonfinite": self.nonfinite,
+        }
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "no values" if not self.nonfinite else f"{self.nonfinite} values, none finite"
+        found = self.summary()
+        text = "  ".join(f"{key} {found[key]:.4g}" for key in ("min", "max", "mean", "norm"))
+        return text + (f"  {self.nonfinite} NaN or infinite" if self.nonfinite else "")
+
+
+def measure(entry: TensorEntry) -> Statistics | None:
+    """A tensor's statistics, from one pass in pieces of `PIECE` bytes; None for packed and complex types."""
+    import torch
+
+    kind = getattr(torch, entry.dtype, None)
+    if kind is None or kind.is_complex or entry.source.spec.dtype.bits % 8:
+        return None
+    found = Statistics()
+    for piece in entry.pieces(PIECE):
+        values = piece.float().double() if piece.dtype.itemsize == 1 else piece.double()
+        finite = values[values.isfinite()]
+        part = Statistics(len(finite), len(values) - len(finite))
+        if part.count:
+            part.least, part.most, part.total = float(finite.min()), float(finite.max()), float(finite.sum())
+            part.squares = float(finite.square().sum())
+        found.add(part)
+    return found
+
+
+def print_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool = False) -> None:
+    """What ``inspect`` prints: a tree with repeated names folded, or ``flat`` a line each; ``stats`` from the data; sums at the end."""
     found = describe_checkpoint(checkpoint)
     bytes_by_dtype: Counter[str] = Counter()
-    for row in found["tensors"]:
-        bytes_by_dtype[row["dtype"]] += row["nbytes"]
-        print(f"{row['name']}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {row['file']}")
+    for entry in checkpoint.values():
+        bytes_by_dtype[entry.dtype] += entry.nbytes
+    if flat:
+        for row in found["tensors"]:
+            measured = f"  {measure(checkpoint[row['name']]) or ''}".rstrip() if stats else ""
+            print(f"{row['name']}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {row['file']}{measured}")
+    else:
+        _print_tree(checkpoint, stats=stats)
     for note in checkpoint.contents.notes:
         print(f"note: {note}")
     dtypes = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in bytes_by_dtype.most_common())
@@ -75,16 +173,51 @@ def print_checkpoint(checkpoint: Checkpoint) -> None:
     )
 
 
+def _print_tree(checkpoint: Checkpoint, *, stats: bool) -> None:
+    """Folded tensors below the modules that hold them, with each module's size."""
+    names = list(checkpoint)
+    specs = [checkpoint[name].source.spec for name in names]
+    stems = {module_of(name) for name in names if LAYER.search(name)}
+    kinds: dict[str, list[Fold]] = {}
+    for kind in fold((spec, (name,)) for name, spec in zip(names, specs, strict=True)):
+        kinds.setdefault(module_of(names[kind.members[0]], stems), []).append(kind)
+    for module, folds in kinds.items():
+        inside = [specs[k] for kind in folds for k in kind.members]
+        numel = sum(spec.numel for spec in inside)
+        print(f"{module or '(top)'}  {format_size(sum(spec.nbytes for spec in inside))}  {numel:,} parameters")
+        for kind in folds:
+            spec, count = specs[kind.members[0]], len(kind.members)
+            name = kind.texts[0].removeprefix(f"{module}.") if module else kind.texts[0]
+            times = f" x{count}" if count > 1 else ""
+            print(
+                f"  {format_size(count * spec.nbytes):>7}  {name}  {SHORT.get(spec.dtype.name, spec.dtype.name)} {list(spec.shape)}{times}"
+            )
+            if stats and (parts := [part for k in kind.members if (part := measure(checkpoint[names[k]])) is not None]):
+                total = Statistics()
+                for part in parts:
+                    total.add(part)
+                print(f"           {total}")
+
+
+def module_of(name: str, stems: Collection[str] = ()) -> str:
+    """The module that holds a tensor: what a list of layers stands in, else the longest of ``stems``, else its name's first part."""
+    parts = name.split(".")
+    if found := LAYER.search(name):
+        return ".".join(name[: found.start()].split(".")[:-1])
+    above = (".".join(parts[:k]) for k in range(len(parts) - 1, 0, -1))
+    return next((stem for stem in above if stem in stems), parts[0] if len(parts) > 1 else "")
+
+
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """One row of ``recipes --json``."""
     return {
         "name": recipe.name,
         "summary": recipe.summary,
-        "source_format": recipe.source_format,
-        "target_format": recipe.target_format,
+        "source_format": recipe.source.format,
+        "target_format": recipe.target.format,
         "options": [
             {"name": name, "help": option.help, "default": option.default, "choices": option.choices}
-            for name, option in recipe.options.items()
+            for name, option in recipe.settings.items()
         ],
         "reference": recipe.reference,
     }
@@ -92,19 +225,39 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def explain_recipe(recipe: Recipe) -> str:
     """What ``recipes NAME`` prints: every rule and option, and where the facts come from."""
-    lines = [f"{recipe.name}: {recipe.summary}", f"  {recipe.source_format} -> {recipe.target_format}"]
+    lines = [f"{recipe.name}: {recipe.summary}", f"  {recipe.source.format} -> {recipe.target.format}"]
     if recipe.reference:
         lines.append(f"  facts from {recipe.reference}")
-    lines += [f"  --set {name}=...  {option.help}" for name, option in recipe.options.items()]
-    for fact in recipe.rules:
+    lines += [f"  --set {name}=...  {option.help}" for name, option in recipe.settings.items()]
+    for fact in (fact for stage in recipe.stages for fact in stage.rules):
         when = f"   when {fact.when}" if fact.when else ""
         if isinstance(fact, Rule):
-            layout = f"\n      {fact.layout}" if fact.layout else ""
+            how = " ".join(filter(None, (str(fact.op.get("op", "")), fact.layout)))
+            layout = f"\n      {how}" if how else ""
             lines.append(f"  {fact.left}\n   -> {fact.right}{'  (optional)' if fact.optional else ''}{when}{layout}")
         elif isinstance(fact, Drop):
             lines.append(f"  {fact.left}\n   {'not made' if fact.flipped else 'dropped'}: {fact.reason}{when}")
         elif isinstance(fact, Tie):
             how = f"left out where it repeats {fact.stored}" if fact.flipped else f"repeats {fact.left} where nothing else makes it"
             lines.append(f"  {fact.right}\n   {how}{when}")
+    lines += [f"  requires {condition}" for stage in recipe.stages for condition in stage.requires]
     lines += [f"  lost: {line}" for line in recipe.lost]
     return "\n".join(lines)
+
+
+def describe_room(plan: Plan) -> str:
+    """What the file system of DST has left before and after a run, in bytes."""
+    above = next(folder for folder in (Path(plan.root), *Path(plan.root).parents) if folder.exists())
+    free = shutil.disk_usage(above).free
+    return f"  free     {format_size(free)} now, {format_size(max(0, free - plan.totals.disk_needed))} afterwards"
+
+
+def check_page(path: Path) -> None:
+    """Refuses a path where no page can be written.
+
+    Raises:
+        UsageError: it is a directory, or lies in something else.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
+        raise UsageError(f"--report {path}: a file cannot be written there: give the name of an .html file in a directory of yours")

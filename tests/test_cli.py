@@ -146,7 +146,7 @@ def test_inspect_of_one_file_and_of_files_in_folders(tmp_path, capsys):
 
 
 def test_inspect_for_people_has_a_line_for_each_tensor(source, capsys):
-    assert run("inspect", source) == 0
+    assert run("inspect", source, "--all") == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) == len(tensors()) + 1
     assert "embed.weight  float32[50, 8]  1.6 kB  model-00001-of-00003.safetensors\n" in out
@@ -451,13 +451,14 @@ def test_backends_and_workers_do_not_change_bytes(source, tmp_path, backend, wor
 # What is printed ---------------------------------------------------------------------------------------------------
 
 
-def test_one_line_for_people_none_when_quiet(source, tmp_path, capsys):
+def test_two_lines_for_people_none_when_quiet(source, tmp_path, capsys):
     assert run("convert", source, tmp_path / "a") == 0
     out, err = capsys.readouterr()
     assert not err
-    assert out.count("\n") == 1
+    assert out.count("\n") == 2
     assert "6 tensors" in out
     assert "peak memory" in out
+    assert "6 copied" in out
     for quiet in ("-q", "--quiet"):
         assert run("convert", source, tmp_path / quiet, quiet, "--verify") == 0
         assert run("plan", source, tmp_path / "none", quiet) == 0
@@ -635,7 +636,7 @@ def test_a_source_that_is_cut_while_it_is_read(source, tmp_path, capsys, monkeyp
         monkeypatch.setattr(api, "OutputCheck", TooLate)
     else:
         monkeypatch.setattr(api, "LocalEngine", Late)
-        monkeypatch.setattr(local, "check_sources", lambda _: None)
+        monkeypatch.setattr(local, "check_sources", lambda *_, **__: None)
     if not kernel:
         monkeypatch.delattr(os, "copy_file_range")
     message = failure(capsys, 3, "convert", source, tmp_path / "dst", "--read-backend", backend, *options)

@@ -93,7 +93,7 @@ def put(directory, **files):
     return directory
 
 
-def put_index(directory, weight_map, name=fmt.INDEX):
+def put_index(directory, weight_map, name=fmt.KIND.index):
     (directory / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
@@ -226,7 +226,7 @@ def test_a_sharded_layout_reads_back(tmp_path):
     tensors = {f"layer.{i}": make(torch.float32, 2, i) for i in (3, 0, 2, 1)} | {"ids": make(torch.int64, 5), "é": make(torch.bfloat16)}
     specs = specs_of(tensors)
     layouts = fmt.lay_out(specs, metadata=PT, max_shard_size=40)
-    assert [layout.path for layout in layouts] == [*(f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)), fmt.INDEX]
+    assert [layout.path for layout in layouts] == [*(f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)), fmt.KIND.index]
     for layout in layouts:
         content = filled(layout, tensors)
         (tmp_path / layout.path).write_bytes(content)
@@ -235,14 +235,14 @@ def test_a_sharded_layout_reads_back(tmp_path):
     weight_map = {name: layout.path for layout in layouts[:-1] for name in layout.slots}
     metadata = {"total_size": 24 + 16 + 8 + 40 + 2, "total_parameters": 6 + 4 + 2 + 5 + 1}
     expected = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-    assert (tmp_path / fmt.INDEX).read_text() == expected
+    assert (tmp_path / fmt.KIND.index).read_text() == expected
     assert not layouts[-1].slots
 
     contents = fmt.read(tmp_path)
     assert {name: entry.spec for name, entry in contents.entries.items()} == specs
     assert list(contents.entries) == [name for layout in layouts for name in layout.slots]
     assert contents.files == [tmp_path / layout.path for layout in layouts[:-1]]
-    assert (contents.others, contents.metadata, contents.format) == ([tmp_path / fmt.INDEX], PT, "safetensors")
+    assert (contents.others, contents.metadata, contents.format) == ([tmp_path / fmt.KIND.index], PT, "safetensors")
     for name, entry in contents.entries.items():
         (extent,) = entry.extents
         with Path(extent.path).open("rb") as file:
@@ -515,7 +515,7 @@ def test_an_index_beats_model_safetensors(tmp_path):
     put(tmp_path, y=["y"])
     put_index(tmp_path, {"y": "y.safetensors"})
     contents = fmt.read(tmp_path)
-    assert (list(contents.entries), contents.others) == (["y"], [tmp_path / fmt.INDEX])
+    assert (list(contents.entries), contents.others) == (["y"], [tmp_path / fmt.KIND.index])
 
 
 def test_several_other_indexes_are_refused(tmp_path):
@@ -564,7 +564,7 @@ def test_a_hub_snapshot_of_links_reads_like_files(tmp_path):
     targets = {
         "model-00001-of-00002.safetensors": "one.safetensors",
         "model-00002-of-00002.safetensors": "two.safetensors",
-        fmt.INDEX: "three",
+        fmt.KIND.index: "three",
     }
     for link, target in targets.items():
         (snapshot / link).symlink_to(f"../../blobs/{target}")
@@ -573,7 +573,7 @@ def test_a_hub_snapshot_of_links_reads_like_files(tmp_path):
     assert contents.entries["b"].extents[0].path == str(snapshot / "model-00002-of-00002.safetensors")
     (blobs / "two.safetensors").unlink()
     assert "model-00002-of-00002.safetensors" in refusal(snapshot)
-    (snapshot / fmt.INDEX).unlink()
+    (snapshot / fmt.KIND.index).unlink()
     assert "model-00002-of-00002.safetensors" in refusal(snapshot)
 
 
@@ -607,7 +607,7 @@ def test_an_index_cannot_lead_out_of_its_directory(tmp_path, shard):
     put(inside / "sub", a=["evil"])
     put_index(inside, {"evil": shard})
     message = refusal(inside)
-    assert message.startswith(f"{inside / fmt.INDEX}: tensor 'evil'")
+    assert message.startswith(f"{inside / fmt.KIND.index}: tensor 'evil'")
 
 
 def test_an_index_may_name_a_file_in_a_folder(tmp_path):
@@ -636,14 +636,14 @@ def test_an_index_may_name_a_file_in_a_folder(tmp_path):
 )
 def test_a_damaged_index_is_refused(tmp_path, text, part):
     put(tmp_path, a=["a"])
-    (tmp_path / fmt.INDEX).write_bytes(text.encode(errors="surrogateescape"))
+    (tmp_path / fmt.KIND.index).write_bytes(text.encode(errors="surrogateescape"))
     message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path / fmt.INDEX}: ")
+    assert message.startswith(f"{tmp_path / fmt.KIND.index}: ")
     assert part in message
 
 
 def test_a_huge_index_is_not_parsed(tmp_path):
-    with (tmp_path / fmt.INDEX).open("wb") as file:
+    with (tmp_path / fmt.KIND.index).open("wb") as file:
         file.truncate(100_000_001)
     assert "100000001" in refusal(tmp_path)
 
@@ -660,7 +660,7 @@ def test_an_index_that_contradicts_the_files_is_refused(tmp_path, weight_map, pa
     put(tmp_path, a=["x", "y"], b=["z"])
     put_index(tmp_path, {name: f"{stem}.safetensors" for name, stem in weight_map.items()})
     message = refusal(tmp_path)
-    for part in [str(tmp_path / fmt.INDEX), *parts]:
+    for part in [str(tmp_path / fmt.KIND.index), *parts]:
         assert part in message
 
 

@@ -151,7 +151,7 @@ def test_ties_can_be_copied(tmp_path, capsys):
     assert loaded["lm_head.weight"].data_ptr() != loaded["embed.weight"].data_ptr()
     assert_same(loaded, tensors_like(source))
     message = refusal(capsys, "convert", source, tmp_path / "x", "--set", "tie=copy")
-    assert "root, tied" in message
+    assert "resize_vocab, root, seed, tied" in message
     assert "keep, copy" in refusal(capsys, "convert", source, tmp_path / "x", "--set", "tied=maybe")
     assert not (tmp_path / "x").exists()
 

@@ -1,0 +1,149 @@
+"""Every command that README.md shows is run, and prints what is shown but for times, rates and memory.
+
+As a program, ``python tests/test_cookbook.py DIR`` makes the checkpoints of the cookbook; with ``--write`` it also writes what the commands
+print into README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import numbered, write
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"^<!-- run -->\n```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256, "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "hidden_act": "silu", "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+def make_checkpoints(folder: Path) -> None:
+    """What the cookbook works on: Llama in three shards, the same with a damaged one, a pickle, and a toy of a family of its own."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (256, 64), "model.norm.weight": (64,), "lm_head.weight": (256, 64)}
+    for i in range(4):
+        stem = f"model.layers.{i}"
+        shapes |= {f"{stem}.self_attn.{name}_proj.weight": (32 if name in "kv" else 64, 64) for name in "qkvo"}
+        shapes |= {
+            f"{stem}.mlp.gate_proj.weight": (96, 64),
+            f"{stem}.mlp.up_proj.weight": (96, 64),
+            f"{stem}.mlp.down_proj.weight": (64, 96),
+        }
+        shapes |= {f"{stem}.input_layernorm.weight": (64,), f"{stem}.post_attention_layernorm.weight": (64,)}
+    llama = numbered(shapes, torch.bfloat16)
+    for name in ("Llama", "broken"):
+        write(folder / name, llama, shards=3, config=LLAMA)
+        (folder / name / "tokenizer.json").write_text("{}")
+    last = folder / "broken" / "model-00003-of-00003.safetensors"
+    last.write_bytes(last.read_bytes()[:-1000])
+    torch.save({**llama, "tied.weight": llama["lm_head.weight"]}, folder / "pytorch_model.bin")
+    toy: dict[str, tuple[int, ...]] = {"embed.weight": (100, 16)}
+    wanted: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (100, 16)}
+    for i in range(2):
+        toy |= {f"blocks.{i}.attn.{name}.weight": (16 if name == "q" else 8, 16) for name in "qkv"}
+        toy |= {f"blocks.{i}.experts.{e}.up.weight": (24, 16) for e in range(4)}
+        wanted |= {f"model.layers.{i}.self_attn.qkv_proj.weight": (32, 16), f"model.layers.{i}.mlp.experts.up_proj": (4, 16, 24)}
+    write(folder / "toy", numbered(toy))
+    (folder / "wanted.json").write_text(json.dumps(wanted))
+
+
+def execute(command: str, folder: Path) -> str:
+    """What a command prints in ``folder``, with paths as they are there."""
+    program = f'streamconv() {{ "{sys.executable}" -m streamconv.cli "$@"; }}\n{command}'
+    quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "140", "PYTHONWARNINGS": "error"}
+    done = subprocess.run(
+        ["bash", "-c", program],
+        cwd=folder,
+        env=quiet,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stdout, done.stdout
+    return done.stdout.replace(f"{folder}/", "").rstrip("\n")
+
+
+def commands(block: str) -> Iterator[tuple[str, str]]:
+    """The commands of a console block, each with what it is shown to print."""
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        command, _, output = part.partition("\n")
+        yield command, output.rstrip("\n")
+
+
+def without_measures(output: str) -> str:
+    """An output without what differs from run to run: times, rates, memory, room on the disk, and where the package is."""
+    output = re.sub(r"[\d.]+ (min|ms|s)\b", "# s", output)
+    output = re.sub(r"\([\d.]+ [kMGT]?B/s\)", "(#/s)", output)
+    output = re.sub(r"(peak memory|memory|takes|needs|up to|use --max-memory)(:?\s+)[\d.]+ ?[kMGT]?B", r"\1 #", output)
+    output = re.sub(r"^(\s*(free|disk|memory|peak)\b.*?)[\d.]+ [kMGT]?B.*", r"\1#", output, flags=re.MULTILINE)
+    return re.sub(r"schema=\S+", "schema=#", output)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("cookbook").resolve()
+    make_checkpoints(place)
+    return place
+
+
+def test_every_command_prints_what_is_shown(folder):
+    blocks = BLOCK.findall(README.read_text())
+    assert len(blocks) >= 11
+    for command, output in (pair for block in blocks for pair in commands(block)):
+        assert without_measures(execute(command, folder)) == without_measures(output), (
+            f"{command}; python tests/test_cookbook.py --write DIR writes it anew"
+        )
+    code = re.search(r"^<!-- play.py -->\n```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert code
+    done = subprocess.run([sys.executable, "-c", code[1]], cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_console_block_of_the_readme_is_run():
+    shown = re.findall(r"^```console$", README.read_text(), re.MULTILINE)
+    assert len(shown) == len(BLOCK.findall(README.read_text()))
+    every = {name for block in BLOCK.findall(README.read_text()) for name in re.findall(r"streamconv (\w+)", block)}
+    assert {"convert", "plan", "run", "inspect", "doctor", "verify", "recipes", "demo"} <= every
+
+
+def test_names_in_the_readme_exist():
+    """Options and recipes that the text names are there."""
+    from streamconv.cli import _build_parser
+    from streamconv.recipes import registry
+
+    text = README.read_text()
+    parser = _build_parser()
+    choices = parser._subparsers._group_actions[0].choices.values()
+    known = {option for command in (parser, *choices) for action in command._actions for option in action.option_strings}
+    for option in set(re.findall(r"(?<=[` ])--[a-z][a-z-]+", text)) - {"--write"}:
+        assert option in known, option
+    for name in re.findall(r"`([a-z0-9_-]+-[a-z]+2[a-z]+)`", text):
+        assert name in registry(), name
+
+
+def write_outputs(folder: Path) -> None:
+    def fill(match: re.Match[str]) -> str:
+        rows = [f"$ {command}\n{output}\n" if output else f"$ {command}\n" for command, output in
+                ((command, execute(command, folder)) for command, _ in commands(match[1]))]  # fmt: skip
+        text = re.sub(r"schema=\S+/streamconv/", "schema=.../streamconv/", "\n".join(rows).replace("\n\n\n", "\n\n"))
+        return f"<!-- run -->\n```console\n{text}```"
+
+    README.write_text(BLOCK.sub(fill, README.read_text()))
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[-1]).resolve()
+    make_checkpoints(place)
+    if "--write" in sys.argv:
+        write_outputs(place)
