@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import memory, recipes
-from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, open_checkpoint, read_config
+from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config
 from streamconv.compiler import Budget, check_workers, compile_plan
 from streamconv.destination import Target, check_room, clear, old_files, prepare
 from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
@@ -27,13 +27,13 @@ from streamconv.engine.readers import BACKENDS
 from streamconv.engine.reclaim import Reclaim
 from streamconv.errors import BudgetError, DestinationError, FormatError, Interrupted, RunError, StreamconvError, UsageError
 from streamconv.formats import FileLayout, Source
-from streamconv.names import Matcher
 from streamconv.names import parse as parse_names
 from streamconv.plan import FilePlan, Plan, Totals
 from streamconv.plan import Mapping as Row
 from streamconv.progress import Progress, bar
 from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_options
 from streamconv.sidecars import make_sidecars
+from streamconv.sides import lay_out, open_side
 from streamconv.units import format_size, parse_size
 from streamconv.verify import Comparison, compare
 from streamconv.vocabulary import resize_vocab, sampling
@@ -121,7 +121,7 @@ def plan(
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     target = Target.of(dst, format, chosen.target.format if chosen else "safetensors")
     own = read_identity_options(options or {}) if chosen is None else {}
-    checkpoint = _open(src, chosen.source if chosen else Side(), root=own.get("root"))
+    checkpoint = open_side(src, chosen.source if chosen else Side(), root=own.get("root"))
     try:
         target.check(checkpoint, overwrite=overwrite, resume=resume)
     except OSError as error:
@@ -143,7 +143,7 @@ def plan(
         conversion, facts = _without(conversion, tied), {"metadata": metadata | tied, "align": BLOCK if align else 8}
     shard = parse_size(max_shard_size)
     limit = None if single_file or target.file else shard
-    layouts = _lay_out(conversion, target, chosen.target if chosen else Side(), limit, facts)
+    layouts = lay_out(conversion, target, chosen.target if chosen else Side(), limit, facts)
     told = [f"{name} is {kept}, stored once (--set tied=copy: twice)" for name, kept in list(tied.items())[:5]]
     sidecars, notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, chosen, conversion, dtype)
     made = compile_plan(
@@ -176,65 +176,6 @@ def _with_reclaim(made: Plan, finished: Collection[str] = ()) -> Plan:
     kept = sum(file.size for file in made.files if file.path in finished)
     needed = min(made.totals.disk_needed, reclaim.disk_needed(finished) + kept)
     return replace(made, totals=replace(made.totals, disk_needed=needed))
-
-
-def _open(path: AnyPath, side: Side, root: str | None = None) -> Checkpoint:
-    """A checkpoint as one side of a recipe has them."""
-    return open_checkpoint(path, root=root, ranks=side.ranks, files=side.files, config=side.config)
-
-
-def _lay_out(conversion: Conversion, target: Target, side: Side, limit: int | None, facts: Mapping[str, Any]) -> list[FileLayout]:
-    """The files of the target."""
-    specs = {name: node.spec for name, node in conversion.outputs.items()}
-    container = CONTAINERS[target.format]
-    file = target.file
-    if side.root and target.format == "torch":  # whose files alone can nest them, whatever the side's own container
-        facts = {**facts, "root": side.root}
-    if target.format == side.format:
-        facts = {**facts, **({"index": side.index} if side.index else {})}
-        if side.shards and side.stem and not file:
-            parts = enumerate(_spread(specs, side.shards if limit is not None else 1))
-            named = [(parse_names(side.stem).format({"n": n}), part) for n, part in parts]
-            return [made for name, part in named for made in container.lay_out(part, max_shard_size=None, file=name, **facts)]
-        if side.stem and side.stem.endswith(container.names.suffixes):
-            file = file or side.stem
-        elif side.stem:
-            facts = {**facts, "stem": side.stem}
-    if container.by_rank or not (ranks := _ranks(specs, side.ranks)):
-        return container.lay_out(specs, max_shard_size=limit, file=file, **facts)
-    if target.file and len(ranks) > 1:
-        raise UsageError(f"{target.path}: {len(ranks)} ranks are files of their own: give a directory")
-    if not (first := next(iter(ranks))).endswith(container.names.suffixes):
-        raise UsageError(f"{first}: not a {target.format} file: give --format {FORMAT_OF[Path(first).suffix]}")
-    layouts = []
-    for rank, names in ranks.items():
-        rows = {name: specs[f"{rank}/{name}"] for name in names}
-        for layout in container.lay_out(rows, max_shard_size=None, file=target.file or rank, **facts):
-            slots = {f"{rank}/{name}": slot for name, slot in layout.slots.items()}
-            layouts.append(replace(layout, slots=slots, pieces={f"{rank}/{name}": parts for name, parts in layout.pieces.items()}))
-    return layouts
-
-
-def _spread(specs: Mapping[str, TensorSpec], count: int) -> list[dict[str, TensorSpec]]:
-    """Tensors in order, in ``count`` parts of about as many bytes."""
-    parts: list[dict[str, TensorSpec]] = [{} for _ in range(count)]
-    total, done = sum(spec.nbytes for spec in specs.values()), 0
-    for name, spec in specs.items():
-        parts[min(done * count // max(total, 1), count - 1)][name] = spec
-        done += spec.nbytes
-    return parts
-
-
-def _ranks(names: Iterable[str], patterns: Iterable[str]) -> dict[str, list[str]]:
-    """Tensors called ``<file>/<name>`` by file, where all are called so; else nothing."""
-    found: dict[str, list[str]] = {}
-    matcher = Matcher([parse_names(f"{pattern}/{{rest*}}") for pattern in patterns])
-    for name in names:
-        if not matcher.match(name):
-            return {}
-        file, _, rest = name.partition("/")
-        found.setdefault(file, []).append(rest)
-    return dict(sorted(found.items()))
 
 
 def _may_share(checkpoint: Checkpoint, target: Target, layouts: Sequence[FileLayout]) -> Iterator[str]:
@@ -587,7 +528,7 @@ def verify(
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     own = read_identity_options(options or {}) if chosen is None else {}
     sides = (chosen.source, chosen.target) if chosen else (Side(), Side())
-    left, right = _open(a, sides[0], own.get("root")), _open(b, sides[1])
+    left, right = open_side(a, sides[0], own.get("root")), open_side(b, sides[1])
     beside = Path(sidecars_from).absolute() if sidecars_from is not None else None
     made = _convert_names(left, chosen, options or {}, _recast(dtype, keep_dtype), beside)
     found = right.contents.entries if chosen else _with_ties(right)
@@ -601,66 +542,3 @@ def verify(
             read_backend=read_backend,
             progress=tell,
         )
-
-
-@dataclass(frozen=True)
-class Match:
-    """How well a recipe fits a checkpoint: the shares of its tensors that have a rule, and of the rules that must have a tensor.
-
-    ``fits``: nothing is left over, missing or of the wrong shape; ``named``: it goes by the model type that config.json says.
-    """
-
-    recipe: Recipe
-    tensors: float
-    rules: float
-    fits: bool
-    named: bool
-
-
-def match_recipes(src: AnyPath) -> list[str]:
-    """The names of the recipes that fit a checkpoint, the likeliest first. Raises as `rank_recipes`."""
-    return [match.recipe.name for match in rank_recipes(src) if match.fits]
-
-
-def rank_recipes(src: AnyPath) -> list[Match]:
-    """The recipes that fit a checkpoint and then the others, the nearest first; those without rules, which ask a library, are left out.
-
-    Raises:
-        StreamconvError: it cannot be read.
-    """
-    found = []
-    opened: dict[tuple[Any, ...], Checkpoint | None] = {}
-    for recipe in recipes.registry().values():
-        side = recipe.source
-        key = (side.ranks, side.files, side.config)
-        if key not in opened:
-            try:
-                opened[key] = _open(src, side)
-            except StreamconvError:
-                opened[key] = None
-        if recipe.rules and (checkpoint := opened[key]):
-            found.append(_match(recipe, checkpoint))
-    if not any(opened.values()):
-        open_checkpoint(src)  # which says what is wrong with it
-    return sorted(found, key=lambda match: (-match.fits, -match.named, -match.tensors * match.rules, match.recipe.name))
-
-
-def _match(recipe: Recipe, checkpoint: Checkpoint) -> Match:
-    entries = checkpoint.contents.entries
-    tensors, rules, fits = 0.0, 0.0, False
-    try:
-        tensors, rules = recipe.coverage(entries)
-        if tensors == 1:
-            recipe.apply(entries, checkpoint.config)
-            fits = True
-    except Exception:  # noqa: BLE001, S110 - whatever keeps it from being applied, it does not fit
-        pass
-    return Match(recipe, tensors, rules, fits, recipes.is_named(recipe, checkpoint.config))
-
-
-def suggest_recipes(src: AnyPath) -> list[str]:
-    """The recipes that go by the model type in a checkpoint's config.json and have a rule for each of its tensors."""
-    config = read_config(Path(src) if Path(src).is_dir() else Path(src).parent)
-    named = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)] if config.get("model_type") else []
-    entries = open_checkpoint(src).contents.entries if named else {}
-    return [recipe.name for recipe in named if recipe.coverage(entries) == (1, 1)]

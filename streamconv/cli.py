@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from streamconv import __version__, api, recipes, report
+from streamconv import __version__, api, matching, recipes, report
 from streamconv.checkpoint import open_checkpoint
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError
@@ -236,7 +236,7 @@ def _suggest(args: argparse.Namespace) -> None:
     if args.recipe or args.json or args.quiet:
         return
     with suppress(StreamconvError):
-        if names := api.suggest_recipes(args.src):
+        if names := matching.suggest_recipes(args.src):
             print(f"note: for another layout of this model: --recipe {' or '.join(names)}")
 
 
@@ -320,7 +320,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     found = examine(Path(args.src), data=args.data)
     try:
-        found.recipes = api.match_recipes(args.src)
+        found.recipes = matching.match_recipes(args.src)
     except StreamconvError:
         found.recipes = []
     if args.json:
@@ -385,7 +385,7 @@ def _recipes(args: argparse.Namespace) -> int:
 
 def _print_matches(args: argparse.Namespace) -> None:
     """The recipes that fit, and in words, where none does, those that come nearest."""
-    matches = api.rank_recipes(args.match)
+    matches = matching.rank_recipes(args.match)
     fitting = [match for match in matches if match.fits]
     if args.json:
         print(json.dumps([{**report.describe_recipe(match.recipe), "named": match.named} for match in fitting]))

@@ -308,6 +308,9 @@ def _check_embedding(
     known = checkpoint.ties if checkpoint else {}
     if head and tied is True and specs[head].shape != specs[name].shape:
         yield Finding(f"{specs[head]}, tied to {name}, {specs[name]}", head, "tied tensors are one", "set tie_word_embeddings to false")
+    elif head and tied is True:
+        what = f"it is stored beside {name}, and config.json ties the two"
+        yield Finding(what, head, "loaders take one of them for both", "keep it only if they differ on purpose", problem=False)
     elif tied is False and head is None and generates and _is_conventional(text) and not any("lm_head" in other for other in known):
         what = "there is no head, and tie_word_embeddings is false"
         yield Finding(

@@ -12,9 +12,9 @@ import torch
 from checkpoint_files import numbered, run, write, write_bin, write_ckpt
 from test_doctor import CONFIG, healthy, llama  # noqa: F401 - the fixture
 
-from streamconv.api import rank_recipes, suggest_recipes
 from streamconv.cli import EXAMPLES, _build_parser
 from streamconv.doctor import examine
+from streamconv.matching import rank_recipes, suggest_recipes
 from streamconv.recipes import registry
 
 HEAVY = ("torch", "numpy", "transformers", "ml_dtypes", "yaml", "tqdm", "shtab")

@@ -214,3 +214,11 @@ def test_one_file(healthy, tmp_path):
     shutil.copy(healthy / "tokenizer.json", folder)
     assert examine(folder).healthy
     assert examine(folder / "model.safetensors").healthy
+
+
+def test_a_head_that_is_stored_though_it_is_tied_is_worth_a_note(healthy):
+    edit_json(healthy / "config.json", tie_word_embeddings=True)
+    found = examine(healthy)
+    assert found.healthy
+    (note,) = found.findings
+    assert (note.where, note.problem) == ("lm_head.weight", False)

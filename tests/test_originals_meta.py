@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv import expressions
-from streamconv.api import match_recipes
+from streamconv.matching import match_recipes
 from streamconv.recipes import llama_meta
 from tools import make_checkpoint as made
 

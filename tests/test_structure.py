@@ -31,7 +31,22 @@ STOREYS = [
     ["facts", "declaration", "steps", "application", "vocabulary", "recipe", "bridge", "parallel", "recipes", "recipes.*"],
     ["plan", "compiler"],
     ["engine", "engine.*"],
-    ["destination", "doctor", "draft", "sidecars", "verify", "progress", "report", "report_page", "api", "demo", "cli", ""],
+    [
+        "destination",
+        "sides",
+        "matching",
+        "doctor",
+        "draft",
+        "sidecars",
+        "verify",
+        "progress",
+        "report",
+        "report_page",
+        "api",
+        "demo",
+        "cli",
+        "",
+    ],
 ]
 
 

@@ -1,0 +1,77 @@
+"""Checkpoints as one side of a recipe stores them: how such a one is opened, and which files a new one consists of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, open_checkpoint
+from streamconv.destination import Target
+from streamconv.dtypes import TensorSpec
+from streamconv.errors import UsageError
+from streamconv.formats import FileLayout
+from streamconv.names import Matcher
+from streamconv.names import parse as parse_names
+from streamconv.recipe import Conversion, Side
+
+
+def open_side(path: str | os.PathLike[str], side: Side, root: str | None = None) -> Checkpoint:
+    """A checkpoint as one side of a recipe has them."""
+    return open_checkpoint(path, root=root, ranks=side.ranks, files=side.files, config=side.config)
+
+
+def lay_out(conversion: Conversion, target: Target, side: Side, limit: int | None, facts: Mapping[str, Any]) -> list[FileLayout]:
+    """The files of the target."""
+    specs = {name: node.spec for name, node in conversion.outputs.items()}
+    container = CONTAINERS[target.format]
+    file = target.file
+    if side.root and target.format == "torch":  # whose files alone can nest them, whatever the side's own container
+        facts = {**facts, "root": side.root}
+    if target.format == side.format:
+        facts = {**facts, **({"index": side.index} if side.index else {})}
+        if side.shards and side.stem and not file:
+            parts = enumerate(_spread(specs, side.shards if limit is not None else 1))
+            named = [(parse_names(side.stem).format({"n": n}), part) for n, part in parts]
+            return [made for name, part in named for made in container.lay_out(part, max_shard_size=None, file=name, **facts)]
+        if side.stem and side.stem.endswith(container.names.suffixes):
+            file = file or side.stem
+        elif side.stem:
+            facts = {**facts, "stem": side.stem}
+    if container.by_rank or not (ranks := _ranks(specs, side.ranks)):
+        return container.lay_out(specs, max_shard_size=limit, file=file, **facts)
+    if target.file and len(ranks) > 1:
+        raise UsageError(f"{target.path}: {len(ranks)} ranks are files of their own: give a directory")
+    if not (first := next(iter(ranks))).endswith(container.names.suffixes):
+        raise UsageError(f"{first}: not a {target.format} file: give --format {FORMAT_OF[Path(first).suffix]}")
+    layouts = []
+    for rank, names in ranks.items():
+        rows = {name: specs[f"{rank}/{name}"] for name in names}
+        for layout in container.lay_out(rows, max_shard_size=None, file=target.file or rank, **facts):
+            slots = {f"{rank}/{name}": slot for name, slot in layout.slots.items()}
+            layouts.append(replace(layout, slots=slots, pieces={f"{rank}/{name}": parts for name, parts in layout.pieces.items()}))
+    return layouts
+
+
+def _spread(specs: Mapping[str, TensorSpec], count: int) -> list[dict[str, TensorSpec]]:
+    """Tensors in order, in ``count`` parts of about as many bytes."""
+    parts: list[dict[str, TensorSpec]] = [{} for _ in range(count)]
+    total, done = sum(spec.nbytes for spec in specs.values()), 0
+    for name, spec in specs.items():
+        parts[min(done * count // max(total, 1), count - 1)][name] = spec
+        done += spec.nbytes
+    return parts
+
+
+def _ranks(names: Iterable[str], patterns: Iterable[str]) -> dict[str, list[str]]:
+    """Tensors called ``<file>/<name>`` by file, where all are called so; else nothing."""
+    found: dict[str, list[str]] = {}
+    matcher = Matcher([parse_names(f"{pattern}/{{rest*}}") for pattern in patterns])
+    for name in names:
+        if not matcher.match(name):
+            return {}
+        file, _, rest = name.partition("/")
+        found.setdefault(file, []).append(rest)
+    return dict(sorted(found.items()))
