@@ -7,7 +7,7 @@ conversion; every error derives from `StreamconvError`.
 from __future__ import annotations
 
 from streamconv import recipes
-from streamconv.api import Result, convert, plan, run, verify
+from streamconv.api import convert, plan, verify
 from streamconv.checkpoint import Checkpoint, TensorEntry
 from streamconv.checkpoint import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
 from streamconv.errors import (
@@ -26,6 +26,7 @@ from streamconv.errors import (
 )
 from streamconv.plan import Plan
 from streamconv.recipe import Drop, Option, Recipe, Rule, Side, Tie
+from streamconv.running import Result, run
 from streamconv.verify import Comparison
 
 __version__ = "0.1.0"

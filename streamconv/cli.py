@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from streamconv import __version__, api, matching, recipes, report
+from streamconv import __version__, api, matching, recipes, report, running
 from streamconv.checkpoint import open_checkpoint
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError
@@ -258,7 +258,7 @@ def _confirm(args: argparse.Namespace) -> None:
         raise UsageError("--reclaim-source: not confirmed, nothing was done; leave it out to keep SRC")
 
 
-def _print_result(args: argparse.Namespace, result: api.Result) -> None:
+def _print_result(args: argparse.Namespace, result: running.Result) -> None:
     if args.json:
         report.print_json(result.summary())
         return
@@ -292,7 +292,7 @@ def _run(args: argparse.Namespace) -> int:
     made = Plan.from_json(text)
     _print_result(
         args,
-        api.run(
+        running.run(
             made,
             overwrite=args.overwrite,
             resume=args.resume,

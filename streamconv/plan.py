@@ -206,17 +206,28 @@ class Plan:
         """What DST was: the directory, or the one file."""
         return Path(self.root) / self.single if self.single else Path(self.root)
 
-    def for_file(self, number: int) -> Plan:
-        """The plan of one output file alone, as a remote worker receives it."""
-        file = self.files[number]
-        used = sorted({segment.node for segment in file.segments if isinstance(segment, Compute)})
-        renumbered = {node: k for k, node in enumerate(used)}
-        segments = tuple(s._replace(node=renumbered[s.node]) if isinstance(s, Compute) else s for s in file.segments)
-        mine = set(file.tensors)
+    def for_files(self, numbers: Iterable[int]) -> Plan:
+        """The plan of some output files alone, with what they are made of and no more, as a remote worker receives it."""
+        files = [self.files[number] for number in numbers]
+        used = sorted({segment.node for file in files for segment in file.segments if isinstance(segment, Compute)})
+        nodes = {node: k for k, node in enumerate(used)}
+        kept = {segment.source for file in files for segment in file.segments} if self.sources else set()
+        read = set(source_files(self.nodes[node] for node in used))
+        sources = [k for k, source in enumerate(self.sources) if k in kept or source.path in read]
+        numbered = {source: k for k, source in enumerate(sources)}
+
+        def renumber(segment: Segment) -> Segment:
+            source = numbered.get(segment.source, 0)  # a plan of constants has no sources at all
+            if isinstance(segment, Copy):
+                return segment._replace(source=source)
+            return segment._replace(node=nodes[segment.node], source=source)
+
+        mine = {name for file in files for name in file.tensors}
         return replace(
             self,
+            sources=tuple(self.sources[k] for k in sources),
             nodes=tuple(self.nodes[node] for node in used),
-            files=(replace(file, segments=segments),),
+            files=tuple(replace(file, segments=tuple(map(renumber, file.segments))) for file in files),
             checks=(),
             mapping=tuple(row for row in self.mapping if row.target in mine),
         )
@@ -370,7 +381,7 @@ def _file_from_json(row: dict[str, Any]) -> FilePlan:
     )
 
 
-def source_files(nodes: Iterator[AnyNode]) -> list[str]:
+def source_files(nodes: Iterable[AnyNode]) -> list[str]:
     """The paths that the leaves below ``nodes`` lie in, in order of first appearance."""
     return list(dict.fromkeys(extent.path for node in nodes for leaf in sources(node) for extent in leaf.extents))
 

@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 
 from streamconv import __version__, memory
-from streamconv.api import Result
 from streamconv.checkpoint import open_checkpoint
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import RunError
@@ -26,6 +25,7 @@ from streamconv.progress import Progress
 from streamconv.recipe import Side
 from streamconv.recipes import get
 from streamconv.report import LAYER, module_of
+from streamconv.running import Result
 from streamconv.units import format_size
 from streamconv.verify import Comparison, TensorDifference
 

@@ -24,7 +24,7 @@ from safetensors.torch import save, save_file
 from test_safetensors_format import BAD, PT, container, make, tensor
 
 import streamconv
-from streamconv import api, cli
+from streamconv import cli, running
 from streamconv.dtypes import DTYPES
 from streamconv.engine import io, local
 from streamconv.engine.check import OutputCheck
@@ -570,7 +570,7 @@ def test_verify_fails_where_the_disk_lies(source, tmp_path, capsys, monkeypatch)
                 file.seek(-2, os.SEEK_END)
                 file.write(b"??")
 
-    monkeypatch.setattr(api, "LocalEngine", Lying)
+    monkeypatch.setattr(running, "LocalEngine", Lying)
     assert run("convert", source, tmp_path / "dst", "--quiet") == 0
     message = failure(capsys, 3, "convert", source, tmp_path / "dst", "--overwrite", "--verify", "--quiet")
     assert "model.safetensors does not hold what was written" in message
@@ -633,9 +633,9 @@ def test_a_source_that_is_cut_while_it_is_read(source, tmp_path, capsys, monkeyp
             return super().run()
 
     if "--verify" in options:
-        monkeypatch.setattr(api, "OutputCheck", TooLate)
+        monkeypatch.setattr(running, "OutputCheck", TooLate)
     else:
-        monkeypatch.setattr(api, "LocalEngine", Late)
+        monkeypatch.setattr(running, "LocalEngine", Late)
         monkeypatch.setattr(local, "check_sources", lambda *_, **__: None)
     if not kernel:
         monkeypatch.delattr(os, "copy_file_range")
@@ -745,7 +745,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
 
         yield tell
 
-    monkeypatch.setattr(api, "bar", counting)
+    monkeypatch.setattr(running, "bar", counting)
 
 
 @pytest.mark.parametrize("options", [["--max-shard-size", "2KB"], ["--max-shard-size", "2KB", "--dtype", "bf16"], ["--single-file"]])

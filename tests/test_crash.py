@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from checkpoint_files import ROOMY, random_tensor, run, write
 
-from streamconv import api
+from streamconv import running
 from streamconv.engine import direct, local
 from tools import crash, make_checkpoint, measure
 
@@ -254,5 +254,5 @@ def test_a_journal_that_cannot_be_written_is_one_line(source, tmp_path, capsys, 
     def fail(*_: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(api.Journal, "_append", fail)
+    monkeypatch.setattr(running.Journal, "_append", fail)
     assert os.strerror(errno.EROFS) in failure(capsys, "convert", source, tmp_path / "dst", "--quiet")

@@ -266,7 +266,7 @@ def test_copies_and_tiles_of_any_size_give_the_same_bytes(data: st.DataObject) -
             assert run(again) == expected
             alone: dict[str, bytes] = {}
             for number in range(len(plan.files)):
-                piece = Plan.from_json(plan.for_file(number).to_json())
+                piece = Plan.from_json(plan.for_files([number]).to_json())
                 assert len(piece.files) == 1
                 alone |= run(piece)
         assert alone == expected

@@ -15,7 +15,7 @@ from checkpoint_files import assert_same, numbered, random_tensor, raw, read, re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamconv import api
+from streamconv import api, running
 from streamconv.checkpoint import open_checkpoint
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
@@ -242,7 +242,7 @@ def test_tied_tensors_are_stored_twice(tmp_path):
     for tied in ("keep", "copy"):
         made = api.plan(tmp_path / "in" / "x.pt", tmp_path / f"{tied}.ckpt", options={"tied": tied}, max_memory="4GB")
         assert not [note for note in made.notes if "stored once" in note]
-        api.run(made)
+        running.run(made)
         assert contents_of(tmp_path / f"{tied}.ckpt") == like({"embed": shared, "head": shared})
     assert open_checkpoint(tmp_path / "keep.ckpt").ties == {}
     assert run("convert", tmp_path / "in" / "x.pt", tmp_path / "st", "--quiet") == 0

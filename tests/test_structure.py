@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # From the ground up; a room may import from its own storey and from those below.
 STOREYS = [
-    ["errors", "dtypes", "units", "memory", "digests"],
+    ["errors", "dtypes", "units", "memory", "digests", "storage", "storage.*"],
     ["names", "axes", "expressions", "folding"],
     ["formats", "formats.*"],
     ["checkpoint"],
@@ -42,6 +42,7 @@ STOREYS = [
         "progress",
         "report",
         "report_page",
+        "running",
         "api",
         "demo",
         "cli",

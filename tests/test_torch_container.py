@@ -19,7 +19,7 @@ from checkpoint_files import assert_same, raw, read, refusal, run, write
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 
-from streamconv import api
+from streamconv import api, running
 from streamconv.digests import patches
 from streamconv.engine import local
 from streamconv.plan import Plan
@@ -329,7 +329,7 @@ def test_verify_after_writing_sees_damage(tmp_path, monkeypatch, capsys, place):
         path.write_bytes(data)
 
     monkeypatch.setattr(local.LocalEngine, "run", damage)
-    monkeypatch.setattr(api, "LocalEngine", local.LocalEngine)
+    monkeypatch.setattr(running, "LocalEngine", local.LocalEngine)
     assert run("convert", source, tmp_path / "dst", "--format", "torch", "--verify", "--quiet") == 3
     assert "does not hold what was written" in capsys.readouterr().err
 

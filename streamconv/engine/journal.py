@@ -39,25 +39,67 @@ def journal_path(root: Path, single_file: str | None) -> Path:
     return root / (f".{single_file}{NAME}" if single_file else NAME)
 
 
-class Journal:
-    """The journal at ``path`` of the conversion that ``plan`` is.
+class Ledger:
+    """What of an output is done, as far as this process knows.
 
     Attributes:
         finished: files that are complete, durable and under their final names, with their SHA-256 where it is known.
-        overwrites: old files in DST are to be removed before anything is written, also by the run that takes this one up.
         durable: of other files, by name, where the tasks begin whose bytes are durable.
+    """
+
+    def __init__(self) -> None:
+        self.finished: dict[str, str] = {}
+        self.durable: dict[str, set[int]] = {}
+        self._lock = threading.Lock()
+
+    def record(self, done: Mapping[str, Iterable[int]]) -> None:
+        """Notes that tasks are durable: by file, where they begin."""
+        self._append({"durable": {name: sorted(places) for name, places in done.items()}})
+
+    def finish(self, name: str, digest: str = "") -> None:
+        """Notes that ``name`` is complete, durable and under its final name."""
+        self._append({"finished": name, "sha256": digest})
+
+    def forget(self, name: str) -> None:
+        """Notes that ``name`` has to be made again."""
+        self._append({"again": name})
+
+    def end(self) -> None:
+        """The conversion is complete."""
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._read(line)
+
+    def _read(self, line: Mapping[str, Any]) -> None:
+        """Takes a line into account."""
+        if "tiling" in line:
+            self.durable.clear()
+        for name, places in line.get("durable", {}).items():
+            self.durable.setdefault(name, set()).update(places)
+        if (name := line.get("finished")) is not None:
+            self.finished[name] = line.get("sha256", "")
+            self.durable.pop(name, None)
+        if (name := line.get("again")) is not None:
+            self.finished.pop(name, None)
+            self.durable.pop(name, None)
+
+
+class Journal(Ledger):
+    """The journal at ``path`` of the conversion that ``plan`` is: what a run after this one will know, too.
+
+    Attributes:
+        overwrites: old files in DST are to be removed before anything is written, also by the run that takes this one up.
     """
 
     def __init__(
         self, path: Path, plan: Plan, settings: Mapping[str, Any] | None = None, *, overwrite: bool = False, reclaim: bool = False
     ) -> None:
+        super().__init__()
         self.path = path
         self.overwrites = overwrite
-        self.finished: dict[str, str] = {}
-        self.durable: dict[str, set[int]] = {}
         self._plan, self._settings, self._reclaim = plan, dict(settings or {}), reclaim
         self._fd = -1
-        self._lock = threading.Lock()
 
     def begin(self, *, resume: bool) -> None:
         """Starts a new journal, or takes up the one that is there; either way nobody else writes there until `close`.
@@ -80,18 +122,6 @@ class Journal:
         finally:
             if old >= 0:
                 os.close(old)
-
-    def record(self, done: Mapping[str, Iterable[int]]) -> None:
-        """Notes that tasks are durable: by file, where they begin."""
-        self._append({"durable": {name: sorted(places) for name, places in done.items()}})
-
-    def finish(self, name: str, digest: str = "") -> None:
-        """Notes that ``name`` is complete, durable and under its final name."""
-        self._append({"finished": name, "sha256": digest})
-
-    def forget(self, name: str) -> None:
-        """Notes that ``name`` has to be made again."""
-        self._append({"again": name})
 
     def end(self) -> None:
         """The conversion is complete."""
@@ -182,19 +212,6 @@ class Journal:
                 view = view[os.write(self._fd, view) :]
             os.fsync(self._fd)
             self._read(line)
-
-    def _read(self, line: Mapping[str, Any]) -> None:
-        """Takes a line into account."""
-        if "tiling" in line:
-            self.durable.clear()
-        for name, places in line.get("durable", {}).items():
-            self.durable.setdefault(name, set()).update(places)
-        if (name := line.get("finished")) is not None:
-            self.finished[name] = line.get("sha256", "")
-            self.durable.pop(name, None)
-        if (name := line.get("again")) is not None:
-            self.finished.pop(name, None)
-            self.durable.pop(name, None)
 
     def _take(self, path: Path, flags: int) -> int:
         """A descriptor of ``path``, locked, or -1 if it is not there.

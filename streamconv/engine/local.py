@@ -34,7 +34,7 @@ from streamconv.engine.io import (
     write,
     write_data,
 )
-from streamconv.engine.journal import Journal
+from streamconv.engine.journal import Ledger
 from streamconv.engine.order import Task, place_of, tasks_in_order, tile_pieces
 from streamconv.engine.readers import BACKENDS, Reader
 from streamconv.engine.reclaim import Reclaim, find_reads
@@ -50,14 +50,15 @@ if TYPE_CHECKING:
 SAVE_BYTES = 1 << 30  # bytes of output, at most, after which what is done is made durable and noted ...
 SAVE_SECONDS = 10.0  # ... or after so long
 SUMS = "SHA256SUMS"
+PARTIAL = ".partial"
 _log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 """Told how many bytes of output have come since the last call."""
 
 
-def partial(path: Path) -> Path:
+def partial(path: Path, suffix: str = PARTIAL) -> Path:
     """The name of an output file until it is complete."""
-    return path.with_name(f"{path.name}.partial")
+    return path.with_name(f"{path.name}{suffix}")
 
 
 def check_sources(plan: Plan, paths: Container[str] | None = None, *, given_back: Container[str] = ()) -> None:
@@ -87,23 +88,25 @@ class LocalEngine:
 
     Args:
         plan: what to run.
-        journal: begun, for this plan.
+        journal: of this plan, begun; or a ledger, which no other run will know of.
         progress: told of bytes of output.
         checksum: write `SUMS`, too.
         reclaim: makes the files one after the other, and gives back what each was made of.
+        suffix: of an output file's name until it is complete; one of its own where others may be at the same file.
     """
 
     def __init__(
         self,
         plan: Plan,
-        journal: Journal,
+        journal: Ledger,
         progress: Progress = lambda _: None,
         *,
         checksum: bool = False,
         reclaim: Reclaim | None = None,
+        suffix: str = PARTIAL,
     ) -> None:
         self._plan, self._journal, self._progress = plan, journal, progress
-        self._checksum, self._reclaim = checksum, reclaim
+        self._checksum, self._reclaim, self._suffix = checksum, reclaim, suffix
         self._root = Path(plan.root)
         self._workers, self._descriptors = share_descriptors(plan.workers)
         self._targets = Files(os.O_RDWR, min(16, self._workers))
@@ -164,9 +167,11 @@ class LocalEngine:
     def _path(self, number: int) -> Path:
         return self._root / self._plan.files[number].path
 
+    def _partial(self, number: int) -> Path:
+        return partial(self._path(number), self._suffix)
+
     def _present_path(self, number: int) -> Path:
-        path = self._path(number)
-        return path if self._plan.files[number].path in self._journal.finished else partial(path)
+        return self._path(number) if self._plan.files[number].path in self._journal.finished else self._partial(number)
 
     def _take_up(self) -> None:
         """Compares what an earlier run has left with what it should be; what differs is made again."""
@@ -202,7 +207,7 @@ class LocalEngine:
         """
         waiting = [number for number in numbers if self._plan.files[number].path not in self._journal.finished]
         for number in waiting:
-            file, path = self._plan.files[number], partial(self._path(number))
+            file, path = self._plan.files[number], self._partial(number)
             durable = self._journal.durable.get(file.path, set())
             if not durable:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +242,7 @@ class LocalEngine:
     def _finish(self, number: int) -> None:
         """Makes a complete file durable and gives it its name."""
         path, name = self._path(number), self._plan.files[number].path
-        temporary = partial(path)
+        temporary = partial(path, self._suffix)
         with self._targets.use(str(temporary)) as fd:
             self._seal(number, str(temporary), fd)
             os.fsync(fd)
@@ -261,7 +266,7 @@ class LocalEngine:
 
     def _compare(self, number: int) -> None:
         """Compares a file that is about to be finished with its sources, as the disk has it."""
-        path = partial(self._path(number))
+        path = self._partial(number)
         _drop_cache(path)
         check = OutputCheck(self._plan, path_of=lambda _: path)
         if check.find_wrong_literals([number]) or check.compare(tasks_in_order(self._plan, [number])):
@@ -287,7 +292,7 @@ class LocalEngine:
         sums = {file.path: digests.get(file.path) or self._read_digest(k, self._path(k)) for k, file in enumerate(self._plan.files)}
         path = self._root / SUMS
         kept = path.read_text() if self._plan.single and path.exists() else ""
-        temporary = partial(path)
+        temporary = partial(path, self._suffix)
         temporary.unlink(missing_ok=True)
         with temporary.open("x") as file:
             file.write(format_sums(sums, kept))
@@ -337,7 +342,7 @@ class LocalEngine:
             names = {file: self._plan.files[file].path for file in pending}
             done = {file: places for file, places in pending.items() if names[file] not in self._journal.finished}
             for file in done:
-                with self._targets.use(str(partial(self._path(file)))) as fd:
+                with self._targets.use(str(self._partial(file))) as fd:
                     getattr(os, "fdatasync", os.fsync)(fd)
             if done:
                 self._journal.record({names[file]: places for file, places in done.items()})
@@ -366,7 +371,7 @@ class LocalEngine:
                 if task is None:
                     return
                 number, segment, tile = task
-                with located(str(partial(self._path(number))), place_of(self._plan, task)):
+                with located(str(self._partial(number)), place_of(self._plan, task)):
                     done = self._copy(number, segment) if isinstance(segment, Copy) else self._compute(number, segment, tile)
                 if not self._reclaim:  # which changes them itself
                     check_sources(self._plan, {source.path for source in self._plan.sources[segment.source : segment.source + 1]})
@@ -406,7 +411,7 @@ class LocalEngine:
         fd = self._reader().fd(source)
         start, stop = segment.offset, segment.offset + segment.nbytes
         sparse = self._is_sparse(segment.source)
-        path = str(partial(self._path(number)))
+        path = str(self._partial(number))
         with self._targets.use(path) as target:
             for begin, end in data_ranges(fd, start, stop) if sparse else [(start, stop)]:
                 dst, nbytes = segment.dst + begin - start, end - begin
@@ -459,7 +464,7 @@ class LocalEngine:
 
         evaluate(node, region(tile), out, arena, read)
         packed, sparse = out.data.cast("B"), self._is_sparse(segment.source)
-        path = str(partial(self._path(number)))
+        path = str(self._partial(number))
         with self._targets.use(path) as target:
             for at, offset, nbytes in tile_pieces(tile, itemsize):
                 if sparse:
