@@ -6,21 +6,21 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple
 
 from streamconv import expressions, steps
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError
-from streamconv.facts import ALL, Dim, Drop, Fact, Rule, Tie, capture_of
+from streamconv.facts import Dim, Drop, Fact, Rule, Tie, capture_of
 from streamconv.formats import Source
 from streamconv.graph import AnyNode, apply, rearrange
-from streamconv.names import Matcher, Pattern, nearest
+from streamconv.grouping import Group, Grouping, Values, grid
+from streamconv.names import Matcher, Pattern
 from streamconv.names import parse as parse_names
 from streamconv.ops import Cast, Rearrange
+from streamconv.sizes import Sizes, scope_of
 
 MOST_PARTS = 1_000_000  # tensors that one tensor can be taken apart into
-Values = dict[str, int | str]
 
 
 class Row(NamedTuple):
@@ -59,27 +59,6 @@ def keep_dtype(_name: str, _spec: TensorSpec) -> str | None:
     return None
 
 
-def scope_of(entries: Mapping[str, AnyNode], scope: Mapping[str, Any]) -> dict[str, Any]:
-    """``scope`` with what expressions can ask of the tensors: ``has``, ``count`` and ``shape`` of a name pattern; and ``max``, ``min``."""
-
-    def matching(text: str) -> Iterator[str]:
-        pattern = parse_names(text)
-        return (name for name in entries if pattern.match(name) is not None)
-
-    def shape(text: str) -> list[int] | None:
-        first = next(matching(text), None)
-        return None if first is None else list(entries[first].spec.shape)
-
-    return {
-        **scope,
-        "has": cache(lambda text: any(True for _ in matching(text))),
-        "count": cache(lambda text: sum(1 for _ in matching(text))),
-        "shape": cache(shape),
-        "max": lambda *values: None if None in values else max(values),
-        "min": lambda *values: None if None in values else min(values),
-    }
-
-
 def canonical(entries: Mapping[str, Source], aliases: Sequence[tuple[str, str]]) -> dict[str, str]:
     """The name that rules use -> the stored name. Raises CoverageError where two names stand for one."""
     if not aliases:
@@ -94,14 +73,6 @@ def canonical(entries: Mapping[str, Source], aliases: Sequence[tuple[str, str]])
             raise CoverageError(f"{name} and {found[known]} are two names of one tensor, {known}: remove one of them")
         found[known] = name
     return found
-
-
-@dataclass
-class _Group:
-    """The tensors that one instance of a rule takes: (list choice, counts) -> names, of which all but the first are copies of it."""
-
-    values: Values
-    members: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[tuple[int, ...], str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,10 +97,11 @@ class Application:
         rows: Mapping[str, Row],
         recast: Recast = keep_dtype,
     ) -> None:
-        self.title, self.dims, self.requires, self.recast = stage.title, stage.dims, stage.requires, recast
+        self.title, self.requires, self.recast = stage.title, stage.requires, recast
         self.entries, self.rows = entries, rows
         self.order = {name: k for k, name in enumerate(entries)}
         self.scope = scope_of(entries, scope)
+        self.sizes = Sizes(stage.title, stage.dims, self.scope)
         self.facts = [fact for fact in stage.facts if not fact.when or expressions.evaluate(fact.when, self.scope)]
         self.outputs: dict[str, tuple[int, AnyNode, Row]] = {}
         self.dropped: list[str] = []
@@ -142,7 +114,11 @@ class Application:
 
     def run(self) -> Conversion:
         """The conversion; see `Recipe.apply`."""
-        matched = self._match(self._take_replicas())
+        entries = self._take_replicas()
+        grouping = Grouping(self.facts, self.sizes, self._label)
+        matched = grouping.run(entries)
+        self.reasons = {self._label(name): rule for name, rule in grouping.dropped.items()}
+        self.dropped += self.reasons
         for condition, problem in self.requires.items():
             if not expressions.evaluate(condition, self.scope):
                 raise CoverageError(f"{self.title}: {problem.format_map(self.scope)}")
@@ -183,123 +159,14 @@ class Application:
                 self.tied.append(both[0])
         return entries
 
-    # Names -----------------------------------------------------------------------------------------------------
-
-    def _match(self, entries: Mapping[str, AnyNode]) -> list[tuple[Rule, dict[tuple[object, ...], _Group]]]:
-        facts = [fact for fact in self.facts if isinstance(fact, Rule) or (isinstance(fact, Drop) and not fact.flipped)]
-        matcher = Matcher([parse_names(fact.left) for fact in facts])
-        places = [self._places(fact) for fact in facts]
-        offsets = [self._offsets(fact) for fact in facts]
-        groups: list[dict[tuple[object, ...], _Group]] = [{} for _ in facts]
-        used = [False] * len(facts)
-        unmatched = []
-        for name in entries:
-            found = [
-                (k, shifted)
-                for k, values in matcher.match(name)
-                if (shifted := self._hold(facts[k], values, offsets[k], places[k])) is not None
-            ]
-            if len(found) > 1:
-                found = _narrowest(facts, found)
-            if not found:
-                unmatched.append(name)
-                continue
-            if len(found) > 1:
-                both = " and ".join(repr(facts[k].left) for k, _ in found[:2])
-                raise CoverageError(f"{self.title}: {name} matches two rules, {both}: make one of them narrower")
-            number, values = found[0]
-            fact = facts[number]
-            used[number] = True
-            if isinstance(fact, Drop):
-                self.dropped.append(self._label(name))
-                self.reasons[self._label(name)] = fact.left
-                continue
-            binding = fact.binding
-            key = tuple(values[left] for left, _ in binding.each)
-            group = groups[number].setdefault(key, _Group({left: values[left] for left, _ in binding.each}))
-            place = (tuple(int(values[n]) for n in binding.left_lists), tuple(int(values[n]) for n in binding.left_counts))
-            group.members.setdefault(place, {})[tuple(int(values[n]) for n in binding.left_alike)] = name
-        self._check_coverage(facts, used, unmatched, entries)
-        instances = [(fact, group) for fact, group in zip(facts, groups, strict=True) if isinstance(fact, Rule)]
-        self._check_complete([(rule, group) for rule, group in instances if rule.complete and group])
-        return instances
-
-    def _offsets(self, fact: Fact) -> dict[str, int]:
-        """What to take from a left number to get the right one."""
-        if not isinstance(fact, Rule):
-            return {}
-        return {name: self._number(fact, size, f"offset of {name}") * (-1 if fact.flipped else 1) for name, size in fact.offset.items()}
-
-    def _places(self, fact: Fact) -> dict[str, int]:
-        """The values of the numbers that count nothing."""
-        if not isinstance(fact, Rule):
-            return {}
-        return {name: self._number(fact, size, f"offset {name}") for name, size in fact.at.items()}
-
-    def _hold(self, fact: Fact, values: Values, offsets: Mapping[str, int], places: Mapping[str, int]) -> Values | None:
-        """The values as the right side counts them, or None where the fact is not for them."""
-        if any(values.get(name, place) != place for name, place in places.items()):
-            return None
-        if isinstance(fact, Tie) or (fact.where and not expressions.evaluate(fact.where, {**self.scope, **values})):
-            return None
-        shifted = {name: int(values[name]) - offset for name, offset in offsets.items()}
-        return None if any(number < 0 for number in shifted.values()) else {**values, **shifted}
-
-    def _check_coverage(self, facts: Sequence[Fact], used: list[bool], unmatched: list[str], entries: Mapping[str, AnyNode]) -> None:
-        needed = [fact for fact, seen in zip(facts, used, strict=True) if not seen and not isinstance(fact, Tie) and not fact.optional]
-        unused = sorted(needed, key=lambda fact: isinstance(fact, Drop))
-        if unmatched:
-            hint = ""
-            if near := nearest(unmatched[0], [fact.left for fact in facts]):
-                hint = f"; the nearest rule is {near[0]!r}"
-            more = f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""
-            raise CoverageError(
-                f"{self.title}: {self._label(unmatched[0])}{more}: no rule for it{hint}; "
-                "nothing is dropped silently: use a recipe that knows it, or one that drops it by name"
-            )
-        if unused:
-            hint = ""
-            if near := nearest(unused[0].left, entries):
-                hint = f"; the nearest tensor is {near[0]}"
-            more = f" and {len(unused) - 1} more rules" if len(unused) > 1 else ""
-            when = f" (the rule holds when {unused[0].when})" if unused[0].when else ""
-            raise CoverageError(
-                f"{self.title}: rule {unused[0].left!r}{more}: no tensor for it{hint}; is this the right recipe and source?{when}"
-            )
-
-    def _check_complete(self, found: Sequence[tuple[Rule, Mapping[tuple[object, ...], _Group]]]) -> None:
-        """Raises CoverageError where a rule has some of its names and not all."""
-        numbers: dict[str, int] = {}
-        for rule, instances in found:
-            for k, (name, _) in enumerate(rule.binding.each):
-                if capture_of(rule.binding.left, name).kind == "int":
-                    numbers[name] = max(numbers.get(name, 0), self._dim(rule, name) or 0, *(1 + int(str(key[k])) for key in instances))
-        for rule, instances in found:
-            names = [name for name, _ in rule.binding.each]
-            choices: list[Sequence[int]] = [
-                range(numbers[name]) if name in numbers
-                else range(len(capture_of(rule.binding.left, name).alternatives)) if name.startswith("list")
-                else sorted({int(str(key[k])) for key in instances})
-                for k, name in enumerate(names)
-            ]  # fmt: skip
-            if len(instances) != math.prod(map(len, choices)):  # numbers may be huge: something is missing early
-                index = ([c[n] for c, n in zip(choices, place, strict=True)] for place in _grid([len(c) for c in choices]))
-                missing = next(one for one in index if tuple(one) not in instances)
-                values = {capture.name: 0 for capture in rule.binding.left.captures} | dict(zip(names, missing, strict=True))
-                there = next(name for group in instances.values() for alike in group.members.values() for name in alike.values())
-                raise CoverageError(
-                    f"{self.title}: {rule.binding.left.format(values)} is missing, while {self._label(there)} is there: "
-                    f"{math.prod(map(len, choices))} of its kind go together, {len(instances)} were found; mend the source"
-                )
-
     # One group -------------------------------------------------------------------------------------------------
 
-    def _build(self, rule: Rule, group: _Group) -> None:
+    def _build(self, rule: Rule, group: Group) -> None:
         binding = rule.binding
         stacks, lengths, names = self._stacks(rule, group)
         kept = [name for stack in stacks for name in stack]
         nodes = [self.entries[name] for name in kept]
-        values: Values = {**{right: group.values[left] for left, right in binding.each}, **self._places(rule)}
+        values: Values = {**{right: group.values[left] for left, right in binding.each}, **self.sizes.places(rule)}
         where = f"{self.title}, {names[0]}: "
         if rule.partial:
             values |= dict.fromkeys(binding.right_lists, 0)
@@ -321,7 +188,7 @@ class Application:
                 )
         ops = self._ops(rule, group, tuple(shapes), tuple(len(stack) for stack in stacks), where)
         choices = itertools.product(*(range(len(capture_of(binding.right, n).alternatives)) for n in binding.right_lists))
-        copies = [self._copies(rule, n) for n in binding.right_counts]
+        copies = [self.sizes.copies(rule, n) for n in binding.right_counts]
         sizes, ready = ops[0].sizes, iter(ops)
         for choice in choices:
             chosen = {**values, **dict(zip(binding.right_lists, choice, strict=True))}
@@ -340,12 +207,12 @@ class Application:
                 for target in targets:
                     self._emit(target, made, names, rule.layout or "", rule)
 
-    def _stacks(self, rule: Rule, group: _Group) -> tuple[list[list[str]], tuple[int, ...], list[str]]:
+    def _stacks(self, rule: Rule, group: Group) -> tuple[list[list[str]], tuple[int, ...], list[str]]:
         """For each left tensor the names behind it, the sizes of the leading axes that they count along, and all names, copies too."""
         binding = rule.binding
         members: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
-        copies = [self._copies(rule, n) for n in binding.left_counts]
-        said = [(self._dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_counts, copies, strict=True)]
+        copies = [self.sizes.copies(rule, n) for n in binding.left_counts]
+        said = [(self.sizes.dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_counts, copies, strict=True)]
         last = [max(1 + max(counts[k] for _, counts in group.members), known) for k, known in enumerate(said)]
         for (choice, counts), alike in sorted(group.members.items()):
             name = alike[min(alike)]
@@ -360,25 +227,25 @@ class Application:
             choices = [choice for choice in choices if (choice, ()) in group.members or choice == choices[0]]
         lengths = tuple(-(-n // c) for n, c in zip(last, copies, strict=True))
         if len(group.members) != len(choices) * math.prod(last):  # numbers may be huge: the grid is not made, something is missing early
-            missing = next((c, g) for g in _grid(last) for c in choices if (c, g) not in group.members)
+            missing = next((c, g) for g in grid(last) for c in choices if (c, g) not in group.members)
             values = {
                 **group.values,
                 **dict(zip(binding.left_lists, missing[0], strict=True)),
                 **dict(zip(binding.left_counts, missing[1], strict=True)),
                 **dict.fromkeys(binding.left_alike, 0),
-                **self._places(rule),
+                **self.sizes.places(rule),
             }
             present = next(iter(members.values()))
             raise CoverageError(
                 f"{self.title}: {binding.left.format(values)} is missing, while {present} is there: "
                 f"{len(choices) * math.prod(last)} tensors go together, {len(group.members)} were found"
             )
-        stacks = [[members[choice, counts] for counts in _grid(lengths)] for choice in choices]
+        stacks = [[members[choice, counts] for counts in grid(lengths)] for choice in choices]
         names = dict.fromkeys(name for stack in stacks for name in stack)
         names |= dict.fromkeys(name for alike in group.members.values() for name in alike.values())
         return stacks, lengths, list(names)
 
-    def _ops(self, rule: Rule, group: _Group, shapes: tuple[tuple[int, ...], ...], stacks: tuple[int, ...], where: str) -> list[Rearrange]:
+    def _ops(self, rule: Rule, group: Group, shapes: tuple[tuple[int, ...], ...], stacks: tuple[int, ...], where: str) -> list[Rearrange]:
         """The op for each target, in order; the same for all groups with the same shapes and alternatives."""
         binding = rule.binding
         assert binding.layout is not None
@@ -391,8 +258,8 @@ class Application:
         key = (id(rule), shapes, stacks, chosen)
         if key not in self._cache:
             layout = binding.layout.spread([len(shape) for shape in shapes])
-            fixed = {axis: size for axis in layout.axes if (size := self._dim(rule, axis, chosen, firm=True)) is not None}
-            sizes = layout.solve(shapes, lambda axis: self._dim(rule, axis, chosen), where, fixed)
+            fixed = {axis: size for axis in layout.axes if (size := self.sizes.dim(rule, axis, chosen, firm=True)) is not None}
+            sizes = layout.solve(shapes, lambda axis: self.sizes.dim(rule, axis, chosen), where, fixed)
             leading = len(binding.right_counts)
             parts = range(math.prod(sizes[name] for name in binding.right_counts))
             if len(parts) > MOST_PARTS:
@@ -401,33 +268,6 @@ class Application:
                 Rearrange(str(layout), sizes, stacks, output, leading, part) for output in range(len(layout.right)) for part in parts
             ]
         return self._cache[key]
-
-    # Numbers ---------------------------------------------------------------------------------------------------
-
-    def _dim(self, rule: Rule | Drop, axis: str, chosen: tuple[str, ...] = (), *, firm: bool = False) -> int | None:
-        """The size of an axis, in distinct tensors where it counts copies too; None where nothing says it, ``firm``: before shapes do."""
-        given: Any = rule.dims.get(axis, self.dims.get(axis))
-        if isinstance(given, Mapping):
-            given = next((given[choice] for choice in chosen if choice in given), None)
-        if firm and isinstance(given, str) and not given.startswith("="):
-            return None
-        value = expressions.evaluate(given.removeprefix("="), self.scope) if isinstance(given, str) else given
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise CoverageError(f"{self.title}: the size of axis {axis}, {given!r}, is {value!r}, not a whole number")
-        copies = self._copies(rule, axis)
-        if value is not None and value % copies:
-            raise CoverageError(f"{self.title}: {value} of {axis} cannot hold each tensor {copies} times ({rule.left!r})")
-        return value // copies if value is not None else None
-
-    def _copies(self, rule: Rule | Drop, name: str) -> int:
-        given = rule.copies.get(name, 1) if isinstance(rule, Rule) else 1
-        return 1 if given == ALL else self._number(rule, given, f"copies of {name}")
-
-    def _number(self, rule: Rule | Drop, given: Dim | None, what: str) -> int:
-        value = expressions.evaluate(given, self.scope) if isinstance(given, str) else given
-        if not isinstance(value, int) or isinstance(value, bool) or value < (0 if what.startswith("offset") else 1):
-            raise CoverageError(f"{self.title}: {what} ({rule.left!r}), {given!r}, is {value!r}: give it with --set or in config.json")
-        return value
 
     # Targets ---------------------------------------------------------------------------------------------------
 
@@ -461,8 +301,8 @@ class Application:
         missing = [capture.name for capture in pattern.captures if capture.name not in values]
         ranges = []
         for name in missing:
-            first = self._number(fact, fact.offset.get(name, 0), f"offset of {name}")
-            ranges.append(range(first, first + self._number(fact, self._dim(fact, name), f"number of {name}")))
+            first = self.sizes.number(fact, fact.offset.get(name, 0), f"offset of {name}")
+            ranges.append(range(first, first + self.sizes.number(fact, self.sizes.dim(fact, name), f"number of {name}")))
         for numbers in itertools.product(*ranges):
             yield pattern.format({**values, **dict(zip(missing, numbers, strict=True))})
 
@@ -493,22 +333,6 @@ class Application:
                 names = [name for name, entry in self.entries.items() if entry is node]
                 for target in self._alike(drop, parse_names(drop.left), {}):
                     self._emit(target, node, names, steps.describe(str(drop.op["op"]), self._given(drop, {})))
-
-
-def _narrowest(facts: Sequence[Fact], found: list[tuple[int, Values]]) -> list[tuple[int, Values]]:
-    """Of several facts that match, those with a ``where``, else those that are no fallback."""
-    found = [one for one in found if getattr(facts[one[0]], "where", None)] or found
-    return [one for one in found if not getattr(facts[one[0]], "fallback", False)] or found
-
-
-def _grid(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """All indices below ``lengths``, the last one fastest."""
-    for number in range(math.prod(lengths)):
-        index, rest = [], number
-        for length in reversed(lengths):
-            rest, digit = divmod(rest, length)
-            index.append(digit)
-        yield tuple(reversed(index))
 
 
 def identity(entries: Mapping[str, Source], recast: Recast = keep_dtype) -> Conversion:

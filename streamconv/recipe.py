@@ -13,7 +13,7 @@ from functools import reduce
 from typing import Any
 
 from streamconv import declaration, expressions, steps, vocabulary
-from streamconv.application import Application, Conversion, Recast, Row, Stage, canonical, identity, keep_dtype, scope_of
+from streamconv.application import Application, Conversion, Recast, Row, Stage, canonical, identity, keep_dtype
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError, RecipeError, UsageError
 from streamconv.facts import ALL, PLAIN, Dim, Drop, Fact, Option, Rule, Side, Tie, from_config
@@ -21,6 +21,7 @@ from streamconv.formats import Source
 from streamconv.graph import AnyNode
 from streamconv.names import Matcher
 from streamconv.names import parse as parse_names
+from streamconv.sizes import scope_of
 from streamconv.vocabulary import resize_vocab
 
 __all__ = [
