@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv.cli import main
+from streamconv.formats import Source
 
 # The tests share one process, which holds torch and more; how well a run keeps its memory is tested elsewhere.
 ROOMY = "4GB"
@@ -75,6 +76,16 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 def raw(tensor: torch.Tensor) -> bytes:
     """A tensor's row-major bytes."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def stored(source: Source) -> bytes:
+    """The bytes of a stored tensor, from its extents."""
+    found = b""
+    for extent in source.extents:
+        with Path(extent.path).open("rb") as file:
+            file.seek(extent.offset)
+            found += file.read(extent.nbytes)
+    return found
 
 
 def assert_same(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import assert_same, numbered, random_tensor, raw, read, refusal, run, write
+from checkpoint_files import assert_same, numbered, random_tensor, raw, read, refusal, run, stored, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,15 +67,6 @@ def saved(path, tensors, limit=512 << 20):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(out)
     return path
-
-
-def stored(source):
-    found = b""
-    for extent in source.extents:
-        with Path(extent.path).open("rb") as file:
-            file.seek(extent.offset)
-            found += file.read(extent.nbytes)
-    return found
 
 
 def contents_of(path, **options):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import warnings
 
 import pytest
 import torch
@@ -28,16 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 TOKENS = torch.tensor([[1, 5, 7, 9, 33, 2, 40]])
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        library = pytest.importorskip("transformers")
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-        return library
 
 
 def load(transformers, folder):

@@ -44,15 +44,6 @@ def sat():
         return sat
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        library = pytest.importorskip("transformers")
-        library.utils.logging.set_verbosity_error()
-        return library
-
-
 def spread(model):
     """The model with random weights of some size everywhere, norms and biases included."""
     generator = torch.Generator().manual_seed(1)

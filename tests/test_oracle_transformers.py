@@ -20,16 +20,6 @@ pytestmark = [
 VOCAB, IMAGE = 96, 90
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        library = pytest.importorskip("transformers")
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-        return library
-
-
 def internvl(transformers, text="qwen2", *, tied=None, inner=None, dtype=torch.float32, **vision):
     """A small model with random weights in every tensor, norms and biases included."""
     sizes = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

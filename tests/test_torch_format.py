@@ -13,10 +13,10 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import stored
 from huggingface_hub import save_torch_state_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,15 +52,6 @@ def all_types():
 def bytes_of(tensor):
     tensor = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
     return tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-
-
-def stored(source):
-    raw = b""
-    for extent in source.extents:
-        with Path(extent.path).open("rb") as file:
-            file.seek(extent.offset)
-            raw += file.read(extent.nbytes)
-    return raw
 
 
 def spec_of(tensor):

@@ -112,6 +112,17 @@ def chain(*stages: Recipe) -> Recipe:
     return reduce(lambda following, stage: replace(stage, then=following), reversed(stages))
 
 
+TEXT_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_sequence_length": "max_position_embeddings",
+    "inner_hidden_size": "intermediate_size",
+}
+"""Keys of model_config.json that language models share -> those of config.json."""
+
+
 @dataclass(frozen=True)
 class Config:
     """What model_config.json and the other side's config.json have to do with each other.

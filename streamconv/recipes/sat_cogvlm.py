@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from streamconv.recipe import Drop, Model, Rule, from_config
-from streamconv.recipes.sat import COMPUTED, KIND, Config, inv_freq, pair
+from streamconv.recipes.sat import COMPUTED, KIND, TEXT_KEYS, Config, inv_freq, pair
 
 _HF, _SAT = "model.layers.{i}", "transformer.layers.{i}"
 _EVA, _VIT = "model.vision", "mixins.eva.vit_model"
@@ -59,12 +59,7 @@ _FEW_LAYERS = {
     "(num_hidden_layers or num_layers or 0) <= 32": "SAT's model has vision experts in its first 32 layers only, this one has more layers",
 }
 _LANGUAGE = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "vocab_size": "vocab_size",
-    "max_sequence_length": "max_position_embeddings",
-    "inner_hidden_size": "intermediate_size",
+    **TEXT_KEYS,
     "layernorm_epsilon": "rms_norm_eps",
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from streamconv.recipe import Drop, Model, Option, Rule, Side, Tie, from_config
-from streamconv.recipes.sat import COMPUTED, KIND, Config, inv_freq, pair
+from streamconv.recipes.sat import COMPUTED, KIND, TEXT_KEYS, Config, inv_freq, pair
 
 _SAT = "transformer.layers.{i}"
 _NORMS = "{input,post_attention}_layernorm"
@@ -243,12 +243,7 @@ _NO_TYPES = Drop(
     op={"op": "zeros", "rows": 1, "size": "hidden_size", "like": "'transformer.word_embeddings.weight'"},
 )
 _BERT_KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "vocab_size": "vocab_size",
-    "max_sequence_length": "max_position_embeddings",
-    "inner_hidden_size": "intermediate_size",
+    **TEXT_KEYS,
     "layernorm_epsilon": "layer_norm_eps",
 }
 _POST = {"layernorm_order": "post"}

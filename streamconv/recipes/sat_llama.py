@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from streamconv.recipe import Drop, Model, Option, Rule, Tie, from_config
-from streamconv.recipes.sat import COMPUTED, Config, inv_freq, pair
+from streamconv.recipes.sat import COMPUTED, TEXT_KEYS, Config, inv_freq, pair
 
 _HF, _SAT = "model.layers.{i}", "transformer.layers.{i}"
 _NORMS = "{input,post_attention}_layernorm.weight"
@@ -66,12 +66,7 @@ PLAIN_ROTARY = {
 BASE = {f"{_THETA} in (None, 10000)": "SAT's model has a rotary embedding of base 10000, config.json another rope_theta"}
 
 _KEYS = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "vocab_size": "vocab_size",
-    "max_sequence_length": "max_position_embeddings",
-    "inner_hidden_size": "intermediate_size",
+    **TEXT_KEYS,
     "layernorm_epsilon": "rms_norm_eps",
     "num_multi_query_heads": "num_key_value_heads",
     "bos_token_id": "bos_token_id",
