@@ -76,7 +76,9 @@ def _report(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="a recipe's name, or a .yaml or .json file")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE", help="a recipe's name, or a .yaml, .json or .py file; then :inverse for the way back"
+    )
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",

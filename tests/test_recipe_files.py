@@ -113,6 +113,22 @@ def test_a_python_file_there_and_back(tmp_path, capsys):
     assert recipes.get(str(file)).name == "there"
 
 
+def test_a_file_is_a_way_back_too(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(
+        "rules:\n  - rule: 'a.{i}.{q,k,v}'\n    right: 'b.{i}'\n    layout: 'q c, q c, q c -> (q + q + q) c'\n"
+    )
+    source = write(tmp_path / "src", numbered({f"a.{i}.{part}": (4, 3) for i in range(2) for part in "qkv"}))
+    there, again = tmp_path / "there", tmp_path / "again"
+    assert run("convert", source, there, "--recipe", tmp_path / "mine.yaml") == 0
+    assert run("convert", there, again, "--recipe", f"{tmp_path / 'mine.yaml'}:inverse", "--report", tmp_path / "page.html") == 0
+    assert_same(read(again), read(source))
+    assert run("verify", there, source, "--recipe", f"{tmp_path / 'mine.yaml'}:inverse") == 0
+    capsys.readouterr()
+    assert run("recipes", f"{tmp_path / 'mine.yaml'}:inverse") == 0
+    assert capsys.readouterr().out.startswith("mine:inverse")
+    assert "unknown recipe 'nothing'" in refusal(capsys, "plan", source, tmp_path / "x", "--recipe", "nothing:inverse")
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [

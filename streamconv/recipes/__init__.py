@@ -22,6 +22,7 @@ from streamconv.names import nearest
 from streamconv.recipe import Recipe
 
 GROUP = "streamconv.recipes"
+INVERSE = ":inverse"
 _MAX_FILE = 4 << 20  # bytes of a recipe file
 
 
@@ -57,10 +58,15 @@ def is_named(recipe: Recipe, config: Mapping[str, Any]) -> bool:
 def get(name: str) -> Recipe:
     """The recipe of that name, or the one in that ``.yaml``, ``.json`` or ``.py`` file; ``FILE.py:NAME`` where it has several.
 
+    With ``:inverse`` at its end it is the recipe in the other direction.
+
     Raises:
         UsageError: there is none.
         RecipeError: the file is not a recipe.
     """
+    if name.endswith(INVERSE):
+        forward = get(name.removesuffix(INVERSE))
+        return forward.inverse(f"{forward.name}{INVERSE}")
     if name.endswith((".yaml", ".yml", ".json")):
         return load(Path(name))
     file, mark, wanted = name.rpartition(".py:")
