@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from streamconv.dtypes import TensorSpec
@@ -17,6 +17,9 @@ from streamconv.formats import torch as torch_files
 from streamconv.formats.files import Names, read_index, show
 from streamconv.names import natural_key
 from streamconv.names import parse as parse_names
+from streamconv.storage import is_url
+from streamconv.storage.ranges import read_range
+from streamconv.storage.remote import Location, exists, is_dir, locate, names_in, relative, walk
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,17 +71,23 @@ class TensorEntry:
         for extent in self.source.extents:
             if start < extent.nbytes and view:
                 take = min(len(view), extent.nbytes - start)
-                with open(extent.path, "rb", buffering=0) as file:  # noqa: PTH123 - a plain path
-                    file.seek(extent.offset + start)
-                    part = view[:take]
-                    while part:  # one call reads 2 GiB at most
-                        count = file.readinto(part)
-                        if not count:
-                            raise FormatError(f"{extent.path}: ends before tensor {self.name}; it changed since it was opened")
-                        part = part[count:]
+                self._read(extent, start, view[:take])
                 view, start = view[take:], start + take
             start = max(0, start - extent.nbytes)
         return data, shape
+
+    def _read(self, extent: Extent, start: int, part: memoryview) -> None:
+        """Fills ``part`` with bytes from ``start`` of an extent."""
+        if is_url(extent.path):
+            read_range(extent.path, extent.offset + start, part)
+            return
+        with open(extent.path, "rb", buffering=0) as file:  # noqa: PTH123 - a plain path
+            file.seek(extent.offset + start)
+            while part:  # one call reads 2 GiB at most
+                count = file.readinto(part)
+                if not count:
+                    raise FormatError(f"{extent.path}: ends before tensor {self.name}; it changed since it was opened")
+                part = part[count:]
 
     def pieces(self, nbytes: int) -> Iterator[torch.Tensor]:
         """The tensor's values from front to back, flat, in pieces of about ``nbytes`` bytes. Raises as `torch` does."""
@@ -118,7 +127,7 @@ class TensorEntry:
 class Checkpoint(Mapping[str, TensorEntry]):
     """An open checkpoint. Only headers have been read; iteration is in tensor order."""
 
-    def __init__(self, path: Path, contents: Contents, config: str = CONFIG) -> None:
+    def __init__(self, path: Location, contents: Contents, config: str = CONFIG) -> None:
         self.path = path
         self.contents = contents
         self._config = config
@@ -167,7 +176,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return read_config(self.path if self.path.is_dir() else self.path.parent, self._config)
 
 
-def find_sidecars(root: Path, contents: Contents | None = None) -> list[str]:
+def find_sidecars(root: Location, contents: Contents | None = None) -> list[str]:
     """Every file below ``root`` that is not weights or index, relative to it, sorted.
 
     A subfolder with a config.json of its own is a module of the model (as sentence-transformers has them): its weights come
@@ -175,18 +184,16 @@ def find_sidecars(root: Path, contents: Contents | None = None) -> list[str]:
     """
     own = {path.name for path in (*contents.files, *contents.others)} if contents else set()
     found = []
-    for folder, folders, files in os.walk(root):
+    for here, folders, files in walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        here = Path(folder)
         module = here != root and CONFIG in files
         for name in sorted(files):
-            relative = (here / name).relative_to(root).as_posix()
             made = name.endswith(".streamconv.json") or name == "SHA256SUMS"  # of another set of files
             if made or (here == root and name in own) or (is_weights(name) and not module):
                 continue
-            if not (here / name).exists():
+            if not exists(here / name):
                 raise FormatError(f"{here / name}: a link to a file that is not there: fetch the checkpoint again, or remove the link")
-            found.append(relative)
+            found.append(relative(here / name, root))
     return sorted(found)
 
 
@@ -196,7 +203,7 @@ def is_weights(name: str) -> bool:
     return bin_ or name.endswith(WEIGHT_SUFFIXES) or name == sat.LATEST
 
 
-def read_config(directory: Path, name: str = CONFIG) -> dict[str, Any]:
+def read_config(directory: Location, name: str = CONFIG) -> dict[str, Any]:
     """``config.json`` of a directory, or what is called ``name``, or an empty dict.
 
     Raises:
@@ -253,7 +260,7 @@ def open_checkpoint(
     """Opens a checkpoint: one file, or a directory with or without index. No tensor data is read.
 
     Args:
-        path: where it is.
+        path: where it is, on this machine or behind a URL.
         by_rank: the files repeat names, as ranks do; tensors are presented as ``<file>/<name>``.
         root: the key of the dict of tensors in a file that nests them.
         ranks: patterns of file names; those that the first one with any matches are read instead, by rank.
@@ -264,10 +271,8 @@ def open_checkpoint(
         FormatError: damaged or not a checkpoint.
         UsageError: not there, or not readable.
     """
-    if "://" in str(path):
-        raise UsageError(f"{path}: URLs cannot be opened yet: give a path")
-    where = Path(path)
-    chosen, ranked = _choose(where, ranks, files)
+    where = locate(path)
+    chosen, ranked = choose_files(where, ranks, files)
     name = _format_of(where / chosen[0]) if chosen else detect_format(where)
     if name == "mindspore" and not chosen and (others := _torch_files(where)):
         name, chosen = "torch", others
@@ -278,39 +283,39 @@ def open_checkpoint(
     return Checkpoint(where.absolute(), CONTAINERS[name].read(where, by_rank=by_rank or ranked, **given), config)
 
 
-def _choose(path: Path, ranks: Sequence[str], files: Sequence[str]) -> tuple[list[str], bool]:
+def choose_files(path: Location, ranks: Sequence[str], files: Sequence[str]) -> tuple[list[str], bool]:
     """The files of a directory that a pattern matches, in the order of their numbers, and whether they are ranks."""
-    if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
+    if not is_dir(path):
         return [], any(parse_names(pattern).match(path.name) is not None for pattern in ranks)
-    names = sorted(os.listdir(path), key=natural_key)  # noqa: PTH208 - names are wanted
+    names = sorted(names_in(path), key=natural_key)
     for pattern in (*ranks, *files):
         if pattern in names and pattern.endswith(".index.json"):
             index = read_index(path / pattern, safetensors.KIND)
             return sorted(set(index.values()), key=natural_key), False
-        matching = [name for name in names if parse_names(pattern).match(name) is not None and Path(name).suffix in FORMAT_OF]
+        matching = [name for name in names if parse_names(pattern).match(name) is not None and PurePath(name).suffix in FORMAT_OF]
         if matching:
             return matching, pattern in ranks
     return [], False
 
 
-def _format_of(path: Path) -> str:
+def _format_of(path: Location) -> str:
     """The container of a file by its suffix; MindSpore's is that of many files of torch.save too."""
     name = FORMAT_OF.get(path.suffix, "safetensors")
     return "torch" if name == "mindspore" and torch_files.wrote(path) else name
 
 
-def _torch_files(path: Path) -> list[str]:
+def _torch_files(path: Location) -> list[str]:
     """The files of torch.save in a directory that are called as MindSpore's are, where the first of these is one."""
-    names = sorted(name for name in os.listdir(path) if name.endswith(mindspore.KIND.suffixes)) if os.path.isdir(path) else []  # noqa: PTH112, PTH208
+    names = sorted(name for name in names_in(path) if name.endswith(mindspore.KIND.suffixes)) if is_dir(path) else []
     return names if names and torch_files.wrote(path / names[0]) else []
 
 
-def detect_format(path: Path) -> str:
+def detect_format(path: Location) -> str:
     """The container that a path holds: by a file's suffix, or by what is in a directory."""
-    if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
+    if not is_dir(path):
         return _format_of(path)
     try:
-        names = [name for name in os.listdir(path) if not name.startswith(".")]  # noqa: PTH208 - names are wanted
+        names = [name for name in names_in(path) if not name.startswith(".")]
     except OSError:
         return "safetensors"  # which says why it cannot be read
     for container, kind in ((container, CONTAINERS[container].names) for container in CONTAINERS):

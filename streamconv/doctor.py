@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint import CONFIG, CONTAINERS, Checkpoint, detect_format, open_checkpoint, read_config
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError
 from streamconv.formats import Source
+from streamconv.storage.remote import Location, each, locate, names_in
 from streamconv.units import format_size
 
 PIECE = 8 << 20  # bytes of a tensor that are looked at together
@@ -68,12 +69,13 @@ class Examination:
         return "\n".join([*lines, (f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")])
 
 
-def examine(path: Path, *, data: bool = False) -> Examination:
+def examine(path: str | os.PathLike[str], *, data: bool = False) -> Examination:
     """Looks at a checkpoint.
 
     Raises:
         StreamconvError: there is nothing at ``path`` that could be one.
     """
+    path = locate(path)
     name = detect_format(path)
     found = Examination(str(path), name)
     tables: dict[str, Mapping[str, Source]] = {}
@@ -100,7 +102,7 @@ def examine(path: Path, *, data: bool = False) -> Examination:
     return found
 
 
-def _short(error: Exception, path: Path) -> str:
+def _short(error: Exception, path: Location) -> str:
     """A reader's message without the path that it begins with, and what it says to do."""
     text = str(error).removeprefix(f"{path}: ")
     return text.rpartition("; ")[0] or text
@@ -109,23 +111,33 @@ def _short(error: Exception, path: Path) -> str:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_files(path: Path, name: str, found: Examination) -> dict[str, Mapping[str, Source]]:
+def _read_files(path: Location, name: str, found: Examination) -> dict[str, Mapping[str, Source]]:
     """The tensors of each weight file by itself, so that one damaged file does not hide the others."""
     kind = CONTAINERS[name].names
     tables: dict[str, Mapping[str, Source]] = {}
-    for file in sorted(path.iterdir()):
-        if not file.name.endswith(kind.suffixes) or re.fullmatch(kind.others, file.name) or file.name.startswith("."):
-            continue
-        try:
-            own = detect_format(file) if name == "mindspore" else name  # whose files are called as many of torch.save are
-            tables[file.name] = CONTAINERS[own].read(file).entries
-        except StreamconvError as error:
+    files = [
+        path / file
+        for file in sorted(names_in(path))
+        if file.endswith(kind.suffixes) and not re.fullmatch(kind.others, file) and not file.startswith(".")
+    ]
+    for file, read in zip(files, each(files, lambda file: _read_file(file, name)), strict=True):
+        if isinstance(read, StreamconvError):
             again = "download it again, or write it again from its source"
-            found.findings.append(Finding(_short(error, file.absolute()), file.name, "its tensors cannot be trusted", again))
+            found.findings.append(Finding(_short(read, file.absolute()), file.name, "its tensors cannot be trusted", again))
+        else:
+            tables[file.name] = read
     return tables
 
 
-def _check_files(path: Path, tables: Mapping[str, Mapping[str, Source]], name: str) -> Iterator[Finding]:
+def _read_file(file: Location, name: str) -> Mapping[str, Source] | StreamconvError:
+    try:
+        own = detect_format(file) if name == "mindspore" else name  # whose files are called as many of torch.save are
+        return CONTAINERS[own].read(file).entries
+    except StreamconvError as error:
+        return error
+
+
+def _check_files(path: Location, tables: Mapping[str, Mapping[str, Source]], name: str) -> Iterator[Finding]:
     kind = CONTAINERS[name].names
     names = sorted(entry.name for entry in path.iterdir())
     weight_map: dict[str, str] = {}
@@ -236,7 +248,7 @@ def _check_layers(specs: Mapping[str, TensorSpec]) -> Iterator[Finding]:
                 yield Finding(what, f"{stem}.{k}.{lost[0]}", "it cannot be of this model", "get that file again")
 
 
-def _check_quantities(folder: Path, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None) -> Iterator[Finding]:
+def _check_quantities(folder: Location, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None) -> Iterator[Finding]:
     """What config.json says, against the tensors."""
     try:
         whole = read_config(folder)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamconv.formats import Extent
 from streamconv.graph import AnyNode, Node, Source, as_bytes
 from streamconv.runs import Move, identity, packed_strides
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 COMPARE = 1 << 20  # bytes of each side that are compared at a time
 Read = Callable[[str, int, memoryview], None]
 """Fills a buffer from a byte offset of a file."""
+Expect = Callable[[Iterable[tuple[str, int, int]]], None]
+"""Is told what will be read next: path, offset and bytes."""
 
 ALIGN = 64  # bytes
 SPAN = 64 << 10  # bytes: scattered items are picked from a span of at least this, read at once
@@ -117,8 +121,23 @@ def evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read) ->
         arena.release(mark)
 
 
-def prepare(nodes: Iterable[AnyNode]) -> None:
-    """Loads what evaluating these nodes needs, so that measuring the process afterwards counts it."""
+def reads(node: AnyNode, move: Move) -> Iterator[tuple[str, int, int]]:
+    """What evaluating the region ``move`` reads, in that order: path, offset and bytes."""
+    if not isinstance(node, Node):
+        for start, count in _spans(node, move.simplify()):
+            yield from _split(node.extents, start, count)
+    elif node.op.layout_only:
+        for number, piece in node.op.pull(move) or ():
+            yield from reads(node.inputs[number], piece)
+    elif node.op.streams:
+        yield from reads(node.inputs[0], identity(node.inputs[0].spec.numel))
+    else:
+        for number, wanted in node.op.demand(move):
+            yield from reads(node.inputs[number], wanted)
+
+
+def kinds(nodes: Iterable[AnyNode]) -> Iterator[Node]:
+    """A node of each kind and dtypes that there are among these and below."""
     stack, seen = list(nodes), set()
     while stack:
         node = stack.pop()
@@ -126,10 +145,16 @@ def prepare(nodes: Iterable[AnyNode]) -> None:
             stack.extend(node.inputs)
             if (key := (node.op.kind, node.spec.dtype, *(child.spec.dtype for child in node.inputs))) not in seen:
                 seen.add(key)
-                node.op.prepare([child.spec for child in node.inputs])
+                yield node
 
 
-def same_bytes(left: AnyNode, right: AnyNode, arena: Arena, read: Read) -> bool:
+def prepare(nodes: Iterable[AnyNode]) -> None:
+    """Loads what evaluating these nodes needs, so that measuring the process afterwards counts it."""
+    for node in kinds(nodes):
+        node.op.prepare([child.spec for child in node.inputs])
+
+
+def same_bytes(left: AnyNode, right: AnyNode, arena: Arena, read: Read, expect: Expect = lambda _: None) -> bool:
     """Whether two nodes hold the same bytes. The arena has room for evaluating them and for `COMPARE` bytes of each."""
     if left.spec != right.spec:
         return False
@@ -139,6 +164,8 @@ def same_bytes(left: AnyNode, right: AnyNode, arena: Arena, read: Read) -> bool:
     for start in range(0, left.spec.numel, step):
         count = min(step, left.spec.numel - start)
         parts = []
+        ahead = [identity(count if isinstance(node, Node) else left.spec.numel - start, start) for node in (left, right)]
+        expect(itertools.chain(reads(left, ahead[0]), reads(right, ahead[1])))
         for node in (left, right):
             part = arena.take(count, itemsize)
             evaluate(node, identity(count, start), part, arena, read)
@@ -154,14 +181,11 @@ def _gather(source: Source, move: Move, out: Array, arena: Arena, read: Read) ->
     """Reads the region of a stored tensor: whole runs where they are long, else spans from which the items are picked."""
     itemsize = source.spec.dtype.itemsize
     run = move.run
-    if run == move.numel or run * itemsize >= DIRECT:
-        for dst, src in move.runs():
+    if _is_direct(move, itemsize):
+        for dst, src in _by_source(move).runs():
             read_bytes(source, src * itemsize, out[dst : dst + run].data.cast("B"), read)
         return
-    axes = sorted(zip(move.sizes, move.dst_strides, move.src_strides, strict=True), key=lambda axis: -axis[2])
-    outer = 0
-    while _span(axes[outer:]) * itemsize > max(_numel(axes[outer:]) * itemsize * 5 // 4, SPAN):
-        outer += 1
+    axes, outer = _cut(move, itemsize)
     count, span, mark = _numel(axes[:outer]), _span(axes[outer:]), arena.mark
     together = count * span * itemsize <= max(move.numel * itemsize * 5 // 4, SPAN)
     scratch = arena.take(count * span if together else span, itemsize)
@@ -179,6 +203,49 @@ def _gather(source: Source, move: Move, out: Array, arena: Arena, read: Read) ->
         packed = [(n, d, pitch) for (n, d, _), pitch in zip(axes, pitches, strict=False)]
         copy_strided(out[move.dst :], scratch, packed + axes[outer:], arena)
     arena.release(mark)
+
+
+def _split(extents: Iterable[Extent], start: int, count: int) -> Iterator[tuple[str, int, int]]:
+    """Where in which files ``count`` bytes of a stored tensor from ``start`` lie."""
+    at = 0
+    for extent in extents:
+        first, stop = max(start, at), min(start + count, at + extent.nbytes)
+        if first < stop:
+            yield extent.path, extent.offset + first - at, stop - first
+        at += extent.nbytes
+
+
+def _spans(source: Source, move: Move) -> Iterator[tuple[int, int]]:
+    """The bytes of a stored tensor that `_gather` reads for a simplified move: first and number, in order."""
+    itemsize = source.spec.dtype.itemsize
+    if _is_direct(move, itemsize):
+        yield from ((src * itemsize, move.run * itemsize) for _, src in _by_source(move).runs())
+        return
+    axes, outer = _cut(move, itemsize)
+    nbytes = _span(axes[outer:]) * itemsize
+    for index in itertools.product(*(range(n) for n, _, _ in axes[:outer])):
+        yield (move.src + sum(k * s for k, (_, _, s) in zip(index, axes, strict=False))) * itemsize, nbytes
+
+
+def _is_direct(move: Move, itemsize: int) -> bool:
+    """Whether the runs of a simplified move are read straight to their place."""
+    return move.run == move.numel or move.run * itemsize >= DIRECT
+
+
+def _by_source(move: Move) -> Move:
+    """A simplified move with its runs in the order of the source: one may be received front to back."""
+    order = sorted(range(len(move.sizes) - 1), key=lambda k: -move.src_strides[k]) + [*range(len(move.sizes))][-1:]
+    sizes, dst_strides, src_strides = (tuple(of[k] for k in order) for of in (move.sizes, move.dst_strides, move.src_strides))
+    return replace(move, sizes=sizes, dst_strides=dst_strides, src_strides=src_strides)
+
+
+def _cut(move: Move, itemsize: int) -> tuple[list[tuple[int, int, int]], int]:
+    """The axes of a move by their source strides, the largest first, and how many of them stand outside of the spans that are read."""
+    axes = sorted(zip(move.sizes, move.dst_strides, move.src_strides, strict=True), key=lambda axis: -axis[2])
+    outer = 0
+    while _span(axes[outer:]) * itemsize > max(_numel(axes[outer:]) * itemsize * 5 // 4, SPAN):
+        outer += 1
+    return axes, outer
 
 
 def _span(axes: list[tuple[int, int, int]]) -> int:
@@ -221,11 +288,6 @@ def copy_strided(out: Array, given: Array, axes: list[tuple[int, int, int]], are
 
 def read_bytes(source: Source, start: int, view: memoryview, read: Read) -> None:
     """Bytes of a stored tensor from ``start``, over as many of its extents as it takes."""
-    for extent in source.extents:
-        if start < extent.nbytes:
-            take = min(len(view), extent.nbytes - start)
-            read(extent.path, extent.offset + start, view[:take])
-            view, start = view[take:], start + take
-            if not view:
-                return
-        start -= extent.nbytes
+    for path, offset, nbytes in _split(source.extents, start, len(view)):
+        read(path, offset, view[:nbytes])
+        view = view[nbytes:]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from streamconv import recipes
-from streamconv.checkpoint import Checkpoint, open_checkpoint, read_config
+from streamconv.checkpoint import CONTAINERS, Checkpoint, choose_files, open_checkpoint, read_config
 from streamconv.errors import StreamconvError
-from streamconv.recipe import Recipe
+from streamconv.recipe import Recipe, Side
 from streamconv.sides import open_side
+from streamconv.storage.remote import Location, locate
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -39,30 +43,59 @@ def rank_recipes(src: str | os.PathLike[str]) -> list[Match]:
     Raises:
         StreamconvError: it cannot be read.
     """
-    found = []
-    opened: dict[tuple[Any, ...], Checkpoint | None] = {}
-    for recipe in recipes.registry().values():
-        side = recipe.source
-        key = (side.ranks, side.files, side.config)
-        if key not in opened:
-            try:
-                opened[key] = open_side(src, side)
-            except StreamconvError:
-                opened[key] = None
-        if recipe.rules and (checkpoint := opened[key]):
-            found.append(_match(recipe, checkpoint))
-    if not any(opened.values()):
+    src = locate(src)
+    opened = _Opened(src)
+    known = ((recipe, opened.get(recipe.source)) for recipe in recipes.registry().values() if recipe.rules)
+    found = [_match(recipe, *read) for recipe, read in known if read]
+    if not found:
         open_checkpoint(src)  # which says what is wrong with it
     return sorted(found, key=lambda match: (-match.fits, -match.named, -match.tensors * match.rules, match.recipe.name))
 
 
-def _match(recipe: Recipe, checkpoint: Checkpoint) -> Match:
-    entries = checkpoint.contents.entries
+class _Opened:
+    """A checkpoint as different sides read it, each reading of its files once."""
+
+    def __init__(self, src: Location) -> None:
+        self._src = src
+        self._chosen: dict[tuple[tuple[str, ...], ...], tuple[list[str], bool] | None] = {}
+        self._read: dict[str, tuple[Checkpoint, dict[str, int]] | None] = {}
+
+    def get(self, side: Side) -> tuple[Checkpoint, dict[str, int]] | None:
+        """The checkpoint and the kinds of its names; None where a side cannot read it."""
+        patterns = (side.ranks, side.files)
+        if patterns not in self._chosen:
+            self._chosen[patterns] = self._try(lambda: choose_files(self._src, *patterns))
+        key = repr(self._chosen[patterns])
+        if key not in self._read:
+            checkpoint = self._try(lambda: open_side(self._src, side))
+            self._read[key] = (checkpoint, _count_kinds(checkpoint)) if checkpoint else None
+        if (known := self._read[key]) is None:
+            return None
+        return Checkpoint(known[0].path, known[0].contents, side.config), known[1]
+
+    @staticmethod
+    def _try(call: Callable[[], _Found]) -> _Found | None:
+        try:
+            return call()
+        except StreamconvError:
+            return None
+
+
+def _count_kinds(names: Iterable[str]) -> dict[str, int]:
+    """The first of the names that differ in numbers only -> how many these are: a rule is for all of them, as a rule."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub("[0-9]+", "0", name), []).append(name)
+    return {group[0]: len(group) for group in groups.values()}
+
+
+def _match(recipe: Recipe, checkpoint: Checkpoint, kinds: Mapping[str, int]) -> Match:
     tensors, rules, fits = 0.0, 0.0, False
     try:
-        tensors, rules = recipe.coverage(entries)
-        if tensors == 1:
-            recipe.apply(entries, checkpoint.config)
+        tensors, rules = recipe.coverage(kinds)
+        ranked = CONTAINERS[recipe.source.format].by_rank == CONTAINERS[checkpoint.format].by_rank
+        if tensors == 1 and rules in {0, 1} and ranked:  # all that can be seen from names: now their shapes, which takes much longer
+            recipe.apply(checkpoint.contents.entries, checkpoint.config)
             fits = True
     except Exception:  # noqa: BLE001, S110 - whatever keeps it from being applied, it does not fit
         pass
@@ -71,7 +104,8 @@ def _match(recipe: Recipe, checkpoint: Checkpoint) -> Match:
 
 def suggest_recipes(src: str | os.PathLike[str]) -> list[str]:
     """The recipes that go by the model type in a checkpoint's config.json and have a rule for each of its tensors."""
-    config = read_config(Path(src) if Path(src).is_dir() else Path(src).parent)
+    src = locate(src)
+    config = read_config(src if src.is_dir() else src.parent)
     named = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)] if config.get("model_type") else []
-    entries = open_checkpoint(src).contents.entries if named else {}
-    return [recipe.name for recipe in named if recipe.coverage(entries) == (1, 1)]
+    kinds = _count_kinds(open_checkpoint(src)) if named else {}
+    return [recipe.name for recipe in named if recipe.coverage(kinds) == (1, 1)]

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from streamconv.names import nearest
 from streamconv.names import parse as parse_names
 from streamconv.plan import Plan
 from streamconv.recipe import Drop, Recipe, Rule, Tie
+from streamconv.storage import is_url
+from streamconv.storage.remote import relative
 from streamconv.units import format_size
 
 PIECE = 1 << 20  # bytes of a tensor at a time
@@ -49,7 +52,7 @@ def describe_checkpoint(checkpoint: Checkpoint, *, stats: bool = False) -> dict[
     contents = checkpoint.contents
     specs = [source.spec for source in contents.entries.values()]
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    names = {str(file): file.relative_to(root).as_posix() for file in contents.files}
+    names = {str(file): relative(file, root) for file in contents.files}
     files = [{"path": names[str(file)], "size": file.stat().st_size} for file in contents.files]
 
     def tensors() -> Iterable[dict[str, Any]]:
@@ -246,7 +249,9 @@ def explain_recipe(recipe: Recipe) -> str:
 
 
 def describe_room(plan: Plan) -> str:
-    """What the file system of DST has left before and after a run, in bytes."""
+    """What the file system of DST has left before and after a run, in bytes; of a URL, that where files are made first."""
+    if is_url(plan.root):
+        return f"  free     {format_size(shutil.disk_usage(tempfile.gettempdir()).free)} in {tempfile.gettempdir()}"
     above = next(folder for folder in (Path(plan.root), *Path(plan.root).parents) if folder.exists())
     free = shutil.disk_usage(above).free
     return f"  free     {format_size(free)} now, {format_size(max(0, free - plan.totals.disk_needed))} afterwards"

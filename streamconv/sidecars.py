@@ -5,19 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint import CONFIG, Checkpoint, find_sidecars, read_config
 from streamconv.dtypes import parse_dtype
 from streamconv.recipe import Conversion, Model, Recipe
+from streamconv.storage.remote import Location
 
 Sidecars = dict[str, str | bytes]
 """Relative path -> the file to copy, or the bytes to write."""
 
 
 def make_sidecars(
-    checkpoint: Checkpoint, beside: Path | None, recipe: Recipe | None, conversion: Conversion, dtype: str | None
+    checkpoint: Checkpoint, beside: Location | None, recipe: Recipe | None, conversion: Conversion, dtype: str | None
 ) -> tuple[Sidecars, list[str]]:
     """The files beside the target's weights, and notes about them.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, open_checkpoint
-from streamconv.destination import Target
+from streamconv.destination import RemoteTarget, Target
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import UsageError
 from streamconv.formats import FileLayout
@@ -23,7 +23,9 @@ def open_side(path: str | os.PathLike[str], side: Side, root: str | None = None)
     return open_checkpoint(path, root=root, ranks=side.ranks, files=side.files, config=side.config)
 
 
-def lay_out(conversion: Conversion, target: Target, side: Side, limit: int | None, facts: Mapping[str, Any]) -> list[FileLayout]:
+def lay_out(
+    conversion: Conversion, target: Target | RemoteTarget, side: Side, limit: int | None, facts: Mapping[str, Any]
+) -> list[FileLayout]:
     """The files of the target."""
     specs = {name: node.spec for name, node in conversion.outputs.items()}
     container = CONTAINERS[target.format]

@@ -7,20 +7,27 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from streamconv.compiler import choose_tile
 from streamconv.engine.io import share_descriptors
-from streamconv.engine.readers import BACKENDS, Reader
+from streamconv.engine.readers import Reader, make_reader
 from streamconv.engine.threads import run_threads
 from streamconv.errors import BudgetError, RunError, StreamconvError
 from streamconv.formats import Source
-from streamconv.graph import AnyNode, Node, as_bytes
-from streamconv.runs import identity
+from streamconv.graph import AnyNode, Node, as_bytes, trace
+from streamconv.plan import source_files
+from streamconv.runs import Move, identity, region
+from streamconv.storage import is_url
+from streamconv.storage.ranges import MEMORY
+from streamconv.storage.sinks import Entry
 from streamconv.units import format_size
 
 if TYPE_CHECKING:
     from streamconv.evaluate import Arena, Array
 
+REMOTE_STEP = 8 << 20  # bytes of a side that are compared at a time where something is computed from what is remote
 PIECE = 32 << 10  # elements: norms are taken as torch does, in float32, of pieces this small, and added up in float64
 TORCH = 210 << 20  # bytes: what loading torch adds to the process, which it does where values differ and norms are wanted
 
@@ -170,6 +177,8 @@ class _Comparer:
         self._expected, self._found = expected, found
         self._norms, self._progress = norms, progress
         self._backend = read_backend
+        paths = source_files([*expected.values(), *found.values()])
+        self._urls = {path: Entry(-1) for path in paths if is_url(path)}
         self._lock, self._torch_lock, self._stop = threading.Lock(), threading.Lock(), threading.Event()
         self._workers, self._max_memory = workers, max_memory
         self._descriptors = 1
@@ -182,13 +191,18 @@ class _Comparer:
 
         nodes = [node for name in names if isinstance(node := self._expected[name], Node)]
         prepare(nodes)
-        arena = max((arena_bytes(node, COMPARE) for node in nodes), default=COMPARE) + 2 * COMPARE
-        if self._max_memory is not None:
-            free = self._max_memory - memory.resident() - (8 << 20)
-            if free < 2 * arena:
-                needed = -(-(self._max_memory - free + 2 * arena) // 10**6) * 10**6
-                raise BudgetError(f"--max-memory {format_size(self._max_memory)} is too small to compare; use {needed // 10**6}MB", needed)
-            self._workers = max(1, min(self._workers, free // (2 * arena)))
+        self._step = REMOTE_STEP if self._urls and nodes else COMPARE
+        free = sys.maxsize if self._max_memory is None else self._max_memory - memory.resident() - (8 << 20)
+        while True:
+            arena = max((arena_bytes(node, self._step) for node in nodes), default=COMPARE) + 2 * self._step
+            each = 2 * arena + (MEMORY if self._urls else 0)
+            if self._step == COMPARE or free >= 4 * each:
+                break
+            self._step //= 2
+        if self._max_memory is not None and free < each:
+            needed = -(-(self._max_memory - free + each) // 10**6) * 10**6
+            raise BudgetError(f"--max-memory {format_size(self._max_memory)} is too small to compare; use {needed // 10**6}MB", needed)
+        self._workers = max(1, min(self._workers, free // each))
         self._workers, self._descriptors = share_descriptors(self._workers)
         queue = iter(names)
         try:
@@ -200,7 +214,7 @@ class _Comparer:
         yield from (self._results[name] for name in names if name in self._results)
 
     def _work(self, queue: Iterator[str], arena: Arena) -> None:
-        reader = BACKENDS[self._backend](self._descriptors)
+        reader = make_reader(self._backend, self._descriptors, self._urls, self._stop)
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -239,18 +253,31 @@ class _Comparer:
         return TensorDifference(name, l2=math.sqrt(squares), max_abs=largest, nonfinite=nonfinite, expected=want, found=have)
 
     def _steps(self, left: AnyNode, right: Source, arena: Arena, reader: Reader) -> Iterator[tuple[Array, Array]]:
-        """Both sides, a step of at most `COMPARE` bytes at a time, as unsigned integers."""
-        from streamconv.evaluate import COMPARE, evaluate
+        """Both sides, a step at a time, as unsigned integers."""
+        from streamconv.evaluate import evaluate, reads
 
-        step = COMPARE // max(left.spec.dtype.itemsize, right.spec.dtype.itemsize)
-        for start in range(0, left.spec.numel, step):
-            count, mark, parts = min(step, left.spec.numel - start), arena.mark, []
+        for move, ahead in self._moves(left, right):
+            mark, parts = arena.mark, []
+            reader.expect(chain.from_iterable(reads(node, ahead if isinstance(node, Source) else move) for node in (left, right)))
             for node in (left, right):
-                part = arena.take(count, node.spec.dtype.itemsize)
-                evaluate(node, identity(count, start), part, arena, reader.read)
+                part = arena.take(move.numel, node.spec.dtype.itemsize)
+                evaluate(node, move, part, arena, reader.read)
                 parts.append(part)
             yield parts[0], parts[1]
             arena.release(mark)
+
+    def _moves(self, left: AnyNode, right: Source) -> Iterator[tuple[Move, Move]]:
+        """The steps of a tensor, and what of a stored one will be read from each on: front to back, or as what is remote is best read."""
+        itemsize, total = max(left.spec.dtype.itemsize, right.spec.dtype.itemsize), left.spec.numel
+        if isinstance(left, Node) and self._urls and all(isinstance(found.leaf, Source) for found in trace(left, identity(total))):
+            for found in trace(left, identity(total)):
+                move, leaf = found.move.simplify(), found.leaf
+                tile = choose_tile(move.sizes, move.dst_strides, move.src_strides, self._step // itemsize, leaf.spec.dtype.itemsize)
+                yield from ((region(part), region(part)) for part in move.tiles(tile.sizes))
+            return
+        step = self._step // itemsize
+        for start in range(0, total, step):
+            yield identity(min(step, total - start), start), identity(total - start, start)
 
     def _check_room_for_torch(self) -> None:
         """Refuses to load torch where it would break the memory bound."""

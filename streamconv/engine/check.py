@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 from streamconv.digests import read_patches
 from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse, share_descriptors
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
-from streamconv.engine.readers import BACKENDS, Reader
+from streamconv.engine.readers import Reader, known_urls, make_reader
 from streamconv.engine.threads import run_threads
-from streamconv.errors import CoverageError
+from streamconv.errors import CoverageError, Interrupted
 from streamconv.plan import Copy, Plan
 from streamconv.runs import region
+from streamconv.storage import Entry, is_url
 
 if TYPE_CHECKING:
     from streamconv.evaluate import Arena
@@ -35,10 +36,10 @@ def check_replicas(plan: Plan) -> None:
         return
     from streamconv.evaluate import Arena, same_bytes
 
-    arena, reader = Arena(plan.arena), BACKENDS[plan.read_backend](8)
+    arena, reader = Arena(plan.arena), make_reader(plan.read_backend, 8, known_urls(plan))
     try:
         for left, right, names in plan.checks:
-            if not same_bytes(plan.nodes[left], plan.nodes[right], arena, reader.read):
+            if not same_bytes(plan.nodes[left], plan.nodes[right], arena, reader.read, reader.expect):
                 raise CoverageError(
                     f"{names[0]} should hold the same bytes as {names[1]}, which stands for both, and does not: "
                     "one of them would be lost; keep both (--set tied=false, where the recipe has it), or mend the source"
@@ -53,10 +54,15 @@ class OutputCheck:
     ``path_of`` gives the path under which a file, by its number, is to be found: its own, unless it is not finished.
     """
 
-    def __init__(self, plan: Plan, progress: Callable[[int], None] = lambda _: None, path_of: Callable[[int], Path] | None = None) -> None:
+    def __init__(
+        self, plan: Plan, progress: Callable[[int], None] = lambda _: None, path_of: Callable[[int], Path | str] | None = None
+    ) -> None:
         self._plan, self._progress = plan, progress
         self._path_of = path_of or (lambda number: Path(plan.root) / plan.files[number].path)
         self._workers, self._descriptors = share_descriptors(plan.workers)
+        self._urls = known_urls(plan)
+        if is_url(plan.root):
+            self._urls |= {str(self._path_of(number)): Entry(file.size) for number, file in enumerate(plan.files)}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._different: set[int] = set()
@@ -99,11 +105,14 @@ class OutputCheck:
                     self._different.add(task[0])
                     if to_first:
                         self._stop.set()
+        except Interrupted:  # by another thread, which knows more
+            if not self._stop.is_set():
+                raise
         finally:
             reader.close()
 
     def _make_reader(self) -> Reader:
-        return BACKENDS[self._plan.read_backend](self._descriptors)
+        return make_reader(self._plan.read_backend, self._descriptors, self._urls, self._stop)
 
     def _make_arena(self) -> Arena | None:
         if not self._plan.arena:
@@ -119,20 +128,22 @@ class OutputCheck:
         equal = True
         if isinstance(segment, Copy):
             source = self._plan.sources[segment.source].path
-            for start, stop in self._filled(segment, reader.fd(source), reader.fd(path)):
+            reader.expect([(source, segment.offset, segment.nbytes)])
+            for start, stop in self._filled(segment, reader, source, path):
                 for at in range(start, stop, STEP):
                     size = min(STEP, stop - at)
                     first = reader.load(source, segment.offset + at, size, reader.buffer()[:HALF])
                     equal = equal and self._same(path, segment.dst + at, reader.buffer()[first : first + size], reader)
             self._tell(segment.nbytes)
             return equal
-        from streamconv.evaluate import evaluate
+        from streamconv.evaluate import evaluate, reads
 
         assert tile is not None
         assert arena is not None
         node = self._plan.nodes[segment.node]
         itemsize, mark = node.spec.dtype.itemsize, arena.mark
         out = arena.take(tile.numel, itemsize)
+        reader.expect(reads(node, region(tile)))
         evaluate(node, region(tile), out, arena, reader.read)
         for at, offset, nbytes in tile_pieces(tile, itemsize):
             equal = equal and self._same(path, segment.dst + offset, out.data.cast("B")[at : at + nbytes], reader)
@@ -141,12 +152,12 @@ class OutputCheck:
         return equal
 
     @staticmethod
-    def _filled(segment: Copy, source: int, target: int) -> Iterator[tuple[int, int]]:
+    def _filled(segment: Copy, reader: Reader, source: str, target: str) -> Iterator[tuple[int, int]]:
         """The ranges of a copy, from its start, that are not holes on both sides."""
-        if not (is_sparse(source) and is_sparse(target)):
+        if is_url(source) or is_url(target) or not (is_sparse(reader.fd(source)) and is_sparse(reader.fd(target))):
             yield 0, segment.nbytes
             return
-        for fd, offset in ((source, segment.offset), (target, segment.dst)):
+        for fd, offset in ((reader.fd(source), segment.offset), (reader.fd(target), segment.dst)):
             for begin, end in data_ranges(fd, offset, offset + segment.nbytes):
                 yield begin - offset, end - offset
 

@@ -8,7 +8,7 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from streamconv.errors import RunError, SourceChanged
@@ -131,6 +131,9 @@ class PositionedReader:
     def fd(self, path: str) -> int:
         """This reader's own descriptor of a file: seeking for holes may move its position."""
         return self._files.get(path)
+
+    def expect(self, reads: Iterable[tuple[str, int, int]]) -> None:
+        """Announces what will be read next, as path, offset and bytes; only what is behind a URL needs that."""
 
     def read(self, path: str, offset: int, view: memoryview) -> None:
         """Fills ``view`` from ``offset``.

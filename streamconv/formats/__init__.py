@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from streamconv.digests import Checksum
 from streamconv.dtypes import TensorSpec
+from streamconv.storage.remote import Location
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """``nbytes`` bytes at ``offset`` of the file ``path`` (absolute, resolved by the kernel only)."""
+    """``nbytes`` bytes at ``offset`` of the file ``path`` (absolute, resolved by the kernel only; or a URL)."""
 
     path: str
     offset: int
@@ -42,8 +42,8 @@ class Contents:
 
     format: str
     entries: dict[str, Source]
-    files: list[Path]
-    others: list[Path] = field(default_factory=list)
+    files: list[Location]
+    others: list[Location] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import FileLayout, Source
+from streamconv.storage.remote import Location, RemoteFile, exists, is_dir, names_in
 
 MAX_JSON = 100_000_000  # safetensors' own limit for a header; an index is held to the same
 _MAX_COUNT = 2**63 - 1
@@ -25,6 +28,7 @@ short = reprlib.Repr()  # what a damaged file says may be long, or hold newlines
 short.maxstring = short.maxother = 240
 
 Table = dict[str, Source]
+Opened = io.FileIO | RemoteFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +81,39 @@ class Names:
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_bytes(path: Path, offset: int, limit: int, noun: str) -> tuple[bytes, int]:
+def read_bytes(path: Location, offset: int, limit: int, noun: str) -> tuple[bytes, int]:
     """At most ``limit`` bytes from ``offset`` of a regular file, and the file's size."""
+    with opened(path, noun) as file:
+        size = size_of(file)
+        file.seek(offset)
+        return file.read(max(0, min(limit, size - offset))), size
+
+
+@contextmanager
+def opened(path: Location, noun: str) -> Iterator[Opened]:
+    """A regular file, which is closed after the block; what the system has against it becomes a UsageError."""
     try:
         check_regular(path, noun)
         with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(offset)
-            return file.read(max(0, min(limit, size - offset))), size
+            yield file
     except (OSError, ValueError) as error:
         raise unreadable(path, error, noun) from error
 
 
-def check_regular(path: Path, noun: str) -> None:
+def check_regular(path: Location, noun: str) -> None:
     """Refuses what is no file before it is opened: a pipe would wait for its writer."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise FormatError(f"{show(path)}: not a regular file; expected {noun} or its index: give the path of one")
+
+
+def size_of(file: Opened) -> int:
+    """Bytes of an open file."""
+    return file.size if isinstance(file, RemoteFile) else os.fstat(file.fileno()).st_size
+
+
+def pread(file: Opened, nbytes: int, offset: int) -> bytes:
+    """At most ``nbytes`` bytes from ``offset`` of an open file, whose position stays."""
+    return file.pread(nbytes, offset) if isinstance(file, RemoteFile) else os.pread(file.fileno(), nbytes, offset)
 
 
 class Repeated(dict[str, Any]):
@@ -118,7 +139,7 @@ def _parse_int(text: str) -> int:
     return -1 if text == "-0" else int(text)  # as the reference library has it, -0 is no count
 
 
-def parse_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:
+def parse_object(path: Location, raw: bytes, what: str) -> dict[str, Any]:
     """A JSON object; one in it that says a key twice is a `Repeated`."""
     hook = _parse_int if b"-0" in raw else None  # None is much faster
     try:
@@ -138,7 +159,7 @@ def parse_object(path: Path, raw: bytes, what: str) -> dict[str, Any]:
     raise damaged(path, problem)
 
 
-def check_unicode(path: Path, *groups: Iterable[str]) -> None:
+def check_unicode(path: Location, *groups: Iterable[str]) -> None:
     """Refuses lone surrogates, which JSON can escape but no file can hold."""
     for group in groups:
         try:
@@ -160,7 +181,9 @@ def countable(shape: Sequence[int]) -> bool:
 # Directories -----------------------------------------------------------------------------------------------------
 
 
-def locate(path: Path, kind: Names, chosen: Iterable[str] | None = None) -> tuple[Path | None, dict[str, str], dict[str, Path]]:
+def find_files(
+    path: Location, kind: Names, chosen: Iterable[str] | None = None
+) -> tuple[Location | None, dict[str, str], dict[str, Location]]:
     """The files of a checkpoint: the index if there is one, what it says, and the weight files by name.
 
     Args:
@@ -168,15 +191,15 @@ def locate(path: Path, kind: Names, chosen: Iterable[str] | None = None) -> tupl
         kind: how they are called.
         chosen: names of the files of the directory to take instead.
     """
-    if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises: reading the file says what is wrong
+    if not is_dir(path):  # reading the file says what is wrong
         return None, {}, {path.name: path}
     try:
-        names = sorted(name for name in os.listdir(path) if not name.startswith("."))  # noqa: PTH208 - names are wanted
+        names = sorted(name for name in names_in(path) if not name.startswith("."))
         folders = sorted((name for name in names if re.fullmatch(kind.folders, name) and (path / name).is_dir()), key=len)
-        names += [f"{folder}/{name}" for folder in folders for name in sorted(os.listdir(path / folder))]  # noqa: PTH208
+        names += [f"{folder}/{name}" for folder in folders for name in sorted(names_in(path / folder))]
     except OSError as error:
         raise unreadable(path, error, kind.noun) from error
-    index: Path | None = None
+    index: Location | None = None
     weight_map: dict[str, str] = {}
     if chosen is None and (index := _find_index(path, names, kind)):
         weight_map = read_index(index, kind)
@@ -188,14 +211,14 @@ def locate(path: Path, kind: Names, chosen: Iterable[str] | None = None) -> tupl
     return index, weight_map, files
 
 
-def _find_index(directory: Path, names: list[str], kind: Names) -> Path | None:
+def _find_index(directory: Location, names: list[str], kind: Names) -> Location | None:
     found = list(filter(kind.is_index, names))
     if len(found) > 1 and kind.index not in found:
         raise FormatError(f"{show(directory)}: several indexes, {short.repr(found)}, none of them {kind.index}: keep the one that counts")
     return directory / (kind.index if kind.index in found else found[0]) if found else None
 
 
-def _choose_files(directory: Path, names: list[str], kind: Names) -> list[str]:
+def _choose_files(directory: Location, names: list[str], kind: Names) -> list[str]:
     """The weight files of a directory without an index."""
     if kind.single in names:
         return [kind.single]
@@ -210,15 +233,15 @@ def _choose_files(directory: Path, names: list[str], kind: Names) -> list[str]:
     return found
 
 
-def _check_present(where: Path, files: Mapping[str, Path]) -> None:
-    absent = [name for name, file in files.items() if not os.path.exists(file)]  # noqa: PTH110 - never raises
+def _check_present(where: Location, files: Mapping[str, Location]) -> None:
+    absent = [name for name, file in files.items() if not exists(file)]
     if absent:
         raise FormatError(
             f"{show(where)}: {len(absent)} of {len(files)} files are not there, such as {short.repr(absent[0])}: download them"
         )
 
 
-def read_index(path: Path, kind: Names) -> dict[str, str]:
+def read_index(path: Location, kind: Names) -> dict[str, str]:
     """The weight map of an index: tensor -> file, which is a plain path below the index's directory. Raises FormatError."""
     raw, size = read_bytes(path, 0, MAX_JSON, kind.noun)
     if size > MAX_JSON:
@@ -251,7 +274,7 @@ def _in_order(shards: Iterable[str], kind: Names) -> list[str]:
     return sorted(names) if all(map(kind.shard, names)) else names
 
 
-def check_index(index: Path, weight_map: Mapping[str, str], tables: Mapping[str, Table]) -> None:
+def check_index(index: Location, weight_map: Mapping[str, str], tables: Mapping[str, Table]) -> None:
     """Every tensor is in the file that the index says, and in no other."""
     extra, moved, listed = [], [], set(weight_map.values())
     for file, table in tables.items():
@@ -271,7 +294,7 @@ def check_index(index: Path, weight_map: Mapping[str, str], tables: Mapping[str,
             )
 
 
-def merge(path: Path, tables: Mapping[str, Table], *, by_rank: bool) -> Table:
+def merge(path: Location, tables: Mapping[str, Table], *, by_rank: bool) -> Table:
     """The tensors of all files by name, or by ``<file>/<name>``."""
     if by_rank:
         return {f"{file}/{name}": entry for file, table in tables.items() for name, entry in table.items()}
@@ -343,24 +366,24 @@ def _json_layout(path: str, table: Mapping[str, Any]) -> FileLayout:
 # Messages --------------------------------------------------------------------------------------------------------
 
 
-def show(path: Path) -> str:
+def show(path: Location) -> str:
     """A path as one line."""
     text = str(path)
     return text if text.isprintable() else repr(text)
 
 
-def damaged(path: Path, problem: str, tensor: str | None = None) -> FormatError:
+def damaged(path: Location, problem: str, tensor: str | None = None) -> FormatError:
     """The error for a file that breaks a rule of its format."""
     place = "" if tensor is None else f"tensor {short.repr(tensor)}: "
     return FormatError(f"{show(path)}: {place}{problem[:800]}; the file is damaged: download or write it again")
 
 
-def lfs_pointer(path: Path) -> FormatError:
+def lfs_pointer(path: Location) -> FormatError:
     """The error for what git leaves where it has not fetched a large file."""
     return FormatError(f"{show(path)}: a Git LFS pointer, not the file it stands for: fetch that, for instance with git lfs pull")
 
 
-def unreadable(path: Path, error: OSError | ValueError, noun: str) -> StreamconvError:
+def unreadable(path: Location, error: OSError | ValueError, noun: str) -> StreamconvError:
     """The error for a path that the system does not let us read."""
     if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):
         return UsageError(f"{show(path)}: no such file or directory: give the path of {noun} or a directory of them")

@@ -8,9 +8,7 @@ train/serialization.py of mindspore 2.10.0.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from streamconv.dtypes import DTYPES, TensorSpec
@@ -18,18 +16,21 @@ from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, Extent, FileLayout, Source
 from streamconv.formats.files import (
     Names,
+    Opened,
     Table,
-    check_regular,
     countable,
     damaged,
+    find_files,
     lfs_pointer,
-    locate,
     merge,
+    opened,
+    pread,
     read_bytes,
     short,
     show,
-    unreadable,
+    size_of,
 )
+from streamconv.storage.remote import Location, locate, read_each
 
 KIND = Names(
     "a MindSpore checkpoint",
@@ -86,14 +87,14 @@ class _Record(NamedTuple):
 class _Wire:
     """A message in a file, of which nothing is read but what is asked for."""
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path, self._fd = path, fd
+    def __init__(self, path: Location, file: Opened) -> None:
+        self.path, self._file = path, file
         self._window, self._start = b"", 0
         self._left = _MAX_NAMES
 
     def take(self, start: int, nbytes: int) -> bytes:
         if start < self._start or start + nbytes > self._start + len(self._window):
-            self._window, self._start = os.pread(self._fd, max(nbytes, _WINDOW), start), start
+            self._window, self._start = pread(self._file, max(nbytes, _WINDOW), start), start
         return self._window[start - self._start : start - self._start + nbytes]
 
     def spend(self, nbytes: int) -> None:
@@ -184,25 +185,20 @@ def _record(wire: _Wire, name: str, at: int, tensor: _Field) -> _Record:
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path) -> tuple[Table, list[str]]:
+def _read_file(path: Location) -> tuple[Table, list[str]]:
     """The tensors of a file in its order, and the names of what else is there."""
-    try:
-        check_regular(path, KIND.noun)
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            wire = _Wire(path, file.fileno())
-            _check_head(path, wire.take(0, 8))
-            tail = wire.take(max(0, size - _CHECKSUM), _CHECKSUM)
-            has_checksum = len(tail) == _CHECKSUM and tail.startswith(b"crc_num")
-            entries, left_out = _tensors(wire, size - _CHECKSUM if has_checksum else size)
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error, KIND.noun) from error
+    with opened(path, KIND.noun) as file:
+        size, wire = size_of(file), _Wire(path, file)
+        _check_head(path, wire.take(0, 8))
+        tail = wire.take(max(0, size - _CHECKSUM), _CHECKSUM)
+        has_checksum = len(tail) == _CHECKSUM and tail.startswith(b"crc_num")
+        entries, left_out = _tensors(wire, size - _CHECKSUM if has_checksum else size)
     if not entries:
         raise FormatError(f"{show(path)}: no tensor in its {size} bytes, only {short.repr(left_out)}: give another file")
     return entries, left_out
 
 
-def _check_head(path: Path, head: bytes) -> None:
+def _check_head(path: Location, head: bytes) -> None:
     """Refuses other things of this name by theirs."""
     if head == b"version ":
         raise lfs_pointer(path)
@@ -246,7 +242,7 @@ def _tensors(wire: _Wire, stop: int) -> tuple[Table, list[str]]:
     return entries, list(left_out)
 
 
-def read(path: Path, *, by_rank: bool = False, files: Sequence[str] | None = None) -> Contents:
+def read(path: Location, *, by_rank: bool = False, files: Sequence[str] | None = None) -> Contents:
     """The contents of a file, or of a directory: ``model.ckpt``, else all its ``.ckpt`` files, else those in its ``rank_N`` folders.
 
     Args:
@@ -259,10 +255,10 @@ def read(path: Path, *, by_rank: bool = False, files: Sequence[str] | None = Non
         UsageError: the path is not there or cannot be read.
     """
     path = path.absolute()
-    _, _, paths = locate(path, KIND, files)
+    _, _, paths = find_files(path, KIND, files)
     tables, left_out = {}, []
-    for name, file in paths.items():
-        tables[name], others = _read_file(file)
+    for name, (table, others) in zip(paths, read_each(paths.values(), KIND.noun, _read_file), strict=True):
+        tables[name] = dict(table)
         left_out += [f"{name}/{other}" if by_rank else other for other in others]
     if not by_rank:
         _leave_out_repeated(path, tables)
@@ -272,7 +268,7 @@ def read(path: Path, *, by_rank: bool = False, files: Sequence[str] | None = Non
     return contents
 
 
-def _leave_out_repeated(path: Path, tables: Mapping[str, Table]) -> None:
+def _leave_out_repeated(path: Location, tables: Mapping[str, Table]) -> None:
     """Takes small tensors that several files repeat, with the same bytes, out of all but the first.
 
     Raises:
@@ -293,7 +289,7 @@ def _small_bytes(source: Source) -> tuple[object, ...]:
     """What equal small tensors have in common, and no others."""
     if source.spec.nbytes > _SMALL:
         return source.extents
-    raw = [read_bytes(Path(extent.path), extent.offset, extent.nbytes, KIND.noun)[0] for extent in source.extents]
+    raw = [read_bytes(locate(extent.path), extent.offset, extent.nbytes, KIND.noun)[0] for extent in source.extents]
     return source.spec, b"".join(raw)
 
 

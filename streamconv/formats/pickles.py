@@ -9,12 +9,12 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from streamconv.dtypes import DTYPES, DType
 from streamconv.errors import FormatError
 from streamconv.formats.files import damaged, short, show
+from streamconv.storage.remote import Location
 
 MAX_PICKLE = 256 << 20
 _MAX_READS = 1 << 24  # of a pickle: about 300000 tensors; each read can make one object
@@ -205,7 +205,7 @@ def _key(key: Any) -> Any:
     raise _Refused(f"it has a dict whose key is a {type(key).__name__}")
 
 
-def unpickle(path: Path, window: Window, storages: Storages) -> Any:
+def unpickle(path: Location, window: Window, storages: Storages) -> Any:
     """What the next pickle of a file describes; the storages it names are added to ``storages``.
 
     Raises:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from streamconv.dtypes import DTYPES, TensorSpec
@@ -24,16 +23,18 @@ from streamconv.formats.files import (
     check_unicode,
     countable,
     damaged,
+    find_files,
     index_layout,
     lfs_pointer,
-    locate,
     map_layout,
     merge,
+    opened,
     parse_object,
-    read_bytes,
     short,
+    size_of,
     split_into_shards,
 )
+from streamconv.storage.remote import Location, read_each
 
 KIND = Names(
     "a safetensors file",
@@ -82,7 +83,7 @@ _Specs = dict[tuple[str, tuple[int, ...]], TensorSpec]
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, *, by_rank: bool = False, files: Sequence[str] | None = None) -> Contents:
+def read(path: Location, *, by_rank: bool = False, files: Sequence[str] | None = None) -> Contents:
     """The contents of a file, or of a directory by its index, else ``model.safetensors``, else all its files.
 
     Args:
@@ -95,12 +96,12 @@ def read(path: Path, *, by_rank: bool = False, files: Sequence[str] | None = Non
         UsageError: the path is not there or cannot be read.
     """
     path = path.absolute()
-    index, weight_map, paths = locate(path, KIND, files)
+    index, weight_map, paths = find_files(path, KIND, files)
     specs: _Specs = {}
     tables: dict[str, Table] = {}
     metadata: dict[str, str] = {}
-    for name, file in paths.items():
-        tables[name], found = _read_file(file, specs)
+    for name, (table, found) in zip(paths, read_each(paths.values(), KIND.noun, lambda file: _read_file(file, specs)), strict=True):
+        tables[name] = table
         metadata = found | metadata  # files agree as a rule; where not, the first has its say
     if index:
         check_index(index, weight_map, tables)
@@ -108,7 +109,7 @@ def read(path: Path, *, by_rank: bool = False, files: Sequence[str] | None = Non
     return Contents("safetensors", entries, list(paths.values()), [index] if index else [], metadata)
 
 
-def read_file(path: Path) -> tuple[dict[str, Source], dict[str, str]]:
+def read_file(path: Location) -> tuple[dict[str, Source], dict[str, str]]:
     """The tensors of one file in the order of their offsets, and its metadata.
 
     Raises:
@@ -118,7 +119,7 @@ def read_file(path: Path) -> tuple[dict[str, Source], dict[str, str]]:
     return _read_file(path.absolute(), {})
 
 
-def _read_file(path: Path, specs: _Specs) -> tuple[Table, dict[str, str]]:
+def _read_file(path: Location, specs: _Specs) -> tuple[Table, dict[str, str]]:
     header, data_start, size = _read_header(path)
     metadata = header.pop(_METADATA, {})
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
@@ -143,25 +144,26 @@ def _read_file(path: Path, specs: _Specs) -> tuple[Table, dict[str, str]]:
     return entries, metadata
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def _read_header(path: Location) -> tuple[dict[str, Any], int, int]:
     """The header as it stands, where the data starts, and the file's size."""
-    raw, size = read_bytes(path, 0, 8, KIND.noun)
-    length = int.from_bytes(raw, "little")
-    if raw == b"version ":
-        raise lfs_pointer(path)
-    if len(raw) < 8:
-        raise damaged(path, f"it has {size} bytes, a safetensors file has 8 and a header at least")
-    if length > MAX_JSON:
-        raise damaged(path, f"it announces a header of {length} bytes, the format allows {MAX_JSON}")
-    if length > size - 8:
-        raise damaged(path, f"it announces a header of {length} bytes, and only {size - 8} follow")
-    raw, size = read_bytes(path, 8, length, KIND.noun)
+    with opened(path, KIND.noun) as file:
+        raw, size = file.read(8), size_of(file)
+        length = int.from_bytes(raw, "little")
+        if raw == b"version ":
+            raise lfs_pointer(path)
+        if len(raw) < 8:
+            raise damaged(path, f"it has {size} bytes, a safetensors file has 8 and a header at least")
+        if length > MAX_JSON:
+            raise damaged(path, f"it announces a header of {length} bytes, the format allows {MAX_JSON}")
+        if length > size - 8:
+            raise damaged(path, f"it announces a header of {length} bytes, and only {size - 8} follow")
+        raw = file.read(length)
     if not raw.startswith(b"{"):
         raise damaged(path, f"its header must start with '{{' and starts with {raw[:8]!r}")
     return parse_object(path, raw, "header"), 8 + length, size
 
 
-def _offsets(path: Path, name: str, info: object) -> tuple[int, int]:
+def _offsets(path: Location, name: str, info: object) -> tuple[int, int]:
     """The data_offsets of one tensor's entry, whose fields are checked first."""
     if type(info) is Repeated:
         raise damaged(path, f"its entry says {short.repr(info.key)} twice", name)
@@ -177,7 +179,7 @@ def _offsets(path: Path, name: str, info: object) -> tuple[int, int]:
     raise damaged(path, f"data_offsets must be two integers, 0 <= begin <= end, and are {short.repr(offsets)}", name)
 
 
-def _spec(path: Path, name: str, info: dict[str, Any], specs: _Specs) -> TensorSpec:
+def _spec(path: Location, name: str, info: dict[str, Any], specs: _Specs) -> TensorSpec:
     """Dtype and shape of an entry, one object for all equal ones: models repeat few of them very often."""
     code, shape = info["dtype"], info["shape"]
     if type(code) is not str or code not in CODES:

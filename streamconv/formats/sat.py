@@ -6,16 +6,15 @@ them, which is left out. ``model_config.json`` stays beside ``latest``. Facts: s
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, FileLayout
 from streamconv.formats import torch as torch_files
 from streamconv.formats.files import Names, read_bytes, short, show, unreadable
+from streamconv.storage.remote import Location, names_in
 
 LATEST = "latest"
 KIND = Names("a SwissArmyTransformer checkpoint", (), "mp_rank", (), folders=LATEST)
@@ -26,7 +25,7 @@ _RANK = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")
 _ITERATION = re.compile(r"[0-9]*[1-9][0-9]*(-ema)?|release")
 
 
-def read(path: Path, *, by_rank: bool = True) -> Contents:  # noqa: ARG001 - there is no other way
+def read(path: Location, *, by_rank: bool = True) -> Contents:  # noqa: ARG001 - there is no other way
     """The contents of a folder with ``latest``: each tensor as ``<file of its rank>/<name>``, also where there is one rank.
 
     Raises:
@@ -40,7 +39,7 @@ def read(path: Path, *, by_rank: bool = True) -> Contents:  # noqa: ARG001 - the
     return Contents("sat", found.entries, found.files, [path / LATEST], notes=notes)
 
 
-def _iteration(path: Path) -> str:
+def _iteration(path: Location) -> str:
     """The folder that ``latest`` names."""
     raw, _ = read_bytes(path / LATEST, 0, 64, KIND.noun)
     name = raw.decode("utf-8", "replace").strip()
@@ -52,10 +51,10 @@ def _iteration(path: Path) -> str:
     return name
 
 
-def _ranks(folder: Path) -> list[str]:
+def _ranks(folder: Location) -> list[str]:
     """The files of an iteration's folder, one for each rank."""
     try:
-        names = os.listdir(folder)  # noqa: PTH208 - names are wanted
+        names = names_in(folder)
     except OSError as error:
         raise unreadable(folder, error, KIND.noun) from error
     ranks = {int(match[1]): name for name in names if (match := _RANK.fullmatch(name))}

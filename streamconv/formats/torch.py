@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import os
 import shlex
 import struct
 import tempfile
@@ -21,25 +20,28 @@ from typing import Any
 
 from streamconv.digests import Checksum, combine, places_of
 from streamconv.dtypes import DTYPES, TensorSpec
-from streamconv.errors import FormatError, UsageError
+from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import Contents, Extent, FileLayout, Source
 from streamconv.formats.files import (
     Names,
+    Opened,
     check_index,
-    check_regular,
     check_unicode,
     countable,
     damaged,
+    find_files,
     index_layout,
     lfs_pointer,
-    locate,
     merge,
+    opened,
+    pread,
     short,
     show,
+    size_of,
     split_into_shards,
-    unreadable,
 )
 from streamconv.formats.pickles import ATOMS, MAX_PICKLE, NAMES, VALUES, Odd, Storages, Tensor, Window, unpickle
+from streamconv.storage.remote import Location, RemoteFile, RemotePath, read_each
 
 KIND = Names(
     "a file that torch.save wrote",
@@ -54,6 +56,8 @@ MAX_EXTENTS = 4096  # runs of one strided tensor; each is a read of its own
 
 _MAX_DIRECTORY = 64 << 20  # a zip's directory: about 700000 storages
 _MAX_NAMES = 1 << 27
+_ALIGNMENT = 64  # bytes: what the start of each entry's data is a multiple of (torch.serialization.config.save.storage_alignment)
+_MAX_PADDING = 64 << 10
 _MAGIC = 0x1950A86A20F9469CFC6C
 
 
@@ -68,30 +72,35 @@ class TorchContents(Contents):
 # Files -----------------------------------------------------------------------------------------------------------
 
 
-class _BoundedFile(io.FileIO):
+class _Bounded:
     """A file whose zip directory cannot make zipfile read as much as it likes."""
 
-    def read(self, count: int | None = -1) -> bytes:
-        if count is None or count < 0:
-            count = max(0, os.fstat(self.fileno()).st_size - self.tell())
+    def __init__(self, file: Opened) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, count: int = -1) -> bytes:
+        if count < 0:
+            count = max(0, size_of(self._file) - self.tell())
         if count > _MAX_DIRECTORY:
             raise zipfile.BadZipFile(f"a directory of {count} bytes; at most {_MAX_DIRECTORY} are read")
-        return super().read(count)
+        return self._file.read(count)
 
 
 _Places = dict[str, tuple[int, int]]  # entry of a zip, or key of a storage -> start, nbytes
 
 
-def _zip_records(path: Path, file: _BoundedFile) -> tuple[_Places, list[zipfile.ZipInfo], int]:
+def _zip_records(path: Location, file: Opened) -> tuple[_Places, list[zipfile.ZipInfo], int]:
     """Where each entry's bytes lie, the entries in the order of the directory, and where that starts."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(_Bounded(file)) as archive:
             infos, limit = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, ArithmeticError, struct.error, OSError) as error:
         raise damaged(path, f"its zip directory cannot be read: {short.repr(str(error))}") from error
     records: _Places = {}
     folder = infos[0].filename.partition("/")[0] if infos else ""
     end = 0
+    known = _aligned_starts(infos, limit) if isinstance(file, RemoteFile) else {}
     for info in sorted(infos, key=lambda info: info.header_offset):
         entry = f"zip entry {short.repr(info.filename)}"
         name = info.filename.removeprefix(f"{folder}/")
@@ -99,32 +108,55 @@ def _zip_records(path: Path, file: _BoundedFile) -> tuple[_Places, list[zipfile.
             raise damaged(path, f"{entry} is there twice or outside the folder {short.repr(folder)}")
         if info.compress_type or info.flag_bits & 0x41 or info.compress_size != info.file_size:
             raise FormatError(f"{show(path)}: {entry} is compressed or encrypted, torch.save stores it plain: {_rewrite(path)}")
-        header = os.pread(file.fileno(), 30, info.header_offset) if 0 <= info.header_offset < limit else b""
+        if info.header_offset in known:
+            end = known[info.header_offset] + info.file_size
+            records[name] = (known[info.header_offset], info.file_size)
+            continue
+        header = pread(file, 30, info.header_offset) if 0 <= info.header_offset < limit else b""
         if len(header) < 30 or header[:4] != b"PK\3\4" or info.header_offset < end or not (records or info.header_offset == 0):
             raise damaged(path, f"{entry} does not start at byte {info.header_offset}, as the directory says")
         start = info.header_offset + 30 + sum(struct.unpack("<2H", header[26:]))
         end = start + info.file_size
-        said = os.pread(file.fileno(), start - info.header_offset - 30, info.header_offset + 30)
+        said = pread(file, start - info.header_offset - 30, info.header_offset + 30)
         if end > limit or not said.startswith(info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")):
             raise damaged(path, f"{entry} of {info.file_size} bytes at {start} does not lie inside the {limit} bytes of data")
         records[name] = (start, info.file_size)
     return records, infos, limit
 
 
-def _open_zip(path: Path, file: _BoundedFile) -> tuple[Any, _Places]:
+def _aligned_starts(infos: list[zipfile.ZipInfo], limit: int) -> dict[int, int]:
+    """Where the bytes of entries start, by where their headers do, without a look at each header, which would take a request.
+
+    torch aligns them, and puts an entry's header right behind the bytes of the one before (and a descriptor, if it writes one): where that
+    comes out for all entries, it is so. Nothing is said of the first and the last, whose headers are near what is read anyhow.
+    """
+    infos = sorted(infos, key=lambda info: info.header_offset)
+    starts = {}
+    for info, after in itertools.pairwise(infos[1:]):
+        ends = [after.header_offset - size for size in ((16, 24) if info.flag_bits & 8 else (0,))]
+        found = [end - info.file_size for end in ends if (end - info.file_size) % _ALIGNMENT == 0]
+        least = info.header_offset + 30 + len(info.orig_filename.encode())
+        if len(found) != 1 or not 0 <= found[0] - least < _MAX_PADDING or after.header_offset > limit:
+            return {}
+        starts[info.header_offset] = found[0]
+    return starts
+
+
+def _open_zip(path: Location, file: Opened) -> tuple[Any, _Places]:
     """What the pickle describes, and where each storage lies."""
     records, _, _ = _zip_records(path, file)
     if "constants.pkl" in records:
-        code = f"import torch; torch.save(torch.jit.load({str(path)!r}).state_dict(), {_new(path)!r})"
+        old, new = _names(path)
+        code = f"import torch; torch.save(torch.jit.load({old!r}).state_dict(), {new!r})"
         raise FormatError(f"{show(path)}: a TorchScript program; take its tensors, if you trust it, with: python -c {shlex.quote(code)}")
     start, size = records.get("data.pkl", (0, -1))
     if size < 0 or size > MAX_PICKLE:
         raise damaged(path, f"expected a data.pkl of at most {MAX_PICKLE} bytes in the zip, found {max(size, 0)}")
     at, length = records.get("byteorder", (0, 0))
-    if length and (order := os.pread(file.fileno(), min(length, 16), at)) != b"little":
+    if length and (order := pread(file, min(length, 16), at)) != b"little":
         raise FormatError(f"{show(path)}: its byte order is {order!r}, only little-endian files are read: {_rewrite(path)}")
     storages: Storages = {}
-    tree = unpickle(path, Window(io.BytesIO(os.pread(file.fileno(), size, start))), storages)
+    tree = unpickle(path, Window(io.BytesIO(pread(file, size, start))), storages)
     places = {}
     for key, (count, dtype) in storages.items():
         nbytes = count * dtype.itemsize
@@ -135,7 +167,7 @@ def _open_zip(path: Path, file: _BoundedFile) -> tuple[Any, _Places]:
     return tree, places
 
 
-def _open_legacy(path: Path, file: _BoundedFile, size: int) -> tuple[Any, _Places]:
+def _open_legacy(path: Location, file: Opened, size: int) -> tuple[Any, _Places]:
     """The same of a file from before torch 1.6: five pickles, then for each storage its count of elements and its bytes."""
     reader = io.BufferedReader(file)
     storages: Storages = {}
@@ -148,9 +180,10 @@ def _open_legacy(path: Path, file: _BoundedFile, size: int) -> tuple[Any, _Place
         raise FormatError(f"{show(path)}: it is not little-endian, and only such files are read: {_rewrite(path)}")
     places, position = {}, reader.tell()
     reader.detach()
-    for key in map(str, keys):
-        raw = os.pread(file.fileno(), 8, position)
+    last = len(keys) if isinstance(file, RemoteFile) else 1  # there, each look takes a request, and the last tells of all before
+    for number, key in enumerate(map(str, keys), 1):
         count, dtype = storages[key]
+        raw = pread(file, 8, position) if number >= last else count.to_bytes(8, "little")
         places[key] = (position + 8, count * dtype.itemsize)
         position = sum(places[key])
         if position > size or int.from_bytes(raw, "little") != count:
@@ -159,28 +192,23 @@ def _open_legacy(path: Path, file: _BoundedFile, size: int) -> tuple[Any, _Place
     return tree, places
 
 
-def wrote(path: Path) -> bool:
+def wrote(path: Location) -> bool:
     """Whether a file begins as those of torch.save do, whatever it is called."""
     try:
-        check_regular(path, KIND.noun)
-        with path.open("rb", buffering=0) as file:
+        with opened(path, KIND.noun) as file:
             head = file.read(14)
-    except (OSError, ValueError, FormatError):
+    except StreamconvError:
         return False  # reading it says what is wrong
     return head.startswith(b"PK\3\4") or head[4:14] == _MAGIC.to_bytes(10, "little")
 
 
-def _open(path: Path) -> tuple[Any, _Places]:
-    try:
-        check_regular(path, KIND.noun)
-        with _BoundedFile(path) as file:
-            head, size = os.pread(file.fileno(), 512, 0), os.fstat(file.fileno()).st_size
-            if head.startswith(b"PK\3\4"):
-                return _open_zip(path, file)
-            if head[2:4] == b"\x8a\x0a" and head[4:14] == _MAGIC.to_bytes(10, "little"):
-                return _open_legacy(path, file, size)
-    except (OSError, ValueError) as error:
-        raise unreadable(path, error, KIND.noun) from error
+def _open(path: Location) -> tuple[Any, _Places]:
+    with opened(path, KIND.noun) as file:
+        head, size = pread(file, 512, 0), size_of(file)
+        if head.startswith(b"PK\3\4"):
+            return _open_zip(path, file)
+        if head[2:4] == b"\x8a\x0a" and head[4:14] == _MAGIC.to_bytes(10, "little"):
+            return _open_legacy(path, file, size)
     if head.startswith(b"version https://git-lfs"):
         raise lfs_pointer(path)
     if head[257:262] == b"ustar":
@@ -191,7 +219,7 @@ def _open(path: Path) -> tuple[Any, _Places]:
 # Tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _find_root(path: Path, tree: Any, root: str | None) -> tuple[Any, str, list[str]]:
+def _find_root(path: Location, tree: Any, root: str | None) -> tuple[Any, str, list[str]]:
     """The part of the tree that holds the tensors, the key it stands under, and the keys beside it."""
     if root is None:
         outer = tree if type(tree) is dict and not any(type(value) is Tensor for value in tree.values()) else {}
@@ -207,7 +235,7 @@ def _find_root(path: Path, tree: Any, root: str | None) -> tuple[Any, str, list[
     return tree, root, beside
 
 
-def _leaves(path: Path, tree: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(path: Location, tree: Any) -> Iterator[tuple[str, Any]]:
     """Dotted names and what they stand for, in order; a list of plain values counts as one."""
     left, waiting = _MAX_NAMES, [("", tree)]
     while waiting:
@@ -225,11 +253,11 @@ def _leaves(path: Path, tree: Any) -> Iterator[tuple[str, Any]]:
         waiting += reversed(below)
 
 
-def _holds_tensors(path: Path, tree: Any) -> bool:
+def _holds_tensors(path: Location, tree: Any) -> bool:
     return any(type(leaf) is Tensor for _, leaf in _leaves(path, tree))
 
 
-def _source(path: Path, name: str, tensor: Tensor, place: tuple[int, int]) -> Source:
+def _source(path: Location, name: str, tensor: Tensor, place: tuple[int, int]) -> Source:
     """Where a tensor's elements lie, in row-major order."""
     dtype, (start, nbytes) = tensor.dtype, place
     if dtype.name not in DTYPES or tensor.lazy:
@@ -274,7 +302,7 @@ def _join(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _read_file(path: Path, root: str | None) -> tuple[dict[str, Source], str, list[str]]:
+def _read_file(path: Location, root: str | None) -> tuple[dict[str, Source], str, list[str]]:
     """The tensors of one file in the order of their offsets, the root they were found under, and what is left out."""
     whole, places = _open(path)
     tree, root, left_out = _find_root(path, whole, root)
@@ -298,7 +326,7 @@ def _read_file(path: Path, root: str | None) -> tuple[dict[str, Source], str, li
 # Directories -----------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, *, by_rank: bool = False, root: str | None = None, files: Sequence[str] | None = None) -> TorchContents:
+def read(path: Location, *, by_rank: bool = False, root: str | None = None, files: Sequence[str] | None = None) -> TorchContents:
     """The contents of a file, or of a directory by its index, else ``pytorch_model*.bin``, else its ``.pth``, ``.pt`` or ``.bin``.
 
     Args:
@@ -313,10 +341,10 @@ def read(path: Path, *, by_rank: bool = False, root: str | None = None, files: S
         UsageError: the path or the root is not there or cannot be read.
     """
     path = path.absolute()
-    index, weight_map, paths = locate(path, KIND, files)
+    index, weight_map, paths = find_files(path, KIND, files)
     tables, left_out, found = {}, [], ""
-    for name, file in paths.items():
-        tables[name], where, others = _read_file(file, root)
+    for name, read_one in zip(paths, read_each(paths.values(), (KIND.noun, root), lambda file: _read_file(file, root)), strict=True):
+        tables[name], where, others = read_one
         found = found or where
         left_out += [f"{name}/{other}" if by_rank else other for other in others]
     if index:
@@ -387,14 +415,14 @@ def _lay_out_file(path: str, specs: Mapping[str, TensorSpec], tied: Mapping[str,
         skeleton.parent.mkdir()
         try:
             kept = _save_without_data(skeleton, Path(folder, "data"), specs, tied, root)
-            with _BoundedFile(skeleton) as file:
+            with io.FileIO(skeleton) as file:
                 places, infos, limit = _zip_records(skeleton, file)
-                size = os.fstat(file.fileno()).st_size
+                size = size_of(file)
                 stored = {name: places[f"data/{number}"] for number, name in enumerate(kept)}
                 checksums = _checksums(file, limit, places, infos)
                 filled = sorted([*stored.values(), *places_of(checksums)])
                 gaps = zip([0, *map(sum, filled)], [*(start for start, _ in filled), size], strict=True)
-                literals = tuple((start, os.pread(file.fileno(), end - start, start)) for start, end in gaps if start < end)
+                literals = tuple((start, pread(file, end - start, start)) for start, end in gaps if start < end)
         except (OSError, RuntimeError) as error:
             raise UsageError(
                 f"{path}: its {sum(spec.nbytes for spec in specs.values())} bytes cannot be laid out as a sparse file in {folder}: "
@@ -434,12 +462,12 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [math.prod(size or 1 for size in shape[axis + 1 :]) for axis in range(len(shape))]
 
 
-def _checksums(file: _BoundedFile, limit: int, places: _Places, infos: list[zipfile.ZipInfo]) -> tuple[Checksum, ...]:
+def _checksums(file: Opened, limit: int, places: _Places, infos: list[zipfile.ZipInfo]) -> tuple[Checksum, ...]:
     """Where torch.save puts what depends on data: behind it, in the zip's directory, and in the hash of all CRCs.
 
     (A storage that itself starts with a data descriptor's mark would enter that hash twice; no reader looks at it.)
     """
-    directory = os.pread(file.fileno(), _MAX_DIRECTORY, limit)
+    directory = pread(file, _MAX_DIRECTORY, limit)
     checksums: list[Checksum] = []
     tail: list[int] = []
     seed = position = 0
@@ -453,7 +481,7 @@ def _checksums(file: _BoundedFile, limit: int, places: _Places, infos: list[zipf
         if name.startswith("data/"):
             checksums.append(Checksum("crc32", start, nbytes, positions))
         elif name == ".data/serialization_id":
-            prefix = os.pread(file.fileno(), nbytes - 20, start)
+            prefix = pread(file, nbytes - 20, start)
             checksums.append(Checksum("torch-id", start, nbytes, positions, seed, tuple(tail), prefix))
         elif checksums:
             tail.append(info.CRC)
@@ -465,11 +493,15 @@ def _checksums(file: _BoundedFile, limit: int, places: _Places, infos: list[zipf
 # Messages --------------------------------------------------------------------------------------------------------
 
 
-def _new(path: Path) -> str:
-    return str(path.with_name(f"{path.stem}.new{path.suffix}"))
-
-
-def _rewrite(path: Path, change: str = "d", *, safe: bool = True) -> str:
+def _rewrite(path: Location, change: str = "d", *, safe: bool = True) -> str:
     """The one command that makes a file which can be read."""
-    code = f"import torch; d = torch.load({str(path)!r}, weights_only={safe}); torch.save({change}, {_new(path)!r})"
-    return f"rewrite it{'' if safe else ', if you trust who made it,'} with: python -c {shlex.quote(code)}"
+    old, new = _names(path)
+    code = f"import torch; d = torch.load({old!r}, weights_only={safe}); torch.save({change}, {new!r})"
+    first = "download it and " if isinstance(path, RemotePath) else ""
+    return f"{first}rewrite it{'' if safe else ', if you trust who made it,'} with: python -c {shlex.quote(code)}"
+
+
+def _names(path: Location) -> tuple[str, str]:
+    """What a command calls the file, and the one that it makes of it."""
+    old = path.name if isinstance(path, RemotePath) else str(path)
+    return old, f"{old.removesuffix(path.suffix)}.new{path.suffix}"

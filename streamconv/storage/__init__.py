@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 def is_url(path: object) -> bool:
     """Whether a path names something behind a protocol, such as ``https://`` or ``s3://``."""
     return "://" in str(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stored file: its size in bytes and what changes with its content (an ETag, a digest), as far as the store tells."""
+
+    size: int
+    tag: str = ""

@@ -1,49 +1,83 @@
-"""What the outputs of a conversion are written to: a directory, an object store, a repository on the Hub."""
+"""What the outputs of a conversion are written to, where that is no directory: an object store, a repository on the Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from streamconv.errors import UsageError
+from streamconv.storage import Entry
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A stored file: its size in bytes and what changes with its content (an ETag, a digest), as far as the store tells."""
-
-    size: int
-    tag: str = ""
+__all__ = ["Entry", "Sink", "open_sink"]
 
 
 class Sink(Protocol):
-    """A place for the files of an output, by names relative to it. A file appears whole under its name, or not at all."""
+    """A place for the files of an output, by names relative to it. A file appears whole under its name, or not at all.
+
+    Errors are one line: UsageError or DestinationError for what cannot be written at all, RunError for what failed on the way.
+    """
 
     url: str
-    streams: bool
-    """Whether files may be written front to back as they come; else they are made on this machine and uploaded."""
+    pull_request: str
+    """The URL of the one that was made, if that was wanted."""
 
     def list(self) -> Mapping[str, Entry]:
-        """What is there."""
+        """What is there, as far as the store tells; of a pull request, what it changes."""
         ...
 
-    def stream(self, name: str, size: int) -> AbstractContextManager[Callable[[memoryview], None]]:
-        """What takes a file of ``size`` bytes piece by piece; the file is there when the block is left without an error."""
+    def address(self, name: str) -> str:
+        """The URL that a file can be read by."""
         ...
 
-    def upload(self, name: str, path: Path) -> None:
-        """Puts a complete local file there."""
+    def holds(self, url: str) -> bool:
+        """Whether a URL to read from is of what this place has now."""
         ...
 
-    def write(self, name: str, data: bytes) -> None:
-        """Puts a small file there."""
+    def put(self, files: Mapping[str, Path | bytes]) -> None:
+        """Puts complete files there, in one step where the store has such."""
         ...
 
-    def read(self, name: str) -> bytes | None:
-        """A small file, or None where there is none."""
+    def remove(self, names: Collection[str]) -> None:
+        """Removes files; those that are not there do not matter."""
         ...
 
-    def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
+    def abandon(self, names: Collection[str], *, others: bool) -> None:
+        """Takes back what killed runs have left of these files, and of ``others`` directly in the directory, without their being there."""
         ...
+
+    def load_state(self, name: str) -> bytes | None:
+        """What `save_state` has kept, by this process or another."""
+        ...
+
+    def save_state(self, name: str, data: bytes) -> None:
+        """Keeps what says how far an unfinished output is."""
+        ...
+
+    def drop_state(self, name: str) -> None:
+        """Forgets it."""
+        ...
+
+
+def open_sink(url: str, *, create_pr: bool = False) -> Sink:
+    """The place for outputs that a URL names; nothing is asked of it yet.
+
+    Args:
+        url: of a directory.
+        create_pr: what is put there shall be a pull request.
+
+    Raises:
+        UsageError: it cannot be written to.
+    """
+    scheme = url.partition("://")[0]
+    if scheme == "hf":
+        from streamconv.storage.hub import HubSink
+
+        return HubSink(url, create_pr=create_pr)
+    if create_pr:
+        raise UsageError(f"--create-pr: {url} has no pull requests: give a repository on the Hub, such as hf://org/name")
+    if scheme in ("http", "https"):
+        raise UsageError(f"{url}: web servers are read only: give a path, or a URL of a store (s3://, gs://, hf://)")
+    from streamconv.storage.objects import ObjectSink
+
+    return ObjectSink(url)

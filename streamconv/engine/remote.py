@@ -1,0 +1,68 @@
+"""Reading where some sources are behind URLs, and what of them is asked for in one request."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+
+from streamconv.engine.io import PositionedReader
+from streamconv.storage import is_url
+from streamconv.storage.ranges import SKIPPED, STREAMS, Ranges
+from streamconv.storage.sinks import Entry
+
+
+class RemoteReader(PositionedReader):
+    """Reads URLs by range requests and paths as ``local`` does. For one thread.
+
+    Args:
+        local: of this machine's files.
+        known: size and version of the files behind URLs.
+        stop: ends waits for a server when it is set.
+    """
+
+    def __init__(self, local: PositionedReader, known: Mapping[str, Entry], stop: threading.Event | None) -> None:
+        super().__init__()
+        self._local, self._ranges = local, Ranges(known, stop)
+
+    def buffer(self) -> memoryview:
+        return self._local.buffer()
+
+    def fd(self, path: str) -> int:
+        return self._local.fd(path)
+
+    def expect(self, reads: Iterable[tuple[str, int, int]]) -> None:
+        self._ranges.expect(join(reads))
+
+    def read(self, path: str, offset: int, view: memoryview) -> None:
+        (self._ranges if is_url(path) else self._local).read(path, offset, view)
+
+    def load(self, path: str, offset: int, nbytes: int, buffer: memoryview) -> int:
+        if not is_url(path):
+            return self._local.load(path, offset, nbytes, buffer)
+        self._ranges.read(path, offset, buffer[:nbytes])
+        return 0
+
+    def close(self) -> None:
+        self._local.close()
+        self._ranges.close()
+
+
+def join(reads: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
+    """Requests for ``reads`` - URL, offset, bytes - as URL, first byte, byte after the last: those that nearly follow one another are one.
+
+    Reads that go by turns through a few files, or parts of one, are as many requests as there are such parts.
+    """
+    growing: list[tuple[str, int, int]] = []
+    for url, offset, nbytes in reads:
+        if not is_url(url):
+            continue
+        start, stop = offset, offset + nbytes
+        for k, (name, first, end) in enumerate(growing):
+            if name == url and end <= start <= end + SKIPPED:
+                start = first
+                del growing[k]
+                break
+        growing.append((url, start, stop))
+        if len(growing) > STREAMS:
+            yield growing.pop(0)
+    yield from growing
