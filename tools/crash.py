@@ -4,7 +4,8 @@
 
 Each conversion runs in a process of its own, made slow and with its work cut small, so that a second holds many moments. SIGKILL comes
 at a random one of them, sometimes again while the run is being resumed. What is printed: how many kills hit a run at work, and how many
-bytes were written twice for each at most, which must not be more than one output file for each worker.
+bytes were written twice for each at most, which must not be more than one output file for each worker. Kinds in parts are divided into 16,
+of which several run at once, in random order; three are killed and run again, and sometimes the end is, too.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ import torch  # noqa: F401 - before the forks, so that their time is that of wor
 import yaml
 
 from streamconv import cli, compiler
-from streamconv.engine import local, order
+from streamconv.engine import local, order, parts
 
 WORKERS = 2
 SHARD = 1 << 20
 PAUSE = 0.004  # seconds after each task
+PARTS, AT_ONCE, KILLED = 16, 3, 3
 LAYERS, HIDDEN, KV, FFN, VOCAB = 4, 256, 128, 768, 1024
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FFN, "vocab_size": VOCAB,
@@ -70,6 +72,8 @@ KINDS = {
     "checksum": ["--max-shard-size", str(SHARD), "--checksum"],
     "reclaim": ["--max-shard-size", str(SHARD), "--reclaim-source", "--yes"],
     "reclaim-fuse": ["--max-shard-size", str(SHARD), "--recipe", "{src}/../fuse.yaml", "--reclaim-source", "--yes"],
+    "parts": ["--max-shard-size", str(SHARD // 2)],
+    "parts-fuse": ["--max-shard-size", str(SHARD // 2), "--recipe", "{src}/../fuse.yaml"],
 }
 """What to convert how; the source is always the same."""
 
@@ -90,7 +94,7 @@ class Count:
 
     def __str__(self) -> str:
         return (
-            f"{self.kind:12} {self.kills:4} runs, {self.hits:4} killed while at work, all resumed to the same bytes; "
+            f"{self.kind:12} {self.kills:4} runs, {self.hits:4} killed while at work, all gone on with to the same bytes; "
             f"written twice for a kill: {self.twice} bytes at most, {self.allowed} allowed"
         )
 
@@ -137,21 +141,22 @@ def start(arguments: list[str], log: Path) -> int:
     try:
         os.dup2(os.open(log.with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        _slow_down(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666))
-        code = cli.main([*arguments, "--quiet", "-j", str(WORKERS), "--max-memory", "4GB"])
+        _slow_down(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), PAUSE * (6 if arguments[0] == "run" else 1))
+        code = cli.main([*arguments, "--quiet", *(["-j", str(WORKERS), "--max-memory", "4GB"] if arguments[0] != "run" else [])])
     finally:
         os._exit(code)
 
 
-def _slow_down(log: int) -> None:
+def _slow_down(log: int, pause: float) -> None:
     order.COPY_CHUNK = 128 << 10
     compiler.TILE = 128 << 10
+    parts.SAVE_BYTES = SHARD
 
     def slowly(made: Callable[..., int], nbytes: Callable[..., int]) -> Callable[..., int]:
         def do(engine: local.LocalEngine, *task: object) -> int:
             os.write(log, b"%d\n" % nbytes(engine, *task))
             done = made(engine, *task)
-            time.sleep(PAUSE)
+            time.sleep(pause)
             return done
 
         return do
@@ -222,6 +227,72 @@ def crash(kind: str, kills: int, folder: Path, chance: random.Random) -> Count:
     return count
 
 
+def crash_parts(kind: str, rounds: int, folder: Path, chance: random.Random) -> Count:
+    """Makes outputs in parts, of which some are killed and run again.
+
+    Raises:
+        CrashError: a part failed, or the output is not that of an ordinary conversion.
+    """
+    original, dst, log = folder / "src", folder / kind / "dst", folder / kind / "log"
+    if not original.exists():
+        make_source(original)
+    plan = folder / kind / "plan.json"
+    plan.parent.mkdir()
+    given = [text.format(src=original) for text in KINDS[kind]]
+
+    def complete(*arguments: str) -> None:
+        if code := finish(start(list(arguments), log)):
+            raise CrashError(f"{kind}: exit code {code}: {log.with_suffix('.err').read_text()}; left in {folder / kind}")
+
+    complete("convert", str(original), str(dst), *given)
+    wanted, payload = read_tree(dst), written(log)
+    files = sorted(map(len, wanted.values()), reverse=True)
+    count = Count(kind, allowed=sum(files[: -(-len(files) // PARTS)]))
+    for _ in range(rounds):
+        shutil.rmtree(dst)
+        log.unlink()
+        complete("plan", str(original), str(dst), *given, "--out", str(plan))
+        order = chance.sample(range(PARTS), PARTS)
+        order += (victims := chance.sample(order, KILLED))
+        hits, running = 0, dict[int, int]()
+        for at, number in enumerate(order):
+            while len(running) >= AT_ONCE or number in running:
+                _wait_for_part(kind, running)
+            pid = start(["run", str(plan), "--part", f"{number}/{PARTS}"], log.with_name(f"log-{number}"))
+            if at >= PARTS or number not in victims:
+                running[number] = pid
+                continue
+            time.sleep(chance.uniform(0.02, 0.15))
+            os.kill(pid, signal.SIGKILL)
+            hits += finish(pid) < 0
+        while running:
+            _wait_for_part(kind, running)
+        if chance.random() < 0.5:
+            pid = start(["run", str(plan), "--finish"], log)
+            time.sleep(chance.uniform(0, 0.05))
+            os.kill(pid, signal.SIGKILL)
+            finish(pid)
+        complete("run", str(plan), "--finish")
+        if (found := read_tree(dst)) != wanted:
+            differing = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+            raise CrashError(f"{kind}: {', '.join(differing)} differ; left in {folder / kind}")
+        twice = (sum(written(path) for path in log.parent.glob("log*[!r]")) - payload) // max(1, hits)
+        if twice > count.allowed:
+            raise CrashError(f"{kind}: {twice} bytes written twice, {count.allowed} allowed; left in {folder / kind}")
+        for path in log.parent.glob("log-*"):
+            path.unlink()
+        count.kills, count.hits, count.twice = count.kills + KILLED, count.hits + hits, max(count.twice, twice)
+    shutil.rmtree(folder / kind)
+    return count
+
+
+def _wait_for_part(kind: str, running: dict[int, int]) -> None:
+    """Waits for the part that was begun first."""
+    number = next(iter(running))
+    if code := finish(running.pop(number)):
+        raise CrashError(f"{kind}: part {number}: exit code {code}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the kills and prints what came of them."""
     parser = argparse.ArgumentParser(description="Kill conversions at random moments and have them resumed.")
@@ -235,7 +306,11 @@ def main(argv: list[str] | None = None) -> int:
     chance = random.Random(args.seed)
     try:
         for number, kind in enumerate(kinds):
-            print(crash(kind, len(range(number, args.kills, len(kinds))), folder, chance), flush=True)
+            kills = len(range(number, args.kills, len(kinds)))
+            print(
+                crash_parts(kind, -(-kills // KILLED), folder, chance) if "parts" in kind else crash(kind, kills, folder, chance),
+                flush=True,
+            )
     except CrashError as error:
         print(f"crash: {error}", file=sys.stderr)
         return 1

@@ -22,6 +22,7 @@ from streamconv.engine import order
 from streamconv.engine.io import sync_directory
 from streamconv.errors import DestinationError
 from streamconv.plan import VERSION, Plan, SourceFile
+from streamconv.storage import is_url
 
 try:
     import fcntl
@@ -30,6 +31,7 @@ except ImportError:  # a system without it
 
 NAME = ".streamconv.json"
 HEAD, TAIL = 256 << 10, 64 << 10  # bytes of a source that tell it from another: a container's table of contents is at one end
+IN_PARTS = "its files are made in parts: make the others with 'streamconv run PLAN --part I/N', then 'streamconv run PLAN --finish'"
 _OWN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
@@ -165,6 +167,9 @@ class Journal(Ledger):
     def _take_up(self) -> None:
         lines, size = _read_lines(self._fd)
         first = lines[0] if lines else {}
+        if "parts" in first:
+            self.close()
+            raise DestinationError(f"{self._plan.destination}: {IN_PARTS}, or start afresh with --overwrite")
         if difference := self._find_difference(first):
             self.close()
             raise DestinationError(
@@ -323,7 +328,9 @@ def _tiling(plan: Plan) -> str:
 
 
 def _read_ends(source: SourceFile) -> str:
-    """SHA-256 of the first and last bytes of a source; nothing where it is gone."""
+    """SHA-256 of the first and last bytes of a source, of a URL its tag; nothing where it is gone."""
+    if is_url(source.path):
+        return source.tag
     found = hashlib.sha256()
     try:
         with Path(source.path).open("rb") as file:

@@ -15,9 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from streamconv.digests import format_sums, read_patches
+from streamconv.digests import Crc32, format_sums, read_patches
 from streamconv.engine.check import OutputCheck
 from streamconv.engine.direct import DirectWriter, allocate, blocks, shares_extents
 from streamconv.engine.io import (
@@ -34,14 +34,16 @@ from streamconv.engine.io import (
     write,
     write_data,
 )
-from streamconv.engine.journal import Ledger
+from streamconv.engine.journal import Journal, Ledger
 from streamconv.engine.order import Task, place_of, tasks_in_order, tile_pieces
-from streamconv.engine.readers import BACKENDS, Reader
+from streamconv.engine.readers import BACKENDS, Reader, known_urls, make_reader
 from streamconv.engine.reclaim import Reclaim, find_reads
 from streamconv.engine.threads import run_threads
-from streamconv.errors import DestinationError, Interrupted, RunError, SourceChanged, StreamconvError
+from streamconv.errors import DestinationError, Interrupted, RunError, SourceChanged, StreamconvError, UsageError
 from streamconv.plan import Compute, Copy, Plan, Segment
 from streamconv.runs import Move, region
+from streamconv.storage import is_url
+from streamconv.storage.ranges import fingerprint, fingerprints
 from streamconv.units import format_size
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
 SAVE_BYTES = 1 << 30  # bytes of output, at most, after which what is done is made durable and noted ...
 SAVE_SECONDS = 10.0  # ... or after so long
+LOOK_SECONDS = 30.0  # between two looks at a source behind a URL
 SUMS = "SHA256SUMS"
 PARTIAL = ".partial"
 _log = logging.getLogger(__name__)
@@ -72,15 +75,15 @@ def check_sources(plan: Plan, paths: Container[str] | None = None, *, given_back
     Raises:
         SourceChanged: size or modification time differ.
     """
-    for source in plan.sources:
-        if source.path in given_back or not (paths is None or source.path in paths):
-            continue
+    wanted = [source for source in plan.sources if source.path not in given_back and (paths is None or source.path in paths)]
+    remote = fingerprints(source.path for source in wanted if is_url(source.path))
+    for source in wanted:
         try:
-            found = Path(source.path).stat()
+            found = remote.get(source.path) or fingerprint(source.path)
         except OSError as error:
             raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now: {error.strerror}; plan again") from error
-        if (found.st_size, found.st_mtime_ns) != (source.size, source.mtime_ns):
-            raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now {found.st_size} or newer: it changed; plan again")
+        if (found.size, found.mtime_ns, found.tag) != (source.size, source.mtime_ns, source.tag):
+            raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now {found.size} or newer: it changed; plan again")
 
 
 class LocalEngine:
@@ -113,6 +116,8 @@ class LocalEngine:
         self._is_direct = plan.read_backend == "auto" and not shares_extents(self._root)
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._urls = known_urls(plan)
+        self._looked_at = dict.fromkeys(self._urls, time.monotonic())
         self._remaining: dict[int, int] = {}
         self._sparse: dict[int, bool] = {}
         self._local = threading.local()
@@ -156,7 +161,19 @@ class LocalEngine:
                     self._finish(number)
 
     def _check_sources(self, paths: Container[str] | None = None) -> None:
-        check_sources(self._plan, paths, given_back=self._reclaim.touched(self._journal.finished) if self._reclaim else ())
+        try:
+            check_sources(self._plan, paths, given_back=self._reclaim.touched(self._journal.finished) if self._reclaim else ())
+        except UsageError as error:  # access that has expired meanwhile
+            raise RunError(f"{error}, then rerun the same command with --resume") from error
+
+    def _look_at(self, path: str) -> None:
+        """Checks a source that was just read; one behind a URL, whose answers are checked anyway, now and then."""
+        if is_url(path):
+            with self._lock:
+                if time.monotonic() - self._looked_at[path] < LOOK_SECONDS:
+                    return
+                self._looked_at[path] = time.monotonic()
+        self._check_sources({path})
 
     def _raise_if_stopped(self) -> None:
         if self._stop.is_set():
@@ -179,13 +196,15 @@ class LocalEngine:
         kept = [number for number, name in enumerate(known) if name in self._journal.finished or name in self._journal.durable]
         if not kept:
             return
-        wrong = {number for number in kept if not _holds(self._present_path(number), self._plan.files[number].size)}
+        wrong = {number for number in kept if not holds(self._present_path(number), self._plan.files[number].size)}
         for number in set(kept) - wrong:
             _drop_cache(self._present_path(number))
         finished = [number for number in kept if known[number] in self._journal.finished]
         hashed = [number for number in finished if self._journal.finished[known[number]]]
         for number in set(hashed) - wrong:
-            if self._read_digest(number, self._present_path(number)) != self._journal.finished[known[number]]:
+            recorded = self._journal.finished[known[number]]
+            kind = Crc32 if recorded.startswith(Crc32.PREFIX) else hashlib.sha256
+            if self._read_digest(number, self._present_path(number), kind) != recorded:
                 wrong.add(number)
         compared = [number for number in kept if number not in wrong and number not in hashed]
         check = OutputCheck(self._plan, path_of=self._present_path)
@@ -252,6 +271,8 @@ class LocalEngine:
             self._compare(number)
         if self._checksum or self._reclaim:
             digest = self._read_digest(number, temporary)
+        elif self._is_costly(number):
+            digest = self._read_digest(number, temporary, Crc32)
         if self._checksum and self._is_commit(number):
             self.write_sums({**self._journal.finished, name: digest})
         with self._saving:
@@ -264,6 +285,10 @@ class LocalEngine:
         if self._reclaim:
             self._reclaim.release(self._journal.finished, [name])
 
+    def _is_costly(self, number: int) -> bool:
+        """Whether a later run would have to ask servers again to compare a file with its sources, had it no digest."""
+        return bool(self._urls) and isinstance(self._journal, Journal) and not self._is_commit(number)
+
     def _compare(self, number: int) -> None:
         """Compares a file that is about to be finished with its sources, as the disk has it."""
         path = self._partial(number)
@@ -272,8 +297,8 @@ class LocalEngine:
         if check.find_wrong_literals([number]) or check.compare(tasks_in_order(self._plan, [number])):
             raise RunError(f"{path}: does not hold what was written: check disk and memory, then rerun with --resume")
 
-    def _read_digest(self, number: int, path: Path) -> str:
-        reader, buffer, found = BACKENDS[self._plan.read_backend](2), self._reader().buffer(), hashlib.sha256()
+    def _read_digest(self, number: int, path: Path, kind: Callable[[], Any] = hashlib.sha256) -> str:
+        reader, buffer, found = BACKENDS[self._plan.read_backend](2), self._reader().buffer(), kind()
         try:
             for start in range(0, self._plan.files[number].size, CHUNK):
                 self._raise_if_stopped()
@@ -282,14 +307,16 @@ class LocalEngine:
                 found.update(buffer[at : at + size])
         finally:
             reader.close()
-        return found.hexdigest()
+        digest: str = found.hexdigest()
+        return digest
 
     def write_sums(self, digests: Mapping[str, str]) -> None:
         """Writes `SUMS` durably: ``digests`` by file, and those of the plan's other files, which are finished.
 
         Beside an output of one file, lines of other files stay.
         """
-        sums = {file.path: digests.get(file.path) or self._read_digest(k, self._path(k)) for k, file in enumerate(self._plan.files)}
+        known = {name: digest for name, digest in digests.items() if not digest.startswith(Crc32.PREFIX)}
+        sums = {file.path: known.get(file.path) or self._read_digest(k, self._path(k)) for k, file in enumerate(self._plan.files)}
         path = self._root / SUMS
         kept = path.read_text() if self._plan.single and path.exists() else ""
         temporary = partial(path, self._suffix)
@@ -373,8 +400,8 @@ class LocalEngine:
                 number, segment, tile = task
                 with located(str(self._partial(number)), place_of(self._plan, task)):
                     done = self._copy(number, segment) if isinstance(segment, Copy) else self._compute(number, segment, tile)
-                if not self._reclaim:  # which changes them itself
-                    check_sources(self._plan, {source.path for source in self._plan.sources[segment.source : segment.source + 1]})
+                if not self._reclaim and self._plan.sources:  # which changes them itself; a plan of constants has none
+                    self._look_at(self._plan.sources[segment.source].path)
                 with self._lock:
                     self._remaining[number] -= done
                     complete = not self._remaining[number]
@@ -390,7 +417,7 @@ class LocalEngine:
     def _reader(self) -> Reader:
         """This thread's reader."""
         if not hasattr(self._local, "reader"):
-            self._local.reader = BACKENDS[self._plan.read_backend](self._descriptors)
+            self._local.reader = make_reader(self._plan.read_backend, self._descriptors, self._urls, self._stop)
         reader: Reader = self._local.reader
         return reader
 
@@ -403,11 +430,15 @@ class LocalEngine:
 
     def _is_sparse(self, number: int) -> bool:
         if number not in self._sparse:  # a plan of constants has no sources at all
-            self._sparse[number] = bool(self._plan.sources) and is_sparse(self._plan.sources[number].path)
+            path = self._plan.sources[number].path if self._plan.sources else ""
+            self._sparse[number] = bool(path) and not is_url(path) and is_sparse(path)
         return self._sparse[number]
 
     def _copy(self, number: int, segment: Copy) -> int:
         source = self._plan.sources[segment.source].path
+        if is_url(source):
+            self._receive(source, number, segment)
+            return segment.nbytes
         fd = self._reader().fd(source)
         start, stop = segment.offset, segment.offset + segment.nbytes
         sparse = self._is_sparse(segment.source)
@@ -439,6 +470,24 @@ class LocalEngine:
                 buffer[:size] = buffer[at : at + size]
             writer.write_buffer(path, target, start, size)
 
+    def _receive(self, source: str, number: int, segment: Copy) -> None:
+        """Copies from a URL, by one request, front to back: whole blocks of the target past the page cache where it takes them so."""
+        reader, writer, path = self._reader(), self._writer(), str(self._partial(number))
+        at, end = segment.dst, segment.dst + segment.nbytes
+        shift, buffer = segment.offset - segment.dst, reader.buffer()
+        reader.expect([(source, segment.offset, segment.nbytes)])
+        with self._targets.use(path) as target:
+            first, last = blocks(at, segment.nbytes) if self._is_direct and writer.takes(path, segment.nbytes) else (end, end)
+            while at < end:
+                self._raise_if_stopped()
+                size = min(CHUNK, (first if at < first else last if at < last else end) - at)
+                reader.read(source, at + shift, buffer[:size])
+                if first <= at < last:
+                    writer.write_buffer(path, target, at, size)
+                else:
+                    write(target, buffer[:size], at)
+                at += size
+
     def _arena(self) -> Arena:
         from streamconv.evaluate import Arena
 
@@ -448,7 +497,7 @@ class LocalEngine:
         return arena
 
     def _compute(self, number: int, segment: Compute, tile: Move | None) -> int:
-        from streamconv.evaluate import evaluate
+        from streamconv.evaluate import evaluate, reads
 
         assert tile is not None
         node = self._plan.nodes[segment.node]
@@ -462,6 +511,7 @@ class LocalEngine:
             self._raise_if_stopped()
             reader.read(path, offset, view)
 
+        reader.expect(reads(node, region(tile)))
         evaluate(node, region(tile), out, arena, read)
         packed, sparse = out.data.cast("B"), self._is_sparse(segment.source)
         path = str(self._partial(number))
@@ -488,8 +538,8 @@ def _task_nbytes(plan: Plan, task: Task) -> int:
     return segment.nbytes if isinstance(segment, Copy) else tile.numel * plan.nodes[segment.node].spec.dtype.itemsize if tile else 0
 
 
-def _holds(path: Path, size: int) -> bool:
-    """Whether there is a file of this size, and no link."""
+def holds(path: Path, size: int) -> bool:
+    """Whether at ``path`` there is a file of this size, and no link."""
     try:
         return path.is_file() and not path.is_symlink() and path.stat().st_size == size
     except OSError:

@@ -18,6 +18,7 @@ from streamconv.engine.io import BLOCK, sync_directory
 from streamconv.errors import DestinationError, SourceChanged
 from streamconv.graph import sources
 from streamconv.plan import Copy, FilePlan, Plan
+from streamconv.storage import is_url
 
 Range = tuple[int, int]
 _KEEP_SIZE_AND_PUNCH = 0x01 | 0x02
@@ -66,6 +67,8 @@ class Reclaim:
         Raises:
             DestinationError: says which and why.
         """
+        if url := next(filter(is_url, self.files), None):
+            raise DestinationError(f"{url}: is not on this machine, and nothing is deleted elsewhere: leave out --reclaim-source")
         for path in self.files.keys() - self.touched(finished):
             real, found = os.path.realpath(path), os.lstat(path)
             why = None

@@ -1,0 +1,315 @@
+"""Outputs whose files are made apart: by several processes, on any hosts that see DST, in any order, any number of times.
+
+Each file is made under a name of its own and renamed when it is complete and durable, so that two may be at the same one. That DST
+belongs to a plan is said by its `Claim`, which nobody locks and which goes when `finish` has looked at every file and written the last:
+until then DST is incomplete, and what stands under its final name is done.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from streamconv.engine.check import OutputCheck
+from streamconv.engine.io import sync_directory
+from streamconv.engine.journal import IN_PARTS, Ledger, journal_path, read_journal
+from streamconv.engine.local import SAVE_BYTES, LocalEngine, Progress, check_sources, holds, partial
+from streamconv.errors import DestinationError, RunError
+from streamconv.plan import VERSION, Plan, is_below
+from streamconv.storage.sinks import Sink
+
+STALE = 600.0  # seconds without a write after which an unfinished file of another process is taken for what a killed one left
+UNFINISHED = re.compile(r"\.[0-9a-f]{12}\.partial$")
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+def files_to_make(plan: Plan, part: tuple[int, int] | None = None) -> list[int]:
+    """The numbers of the files that are made apart, or those of part I of N: of file k iff k and I leave the same rest by N.
+
+    They are all but the commit, if that is an index, which `finish` writes; on the Hub, where it is a commit of git, too, with the files
+    that hold no tensors.
+    """
+    count = len(plan.files) - (not plan.files[-1].segments)
+    mine = [number for number in range(count) if part is None or number % part[1] == part[0] % part[1]]
+    if count < len(plan.files) and plan.root.startswith("hf://"):
+        return [number for number in mine if plan.files[number].tensors]
+    return mine
+
+
+def make_files(plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: None, check: Callable[[], object] = lambda: None) -> None:
+    """Makes these files below a local root, each complete and durable under its name, or not at all.
+
+    Files go in groups of at most `SAVE_BYTES` unless one is larger: what a killed process loses is a group.
+
+    Args:
+        plan: that the files are of; its sources must not have changed since.
+        numbers: of files.
+        tell: told of bytes of output.
+        check: called before each group; raises what shall end the work.
+
+    Raises:
+        RunError: an I/O error; finished files stay.
+        SourceChanged: a source is not what was planned with.
+        Interrupted: Ctrl-C.
+    """
+    for group in _group(plan, numbers):
+        mine, suffix = plan.for_files(group), new_suffix()
+        try:
+            check()
+            _remove_unfinished(mine, older=STALE)
+            LocalEngine(mine, Ledger(), tell, suffix=suffix).run()
+        except (RunError, DestinationError):
+            if not all(holds(Path(plan.root) / file.path, file.size) for file in mine.files):  # else others were quicker, and have finished
+                raise
+        finally:
+            for file in mine.files:
+                partial(Path(plan.root) / file.path, suffix).unlink(missing_ok=True)
+
+
+def new_suffix() -> str:
+    """A suffix of its own for the names of unfinished files."""
+    return f".{uuid.uuid4().hex[:12]}.partial"
+
+
+def _group(plan: Plan, numbers: Iterable[int]) -> Iterator[list[int]]:
+    group: list[int] = []
+    nbytes = 0
+    for number in numbers:
+        if group and nbytes + plan.files[number].size > SAVE_BYTES:
+            yield group
+            group, nbytes = [], 0
+        group.append(number)
+        nbytes += plan.files[number].size
+    if group:
+        yield group
+
+
+def _remove_unfinished(plan: Plan, older: float = 0.0) -> None:
+    """Removes what others left of a plan's files under names of their own and have not written to for ``older`` seconds."""
+    names = {Path(plan.root) / file.path for file in plan.files} | {journal_path(Path(plan.root), plan.single)}
+    for folder in {path.parent for path in names}:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            whole = path.with_name(UNFINISHED.sub("", path.name))
+            with suppress(FileNotFoundError):  # another was quicker
+                if whole != path and whole in names and time.time() - path.stat().st_mtime >= older:
+                    path.unlink()
+
+
+class Claim:
+    """Says that what a local DST holds is of a plan whose files are made apart.
+
+    It lies in the place of a journal, so that ordinary runs see that DST is taken.
+
+    Args:
+        plan: the whole plan.
+        parts: how many parts a user divides it into, to speak of them.
+    """
+
+    def __init__(self, plan: Plan, parts: int = 0) -> None:
+        self._plan, self._parts = plan, parts
+        self._root = Path(plan.root)
+        self._name = journal_path(Path(), plan.single).name
+        self.where = str(plan.destination)
+
+    def begin(self, doomed: Iterable[str] | None = None) -> None:
+        """Takes DST, or goes on with what others have begun.
+
+        Whoever takes it notes which files are to go first, as they are then: everybody removes those, and no file made since.
+
+        Args:
+            doomed: what ``--overwrite`` removes, beside files in the places of the plan's; without effect on what others have begun.
+
+        Raises:
+            DestinationError: DST is another plan's, or an ordinary run's.
+        """
+        if not self.exists():
+            old = {} if doomed is None else self._look([*doomed, *(file.path for file in self._plan.files)])
+            line = {"state": "incomplete", "advice": IN_PARTS, "version": VERSION, "plan": self._plan.digest()}
+            self._create({**line, "old": old, "parts": self._parts})
+        old = self.check()["old"]
+        self._remove([name for name, identity in self._look(old).items() if identity == old[name] and is_below(name)])
+
+    def check(self) -> dict[str, Any]:
+        """What the claim says.
+
+        Raises:
+            DestinationError: there is none, or another one.
+        """
+        found = self._read()
+        if "parts" not in found and self.exists():
+            raise DestinationError(
+                f"{self.where}: holds an unfinished conversion that is none in parts: continue that, or give another DST"
+            )
+        if not found:
+            raise DestinationError(f"{self.where}: holds no part of this plan: make its files with --part first")
+        sound = isinstance(found.get("old"), dict) and isinstance(found["parts"], int)
+        if not sound or found.get("plan") != self._plan.digest() or found.get("version") != VERSION:
+            raise DestinationError(
+                f"{self.where}: holds parts of another plan (other sources, options or release): finish that one, give another DST, "
+                f"or remove {self._name} there and start with --overwrite"
+            )
+        return found
+
+    def finished(self, numbers: Sequence[int]) -> set[int]:
+        """Those of these files that are done: present at their size and with their literals."""
+        found = self._look(self._plan.files[number].path for number in numbers)
+        present = [k for k in numbers if found.get(self._plan.files[k].path, [None])[0] == self._plan.files[k].size]
+        return set(present) - self._find_wrong(present)
+
+    def make_way(self, numbers: Iterable[int]) -> None:
+        """Removes what is in the places of these files."""
+        self._remove(self._look(self._plan.files[number].path for number in numbers))
+
+    def describe(self, number: int) -> str:
+        """What is wrong with a file that is not as it should be."""
+        file = self._plan.files[number]
+        size, *_ = self._look([file.path]).get(file.path, [-1])
+        if size < 0:
+            return f"{file.path} is missing"
+        return f"{file.path} has {size} bytes of {file.size}" if size != file.size else f"{file.path} holds something else"
+
+    def give_up(self) -> None:
+        """Has ``--overwrite`` start afresh with what others have begun, whoever they are.
+
+        Raises:
+            DestinationError: an ordinary run's DST.
+        """
+        if "parts" not in self._read():
+            self.check()
+        self.end()
+
+    def end(self) -> None:
+        """DST is complete."""
+        self._remove([self._name])
+
+    # Where it lies ---------------------------------------------------------------------------------------------
+
+    def exists(self) -> bool:
+        """Whether DST is taken, by this plan or another."""
+        return (self._root / self._name).exists()
+
+    def clear_up(self) -> None:
+        """Removes what killed processes left unfinished."""
+        _remove_unfinished(self._plan)
+
+    def _read(self) -> dict[str, Any]:
+        return read_journal(self._root / self._name)[0]
+
+    def _create(self, line: dict[str, Any]) -> None:
+        """Writes the claim, whole or not at all, unless there is one."""
+        path = self._root / self._name
+        draft = partial(path, new_suffix())
+        try:
+            with draft.open("x") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(draft, path)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                draft.replace(path)  # of two at once the later stays, and the other finds out by `check`
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink(missing_ok=True)
+        sync_directory(str(self._root))
+
+    def _look(self, names: Iterable[str]) -> dict[str, list[Any]]:
+        """Those of these files that are there: size, or -1 of what is no plain file, and what changes with their content."""
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                entry = (self._root / name).lstat()
+                found[name] = [entry.st_size if stat.S_ISREG(entry.st_mode) else -1, entry.st_mtime_ns]
+        return found
+
+    def _find_wrong(self, present: Sequence[int]) -> set[int]:
+        """Those whose literals are not as planned; checksums, which take reading a file, are not looked at."""
+        bare = replace(self._plan, files=tuple(replace(file, checksums=()) for file in self._plan.files))
+        return OutputCheck(bare).find_wrong_literals(present)
+
+    def _remove(self, names: Collection[str]) -> None:
+        for path in (paths := [self._root / name for name in names]):
+            path.unlink(missing_ok=True)
+        for folder in {str(path.parent) for path in paths}:
+            sync_directory(folder)
+
+
+class SinkClaim(Claim):
+    """A claim in a place for outputs that is no directory; of two that take it at once, the later has it."""
+
+    def __init__(self, plan: Plan, sink: Sink, parts: int = 0) -> None:
+        super().__init__(plan, parts)
+        self._sink, self.where = sink, sink.url
+
+    def exists(self) -> bool:
+        return bool(self._read())
+
+    def end(self) -> None:
+        self._sink.drop_state(self._name)
+
+    def clear_up(self) -> None:
+        self._sink.abandon({file.path for file in self._plan.files}, others=not self._plan.single)
+
+    def _read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._sink.load_state(self._name) or b"{}")
+        return found
+
+    def _create(self, line: dict[str, Any]) -> None:
+        self._sink.save_state(self._name, json.dumps(line).encode() + b"\n")
+
+    def _look(self, names: Iterable[str]) -> dict[str, list[Any]]:
+        there = self._sink.list()
+        return {name: [there[name].size, there[name].tag] for name in names if name in there}
+
+    def _find_wrong(self, present: Sequence[int]) -> set[int]:  # noqa: ARG002 - what is there is whole, and only this plan's writers write it
+        return set()
+
+    def _remove(self, names: Collection[str]) -> None:
+        if names:
+            self._sink.remove(names)
+
+
+def finish(
+    plan: Plan, claim: Claim, write: Callable[[list[int]], object], check: Callable[[list[int]], set[int]], *, checksum: bool = False
+) -> None:
+    """Looks at every file, writes the commit where it is not made yet, and gives DST free.
+
+    Args:
+        plan: the whole plan.
+        claim: of this plan.
+        write: makes files of the plan, by number.
+        check: called with the numbers of the files that were made apart, before the commit is written; gives those that are wrong.
+        checksum: write ``SHA256SUMS``, too; only below a local root.
+
+    Raises:
+        DestinationError: files are missing or wrong; names each, and the part that makes it. Nothing is written.
+        SourceChanged: a source is not what was planned with.
+    """
+    count = claim.check()["parts"]
+    check_sources(plan)
+    made = files_to_make(plan)
+    lost = set(made) - claim.finished(made)
+    altered = set() if lost else check(made)
+    if wrong := sorted(lost | altered):
+        found = ", ".join(f"{claim.describe(k)}{f' (part {k % count}/{count})' if count else ''}" for k in wrong)
+        compared = " with --verify" if altered else ""
+        advice = f"run those parts{compared}, then --finish again" if count else "run it again with --resume"
+        raise DestinationError(f"{claim.where}: {len(wrong)} of {len(plan.files)} files not there as planned: {found}; {advice}")
+    claim.clear_up()
+    write([number for number in range(len(plan.files)) if number not in made])
+    if checksum:
+        LocalEngine(plan, Ledger()).write_sums({})
+    claim.end()

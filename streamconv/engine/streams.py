@@ -1,0 +1,240 @@
+"""Makes a plan's files behind a URL: each a stream, front to back, several at once; what cannot be streamed is made here and uploaded.
+
+A file can be streamed where its segments come in the order of the file and no checksum has to be written into it later, and the sink takes
+streams. Else `LocalEngine` makes it in a temporary directory, one such file at a time, so that the room of the largest is enough.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamconv.engine.io import CHUNK, describe_os_error, share_descriptors
+from streamconv.engine.journal import Ledger
+from streamconv.engine.local import LocalEngine, Progress, check_sources
+from streamconv.engine.order import place_of
+from streamconv.engine.readers import Reader, known_urls, make_reader
+from streamconv.engine.reclaim import find_reads
+from streamconv.engine.threads import run_threads
+from streamconv.errors import Interrupted, RunError, StreamconvError
+from streamconv.plan import Compute, Copy, FilePlan, Plan, Segment
+from streamconv.runs import region
+from streamconv.storage.objects import ATTEMPTS, ObjectSink, WriteFailed, failed, takes_streams, wait
+from streamconv.storage.sinks import Sink
+from streamconv.units import format_size
+
+if TYPE_CHECKING:
+    from streamconv.evaluate import Arena
+
+_log = logging.getLogger(__name__)
+PATIENCE = 10.0  # seconds after Ctrl-C in which threads may take back what they have begun to send
+_ZEROS = memoryview(bytes(64 << 10))
+
+
+def make_files(
+    plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: None, check: Callable[[], object] = lambda: None, *, sink: Sink
+) -> None:
+    """Makes these files of a plan in a sink, each complete under its name, or not at all.
+
+    Args:
+        plan: that the files are of; its sources must not have changed since.
+        numbers: of files.
+        tell: told of bytes of output; of negative numbers where a file is begun again.
+        check: called before each file; raises what shall end the work.
+        sink: where they go.
+
+    Raises:
+        DestinationError: the sink cannot be written.
+        RunError: an I/O error; finished files stay, nothing of others does.
+        SourceChanged: a source is not what was planned with.
+        Interrupted: Ctrl-C.
+    """
+    wanted = list(numbers)
+    streamed = [number for number in wanted if isinstance(sink, ObjectSink) and in_order(plan, plan.files[number])]
+    if isinstance(sink, ObjectSink) and streamed:
+        _Streams(plan, sink, tell, check).run(streamed)
+    _make_staged(plan, [number for number in wanted if number not in streamed], tell, check, sink)
+
+
+def staged_bytes(plan: Plan) -> int:
+    """Bytes of disk that making a plan's files behind a URL takes on this machine."""
+    staged = [k for k, file in enumerate(plan.files) if not (takes_streams(plan.root) and in_order(plan, file))]
+    return max((sum(plan.files[k].size for k in group) for group in _group(plan, staged)), default=0)
+
+
+def in_order(plan: Plan, file: FilePlan) -> bool:
+    """Whether a file can be made front to back."""
+    places = [_start(plan, segment) for segment in file.segments]
+    flat = all(isinstance(segment, Copy) or segment.move.dst_strides in ((), (1,)) for segment in file.segments)
+    return flat and not file.checksums and places == sorted(places)
+
+
+def _start(plan: Plan, segment: Segment) -> int:
+    """Where in its file a segment begins, in bytes."""
+    return place_of(plan, (0, segment, segment.move if isinstance(segment, Compute) else None))
+
+
+# Streams -----------------------------------------------------------------------------------------------------------
+
+
+class _Streams:
+    """Threads that make files, a file each at a time."""
+
+    def __init__(self, plan: Plan, sink: ObjectSink, tell: Progress, check: Callable[[], object]) -> None:
+        self._plan, self._sink, self._tell, self._check = plan, sink, tell, check
+        self._workers, self._descriptors = share_descriptors(plan.workers)
+        self._stop, self._lock = threading.Event(), threading.Lock()
+
+    def run(self, numbers: list[int]) -> None:
+        queue = iter(numbers)
+        try:
+            run_threads(min(self._workers, len(numbers)), lambda: self._work(queue), self._stop)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted: {self._plan.destination} is incomplete; rerun the same command with --resume") from None
+        except StreamconvError:
+            raise
+        except OSError as error:
+            raise describe_os_error(error, str(self._plan.destination)) from error
+        except Exception as error:
+            raise RunError(f"{self._plan.destination}: {type(error).__name__}: {error}") from error
+        finally:
+            self._stop.set()
+            self._sink.discard(PATIENCE)
+
+    def _work(self, queue: Iterator[int]) -> None:
+        reader = make_reader(self._plan.read_backend, self._descriptors, known_urls(self._plan), self._stop)
+        arena = _make_arena(self._plan)
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    number = next(queue, None)
+                if number is None:
+                    return
+                self._check()
+                self._make(number, reader, arena)
+        finally:
+            reader.close()
+
+    def _make(self, number: int, reader: Reader, arena: Arena | None) -> None:
+        """Makes a file, from its beginning again where the sink fails."""
+        file = self._plan.files[number]
+        for attempt in range(ATTEMPTS):
+            done = 0
+            try:
+                with self._sink.stream(file.path, file.size) as write:
+                    for piece in _pieces(self._plan, file, reader, arena):
+                        if self._stop.is_set():
+                            raise Interrupted("interrupted: rerun the same command with --resume")
+                        write(piece)
+                        done += len(piece)
+                        self._report(len(piece))
+                    check_sources(self._plan, set(find_reads(self._plan, file)))
+            except WriteFailed as failure:
+                self._report(-done)
+                if attempt + 1 == ATTEMPTS:
+                    raise failed(self._sink.address(file.path), failure) from None
+            else:
+                _log.info("%s: %s done", file.path, format_size(file.size))
+                return
+            wait(attempt, self._stop)
+
+    def _report(self, nbytes: int) -> None:
+        with self._lock:
+            self._tell(nbytes)
+
+
+def _make_arena(plan: Plan) -> Arena | None:
+    if not plan.arena:
+        return None
+    from streamconv.evaluate import Arena
+
+    return Arena(plan.arena)
+
+
+def _pieces(plan: Plan, file: FilePlan, reader: Reader, arena: Arena | None) -> Iterator[memoryview]:
+    """A file's bytes from the first to the last; each piece is good until the next is asked for."""
+    at = 0
+    parts: list[tuple[int, bytes | Segment]] = [*file.literals, *((_start(plan, segment), segment) for segment in file.segments)]
+    for start, part in sorted(parts, key=lambda item: item[0]):
+        yield from _zeros(start - at)
+        at = start
+        for piece in _part(plan, part, reader, arena):
+            yield piece
+            at += len(piece)
+    yield from _zeros(file.size - at)
+
+
+def _part(plan: Plan, part: bytes | Segment, reader: Reader, arena: Arena | None) -> Iterator[memoryview]:
+    if isinstance(part, bytes):
+        yield memoryview(part)
+    elif isinstance(part, Copy):
+        path, buffer = plan.sources[part.source].path, reader.buffer()
+        reader.expect([(path, part.offset, part.nbytes)])
+        for start in range(0, part.nbytes, CHUNK):
+            size = min(CHUNK, part.nbytes - start)
+            first = reader.load(path, part.offset + start, size, buffer)
+            yield buffer[first : first + size]
+    else:
+        from streamconv.evaluate import evaluate, reads
+
+        assert arena is not None
+        node = plan.nodes[part.node]
+        for tile in part.move.tiles(part.tile):
+            arena.release(0)
+            out = arena.take(tile.numel, node.spec.dtype.itemsize)
+            reader.expect(reads(node, region(tile)))
+            evaluate(node, region(tile), out, arena, reader.read)
+            yield out.data.cast("B")
+
+
+def _zeros(nbytes: int) -> Iterator[memoryview]:
+    for start in range(0, nbytes, len(_ZEROS)):
+        yield _ZEROS[: nbytes - start]
+
+
+# Staging -----------------------------------------------------------------------------------------------------------
+
+
+def _make_staged(plan: Plan, numbers: list[int], tell: Progress, check: Callable[[], object], sink: Sink) -> None:
+    """Makes files on this machine, uploads each and deletes it."""
+    prefix = _clear_staging(plan)
+    for group in _group(plan, numbers):
+        check()
+        with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
+            mine = replace(plan.for_files(group), root=folder, single=None)
+            try:
+                LocalEngine(mine, Ledger(), tell).run()
+            except Interrupted:
+                raise Interrupted(f"interrupted: {plan.destination} is incomplete; rerun the same command with --resume") from None
+            sink.put({file.path: Path(folder) / file.path for file in mine.files})
+
+
+def _clear_staging(plan: Plan) -> str:
+    """Removes what killed runs to the same place have left on this machine; gives how the names of such directories begin."""
+    import psutil
+
+    prefix = f"streamconv-{hashlib.sha256(plan.root.encode()).hexdigest()[:12]}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        if not psutil.pid_exists(int(left.name.removeprefix(prefix).partition("-")[0])):
+            shutil.rmtree(left, ignore_errors=True)
+    return prefix
+
+
+def _group(plan: Plan, numbers: Iterable[int]) -> Iterator[list[int]]:
+    """Files with tensors each by itself, the others together, with the commit if that is among them."""
+    small = []
+    for number in numbers:
+        if plan.files[number].tensors and number != len(plan.files) - 1:
+            yield [number]
+        else:
+            small.append(number)
+    if small:
+        yield small
