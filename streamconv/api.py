@@ -13,13 +13,14 @@ from typing import Any
 from streamconv import memory, recipes
 from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config
 from streamconv.compiler import Budget, check_workers, compile_plan
-from streamconv.destination import Target
+from streamconv.destination import RemoteTarget, Target, target_of
 from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
 from streamconv.engine.direct import LEAST, shares_extents
 from streamconv.engine.io import BLOCK
 from streamconv.engine.journal import journal_path, read_journal
 from streamconv.engine.readers import BACKENDS
 from streamconv.engine.reclaim import Reclaim
+from streamconv.engine.streams import staged_bytes
 from streamconv.errors import BudgetError, DestinationError, FormatError, StreamconvError, UsageError
 from streamconv.formats import FileLayout, Source
 from streamconv.names import parse as parse_names
@@ -30,14 +31,16 @@ from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_
 from streamconv.running import Result, run, with_reclaim
 from streamconv.sidecars import make_sidecars
 from streamconv.sides import lay_out, open_side
+from streamconv.storage import is_url
+from streamconv.storage.remote import Location, locate, shown
 from streamconv.units import format_size, parse_size
 from streamconv.verify import Comparison, compare
 from streamconv.vocabulary import resize_vocab, sampling
 
 MAX_MEMORY = "1GB"
 MAX_SHARD_SIZE = "5GB"
-COMPARING = 24 << 20  # bytes that --compare takes beside its libraries
 AnyPath = str | os.PathLike[str]
+COMPARING = 24 << 20  # bytes that --compare takes beside its libraries
 
 
 # Planning ----------------------------------------------------------------------------------------------------------
@@ -62,24 +65,30 @@ def plan(
     resume: bool = False,
     align: bool = False,
     reclaim_source: bool = False,
+    create_pr: bool = False,
+    engine: str = "local",
 ) -> Plan:
     """Everything but the run: what `convert` would do. Writes nothing; see `convert` for the arguments.
 
     Raises:
         StreamconvError: anything that can be refused before the first byte.
     """
-    floor = memory.peak()
+    floor, joined = memory.peak(), 0
+    if engine == "ray":
+        from streamconv.engine import ray
+
+        joined, workers = ray.load(str(dst)), 1 if workers is None else workers
     if read_backend not in BACKENDS:
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    target = Target.of(dst, format, chosen.target.format if chosen else "safetensors")
+    target = target_of(dst, format, chosen.target.format if chosen else "safetensors", create_pr=create_pr)
     own = read_identity_options(options or {}) if chosen is None else {}
     checkpoint = open_side(src, chosen.source if chosen else Side(), root=own.get("root"))
     try:
         target.check(checkpoint, overwrite=overwrite, resume=resume)
     except OSError as error:
         raise DestinationError(f"{target.path}: cannot be looked at: {error.strerror}; give another DST") from error
-    beside = Path(sidecars_from).absolute() if sidecars_from is not None else None
+    beside = _beside(sidecars_from)
     if beside is not None and not beside.is_dir():
         raise UsageError(f"--sidecars-from {beside}: not a directory")
     conversion = _convert_names(checkpoint, chosen, options or {}, _recast(dtype, keep_dtype), beside)
@@ -105,7 +114,7 @@ def plan(
         root=str(target.root),
         single=target.file,
         format=target.format,
-        budget=Budget(parse_size(max_memory), check_workers(workers), lambda: _taken(floor)),
+        budget=Budget(parse_size(max_memory), check_workers(workers, remote=is_url(src)), lambda: _taken(floor) + joined),
         sidecars=sidecars,
         mapping=(Row(*row) for row in conversion.rows),
         dropped=conversion.dropped,
@@ -115,11 +124,22 @@ def plan(
         reasons=conversion.reasons,
         tied=len(conversion.tied) + len(tied),
     )
+    if isinstance(target, RemoteTarget):
+        if reclaim_source:
+            raise UsageError(f"--reclaim-source: {target.path} is no path of this machine: leave it out")
+        return replace(made, totals=replace(made.totals, disk_needed=staged_bytes(made)))
     return with_reclaim(made) if reclaim_source else made
 
 
-def _may_share(checkpoint: Checkpoint, target: Target, layouts: Sequence[FileLayout]) -> Iterator[str]:
+def _beside(folder: AnyPath | None) -> Location | None:
+    """What ``--sidecars-from`` names."""
+    return None if folder is None else locate(folder).absolute()
+
+
+def _may_share(checkpoint: Checkpoint, target: Target | RemoteTarget, layouts: Sequence[FileLayout]) -> Iterator[str]:
     """Suggests ``--align`` where DST could share the source's blocks and only the headers' lengths keep it from that."""
+    if not isinstance(checkpoint.path, Path) or isinstance(target, RemoteTarget):
+        return
     above = next(parent for parent in (target.root, *target.root.parents) if parent.exists())
     if target.format != "safetensors" or above.stat().st_dev != checkpoint.path.stat().st_dev or not shares_extents(above):
         return
@@ -158,7 +178,7 @@ def _convert_names(
     recipe: Recipe | None,
     options: Mapping[str, object],
     recast: Callable[[str, TensorSpec], str | None],
-    beside: Path | None,
+    beside: Location | None,
 ) -> Conversion:
     if recipe is None:
         return resize_vocab(identity(_with_ties(checkpoint), recast), read_identity_options(options))
@@ -197,20 +217,22 @@ def convert(
     reclaim_source: bool = False,
     compare_with: AnyPath | None = None,
     progress: bool | Progress = False,
+    ray_address: str | None = None,
     **settings: Any,
 ) -> Result:
     """Plans and runs a conversion.
 
     Args:
         src: a directory or file.
-        dst: a file if its name ends in the container's suffix, else a directory.
+        dst: a file if its name ends in the container's suffix, else a directory; a path, or the URL of an object store or of the Hub.
         verify: read everything back and compare it after writing.
         checksum: see `run`.
         reclaim_source: see `run`; what is interrupted must be gone on with ``resume``.
         compare_with: a reference checkpoint to compare the result with; differences do not fail.
         progress: show a bar, on stderr if that is a terminal or in a notebook; or how to.
+        ray_address: see `run`.
         settings: the arguments of `plan`: recipe (name, file or `Recipe`), options, format, dtype, keep_dtype, max_shard_size,
-            single_file, max_memory, workers, read_backend, sidecars_from, overwrite, resume, align.
+            single_file, max_memory, workers, read_backend, sidecars_from, overwrite, resume, align, create_pr, engine.
 
     Raises:
         StreamconvError: see the classes.
@@ -219,7 +241,8 @@ def convert(
     if reference is not None:
         import torch  # noqa: F401 - loaded first, so that the plan counts what measuring differences takes
     overwrite, resume = bool(settings.get("overwrite")), bool(settings.get("resume"))
-    target = Target.of(dst, settings.get("format"))
+    create_pr = bool(settings.get("create_pr"))
+    target = target_of(dst, settings.get("format"), create_pr=create_pr)
     if reclaim_source and compare_with is not None and os.path.realpath(compare_with) == os.path.realpath(src):
         raise UsageError(f"--compare {compare_with}: will be gone with --reclaim-source: give another reference")
     made = _find_begun(src, target, reclaim_source=reclaim_source) if resume else None
@@ -241,6 +264,9 @@ def convert(
         reclaim_source=reclaim_source,
         progress=progress,
         settings=_describe(src, settings),
+        create_pr=create_pr,
+        engine=settings.get("engine", "local"),
+        ray_address=ray_address,
     )
     if reference is None:
         return result
@@ -249,10 +275,14 @@ def convert(
         dict(_with_ties(done)),
         _with_ties(reference),
         workers=made.workers,
-        max_memory=made.peak_memory,
+        max_memory=parse_size(settings.get("max_memory", MAX_MEMORY)) if isinstance(target, RemoteTarget) else made.peak_memory,
         read_backend=made.read_backend,
     )
     return replace(result, comparison=comparison, peak_rss=memory.peak())
+
+
+def _name_of(src: AnyPath) -> str:
+    return shown(str(src)) if is_url(src) else os.path.abspath(src)  # noqa: PTH100 - links stay
 
 
 def _describe(src: AnyPath, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,17 +291,19 @@ def _describe(src: AnyPath, settings: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: settings[name] for name in names if settings.get(name)}
     shard = parse_size(found.get("max_shard_size", MAX_SHARD_SIZE))
     recipe = getattr(found.get("recipe"), "name", found.get("recipe"))
-    found = dict.fromkeys(names) | found | {"src": os.path.abspath(src), "recipe": recipe, "max_shard_size": shard}  # noqa: PTH100
+    found = dict.fromkeys(names) | found | {"src": _name_of(src), "recipe": recipe, "max_shard_size": shard}
     described: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return described
 
 
-def _find_begun(src: AnyPath, target: Target, *, reclaim_source: bool) -> Plan | None:
+def _find_begun(src: AnyPath, target: Target | RemoteTarget, *, reclaim_source: bool) -> Plan | None:
     """The plan of an interrupted run that gives its source back, which cannot be planned again.
 
     Raises:
         DestinationError: such a run was interrupted, and this is none, or one of another source.
     """
+    if isinstance(target, RemoteTarget):
+        return None
     path = journal_path(target.root, target.file)
     first, _ = read_journal(path)
     if "reclaim" not in first:
@@ -287,9 +319,9 @@ def _find_begun(src: AnyPath, target: Target, *, reclaim_source: bool) -> Plan |
     return made
 
 
-def _find_finished(target: Target, error: StreamconvError) -> Plan | None:
+def _find_finished(target: Target | RemoteTarget, error: StreamconvError) -> Plan | None:
     """What is in DST, where the source cannot be opened because a run that is complete has given it back."""
-    if journal_path(target.root, target.file).exists():
+    if isinstance(target, RemoteTarget) or journal_path(target.root, target.file).exists():
         return None
     try:
         found = open_checkpoint(target.path)
@@ -353,7 +385,7 @@ def verify(
     own = read_identity_options(options or {}) if chosen is None else {}
     sides = (chosen.source, chosen.target) if chosen else (Side(), Side())
     left, right = open_side(a, sides[0], own.get("root")), open_side(b, sides[1])
-    beside = Path(sidecars_from).absolute() if sidecars_from is not None else None
+    beside = _beside(sidecars_from)
     made = _convert_names(left, chosen, options or {}, _recast(dtype, keep_dtype), beside)
     found = right.contents.entries if chosen else _with_ties(right)
     total = sum(entry.spec.nbytes for entry in found.values())
@@ -361,7 +393,7 @@ def verify(
         return compare(
             made.outputs,
             found,
-            workers=check_workers(workers),
+            workers=check_workers(workers, remote=is_url(a) or is_url(b)),
             max_memory=parse_size(max_memory),
             read_backend=read_backend,
             progress=tell,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ def keep_dtype(_name: str, _spec: TensorSpec) -> str | None:
     return None
 
 
-def canonical(entries: Mapping[str, Source], aliases: Sequence[tuple[str, str]]) -> dict[str, str]:
+def canonical(entries: Iterable[str], aliases: Sequence[tuple[str, str]]) -> dict[str, str]:
     """The name that rules use -> the stored name. Raises CoverageError where two names stand for one."""
     if not aliases:
         return {name: name for name in entries}

@@ -6,10 +6,12 @@ import argparse
 import io
 import json
 import os
+import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError
 from streamconv.plan import Plan
 from streamconv.progress import Progress
+from streamconv.storage import is_url
+from streamconv.storage.remote import locate, shown
 from streamconv.units import parse_size
 
 NEAR = 0.25  # of the tensors that have a rule, times the rules that have a tensor: a recipe worth a look
@@ -32,8 +36,8 @@ EXAMPLES = {
         "big out --resume",
     ),
     "plan": ("Llama-3-70B out --recipe llama-hf2meta --set model_parallel=8", "Llama-3-70B out --out plan.json"),
-    "run": ("plan.json --verify",),
-    "inspect": ("Llama-3-8B", "model.safetensors --json"),
+    "run": ("plan.json --verify", "plan.json --part 3/16", "plan.json --finish"),
+    "inspect": ("Llama-3-8B", "model.safetensors --json", "hf://org/name@main"),
     "doctor": ("Llama-3-8B", "Llama-3-8B --data --json"),
     "verify": ("before after", "Meta-Llama-3-8B Llama-3-8B --recipe llama-meta2hf"),
     "recipes": ("", "llama-meta2hf", "--match Llama-3-8B", "--new mine other > mine.yaml"),
@@ -90,12 +94,18 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-dtype", metavar="PATTERN", action="append", default=[], help="tensors that --dtype leaves alone (repeatable)"
     )
-    parser.add_argument("--sidecars-from", metavar="DIR", help="config and tokenizer files come from here instead of SRC")
+    parser.add_argument("--sidecars-from", metavar="DIR", type=shown, help="config and tokenizer files come from here instead of SRC")
+
+
+def _pull_request(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--create-pr", action="store_true", help="upload to the Hub as a pull request; DST may then be SRC's repository")
 
 
 def _conversion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", help="a checkpoint: a directory or a file")
-    parser.add_argument("dst", metavar="DST", help="a file if it ends in the container's suffix, else a directory")
+    parser.add_argument("src", metavar="SRC", type=shown, help="a checkpoint: a directory, a file, or a URL (https, hf, s3, gs)")
+    parser.add_argument(
+        "dst", metavar="DST", type=shown, help="a file if it ends in the container's suffix, else a directory; or a URL (hf, s3, gs)"
+    )
     _recipe(parser)
     _memory(parser)
     parser.add_argument("--format", metavar="NAME", help="container of DST (by its suffix, else the recipe's, else safetensors)")
@@ -104,7 +114,8 @@ def _conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--align", action="store_true", help="start data at whole blocks, so that file systems that share blocks need not copy"
     )
-    parser.add_argument("--engine", choices=["local"], default="local", help="where output files are made")
+    _engine(parser)
+    _pull_request(parser)
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="remove weight and index files in DST first")
     again.add_argument("--resume", action="store_true", help="continue an interrupted run")
@@ -115,6 +126,11 @@ def _conversion(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="DELETE SRC's weights while converting: give their space back once what they became is safe",
     )
+
+
+def _engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", choices=running.ENGINES, default="local", help="where output files are made; ray: a task for each")
+    parser.add_argument("--ray-address", metavar="ADDR", help="of the Ray cluster (RAY_ADDRESS, else this machine's, else a new one)")
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
@@ -142,41 +158,68 @@ def _build_parser() -> _Parser:
 
     convert = add("convert", "Convert or re-shard a checkpoint.", _conversion)
     _report(convert)
-    convert.add_argument("--compare", metavar="DIR", help="then print the comparison with this reference checkpoint")
+    convert.add_argument("--compare", metavar="DIR", type=shown, help="then print the comparison with this reference checkpoint")
     convert.add_argument("--yes", action="store_true", help="do not ask whether --reclaim-source is meant")
     plan = add("plan", "Say what convert would do; write nothing.", _conversion)
     plan.add_argument("--out", metavar="FILE", help="write the plan itself to this file")
     run = add("run", "Run a plan that 'plan --out' wrote.")
     run.add_argument("plan", metavar="FILE")
+    _engine(run)
+    _pull_request(run)
     again = run.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="remove weight and index files in DST first")
     again.add_argument("--resume", action="store_true", help="continue an interrupted run")
     run.add_argument("--verify", action="store_true", help="read everything back and compare after writing")
     run.add_argument("--checksum", action="store_true", help="write SHA256SUMS, too")
+    share = run.add_mutually_exclusive_group()
+    share.add_argument(
+        "--part", metavar="I/N", type=_read_part, help="make the files of part I of N only; anywhere, in any order, also again"
+    )
+    share.add_argument("--finish", action="store_true", help="check what the parts have made, and write the index")
     inspect = add("inspect", "List names, dtypes, shapes, files and sizes, from headers only.")
-    inspect.add_argument("src", metavar="SRC")
+    inspect.add_argument("src", metavar="SRC", type=shown)
     inspect.add_argument("--filter", metavar="PATTERN", help="only tensors of such names: a name pattern, a glob, or a part of the name")
     inspect.add_argument("--stats", action="store_true", help="min, max, mean and norm, from the data")
     inspect.add_argument("--all", action="store_true", help="a line for each tensor, with its file")
     doctor = add("doctor", "Look for damage and contradictions, from headers, index and config.")
-    doctor.add_argument("src", metavar="SRC")
+    doctor.add_argument("src", metavar="SRC", type=shown)
     doctor.add_argument("--data", action="store_true", help="look at the numbers too: NaN, Inf, constant tensors")
     verify = add("verify", "Compare two checkpoints tensor by tensor, or a recipe's result with B.", _recipe, _memory)
     _report(verify)
-    verify.add_argument("a", metavar="A")
-    verify.add_argument("b", metavar="B")
+    verify.add_argument("a", metavar="A", type=shown)
+    verify.add_argument("b", metavar="B", type=shown)
     known = add("recipes", "List recipes, explain one, or find those that fit a checkpoint.")
     known.add_argument("name", metavar="NAME", nargs="?")
-    known.add_argument("--match", metavar="SRC", help="only those that fit this checkpoint")
+    known.add_argument("--match", metavar="SRC", type=shown, help="only those that fit this checkpoint")
     known.add_argument(
         "--new",
         metavar=("SRC", "TARGET_NAMES"),
         nargs=2,
+        type=shown,
         help="draft one, as YAML, between two checkpoints; the second may be a JSON file of name -> shape",
     )
     demo = add("demo", "Build a small checkpoint, convert it there and back, and verify it.")
     demo.add_argument("dir", metavar="DIR", nargs="?", help="where to leave it (default: a temporary directory)")
     return parser
+
+
+def _read_part(text: str) -> tuple[int, int]:
+    """``3/16`` as (3, 16)."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    part = (int(found[1]), int(found[2])) if found else (1, 0)
+    if part[0] > part[1] or not part[1]:
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 0 or 1 up to N, such as 3/16, not {text!r}")
+    return part
+
+
+@contextmanager
+def _ending_softly() -> Iterator[None]:
+    """Has what schedulers send before they kill be an interrupt, so that nothing unfinished is left."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _options(given: Sequence[str]) -> dict[str, object]:
@@ -194,7 +237,10 @@ def _options(given: Sequence[str]) -> dict[str, object]:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `api.plan` from those of the command line."""
     names = ("recipe", "format", "dtype", "keep_dtype", "max_shard_size", "single_file", "max_memory", "workers", "read_backend")
-    found = {name: getattr(args, name) for name in (*names, "sidecars_from", "overwrite", "resume", "align", "reclaim_source")}
+    found = {
+        name: getattr(args, name)
+        for name in (*names, "sidecars_from", "overwrite", "resume", "align", "reclaim_source", "create_pr", "engine")
+    }
     return found | {"options": _options(args.set)}
 
 
@@ -222,8 +268,9 @@ def _convert(args: argparse.Namespace) -> int:
     if args.reclaim_source and not args.yes:
         _confirm(args)
     progress = _progress(args)
-    shown = {"verify": args.verify, "checksum": args.checksum, "progress": progress}
-    result = api.convert(args.src, args.dst, compare_with=args.compare, **shown, **_settings(args))
+    shown = {"verify": args.verify, "checksum": args.checksum, "progress": progress, "ray_address": args.ray_address}
+    with _ending_softly() if is_url(args.dst) else nullcontext():
+        result = api.convert(args.src, args.dst, compare_with=args.compare, **shown, **_settings(args))
     if args.report:
         from streamconv import report_page
 
@@ -272,6 +319,7 @@ def _print_result(args: argparse.Namespace, result: running.Result) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    args.src = locate(args.src)
     made = api.plan(args.src, args.dst, **_settings(args))
     if args.out:
         try:
@@ -292,17 +340,21 @@ def _run(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise FormatError(f"{args.plan}: cannot be read: {error}; make it with 'streamconv plan SRC DST --out FILE'") from error
     made = Plan.from_json(text)
-    _print_result(
-        args,
-        running.run(
+    with _ending_softly() if args.part or is_url(made.root) else nullcontext():
+        result = running.run(
             made,
             overwrite=args.overwrite,
             resume=args.resume,
             verify=args.verify,
             checksum=args.checksum,
             progress=Progress(_shows_bar(args), args.verbose, made.peak_memory),
-        ),
-    )
+            part=args.part,
+            finish=args.finish,
+            engine=args.engine,
+            ray_address=args.ray_address,
+            create_pr=args.create_pr,
+        )
+    _print_result(args, result)
     return 0
 
 
@@ -320,9 +372,10 @@ def _inspect(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from streamconv.doctor import examine
 
-    found = examine(Path(args.src), data=args.data)
+    src = locate(args.src)
+    found = examine(src, data=args.data)
     try:
-        found.recipes = matching.match_recipes(args.src)
+        found.recipes = matching.match_recipes(src)
     except StreamconvError:
         found.recipes = []
     if args.json:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, is_weights
+from streamconv.engine.journal import IN_PARTS, Journal, journal_path, read_journal
 from streamconv.engine.journal import NAME as JOURNAL
-from streamconv.engine.journal import Journal, journal_path
 from streamconv.engine.local import partial
+from streamconv.engine.parts import UNFINISHED
 from streamconv.errors import DestinationError, SpaceError, UsageError
 from streamconv.formats import sat
 from streamconv.plan import Plan
+from streamconv.storage import is_url
+from streamconv.storage.sinks import Sink, open_sink
+from streamconv.storage.stores import public
 from streamconv.units import format_size
 
 
@@ -28,17 +33,10 @@ class Target:
 
     @classmethod
     def of(cls, dst: str | os.PathLike[str], format: str | None, default: str = "safetensors") -> Target:  # noqa: A002
-        path = Path(dst)
-        if "://" in str(dst):
-            raise UsageError(f"{dst}: URLs cannot be written yet: give a path")
-        if format not in (None, *CONTAINERS):
-            raise UsageError(f"--format {format}: unknown container; known are {', '.join(CONTAINERS)}")
-        path = Path(os.path.abspath(path))  # noqa: PTH100 - links in DST are kept as the user wrote them
-        by_suffix = FORMAT_OF.get(path.suffix)
-        if by_suffix and not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
-            if format and format != by_suffix:
-                raise UsageError(f"{path}: ends in {path.suffix}, which is not --format {format}")
-            return cls(path.parent, path.name, by_suffix)
+        path = Path(os.path.abspath(dst))  # noqa: PTH100 - links in DST are kept as the user wrote them
+        is_one = not os.path.isdir(path)  # noqa: PTH112 - unlike Path.is_dir it never raises
+        if found := _read_format(path, format, is_one=is_one):
+            return cls(path.parent, path.name, found)
         return cls(path, None, format or default)
 
     @property
@@ -47,29 +45,34 @@ class Target:
 
     def check_free(self) -> None:
         """Refuses a DST that has something in it."""
-        path = self.path
-        if journal_path(self.root, self.file).exists():
+        path, journal = self.path, journal_path(self.root, self.file)
+        if read_journal(journal)[0].get("parts"):
+            raise DestinationError(f"{path}: {IN_PARTS}, or start afresh with --overwrite")
+        if journal.exists():
             raise DestinationError(f"{path}: holds an unfinished conversion: continue it with --resume, start afresh with --overwrite")
         self.check_empty()
 
     def check_empty(self) -> None:
-        """Refuses a DST that has something in it beside a journal."""
+        """Refuses a DST that has something in it beside a journal or a claim."""
         path = self.path
-        mine = {JOURNAL, f"{JOURNAL}.new"}
-        occupied = os.path.lexists(path) if self.file else path.is_dir() and any(entry.name not in mine for entry in path.iterdir())
+        occupied = (
+            os.path.lexists(path) if self.file else path.is_dir() and any(not entry.name.startswith(JOURNAL) for entry in path.iterdir())
+        )
         if occupied:
             raise DestinationError(f"{path}: already exists and is not empty: give another DST, or --overwrite, or --resume")
 
     def check(self, checkpoint: Checkpoint, *, overwrite: bool, resume: bool) -> None:
         """Refuses a DST that is, holds or lies in SRC, or that has something in it."""
         path, src = self.path, checkpoint.path
-        mine, theirs = Path(os.path.realpath(path)), Path(os.path.realpath(src))
-        if mine == theirs:
-            raise DestinationError(f"{path}: DST is SRC: give another DST")
-        if src.is_dir() and mine.is_relative_to(theirs):
-            raise DestinationError(f"{path}: DST lies inside SRC {src}: give a DST outside of it")
-        if theirs.is_relative_to(mine) or any(os.path.realpath(file).startswith(f"{mine}{os.sep}") for file in checkpoint.contents.files):
-            raise DestinationError(f"{path}: SRC {src} lies inside DST: give another DST")
+        if isinstance(src, Path):
+            mine, theirs = Path(os.path.realpath(path)), Path(os.path.realpath(src))
+            if mine == theirs:
+                raise DestinationError(f"{path}: DST is SRC: give another DST")
+            if src.is_dir() and mine.is_relative_to(theirs):
+                raise DestinationError(f"{path}: DST lies inside SRC {src}: give a DST outside of it")
+            files = [os.path.realpath(str(file)) for file in checkpoint.contents.files]
+            if theirs.is_relative_to(mine) or any(file.startswith(f"{mine}{os.sep}") for file in files):
+                raise DestinationError(f"{path}: SRC {src} lies inside DST: give another DST")
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other: start afresh, or continue")
         if path.exists() and not path.is_dir() and not self.file:
@@ -79,6 +82,91 @@ class Target:
             raise DestinationError(f"{path}: {above} is not a directory: give another DST")
         if not overwrite and not resume:
             self.check_free()
+
+
+@dataclass(frozen=True)
+class RemoteTarget:
+    """DST taken apart where it is a URL, as `Target` does; ``create_pr``: what is put there shall be a pull request."""
+
+    root: str
+    file: str | None
+    format: str
+    create_pr: bool = False
+
+    @classmethod
+    def of(cls, dst: str, format: str | None, default: str, *, create_pr: bool) -> RemoteTarget:  # noqa: A002
+        url = public(dst).rstrip("/")
+        path = PurePosixPath(url.partition("://")[2])
+        at_root = len(path.parts) < (3 if url.startswith("hf://") else 2)
+        if found := _read_format(path, format, is_one=not at_root):
+            return cls(url.rpartition("/")[0], path.name, found, create_pr)
+        return cls(url, None, format or default, create_pr)
+
+    @property
+    def path(self) -> str:
+        return f"{self.root}/{self.file}" if self.file else self.root
+
+    def check(self, checkpoint: Checkpoint, *, overwrite: bool, resume: bool) -> None:
+        """Refuses a DST that is, holds or lies in SRC, or that has something in it, as far as its store tells."""
+        path, src, sink = self.path, str(checkpoint.path), open_sink(self.root, create_pr=self.create_pr)
+        if overwrite and resume:
+            raise UsageError("--overwrite and --resume exclude each other: start afresh, or continue")
+        if self.create_pr:
+            return
+        if path == src or sink.holds(src):
+            raise DestinationError(f"{path}: DST is SRC: give another DST" + ", or --create-pr" * path.startswith("hf://"))
+        if f"{path}/".startswith(f"{src}/"):
+            raise DestinationError(f"{path}: DST lies inside SRC {src}: give a DST outside of it")
+        if f"{src}/".startswith(f"{path}/"):
+            raise DestinationError(f"{path}: SRC {src} lies inside DST: give another DST")
+        if not overwrite and not resume:
+            if sink.load_state(journal_path(Path(), self.file).name):
+                raise DestinationError(f"{path}: holds an unfinished conversion: continue it with --resume, start afresh with --overwrite")
+            _check_empty(sink, self.file)
+
+
+def target_of(
+    dst: str | os.PathLike[str],
+    format: str | None,  # noqa: A002 - the word of the command line
+    default: str = "safetensors",
+    *,
+    create_pr: bool = False,
+) -> Target | RemoteTarget:
+    """DST taken apart.
+
+    Raises:
+        UsageError: it contradicts ``format``, or is a URL that cannot be written to.
+    """
+    if format not in (None, *CONTAINERS):
+        raise UsageError(f"--format {format}: unknown container; known are {', '.join(CONTAINERS)}")
+    if is_url(dst) and not str(dst).startswith("file://"):
+        return RemoteTarget.of(str(dst), format, default, create_pr=create_pr)
+    if create_pr:
+        raise UsageError(f"--create-pr: {dst} is no repository on the Hub: give hf://org/name")
+    return Target.of(str(dst).removeprefix("file://"), format, default)
+
+
+def _read_format(path: PurePath, format: str | None, *, is_one: bool) -> str | None:  # noqa: A002
+    """The container of the one file that a path names; None where it names a directory."""
+    found = FORMAT_OF.get(path.suffix) if is_one else None
+    if found and format and format != found:
+        raise UsageError(f"{path}: ends in {path.suffix}, which is not --format {format}")
+    return found
+
+
+def _check_empty(sink: Sink, single: str | None) -> None:
+    there = [name for name in sink.list() if (name == single if single else not name.startswith(JOURNAL))]
+    if there:
+        raise DestinationError(f"{sink.url}: holds {there[0]} already: give another DST, or --overwrite, or --resume")
+
+
+def check_staging(plan: Plan) -> None:
+    """Raises SpaceError unless the directory for temporary files has room for what of a plan is made there before it is uploaded."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if plan.totals.disk_needed > free:
+        needed = format_size(plan.totals.disk_needed)
+        raise SpaceError(f"{folder}: no room: files of {needed} are made there, {format_size(free)} are free: set TMPDIR to another disk")
 
 
 def check_room(plan: Plan, root: Path, doomed: Iterable[Path]) -> None:
@@ -111,8 +199,24 @@ def old_files(root: Path, single: str | None) -> list[Path]:
         return [root / single]
     if not root.is_dir():
         return []
-    found = (*root.iterdir(), *root.glob(sat.OWN), *root.glob(f"{sat.OWN}.partial"))
-    return [path for path in found if is_weights(path.name.removesuffix(".partial")) and not path.is_dir()]
+    found = (*root.iterdir(), *root.glob(sat.OWN), *root.glob(f"{sat.OWN}.*partial"))
+    ours = (path for path in found if UNFINISHED.search(path.name) or is_weights(path.name.removesuffix(".partial")))
+    return [path for path in ours if not path.is_dir()]
+
+
+def old_names(plan: Plan, sink: Sink | None) -> list[str]:
+    """`old_files` of a plan's DST, which may be a sink, relative to its root."""
+    if sink:
+        return [name for name in sink.list() if (name == plan.single if plan.single else is_weights(name))]
+    return [path.relative_to(plan.root).as_posix() for path in old_files(Path(plan.root), plan.single)]
+
+
+def check_empty(plan: Plan, sink: Sink | None) -> None:
+    """Refuses a plan's DST, which may be a sink, if it has something in it."""
+    if not sink:
+        Target(Path(plan.root), plan.single, plan.format).check_empty()
+    else:
+        _check_empty(sink, plan.single)
 
 
 def prepare(plan: Plan, root: Path, *, overwrite: bool, resume: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,19 +22,22 @@ from streamconv.folding import fold, fold_names
 from streamconv.formats import Extent
 from streamconv.graph import AnyNode, Node, Source, sources
 from streamconv.runs import Move
+from streamconv.storage import is_url
 from streamconv.units import format_size
 
-VERSION = 1
+VERSION = 2
 SHOWN = 40  # lines of a kind that a plan's picture has
+SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
 
 
 class SourceFile(NamedTuple):
-    """A file that is read, with what tells whether it changed. Size in bytes; ``allocated`` is what it takes on disk."""
+    """A file that is read, with what tells whether it changed: of a URL its ETag, ``tag``. ``allocated``: bytes that it takes on disk."""
 
     path: str
     size: int
     mtime_ns: int
     allocated: int
+    tag: str = ""
 
 
 class Copy(NamedTuple):
@@ -166,13 +169,16 @@ class Plan:
         totals, workers = self.totals, f"{self.workers} worker{'' if self.workers == 1 else 's'}"
         written = format_size(totals.bytes_written)
         taken = sum(source.allocated for source in self.sources)
+        disk = f"{format_size(taken)} now, {format_size(taken + totals.disk_needed)} afterwards, with the sources"
+        if is_url(self.root):
+            disk = f"at most {format_size(totals.disk_needed)} at a time, until it is uploaded" if totals.disk_needed else "none"
         lines = [
             f"{self.destination} ({self.format}): {len(self.mapping)} tensors, {len(self.files)} files, {written}",
             f"  reads    {format_size(totals.bytes_read)}: {_list_files((source.path, source.size) for source in self.sources)}",
             f"  writes   {written}: {_list_files((file.path, file.size) for file in self.files)}",
             f"  moves    {format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed",
             f"  memory   peak memory at most {format_size(self.peak_memory)}, with {workers}",
-            f"  disk     {format_size(taken)} now, {format_size(taken + totals.disk_needed)} afterwards, with the sources",
+            f"  disk     {disk}",
             f"  account  {self.account}",
         ]
         changed = [(len(members), row) for row, members in self.fold_mapping() if row.layout or (row.target,) != row.sources]
@@ -202,8 +208,10 @@ class Plan:
             yield self.mapping[members[0]]._replace(target=target, sources=tuple(made_of)), [self.mapping[k] for k in members]
 
     @property
-    def destination(self) -> Path:
-        """What DST was: the directory, or the one file."""
+    def destination(self) -> Path | str:
+        """What DST was: the directory, or the one file; a URL's text."""
+        if is_url(self.root):
+            return f"{self.root}/{self.single}" if self.single else self.root
         return Path(self.root) / self.single if self.single else Path(self.root)
 
     def for_files(self, numbers: Iterable[int]) -> Plan:
@@ -230,6 +238,7 @@ class Plan:
             files=tuple(replace(file, segments=tuple(map(renumber, file.segments))) for file in files),
             checks=(),
             mapping=tuple(row for row in self.mapping if row.target in mine),
+            totals=add_up(files, self.nodes, self.sources),
         )
 
     def summary(self) -> dict[str, Any]:
@@ -253,7 +262,7 @@ class Plan:
         """Identifies the conversion: same sources, same outputs, same bytes. Workers and memory are not part of it."""
         found = hashlib.sha256(f"{VERSION} {self.format}".encode())
         for source in self.sources:
-            found.update(repr(source[:3]).encode())
+            found.update(repr(source._replace(allocated=0)).encode())
         for row in self.mapping:
             found.update(repr((row.target, row.sources, row.layout, str(row.spec))).encode())
         for file in self.files:
@@ -368,8 +377,7 @@ def _file_to_json(file: FilePlan) -> dict[str, Any]:
 
 
 def _file_from_json(row: dict[str, Any]) -> FilePlan:
-    path = Path(row["path"])
-    if path.is_absolute() or ".." in path.parts:
+    if not is_below(row["path"]):
         raise FormatError(f"a plan's files lie below its root, {row['path']!r} does not")
     return FilePlan(
         row["path"],
@@ -381,9 +389,36 @@ def _file_from_json(row: dict[str, Any]) -> FilePlan:
     )
 
 
+def is_below(path: str) -> bool:
+    """Whether a relative path stays below what it is relative to."""
+    return not Path(path).is_absolute() and ".." not in Path(path).parts
+
+
 def source_files(nodes: Iterable[AnyNode]) -> list[str]:
     """The paths that the leaves below ``nodes`` lie in, in order of first appearance."""
     return list(dict.fromkeys(extent.path for node in nodes for leaf in sources(node) for extent in leaf.extents))
+
+
+def add_up(files: Iterable[FilePlan], nodes: Sequence[AnyNode], given: Sequence[SourceFile]) -> Totals:
+    """What making these files of nodes and sources takes."""
+    copied = computed = read = written = 0
+    disk = 0.0
+    # What is left of a sparse source's blocks may straddle twice as many blocks in the output.
+    shares = [1.0 if is_url(source.path) or not source.size else source.allocated / source.size for source in given]
+    density = [min(1.0, share if share > SPARSE else 2 * share) for share in shares] or [1.0]  # nothing is read: all is made
+    for file in files:
+        written += file.size
+        disk += sum(len(data) for _, data in file.literals)
+        for segment in file.segments:
+            if isinstance(segment, Copy):
+                copied += segment.nbytes
+                disk += segment.nbytes * density[segment.source]
+            else:
+                nbytes = segment.move.numel * nodes[segment.node].spec.dtype.itemsize
+                computed += nbytes
+                read += segment.move.numel * segment.itemsize
+                disk += nbytes * density[segment.source]
+    return Totals(read + copied, copied, computed, written, round(disk))
 
 
 def _list_files(files: Iterable[tuple[str, int]]) -> str:

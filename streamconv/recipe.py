@@ -228,19 +228,20 @@ class Recipe:
         )
         return resize_vocab(whole, _read(vocabulary.OPTIONS, {key: given[key] for key in resizing & set(given)}))
 
-    def coverage(self, entries: Mapping[str, Source]) -> tuple[float, float]:
+    def coverage(self, names: Mapping[str, int]) -> tuple[float, float]:
         """The shares of a checkpoint's tensors that have a rule, and of the rules without condition that have one of them; by names only.
 
-        The second is 0 where the rules take tensors of any name.
+        ``names`` says how many tensors each stands for. The second share is 0 where none was found, also because rules take any name;
+        below 1 otherwise, the recipe cannot fit.
         """
         facts = [fact for fact in self.rules if isinstance(fact, Rule) or fact.flipped == isinstance(fact, Tie)]
         matcher = Matcher([parse_names(fact.right if isinstance(fact, Tie) else fact.left) for fact in facts])
-        found = [matcher.match(name) for name in canonical(entries, self.source.aliases)]
-        used = {number for matches in found for number, _ in matches}
+        found = {stored: matcher.match(known) for known, stored in canonical(names, self.source.aliases).items()}
+        used = {number for matches in found.values() for number, _ in matches}
         needed = [isinstance(fact, Rule) and not (fact.optional or fact.when or re.fullmatch(r"\{\w+\*\}", fact.left)) for fact in facts]
         required = [number for number, must in enumerate(needed) if must]
         met = len(used.intersection(required)) / len(required) if required else 0.0
-        return sum(map(bool, found)) / max(len(found), 1), met
+        return sum(names[stored] for stored, matches in found.items() if matches) / max(sum(names.values()), 1), met
 
     def make(
         self, nodes: Mapping[str, AnyNode], rows: Mapping[str, Row], scope: Mapping[str, Any], values: Mapping[str, Any], recast: Recast

@@ -1042,7 +1042,7 @@ REFUSED = {
     "SRC missing": (["convert", "{tmp}/none", "{dst}"], "none: no such file"),
     "SRC file missing": (["convert", "{tmp}/none.safetensors", "{dst}"], "no such file"),
     "SRC empty": (["convert", "{tmp}/empty", "{dst}"], "empty"),
-    "SRC a URL": (["convert", "hf://a/b", "{dst}"], "a/b"),
+    "SRC a URL of no store": (["convert", "gopher://a/b", "{dst}"], "no store of that kind"),
     "SRC name too long": (["convert", "{tmp}/" + "n" * 300, "{dst}"], "too long"),
     "SRC a text": (["convert", "{src}/tokenizer.json", "{dst}"], "tokenizer.json"),
     "inspect missing": (["inspect", "{tmp}/none"], "no such file"),

@@ -16,10 +16,31 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkpoint_files import numbered, write
+
+from streamconv import cli
+from tools.crash import read_tree
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^<!-- run -->\n```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^<!-- ([\w-]+\.(?:slurm|sh|yaml)) -->\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SBATCH = """#!/bin/bash
+# What Slurm would do, at once: every task of an array, or a command once what it depends on has come to a good end.
+set -eu
+for argument; do case $argument in --dependency=afterok:*) [ "${argument#*:}" = 7 ] && [ -e complete ] ;; esac; done
+if [ "$1" = --parsable ]; then
+    range=$(sed -n 's/^#SBATCH --array=//p' "$2")
+    for task in $(shuf -i "$range"); do
+        echo "$task"
+    done | xargs -P 4 -I @ env SLURM_ARRAY_TASK_ID=@ SLURM_ARRAY_TASK_COUNT=99 bash "$2" >&2
+    touch complete
+    echo "7;cluster"
+else
+    for last; do :; done
+    bash -c "$last"
+fi
+"""
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "hidden_size": 64, "intermediate_size": 96,
     "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256, "tie_word_embeddings": False,
@@ -122,7 +143,7 @@ def test_names_in_the_readme_exist():
     from streamconv.cli import _build_parser
     from streamconv.recipes import registry
 
-    text = README.read_text()
+    text = FILE.sub("", README.read_text())  # which call other programs, too
     parser = _build_parser()
     choices = parser._subparsers._group_actions[0].choices.values()
     known = {option for command in (parser, *choices) for action in command._actions for option in action.option_strings}
@@ -130,6 +151,59 @@ def test_names_in_the_readme_exist():
         assert option in known, option
     for name in re.findall(r"`([a-z0-9_-]+-[a-z]+2[a-z]+)`", text):
         assert name in registry(), name
+
+
+def read_files() -> dict[str, str]:
+    """The scripts and manifests of the cookbook, by name."""
+    return dict(FILE.findall(README.read_text()))
+
+
+def test_scripts_and_manifests_are_well_formed():
+    files = read_files()
+    assert {"convert.slurm", "submit.sh", "kubernetes.sh", "convert.yaml", "finish.yaml"} <= files.keys()
+    for name, text in files.items():
+        if name.endswith(".yaml"):
+            assert isinstance(yaml.safe_load(text), dict), name
+        else:
+            assert text.startswith("#!/bin/bash\n"), name
+            assert subprocess.run(["bash", "-n", "-c", text], check=False, timeout=30).returncode == 0, name
+
+
+def test_the_slurm_script_makes_what_convert_makes(folder, tmp_path):
+    """With stand-ins for sbatch and srun that do what Slurm would."""
+    streamconv = f'#!/bin/bash\nexec "{sys.executable}" -m streamconv.cli "$@"\n'
+    for name, text in {"sbatch": SBATCH, "srun": '#!/bin/bash\nexec "$@"\n', "streamconv": streamconv, **read_files()}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "Llama").symlink_to(folder / "Llama")
+    found = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["./submit.sh"], cwd=tmp_path, env=found, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the output is complete" in done.stdout
+    assert "convert" in execute(f"streamconv convert Llama '{tmp_path}/whole' --max-shard-size 50KB --quiet && echo convert", folder)
+    assert read_tree(tmp_path / "from-slurm") == read_tree(tmp_path / "whole")
+
+
+def test_the_kubernetes_manifests_make_what_convert_makes(folder, tmp_path):
+    """Each container's command, as kubelet would run it, with the volume's folder in its place."""
+    parts, end = (yaml.safe_load(read_files()[name]) for name in ("convert.yaml", "finish.yaml"))
+    assert parts["spec"]["completionMode"] == "Indexed"
+    assert f"job/{parts['metadata']['name']}\n" in read_files()["kubernetes.sh"]
+    execute(f"streamconv plan Llama '{tmp_path}/dst' --max-shard-size 50KB --out '{tmp_path}/plan.json'", folder)
+    for job, indexes in ((parts, range(parts["spec"]["completions"])), (end, range(1))):
+        assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+        pod = job["spec"]["template"]["spec"]
+        (container,), (volume,) = pod["containers"], pod["volumes"]
+        (mount,) = container["volumeMounts"]
+        assert mount["name"] == volume["name"]
+        for index in indexes:
+            command = [
+                word.replace(f"{mount['mountPath']}/", f"{tmp_path}/").replace("$(JOB_COMPLETION_INDEX)", str(index))
+                for word in container["command"]
+            ]
+            assert cli.main(command[1:]) == 0
+    execute(f"streamconv convert Llama '{tmp_path}/whole' --max-shard-size 50KB", folder)
+    assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
 
 
 def write_outputs(folder: Path) -> None:

@@ -4,7 +4,7 @@ import itertools
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,8 +134,19 @@ def world() -> Iterator[World]:
         yield World(Path(root))
 
 
+def joined(reads: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """Reads that follow one another as one."""
+    found: list[tuple[str, int, int]] = []
+    for path, start, count in reads:
+        if found and (found[-1][0], found[-1][1] + found[-1][2]) == (path, start):
+            found[-1] = (path, found[-1][1], found[-1][2] + count)
+        elif count:
+            found.append((path, start, count))
+    return found
+
+
 def run(plan: Plan) -> dict[str, bytes]:
-    """What a run of ``plan`` writes; checks that no worker took more of its arena than was said."""
+    """What a run of ``plan`` writes; checks that no worker took more of its arena than was said, and read what was foreseen."""
     root = Path(plan.root)
     root.mkdir(parents=True)
     used = []
@@ -146,9 +157,22 @@ def run(plan: Plan) -> dict[str, bytes]:
             used.append(self.mark)
             return taken
 
+    real = evaluate.evaluate
+
+    def watched(node: AnyNode, move: Move, out: np.ndarray, arena: Arena, read: evaluate.Read) -> None:
+        done = []
+
+        def note(path: str, offset: int, view: memoryview) -> None:
+            done.append((path, offset, len(view)))
+            read(path, offset, view)
+
+        real(node, move, out, arena, note)
+        assert joined(evaluate.reads(node, move)) == joined(done)
+
     told: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "Arena", Watched)
+        patch.setattr(evaluate, "evaluate", watched)
         patch.setattr(local.os, "fsync", lambda _: None)
         journal = Journal(root / "journal", plan)
         journal.begin(resume=False)
@@ -312,7 +336,7 @@ def test_tiles_fit_and_cover_each_segment(data: st.DataObject) -> None:
     dst_strides = tuple(math.prod(sizes[k + 1 :]) for k in range(len(sizes)))
     move = Move(sizes, 0, dst_strides, 0, tuple(src_strides)).simplify()
     numel = data.draw(st.integers(1, 5000))
-    chosen = choose_tile(move.sizes, move.dst_strides, move.src_strides, numel)
+    chosen = choose_tile(move.sizes, move.dst_strides, move.src_strides, numel, data.draw(st.sampled_from([0, 2])))
     tile = chosen.sizes
     assert math.prod(tile) <= numel
     part = next(move.tiles(tile))

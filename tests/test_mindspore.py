@@ -382,7 +382,7 @@ def test_only_what_is_needed_is_read(tmp_path, monkeypatch):
         taken.append(nbytes)
         return real(fd, nbytes, offset)
 
-    monkeypatch.setattr(fmt.os, "pread", pread)
+    monkeypatch.setattr(os, "pread", pread)
     entries = fmt.read(path).entries
     assert {source.spec.shape for source in entries.values()} == {(3 << 15, 1 << 14)}
     assert {len(source.extents) for source in entries.values()} == {6}

@@ -14,6 +14,7 @@ from checkpoint_files import ROOMY, random_tensor, refusal, run, write
 import streamconv
 from streamconv import api
 from streamconv.engine import local, reclaim
+from streamconv.engine.journal import Journal
 from streamconv.engine.reclaim import Reclaim, can_punch, find_gaps
 from streamconv.errors import RunError
 from tools.crash import read_tree
@@ -47,7 +48,7 @@ def allocated(*folders: Path) -> int:
 
 def stop_at(patch: pytest.MonkeyPatch, step: str, number: int) -> None:
     """Fails a run when it comes to a step of `Reclaim`, the engine or its journal for that time."""
-    owner = {"release": Reclaim, "finish": api.Journal, "end": api.Journal, "_finish": local.LocalEngine, "_copy": local.LocalEngine}[step]
+    owner = {"release": Reclaim, "finish": Journal, "end": Journal}.get(step, local.LocalEngine)
     real, left = getattr(owner, step), [number]
 
     def stopping(self: object, *given: object, **more: object) -> object:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from checkpoint_files import ROOMY, random_tensor, refusal, run, write
 
-from streamconv import api
+from streamconv import api, running
 from streamconv.digests import format_sums
 from streamconv.engine import journal, local, order, threads
 from streamconv.errors import DestinationError, RunError
@@ -192,7 +192,7 @@ def test_old_files_go_even_if_the_run_that_was_to_remove_them_died(source, tmp_p
     dst = tmp_path / "dst"
     write(dst, {"old": random_tensor(4)})
     with monkeypatch.context() as patch:
-        patch.setattr(api, "clear", lambda *_: (_ for _ in ()).throw(RunError("killed")))
+        patch.setattr(running, "clear", lambda *_: (_ for _ in ()).throw(RunError("killed")))
         assert run("convert", source, dst, *SMALL, "--overwrite") == 3
     assert (dst / "model.safetensors").exists()
     assert run("convert", source, dst, *SMALL, "--resume") == 0
@@ -208,7 +208,7 @@ def test_old_files_go_even_if_the_run_that_was_to_remove_them_died(source, tmp_p
 HOLDER = """
 import sys, time
 from pathlib import Path
-from streamconv import api
+from streamconv import api, running
 from streamconv.engine.journal import Journal
 made = api.plan(sys.argv[1], sys.argv[2], max_memory="4GB", max_shard_size="500KB")
 Path(sys.argv[2]).mkdir()

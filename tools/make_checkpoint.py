@@ -597,7 +597,7 @@ def write_shard(path: Path, shapes: Shapes, *, sparse: bool = False, seed: int =
 
 
 def make_checkpoint(
-    model: str,
+    model: str | Model,
     directory: str | Path,
     *,
     layers: int | None = None,
@@ -608,7 +608,7 @@ def make_checkpoint(
     seed: int = 0,
     one_tensor: int | None = None,
 ) -> list[Path]:
-    """Writes a checkpoint of ``model`` (a key of MODELS) to a directory that is new or empty; returns its safetensors files.
+    """Writes a checkpoint of ``model`` (or a key of MODELS) to a directory that is new or empty; returns its safetensors files.
 
     Args:
         model: whose names, shapes and config to take.
@@ -624,7 +624,7 @@ def make_checkpoint(
     Raises:
         FileExistsError: the directory has something in it.
     """
-    known = MODELS[model]
+    known = MODELS[model] if isinstance(model, str) else model
     config = with_dtype(known.config, dtype) if dtype else known.config
     if layers is not None:
         config = with_layers(config, layers)
