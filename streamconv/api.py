@@ -12,7 +12,7 @@ from typing import Any
 
 from streamconv import memory, recipes
 from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config
-from streamconv.compiler import Budget, check_workers, compile_plan
+from streamconv.compiler import compile_plan
 from streamconv.destination import RemoteTarget, Target, target_of
 from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
 from streamconv.engine.direct import LEAST, shares_extents
@@ -22,6 +22,7 @@ from streamconv.engine.readers import BACKENDS
 from streamconv.engine.reclaim import Reclaim
 from streamconv.engine.streams import staged_bytes
 from streamconv.errors import BudgetError, DestinationError, FormatError, StreamconvError, UsageError
+from streamconv.fitting import Budget, check_workers
 from streamconv.formats import FileLayout, Source
 from streamconv.names import parse as parse_names
 from streamconv.plan import FilePlan, Plan, Totals

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from streamconv.compiler import choose_tile
 from streamconv.engine.io import share_descriptors
 from streamconv.engine.readers import Reader, make_reader
 from streamconv.engine.threads import run_threads
@@ -22,6 +21,7 @@ from streamconv.runs import Move, identity, region
 from streamconv.storage import is_url
 from streamconv.storage.ranges import MEMORY
 from streamconv.storage.sinks import Entry
+from streamconv.tiles import choose_tile
 from streamconv.units import format_size
 
 if TYPE_CHECKING:

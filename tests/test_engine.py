@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from streamconv.compiler import Budget, compile_plan
+from streamconv.compiler import compile_plan
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine import check, direct, io, local, order
 from streamconv.engine.check import OutputCheck
@@ -25,6 +25,7 @@ from streamconv.engine.local import LocalEngine
 from streamconv.engine.order import tasks_in_order
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import RunError, SourceChanged
+from streamconv.fitting import Budget
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph import Source
 from streamconv.plan import Copy, Plan

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_layouts import Drawn, layouts, meaning, permutations
 
-from streamconv import compiler, evaluate, steps
+from streamconv import compiler, evaluate, fitting, steps
 from streamconv.axes import parse
-from streamconv.compiler import Budget, choose_tile, compile_plan
+from streamconv.compiler import compile_plan
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.engine import io, local, order
 from streamconv.engine.check import check_replicas
@@ -27,11 +27,13 @@ from streamconv.engine.local import LocalEngine
 from streamconv.engine.order import tasks_in_order
 from streamconv.errors import CoverageError
 from streamconv.evaluate import Arena, arena_bytes
+from streamconv.fitting import Budget
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph import AnyNode, Node, Source, apply, rearrange
 from streamconv.ops import Cast, Rearrange, Rows, Zeros, as_torch
 from streamconv.plan import Compute, Copy, Plan
 from streamconv.runs import Move, identity, region
+from streamconv.tiles import choose_tile
 
 # ------------------------------------------------------------------------------------------------------------------ oracle
 
@@ -189,7 +191,9 @@ def settings_of(**values: int) -> Iterator[None]:
     """Thresholds of the compiler and the evaluation, in bytes."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
-            patch.setattr(compiler if hasattr(compiler, name) else evaluate, name, value)
+            for module in (compiler, fitting, evaluate):
+                if hasattr(module, name):
+                    patch.setattr(module, name, value)
         yield
 
 

@@ -13,7 +13,7 @@ from checkpoint_files import assert_same, numbered, random_tensor, raw, read_any
 from einops import rearrange
 
 import streamconv
-from streamconv import compiler, recipes
+from streamconv import fitting, recipes
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.evaluate import Arena, arena_bytes, evaluate
 from streamconv.formats import Extent, Source
@@ -653,8 +653,8 @@ def test_tiles_of_any_size_give_the_same_bytes(tmp_path, monkeypatch):
     source = write(tmp_path / "hf", tensors, config=config)
     wanted = own_deepseek3(plain(tensors, config), config)
     for number, tile in enumerate((1 << 10, 7000, 1 << 16, 1 << 23)):
-        monkeypatch.setattr(compiler, "TILE", tile)
-        monkeypatch.setattr(compiler, "SCATTERED_TILE", tile)
+        monkeypatch.setattr(fitting, "TILE", tile)
+        monkeypatch.setattr(fitting, "SCATTERED_TILE", tile)
         assert_same(convert("deepseek3", source, tmp_path / str(number)), wanted)
 
 

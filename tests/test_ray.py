@@ -22,10 +22,10 @@ import servers
 from checkpoint_files import ROOMY, random_tensor, refusal, write
 
 from streamconv import api, memory
-from streamconv.compiler import Budget, base_of, refit
 from streamconv.engine.journal import Ledger
 from streamconv.engine.local import LocalEngine
 from streamconv.errors import BudgetError, RunError, UsageError
+from streamconv.fitting import Budget, base_of, refit
 from streamconv.progress import Progress
 from streamconv.running import run
 from tools.crash import read_tree

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from servers import Fault, Flaky, Nginx, computed, flaky, nginx, s3, unavailable
 
 from streamconv import api, evaluate
-from streamconv.compiler import choose_tile
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine import local
 from streamconv.engine.journal import NAME, Ledger, read_journal
@@ -34,6 +33,7 @@ from streamconv.runs import Move, region
 from streamconv.storage import ranges, stores
 from streamconv.storage.ranges import ATTEMPTS, Ranges, read_range
 from streamconv.storage.sinks import Entry
+from streamconv.tiles import choose_tile
 
 KB, MB = 1 << 10, 1 << 20
 DATA = np.random.default_rng(0).integers(0, 256, 5 * MB + 123, dtype=np.uint8).tobytes()

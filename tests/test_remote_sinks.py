@@ -27,10 +27,11 @@ from servers import S3, Fault, flaky, s3, unavailable
 from test_evaluate import graphs, settings_of, thresholds, world
 
 from streamconv import api
-from streamconv.compiler import Budget, compile_plan
+from streamconv.compiler import compile_plan
 from streamconv.engine import streams
 from streamconv.engine.streams import in_order, make_files
 from streamconv.errors import Interrupted, RunError
+from streamconv.fitting import Budget
 from streamconv.plan import Plan
 from streamconv.storage import hub as hub_sink
 from streamconv.storage import objects

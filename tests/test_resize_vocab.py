@@ -13,7 +13,7 @@ from checkpoint_files import ROOMY, assert_same, random_tensor, raw, read, read_
 from safetensors import safe_open
 
 import streamconv
-from streamconv import compiler, evaluate
+from streamconv import evaluate, fitting
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import CoverageError
@@ -132,8 +132,8 @@ def test_tiles_and_workers_change_nothing(backend, settings, tmp_path, monkeypat
     source = write(tmp_path / "source", matrices())
     wanted = resized(source, tmp_path / "target", 330, *settings)
     for tile, workers in ((64, 1), (1000, 5)):
-        monkeypatch.setattr(compiler, "TILE", tile)
-        monkeypatch.setattr(compiler, "SMALLEST_TILE", tile)
+        monkeypatch.setattr(fitting, "TILE", tile)
+        monkeypatch.setattr(fitting, "SMALLEST_TILE", tile)
         monkeypatch.setattr(evaluate, "BAND", tile)
         folder = tmp_path / f"{tile}"
         assert_same(resized(source, folder, 330, "-j", workers, "--read-backend", backend, "--verify", *settings), wanted)

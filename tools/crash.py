@@ -27,7 +27,7 @@ import numpy as np
 import torch  # noqa: F401 - before the forks, so that their time is that of work
 import yaml
 
-from streamconv import cli, compiler
+from streamconv import cli, fitting
 from streamconv.engine import local, order, parts
 
 WORKERS = 2
@@ -149,7 +149,7 @@ def start(arguments: list[str], log: Path) -> int:
 
 def _slow_down(log: int, pause: float) -> None:
     order.COPY_CHUNK = 128 << 10
-    compiler.TILE = 128 << 10
+    fitting.TILE = 128 << 10
     parts.SAVE_BYTES = SHARD
 
     def slowly(made: Callable[..., int], nbytes: Callable[..., int]) -> Callable[..., int]:

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamconv import errors, memory
-from streamconv.compiler import MARGIN, Budget, base_of, refit
 from streamconv.engine import parts
 from streamconv.engine.io import describe_os_error
 from streamconv.engine.journal import journal_path
 from streamconv.engine.local import Progress, check_sources, partial
 from streamconv.errors import BudgetError, DestinationError, Interrupted, RunError, StreamconvError, UsageError
+from streamconv.fitting import MARGIN, Budget, base_of, refit
 from streamconv.plan import Plan
 from streamconv.storage import is_url
 from streamconv.storage.sinks import open_sink
