@@ -1,7 +1,7 @@
 """streamconv: converts model checkpoints bigger than the machine, in bounded memory.
 
 ``open``, ``plan``, ``run``, ``convert`` and ``verify`` are the calls; `Recipe` and its `Rule`, `Drop`, `Tie`, `Option` declare a
-conversion; every error derives from `StreamconvError`.
+conversion; every error derives from `StreamconvError`. Paths may be URLs, with the extra ``remote``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from streamconv.errors import (
 )
 from streamconv.plan import Plan
 from streamconv.recipe import Drop, Option, Recipe, Rule, Side, Tie
-from streamconv.running import Result, run
+from streamconv.results import Result
+from streamconv.running import run
 from streamconv.verify import Comparison
 
 __version__ = "0.1.0"

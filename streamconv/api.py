@@ -29,7 +29,8 @@ from streamconv.plan import FilePlan, Plan, Totals
 from streamconv.plan import Mapping as Row
 from streamconv.progress import Progress, bar
 from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_options
-from streamconv.running import Result, run, with_reclaim
+from streamconv.results import Result
+from streamconv.running import run, with_reclaim
 from streamconv.sidecars import make_sidecars
 from streamconv.sides import lay_out, open_side
 from streamconv.storage import is_url
@@ -224,7 +225,7 @@ def convert(
     """Plans and runs a conversion.
 
     Args:
-        src: a directory or file.
+        src: a directory or file; a path, or a URL of a web server, an object store or the Hub, whose bytes are read by ranges.
         dst: a file if its name ends in the container's suffix, else a directory; a path, or the URL of an object store or of the Hub.
         verify: read everything back and compare it after writing.
         checksum: see `run`.

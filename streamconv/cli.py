@@ -21,6 +21,7 @@ from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError
 from streamconv.plan import Plan
 from streamconv.progress import Progress
+from streamconv.results import Result
 from streamconv.storage import is_url
 from streamconv.storage.remote import locate, shown
 from streamconv.units import parse_size
@@ -34,12 +35,19 @@ EXAMPLES = {
         "Meta-Llama-3-8B Llama-3-8B --recipe llama-meta2hf --max-memory 512MB",
         "mine out --recipe mine.yaml --set heads=32",
         "big out --resume",
+        "hf://org/name s3://bucket/name --dtype float16",
+        "hf://org/name hf://org/name --create-pr",
+        "/shared/big /shared/out --engine ray --ray-address 192.0.2.1:6379",
     ),
-    "plan": ("Llama-3-70B out --recipe llama-hf2meta --set model_parallel=8", "Llama-3-70B out --out plan.json"),
-    "run": ("plan.json --verify", "plan.json --part 3/16", "plan.json --finish"),
+    "plan": (
+        "Llama-3-70B out --recipe llama-hf2meta --set model_parallel=8",
+        "Llama-3-70B out --out plan.json",
+        "hf://org/name@main s3://bucket/name --out plan.json",
+    ),
+    "run": ("plan.json --verify", "plan.json --part 3/16", "plan.json --finish", "plan.json --engine ray"),
     "inspect": ("Llama-3-8B", "model.safetensors --json", "hf://org/name@main"),
-    "doctor": ("Llama-3-8B", "Llama-3-8B --data --json"),
-    "verify": ("before after", "Meta-Llama-3-8B Llama-3-8B --recipe llama-meta2hf"),
+    "doctor": ("Llama-3-8B", "Llama-3-8B --data --json", "https://host/folder"),
+    "verify": ("before after", "hf://org/name copy", "Meta-Llama-3-8B Llama-3-8B --recipe llama-meta2hf"),
     "recipes": ("", "llama-meta2hf", "--match Llama-3-8B", "--new mine other > mine.yaml"),
     "demo": ("", "somewhere"),
 }
@@ -94,7 +102,9 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-dtype", metavar="PATTERN", action="append", default=[], help="tensors that --dtype leaves alone (repeatable)"
     )
-    parser.add_argument("--sidecars-from", metavar="DIR", type=shown, help="config and tokenizer files come from here instead of SRC")
+    parser.add_argument(
+        "--sidecars-from", metavar="DIR", type=shown, help="config and tokenizer files come from here (or a URL) instead of SRC"
+    )
 
 
 def _pull_request(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +140,9 @@ def _conversion(parser: argparse.ArgumentParser) -> None:
 
 def _engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=running.ENGINES, default="local", help="where output files are made; ray: a task for each")
-    parser.add_argument("--ray-address", metavar="ADDR", help="of the Ray cluster (RAY_ADDRESS, else this machine's, else a new one)")
+    parser.add_argument(
+        "--ray-address", metavar="ADDR", help="HOST:PORT of the Ray cluster (RAY_ADDRESS, else this machine's, else a new one)"
+    )
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +175,7 @@ def _build_parser() -> _Parser:
     plan = add("plan", "Say what convert would do; write nothing.", _conversion)
     plan.add_argument("--out", metavar="FILE", help="write the plan itself to this file")
     run = add("run", "Run a plan that 'plan --out' wrote.")
-    run.add_argument("plan", metavar="FILE")
+    run.add_argument("plan", metavar="FILE", help="the plan; it holds no credentials: those of the environment are used")
     _engine(run)
     _pull_request(run)
     again = run.add_mutually_exclusive_group()
@@ -177,17 +189,17 @@ def _build_parser() -> _Parser:
     )
     share.add_argument("--finish", action="store_true", help="check what the parts have made, and write the index")
     inspect = add("inspect", "List names, dtypes, shapes, files and sizes, from headers only.")
-    inspect.add_argument("src", metavar="SRC", type=shown)
+    inspect.add_argument("src", metavar="SRC", type=shown, help="a directory, a file, or a URL")
     inspect.add_argument("--filter", metavar="PATTERN", help="only tensors of such names: a name pattern, a glob, or a part of the name")
     inspect.add_argument("--stats", action="store_true", help="min, max, mean and norm, from the data")
     inspect.add_argument("--all", action="store_true", help="a line for each tensor, with its file")
     doctor = add("doctor", "Look for damage and contradictions, from headers, index and config.")
-    doctor.add_argument("src", metavar="SRC", type=shown)
+    doctor.add_argument("src", metavar="SRC", type=shown, help="a directory, a file, or a URL")
     doctor.add_argument("--data", action="store_true", help="look at the numbers too: NaN, Inf, constant tensors")
     verify = add("verify", "Compare two checkpoints tensor by tensor, or a recipe's result with B.", _recipe, _memory)
     _report(verify)
-    verify.add_argument("a", metavar="A", type=shown)
-    verify.add_argument("b", metavar="B", type=shown)
+    verify.add_argument("a", metavar="A", type=shown, help="a directory, a file, or a URL")
+    verify.add_argument("b", metavar="B", type=shown, help="what it is compared with")
     known = add("recipes", "List recipes, explain one, or find those that fit a checkpoint.")
     known.add_argument("name", metavar="NAME", nargs="?")
     known.add_argument("--match", metavar="SRC", type=shown, help="only those that fit this checkpoint")
@@ -307,7 +319,7 @@ def _confirm(args: argparse.Namespace) -> None:
         raise UsageError("--reclaim-source: not confirmed, nothing was done; leave it out to keep SRC")
 
 
-def _print_result(args: argparse.Namespace, result: running.Result) -> None:
+def _print_result(args: argparse.Namespace, result: Result) -> None:
     if args.json:
         report.print_json(result.summary())
         return

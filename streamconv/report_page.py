@@ -25,7 +25,7 @@ from streamconv.progress import Progress
 from streamconv.recipe import Side
 from streamconv.recipes import get
 from streamconv.report import LAYER, module_of
-from streamconv.running import Result
+from streamconv.results import Result
 from streamconv.units import format_size
 from streamconv.verify import Comparison, TensorDifference
 

@@ -24,7 +24,7 @@ from safetensors.torch import save, save_file
 from test_safetensors_format import BAD, PT, container, make, tensor
 
 import streamconv
-from streamconv import cli, running
+from streamconv import cli, results, running
 from streamconv.dtypes import DTYPES
 from streamconv.engine import io, local
 from streamconv.engine.check import OutputCheck
@@ -633,7 +633,7 @@ def test_a_source_that_is_cut_while_it_is_read(source, tmp_path, capsys, monkeyp
             return super().run()
 
     if "--verify" in options:
-        monkeypatch.setattr(running, "OutputCheck", TooLate)
+        monkeypatch.setattr(results, "OutputCheck", TooLate)
     else:
         monkeypatch.setattr(running, "LocalEngine", Late)
         monkeypatch.setattr(local, "check_sources", lambda *_, **__: None)

@@ -1,7 +1,7 @@
 """Every command that README.md shows is run, and prints what is shown but for times, rates and memory.
 
-As a program, ``python tests/test_cookbook.py DIR`` makes the checkpoints of the cookbook; with ``--write`` it also writes what the commands
-print into README.md.
+Those with URLs are run with stand-ins of the Hub and of an object store. As a program, ``python tests/test_cookbook.py DIR`` makes the
+checkpoints of the cookbook; with ``--write`` it also writes what the commands print into README.md.
 """
 
 from __future__ import annotations
@@ -9,21 +9,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from checkpoint_files import numbered, write
+from hub_server import hub
+from servers import s3
 
 from streamconv import cli
 from tools.crash import read_tree
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"^<!-- run -->\n```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^<!-- (run|run with servers) -->\n```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"^<!-- ([\w-]+\.(?:slurm|sh|yaml)) -->\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SBATCH = """#!/bin/bash
 # What Slurm would do, at once: every task of an array, or a command once what it depends on has come to a good end.
@@ -49,7 +53,7 @@ LLAMA = {
 
 
 def make_checkpoints(folder: Path) -> None:
-    """What the cookbook works on: Llama in three shards, the same with a damaged one, a pickle, and a toy of a family of its own."""
+    """What the cookbook works on: Llama in three shards, the same with a damaged one, and as pickles, and a toy of a family of its own."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (256, 64), "model.norm.weight": (64,), "lm_head.weight": (256, 64)}
     for i in range(4):
         stem = f"model.layers.{i}"
@@ -67,6 +71,9 @@ def make_checkpoints(folder: Path) -> None:
     last = folder / "broken" / "model-00003-of-00003.safetensors"
     last.write_bytes(last.read_bytes()[:-1000])
     torch.save({**llama, "tied.weight": llama["lm_head.weight"]}, folder / "pytorch_model.bin")
+    (folder / "pickled").mkdir()
+    torch.save(llama, folder / "pickled" / "pytorch_model.bin")
+    (folder / "pickled" / "config.json").write_text(json.dumps(LLAMA))
     toy: dict[str, tuple[int, ...]] = {"embed.weight": (100, 16)}
     wanted: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (100, 16)}
     for i in range(2):
@@ -77,10 +84,20 @@ def make_checkpoints(folder: Path) -> None:
     (folder / "wanted.json").write_text(json.dumps(wanted))
 
 
-def execute(command: str, folder: Path) -> str:
-    """What a command prints in ``folder``, with paths as they are there."""
+@contextmanager
+def serve(folder: Path) -> Iterator[dict[str, str]]:
+    """The environment in which ``hf://org/Llama``, ``hf://org/pickled`` and ``s3://bucket/Llama`` are checkpoints of ``folder``."""
+    with hub({"org/Llama": folder / "Llama", "org/pickled": folder / "pickled"}) as library, s3() as store:
+        store.put_folder(folder / "Llama", "Llama/")
+        # huggingface_hub uploads in a way that its own HTTP library frowns upon.
+        quiet = "error,ignore:Use 'content=:DeprecationWarning"
+        yield {**library.env, **store.env, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONWARNINGS": quiet}
+
+
+def execute(command: str, folder: Path, servers: dict[str, str] | None = None) -> str:
+    """What a command prints in ``folder``, with paths as they are there, and the Hub's address as it is in the world."""
     program = f'streamconv() {{ "{sys.executable}" -m streamconv.cli "$@"; }}\n{command}'
-    quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "140", "PYTHONWARNINGS": "error"}
+    quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "COLUMNS": "140", "PYTHONWARNINGS": "error", **(servers or {})}
     done = subprocess.run(
         ["bash", "-c", program],
         cwd=folder,
@@ -92,7 +109,7 @@ def execute(command: str, folder: Path) -> str:
         timeout=120,
     )
     assert "Traceback" not in done.stdout, done.stdout
-    return done.stdout.replace(f"{folder}/", "").rstrip("\n")
+    return done.stdout.replace(f"{folder}/", "").replace(quiet.get("HF_ENDPOINT", "\0"), "https://huggingface.co").rstrip("\n")
 
 
 def commands(block: str) -> Iterator[tuple[str, str]]:
@@ -103,12 +120,12 @@ def commands(block: str) -> Iterator[tuple[str, str]]:
 
 
 def without_measures(output: str) -> str:
-    """An output without what differs from run to run: times, rates, memory, room on the disk, and where the package is."""
+    """An output without what differs from run to run: times, rates, memory, room on the disk, commits, and where the package is."""
     output = re.sub(r"[\d.]+ (min|ms|s)\b", "# s", output)
     output = re.sub(r"\([\d.]+ [kMGT]?B/s\)", "(#/s)", output)
     output = re.sub(r"(peak memory|memory|takes|needs|up to|use --max-memory)(:?\s+)[\d.]+ ?[kMGT]?B", r"\1 #", output)
     output = re.sub(r"^(\s*(free|disk|memory|peak)\b.*?)[\d.]+ [kMGT]?B.*", r"\1#", output, flags=re.MULTILINE)
-    return re.sub(r"schema=\S+", "schema=#", output)
+    return re.sub(r"schema=\S+", "schema=#", re.sub(r"@[0-9a-f]{40}\b", "@#", output))
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +135,22 @@ def folder(tmp_path_factory):
     return place
 
 
-def test_every_command_prints_what_is_shown(folder):
-    blocks = BLOCK.findall(README.read_text())
-    assert len(blocks) >= 11
+def check_blocks(kind: str, least: int, folder: Path, servers: dict[str, str] | None = None) -> None:
+    blocks = [block for mark, block in BLOCK.findall(README.read_text()) if mark == kind]
+    assert len(blocks) >= least
     for command, output in (pair for block in blocks for pair in commands(block)):
-        assert without_measures(execute(command, folder)) == without_measures(output), (
+        assert without_measures(execute(command, folder, servers)) == without_measures(output), (
             f"{command}; python tests/test_cookbook.py --write DIR writes it anew"
         )
+
+
+def test_every_command_with_urls_prints_what_is_shown(folder):
+    with serve(folder) as servers:
+        check_blocks("run with servers", 3, folder, servers)
+
+
+def test_every_command_prints_what_is_shown(folder):
+    check_blocks("run", 11, folder)
     code = re.search(r"^<!-- play.py -->\n```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
     assert code
     done = subprocess.run([sys.executable, "-c", code[1]], cwd=folder, capture_output=True, text=True, check=False, timeout=120)
@@ -134,7 +160,7 @@ def test_every_command_prints_what_is_shown(folder):
 def test_every_console_block_of_the_readme_is_run():
     shown = re.findall(r"^```console$", README.read_text(), re.MULTILINE)
     assert len(shown) == len(BLOCK.findall(README.read_text()))
-    every = {name for block in BLOCK.findall(README.read_text()) for name in re.findall(r"streamconv (\w+)", block)}
+    every = {name for _, block in BLOCK.findall(README.read_text()) for name in re.findall(r"streamconv (\w+)", block)}
     assert {"convert", "plan", "run", "inspect", "doctor", "verify", "recipes", "demo"} <= every
 
 
@@ -160,13 +186,25 @@ def read_files() -> dict[str, str]:
 
 def test_scripts_and_manifests_are_well_formed():
     files = read_files()
-    assert {"convert.slurm", "submit.sh", "kubernetes.sh", "convert.yaml", "finish.yaml"} <= files.keys()
+    assert {"ray.sh", "convert.slurm", "submit.sh", "kubernetes.sh", "convert.yaml", "finish.yaml"} <= files.keys()
     for name, text in files.items():
         if name.endswith(".yaml"):
             assert isinstance(yaml.safe_load(text), dict), name
         else:
             assert text.startswith("#!/bin/bash\n"), name
             assert subprocess.run(["bash", "-n", "-c", text], check=False, timeout=30).returncode == 0, name
+
+
+def test_what_scripts_give_streamconv_parses():
+    """That of scripts whose clusters have no stand-in here, too."""
+    parser = cli._build_parser()
+    for name, text in read_files().items():
+        if name.endswith((".sh", ".slurm")):
+            lines = (shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines())
+            given = [words[words.index("streamconv") + 1 :] for words in lines if "streamconv" in words]
+            assert given or name == "kubernetes.sh", name
+            for words in given:
+                parser.parse_args([re.sub(r"^\$\w+/\$\w+$", "1/2", word) for word in words])
 
 
 def test_the_slurm_script_makes_what_convert_makes(folder, tmp_path):
@@ -206,12 +244,13 @@ def test_the_kubernetes_manifests_make_what_convert_makes(folder, tmp_path):
     assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
 
 
-def write_outputs(folder: Path) -> None:
+def write_outputs(folder: Path, servers: dict[str, str]) -> None:
     def fill(match: re.Match[str]) -> str:
+        given = servers if match[1] == "run with servers" else None
         rows = [f"$ {command}\n{output}\n" if output else f"$ {command}\n" for command, output in
-                ((command, execute(command, folder)) for command, _ in commands(match[1]))]  # fmt: skip
+                ((command, execute(command, folder, given)) for command, _ in commands(match[2]))]  # fmt: skip
         text = re.sub(r"schema=\S+/streamconv/", "schema=.../streamconv/", "\n".join(rows).replace("\n\n\n", "\n\n"))
-        return f"<!-- run -->\n```console\n{text}```"
+        return f"<!-- {match[1]} -->\n```console\n{text}```"
 
     README.write_text(BLOCK.sub(fill, README.read_text()))
 
@@ -220,4 +259,5 @@ if __name__ == "__main__":
     place = Path(sys.argv[-1]).resolve()
     make_checkpoints(place)
     if "--write" in sys.argv:
-        write_outputs(place)
+        with serve(place) as found:
+            write_outputs(place, found)

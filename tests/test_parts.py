@@ -20,7 +20,7 @@ from checkpoint_files import ROOMY, random_tensor, refusal, run, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamconv import api, running
+from streamconv import apart, api, running
 from streamconv.engine import local, parts
 from streamconv.errors import CoverageError, DestinationError, RunError, UsageError
 from streamconv.plan import Plan
@@ -446,7 +446,7 @@ def test_replicas_are_compared_once_for_all_parts(plan, tmp_path, monkeypatch, c
     def differ(whole: Plan) -> None:
         raise CoverageError(f"differ in {len(whole.files)} files")
 
-    monkeypatch.setattr(running, "check_replicas", differ)
+    monkeypatch.setattr(apart, "check_replicas", differ)
     make(plan)
     before = read_tree(tmp_path / "dst")
     assert f"differ in {len(before)} files" in refusal(capsys, "run", plan, "--finish")

@@ -85,7 +85,7 @@ def test_from_nowhere_to_nowhere(model, size, cast, tmp_path):
     shapes = known.shapes(config)
     checkpoint = range_server.of_model(model, size=size)
     total = sum(file.size for file in checkpoint.files.values())
-    shard_size = max(total // 10, 1_200_000_000 if size else 50_000_000)
+    shard_size = max(total // 10, 2_200_000_000 if size else 50_000_000)  # no tensor is larger
     out = tmp_path / "made.json"
     given = CASTS[known.config["torch_dtype"]][0]
     with serve(model, size) as url:

@@ -55,6 +55,8 @@ STOREYS = [
         "progress",
         "report",
         "report_page",
+        "results",
+        "apart",
         "running",
         "api",
         "demo",
