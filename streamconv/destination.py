@@ -18,8 +18,8 @@ from streamconv.errors import DestinationError, SpaceError, UsageError
 from streamconv.formats import sat
 from streamconv.plan import Plan
 from streamconv.storage import is_url
+from streamconv.storage.addresses import public
 from streamconv.storage.sinks import Sink, open_sink
-from streamconv.storage.stores import public
 from streamconv.units import format_size
 
 

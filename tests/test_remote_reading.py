@@ -30,9 +30,10 @@ from streamconv.engine.remote import join
 from streamconv.errors import Interrupted, RunError, SourceChanged, UsageError
 from streamconv.formats import Extent, Source
 from streamconv.runs import Move, region
-from streamconv.storage import ranges, stores
-from streamconv.storage.ranges import ATTEMPTS, Ranges, read_range
-from streamconv.storage.sinks import Entry
+from streamconv.storage import Entry, ranges, retries, stores, web
+from streamconv.storage.addresses import public
+from streamconv.storage.ranges import Ranges, read_range
+from streamconv.storage.retries import ATTEMPTS
 from streamconv.tiles import choose_tile
 
 KB, MB = 1 << 10, 1 << 20
@@ -75,7 +76,7 @@ def proxy(server) -> Iterator[Flaky]:
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
 
 
 def take(reader: Ranges, url: str, start: int, stop: int, step: int = 1 << 30) -> bytes:
@@ -143,11 +144,12 @@ def test_joined_requests_cover_what_is_read(reads):
 
 
 def test_connections_are_kept(server):
+    web._session.cache_clear()
     reader, url = Ranges(), f"{server.url}/data"
     take(reader, url, 0, 10)
     for start in range(0, MB, 100 * KB):
         take(reader, url, start, start + 10)
-    pools = reader._session.get_adapter(url).poolmanager.pools
+    pools = web._session().get_adapter(url).poolmanager.pools
     (pool,) = [pools.get(key) for key in pools.keys()]  # noqa: SIM118 - it is no mapping
     assert (pool.num_connections, pool.num_requests) == (1, 12)
     reader.close()
@@ -174,7 +176,7 @@ FAULTS = {
 @pytest.mark.parametrize("kind", FAULTS)
 def test_what_fails_is_gone_on_with(proxy, kind, monkeypatch):
     if kind == "stall":
-        monkeypatch.setattr(ranges, "SILENCE", 0.5)
+        monkeypatch.setattr(web, "SILENCE", 0.5)
     proxy.faults, proxy.probability = FAULTS[kind], 0.6 if kind != "stall" else 0.3
     reader = Ranges()
     assert take(reader, f"{proxy.url}/data", 77, len(DATA), 300 * KB) == DATA[77:]
@@ -195,21 +197,21 @@ def test_a_server_that_always_cuts_is_put_up_with(proxy, cut):
 
 
 def test_attempts_are_bounded_and_wait_longer_each_time(proxy, monkeypatch):
-    monkeypatch.setattr(ranges, "FIRST_WAIT", 0.5)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.5)
     proxy.faults, stop = [unavailable()], Clock()
     reader = Ranges(stop=stop)
     with pytest.raises(RunError, match=rf"^{proxy.url}/data, byte 5: HTTP 503, {ATTEMPTS} times in a row: .*--resume$"):
         take(reader, f"{proxy.url}/data", 5, 10)
     assert len(proxy.requests) == ATTEMPTS
     for k, seconds in enumerate(stop.waits):
-        longest = min(ranges.LONGEST_WAIT, 0.5 * 2**k)
+        longest = min(retries.LONGEST_WAIT, 0.5 * 2**k)
         assert longest / 2 <= seconds <= longest
     assert len(stop.waits) == ATTEMPTS - 1
     reader.close()
 
 
 @pytest.mark.parametrize(
-    ("text", "wait"), [("7", 7.0), ("100000", ranges.LONGEST_ASKED), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("soon", None)]
+    ("text", "wait"), [("7", 7.0), ("100000", retries.LONGEST_ASKED), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0), ("soon", None)]
 )
 def test_a_server_may_say_how_long_to_wait(proxy, text, wait):
     proxy.faults, proxy.first, stop = [unavailable(text)], 1, Clock()
@@ -227,6 +229,24 @@ def test_stopping_ends_the_waits(proxy):
         take(reader, f"{proxy.url}/data", 0, 10)
     assert len(proxy.requests) == 2
     reader.close()
+
+
+@pytest.mark.parametrize(
+    ("small", "patience", "unreached", "attempts"),
+    [(False, -1.0, True, 6), (True, 1e9, False, 6), (True, 1e9, True, 3), (True, -1.0, False, 1)],
+    ids=["large", "small", "nobody there", "late"],
+)
+def test_what_is_small_is_given_up_soon(monkeypatch, small, patience, unreached, attempts):
+    monkeypatch.setattr(retries, "PATIENCE", patience)
+    made: list[None] = []
+
+    def fail() -> None:
+        made.append(None)
+        raise retries.Failed("no", unreached=unreached)
+
+    with pytest.raises(RunError, match=rf"^what: no answer \(no, attempts: {attempts}\): "):
+        retries.again(fail, "what", 6, small=small, stop=Clock())
+    assert len(made) == attempts
 
 
 def test_nobody_listens():
@@ -285,7 +305,7 @@ def test_whole_files_are_refused(server):
 
 @pytest.mark.parametrize(("path", "status"), [("forbidden/data", 403), ("private/data", 401), ("nothing", 404)])
 def test_a_refusal_in_the_middle_is_a_line_that_says_how_to_go_on(server, path, status):
-    url = stores.public(f"{server.url}/{path}?token=hush")
+    url = public(f"{server.url}/{path}?token=hush")
     for read, kind, end in ((Ranges().read, RunError, "--resume"), (read_range, UsageError, "")):
         with pytest.raises(kind, match=rf"HTTP {status}.*{end}$") as caught:
             read(url, 5, memoryview(bytearray(10)))

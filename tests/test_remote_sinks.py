@@ -33,8 +33,7 @@ from streamconv.engine.streams import in_order, make_files
 from streamconv.errors import Interrupted, RunError
 from streamconv.fitting import Budget
 from streamconv.plan import Plan
-from streamconv.storage import hub as hub_sink
-from streamconv.storage import objects
+from streamconv.storage import retries
 from streamconv.storage.hub import HubSink
 from streamconv.storage.objects import PART, PARTS, part_size
 from streamconv.storage.sinks import open_sink
@@ -100,8 +99,7 @@ def memory_store() -> Iterator[MemoryFileSystem]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Further attempts without a pause."""
-    for module in (objects, streams, hub_sink):
-        monkeypatch.setattr(module, "wait", lambda *_: None)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.0)
 
 
 def options(name: str, checkpoints: Path) -> list[str]:
@@ -453,7 +451,7 @@ def test_what_cannot_be_written_is_refused(store: S3, checkpoints: Path, capsys:
         (f"{store.url}/made", ["--reclaim-source", "--yes"], "--reclaim-source"),
         (f"{store.url}/made/model.bin", ["--format", "safetensors"], "which is not --format safetensors"),
         ("https://localhost/made", [], "web servers are read only"),
-        ("nobody://knows/this", [], "nothing knows nobody://"),
+        ("nobody://knows/this", [], "no store of that kind is known"),
         ("dropbox://needs/this", [], "pip install"),
         ("hf://name", [], "give hf://ORGANIZATION/NAME"),
         ("hf://datasets/org/name", [], "not a model repository"),

@@ -23,7 +23,7 @@ import streamconv
 from streamconv import StreamconvError, matching
 from streamconv.checkpoint import Checkpoint
 from streamconv.doctor import examine
-from streamconv.storage import stores
+from streamconv.storage import retries
 from streamconv.storage.remote import RemotePath, locate
 from tools.range_server import Handler, Request, Server
 
@@ -259,8 +259,7 @@ def refused(url: str) -> str:
 @pytest.fixture
 def impatient(monkeypatch):
     """No waiting between attempts."""
-    monkeypatch.setattr(stores, "FIRST_WAIT", 0.001)
-    monkeypatch.setattr("streamconv.storage.ranges.FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -6,9 +6,8 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 
 from streamconv.engine.io import PositionedReader
-from streamconv.storage import is_url
+from streamconv.storage import Entry, is_url
 from streamconv.storage.ranges import SKIPPED, STREAMS, Ranges
-from streamconv.storage.sinks import Entry
 
 
 class RemoteReader(PositionedReader):

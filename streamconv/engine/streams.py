@@ -27,7 +27,8 @@ from streamconv.engine.threads import run_threads
 from streamconv.errors import Interrupted, RunError, StreamconvError
 from streamconv.plan import Compute, Copy, FilePlan, Plan, Segment
 from streamconv.runs import region
-from streamconv.storage.objects import ATTEMPTS, ObjectSink, WriteFailed, failed, takes_streams, wait
+from streamconv.storage.objects import ObjectSink, takes_streams
+from streamconv.storage.retries import OVER, Failed, again
 from streamconv.storage.sinks import Sink
 from streamconv.units import format_size
 
@@ -126,7 +127,8 @@ class _Streams:
     def _make(self, number: int, reader: Reader, arena: Arena | None) -> None:
         """Makes a file, from its beginning again where the sink fails."""
         file = self._plan.files[number]
-        for attempt in range(ATTEMPTS):
+
+        def attempt() -> None:
             done = 0
             try:
                 with self._sink.stream(file.path, file.size) as write:
@@ -137,14 +139,12 @@ class _Streams:
                         done += len(piece)
                         self._report(len(piece))
                     check_sources(self._plan, set(find_reads(self._plan, file)))
-            except WriteFailed as failure:
+            except Failed:
                 self._report(-done)
-                if attempt + 1 == ATTEMPTS:
-                    raise failed(self._sink.address(file.path), failure) from None
-            else:
-                _log.info("%s: %s done", file.path, format_size(file.size))
-                return
-            wait(attempt, self._stop)
+                raise
+
+        again(attempt, self._sink.address(file.path), OVER, stop=self._stop)
+        _log.info("%s: %s done", file.path, format_size(file.size))
 
     def _report(self, nbytes: int) -> None:
         with self._lock:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -17,16 +15,15 @@ from urllib.parse import quote, unquote
 
 from streamconv.errors import UsageError
 from streamconv.storage import Entry, is_url
+from streamconv.storage.addresses import WEB, from_page, is_offline, public, refusal, scheme_of
 from streamconv.storage.ranges import read_range
-from streamconv.storage.stores import CONCURRENT, HEAD, WEB, Probed, cached_snapshot, opened, public, refusal, scheme_of, store_of
+from streamconv.storage.sources import HEAD, Probed, in_parallel
+from streamconv.storage.stores import opened, store_of
 
 _NEAR = 4 << 10  # bytes read where something is looked up in the middle of a file
 _TAIL = 32 << 10  # bytes read at the end of a file, where some have their directory
 _HEADS = 256  # heads of files kept until they are read
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")  # what is called so on a web server is a file
-_PAGE = re.compile(
-    r"https://(?:huggingface\.co|hf\.co)/(?P<id>[^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?P<path>/[^?#]*)?)?/?(?:[?#].*)?"
-)
 _Place = TypeVar("_Place", bound="Path | RemotePath")
 _Found = TypeVar("_Found")
 
@@ -84,19 +81,16 @@ class _Tree:
             StreamconvError: the file that the URL names cannot be read.
         """
         if relative not in self._entries:
-            known = None if self._listed is None else self._listed.get(relative)
-            if known is None and self._listed is not None:
-                return None
-            if known is None or known.size < 0:
+            known = Entry(-1) if self._listed is None else self._listed.get(relative)
+            if known is not None and known.size < 0:
                 try:
-                    known, head = self.store.head(self.address(relative))
+                    known, self._heads[relative] = self.store.head(self.address(relative))
+                    if scheme_of(self.url) in WEB:
+                        opened[self.address(relative)] = known
                 except UsageError:
                     if self._listed is not None or not relative:
                         raise
-                    known, head = None, b""
-                if known is not None and scheme_of(self.url) in WEB:
-                    opened[self.address(relative)] = known
-                self._heads[relative] = head
+                    known = None
                 with self._lock:
                     while len(self._heads) > _HEADS:
                         del self._heads[next(iter(self._heads))]
@@ -123,10 +117,6 @@ class RemoteFile(io.RawIOBase):
     def seekable(self) -> bool:
         """Always."""
         return True
-
-    def tell(self) -> int:
-        """The position."""
-        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Sets the position."""
@@ -304,12 +294,11 @@ def locate(path: str | os.PathLike[str]) -> Location:
         return Path(path)
     if scheme_of(text) in ("file", "local"):
         return Path(unquote(text.partition("://")[2]))
-    if page := _PAGE.fullmatch(text):
-        revision, inside = page["revision"], unquote(page["path"] or "")
-        text = f"hf://{page['id']}{f'@{revision}' if revision else ''}{inside}"
-    url = public(text)
-    if scheme_of(url) == "hf" and (cached := cached_snapshot(url)) is not None:
-        return Path(cached)
+    url = public(from_page(text))
+    if scheme_of(url) == "hf" and is_offline():
+        from streamconv.storage.repositories import cached_snapshot
+
+        return Path(cached_snapshot(url))
     return RemotePath(_Tree(store_of(url).pin(url)))
 
 
@@ -356,8 +345,7 @@ def each(paths: Iterable[_Place], work: Callable[[_Place], _Found]) -> Iterator[
     given = list(paths)
     if len(given) < 2 or not any(isinstance(path, RemotePath) for path in given):
         return map(work, given)
-    with ThreadPoolExecutor(CONCURRENT) as pool:
-        return iter(list(pool.map(work, given)))
+    return iter(in_parallel(work, given))
 
 
 def read_each(paths: Iterable[Location], kind: object, read: Callable[[Location], _Found]) -> Iterator[_Found]:

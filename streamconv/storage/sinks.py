@@ -8,6 +8,7 @@ from typing import Protocol
 
 from streamconv.errors import UsageError
 from streamconv.storage import Entry
+from streamconv.storage.addresses import WEB, missing, scheme_of
 
 __all__ = ["Entry", "Sink", "open_sink"]
 
@@ -69,14 +70,17 @@ def open_sink(url: str, *, create_pr: bool = False) -> Sink:
     Raises:
         UsageError: it cannot be written to.
     """
-    scheme = url.partition("://")[0]
+    scheme = scheme_of(url)
     if scheme == "hf":
         from streamconv.storage.hub import HubSink
 
-        return HubSink(url, create_pr=create_pr)
+        try:
+            return HubSink(url, create_pr=create_pr)
+        except ImportError as error:
+            raise missing(scheme, error) from None
     if create_pr:
         raise UsageError(f"--create-pr: {url} has no pull requests: give a repository on the Hub, such as hf://org/name")
-    if scheme in ("http", "https"):
+    if scheme in WEB:
         raise UsageError(f"{url}: web servers are read only: give a path, or a URL of a store (s3://, gs://, hf://)")
     from streamconv.storage.objects import ObjectSink
 

@@ -1,0 +1,67 @@
+"""What the sources of a conversion are read from, where that is no directory: a web server, an object store, a repository on the Hub."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from streamconv.storage import Entry
+
+HEAD = 8 << 10  # bytes of a file that are asked for together with its size
+CONCURRENT = 16  # requests at a time, where many small ones are made
+
+Target = tuple[str, dict[str, str]]
+"""An http(s) address and the headers to ask it with, neither to be shown to anybody."""
+
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
+
+
+class Probed(dict[str, Entry]):
+    """What was found by asking for names: there may be more. ``read`` holds what had to be read to know the names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[str, bytes] = {}
+
+
+class Store(ABC):
+    """What answers for the URLs of a scheme. The URLs it takes and gives are public ones.
+
+    Errors are one line: UsageError for what is not there, not allowed or has no ranges, RunError where nothing answers after several tries.
+    """
+
+    def pin(self, url: str) -> str:
+        """The URL of what it stands for now, where the names of versions can move (``hf://org/name@main``)."""
+        return url
+
+    @abstractmethod
+    def list(self, url: str) -> Mapping[str, Entry]:
+        """Every file below a URL by its relative name, ``""`` for one that is a file itself; empty where there is nothing.
+
+        A size is -1 where only `entry` tells it. What a server cannot list is `Probed`, by the names that checkpoints have.
+        """
+
+    @abstractmethod
+    def entry(self, url: str) -> Entry:
+        """A file's size and tag, asked for anew."""
+
+    def head(self, url: str) -> tuple[Entry, bytes]:
+        """The same, with those of the first `HEAD` bytes that come along without another request."""
+        return self.entry(url), b""
+
+    @abstractmethod
+    def target(self, url: str) -> Target | None:
+        """What to ask for ranges of a file; None: `fetch` is the way."""
+
+    def fetch(self, url: str, start: int, stop: int) -> bytes:  # noqa: ARG002 - there is another way
+        """Bytes of a file in a store without such an address."""
+        raise AssertionError("it is read by requests")
+
+
+def in_parallel(work: Callable[[_Item], _Found], items: Iterable[_Item]) -> list[_Found]:
+    """What small requests give for each of several items."""
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        return list(pool.map(work, items))
