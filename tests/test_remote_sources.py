@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
-from checkpoint_files import assert_same, numbered, read_any, refusal, run, write, write_bin, write_ckpt
+from checkpoint_files import ROOMY, assert_same, numbered, read_any, refusal, run, write, write_bin, write_ckpt
 from fsspec.implementations.memory import MemoryFileSystem
 from hub_server import hub
 from servers import Fault, computed, flaky, free_port, nginx, s3, unavailable
@@ -123,7 +123,7 @@ class TestEveryContainer:
 
     def test_plan_and_doctor_say_what_they_say_of_the_folder(self, kinds, memory, name, tmp_path):
         url, folder = f"{memory}/{name}", kinds[name]
-        far, near = streamconv.plan(url, tmp_path / "out"), streamconv.plan(folder, tmp_path / "out")
+        far, near = (streamconv.plan(source, tmp_path / "out", max_memory=ROOMY) for source in (url, folder))
         assert [(source.path.removeprefix(url), source.size) for source in far.sources] == [
             (source.path.removeprefix(str(folder)), source.size) for source in near.sources
         ]
@@ -519,10 +519,10 @@ def test_offline_the_cache_is_what_there_is(repository, kinds, monkeypatch):
 def test_sidecars_come_from_a_url_too(kinds, memory, tmp_path):
     (tmp_path / "model").mkdir()
     near = write(tmp_path / "bare", numbered(SHAPES))
-    made = streamconv.plan(near, tmp_path / "out", sidecars_from=f"{memory}/torch")
+    made = streamconv.plan(near, tmp_path / "out", sidecars_from=f"{memory}/torch", max_memory=ROOMY)
     assert {f"{memory}/torch/config.json", f"{memory}/torch/tokenizer.json"} <= {source.path for source in made.sources}
     with pytest.raises(streamconv.UsageError, match="not a directory"):
-        streamconv.plan(near, tmp_path / "out", sidecars_from=f"{memory}/torch/config.json")
+        streamconv.plan(near, tmp_path / "out", sidecars_from=f"{memory}/torch/config.json", max_memory=ROOMY)
 
 
 def test_recipes_are_found_by_the_config_behind_a_url(tmp_path, memory):
@@ -567,6 +567,15 @@ def test_a_plan_is_of_the_files_whose_headers_were_read(kinds, tmp_path):
         streamconv.open(source)
         file = folder / "model-00001-of-00003.safetensors"
         file.write_bytes(file.read_bytes() + b" ")
-        made = streamconv.plan(source, tmp_path / "out")
+        made = streamconv.plan(source, tmp_path / "out", max_memory=ROOMY)
         with pytest.raises(streamconv.SourceChanged, match="model-00001"):
             streamconv.run(made)
+
+
+@pytest.mark.parametrize("url", ["s3://", "hf://", "https://", "memory://", "gs:///"])
+def test_a_scheme_alone_names_no_place(url, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "src", numbered({"a": (2, 3)}))
+    assert "names no place" in refusal(capsys, "convert", source, url)
+    assert "names no place" in refusal(capsys, "convert", url, tmp_path / "dst")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]

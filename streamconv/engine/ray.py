@@ -148,11 +148,11 @@ def _init(ray: Any, address: str | None) -> None:
     """
     if "://" in (address or ""):
         raise UsageError(f"--ray-address {address}: give HOST:PORT, and run on a machine that is a node of that cluster")
+    here = ""  # the last cluster that was started on this machine, perhaps long gone
+    with suppress(OSError):
+        here = (Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster").read_text()
+    known = here or address if address in {None, "auto"} else address
     try:
-        known = address
-        if address in {None, "auto"}:  # of the last cluster that was started here, perhaps long gone
-            with suppress(OSError):
-                known = (Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster").read_text()
         try:
             host, colon, port = (known or "").rpartition(":")
             if colon:  # Ray itself would try for minutes
@@ -161,10 +161,11 @@ def _init(ray: Any, address: str | None) -> None:
             if address:
                 raise
             known = "local"
+        known = "auto" if known and known == here else known  # with this machine's token, which Ray sends to no address that is given
         ray.init(address=known, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         where = f"--ray-address {address}" if address else "--engine ray"
-        raise UsageError(f"{where}: no cluster can be joined: {_first_line(error)}; see 'ray status'") from error
+        raise UsageError(f"{where}: no cluster can be joined: {_first_line(error)}; see 'ray status', and RAY_AUTH_MODE") from error
 
 
 def _first_line(error: object) -> str:

@@ -42,12 +42,14 @@ def public(url: str) -> str:
     """A URL without its query, which is kept for `private`.
 
     Raises:
-        UsageError: it has a user's name or password in it, or a query where there can be none.
+        UsageError: it is nothing but a scheme, or has a user's name or password in it, or a query where there can be none.
     """
     scheme, _, rest = url.partition("://")
     scheme = scheme.lower()
     rest, _, query = rest.partition("#")[0].partition("?") if scheme in WEB else rest.partition("?")
     host, slash, path = rest.partition("/")
+    if not rest.strip("/"):
+        raise UsageError(f"{scheme}://: names no place: give a URL with a bucket, a repository or a server in it")
     if "@" in host and (scheme != "hf" or ":" in host):
         shown = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
         raise UsageError(f"{shown}: the URL has a name or password in it, which would end up in logs: leave it out, {credentials(scheme)}")

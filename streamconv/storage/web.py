@@ -267,7 +267,7 @@ class Web(Store):
         for name, entry in found.items():
             if name in _TELLING or name.endswith(".index.json"):
                 found.read[name] = _first(folder + name, max(1, min(entry.size, _MAX_TEXT)))[1]
-        series = {"consolidated.00.pth": "consolidated.{:02}.pth"}
+        series = {f"consolidated.00{suffix}": f"consolidated.{{:02}}{suffix}" for suffix in (".pth", ".pt")}
         for name, raw in found.read.items():
             if name == "latest":
                 said = raw.decode("utf-8", "replace").strip()
