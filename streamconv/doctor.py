@@ -174,9 +174,15 @@ def _check_files(path: Location, tables: Mapping[str, Mapping[str, Source]], nam
             )
     yield from _check_numbers(names, kind)
     for rest in (file for file in names if file.endswith((".partial", ".streamconv.json"))):
-        yield Finding(
-            "it is what an interrupted conversion left", rest, "the checkpoint is not complete", "rerun with --resume or --overwrite"
-        )
+        yield Finding("it is what an interrupted conversion left", rest, "the checkpoint is not complete", _read_advice(path / rest))
+
+
+def _read_advice(path: Location) -> str:
+    """What the journal of a conversion says that is to be done to end it."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8").splitlines()[0])["advice"])
+    except (OSError, ValueError, LookupError, TypeError):  # an unfinished file
+        return "rerun with --resume or --overwrite"
 
 
 def _check_index(

@@ -247,7 +247,7 @@ def code_lines(text: str) -> int:
 def test_the_code_stays_small():
     sizes = {module: code_lines(path.read_text()) for module, path in MODULES.items() if module.split(".")[0] != "recipes"}
     total = sum(sizes.values())
-    assert total < 10_000, f"{total} lines of code: {sorted(sizes.items(), key=lambda item: -item[1])[:8]}"
+    assert total < 12_500, f"{total} lines of code: {sorted(sizes.items(), key=lambda item: -item[1])[:8]}"
 
 
 # The project -------------------------------------------------------------------------------------------------------
