@@ -161,11 +161,23 @@ def _init(ray: Any, address: str | None) -> None:
             if address:
                 raise
             known = "local"
-        known = "auto" if known and known == here else known  # with this machine's token, which Ray sends to no address that is given
+        if known and known == here and _wants_token(port):
+            known = "auto"  # to which alone Ray sends this machine's token
         ray.init(address=known, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         where = f"--ray-address {address}" if address else "--engine ray"
         raise UsageError(f"{where}: no cluster can be joined: {_first_line(error)}; see 'ray status', and RAY_AUTH_MODE") from error
+
+
+def _wants_token(port: str) -> bool:
+    """Whether the head of this machine's cluster asks for a token; Ray itself finds out by trying for 20 seconds."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.name() == "gcs_server" and f"--gcs_server_port={port}" in process.cmdline():
+                return process.environ().get("RAY_AUTH_MODE", "").lower() == "token"
+    return False
 
 
 def _first_line(error: object) -> str:
