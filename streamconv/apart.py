@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from streamconv import memory
-from streamconv.destination import check_empty, check_room, check_staging, old_names, prepare
+from streamconv.destination import check_empty, check_room, check_staging, old_names, outdated, prepare
 from streamconv.engine import parts
 from streamconv.engine.check import OutputCheck, check_replicas
 from streamconv.engine.io import describe_os_error
@@ -59,7 +59,7 @@ class Apart:
                 raise UsageError(f"--checksum: {plan.root} would have to be read back: leave it out")
             if not self._is_all and not takes_streams(plan.root):
                 raise UsageError(f"--part: {plan.root} takes files of one process alone: give s3://, gs:// or a path, or leave it out")
-            self._sink = sink = open_sink(plan.root, create_pr=create_pr)
+            self._sink = sink = open_sink(plan.root, create_pr=create_pr, outdated=partial(outdated, plan))
             self._claim = parts.SinkClaim(plan, sink, self._part[1] if self._part else 0)
             self._make, self._path_of = partial(make_files, sink=sink), sink.address
         elif create_pr:

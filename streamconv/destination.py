@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path, PurePath, PurePosixPath
 
 from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, is_weights
@@ -207,8 +208,30 @@ def old_files(root: Path, single: str | None) -> list[Path]:
 def old_names(plan: Plan, sink: Sink | None) -> list[str]:
     """`old_files` of a plan's DST, which may be a sink, relative to its root."""
     if sink:
-        return [name for name in sink.list() if (name == plan.single if plan.single else is_weights(name))]
+        return [name for name in sink.list() if (name == plan.single if plan.single else _is_old(name))]
     return [path.relative_to(plan.root).as_posix() for path in old_files(Path(plan.root), plan.single)]
+
+
+def _is_old(name: str) -> bool:
+    """Whether a file, by its name relative to DST, is what an output replaces: no weights of other models in folders of their own."""
+    return ("/" not in name and is_weights(name)) or fnmatch(name, sat.OWN)
+
+
+def outdated(plan: Plan, put: Collection[str], there: Iterable[str]) -> list[str]:
+    """The old weight and index files that a pull request removes, together with the last of a plan's files: those of the plan's container.
+
+    Loaders would take them for parts of the output. Other containers stay.
+
+    Args:
+        plan: of the output.
+        put: files that are put there; there is nothing to remove yet if the plan's last one is not among them.
+        there: files of the repository, or of a folder in it.
+    """
+    made, kind = {file.path for file in plan.files}, CONTAINERS[plan.format].names
+    if plan.single or plan.files[-1].path not in put:
+        return []
+    old = (name for name in there if _is_old(name) and (kind.is_part(name) or (plan.format == "sat" and fnmatch(name, sat.OWN))))
+    return [name for name in old if name not in made]
 
 
 def check_empty(plan: Plan, sink: Sink | None) -> None:

@@ -72,7 +72,7 @@ def run(
         finish: look at what the parts have made, and write the index.
         engine: ``local``, or ``ray``: a task for each file.
         ray_address: of the Ray cluster; unless given, Ray finds or starts one.
-        create_pr: make what is uploaded to the Hub a pull request.
+        create_pr: make what is uploaded to the Hub a pull request; it also removes the old weights and indices of the same container.
 
     Raises:
         StreamconvError: see the classes; nothing is lost.

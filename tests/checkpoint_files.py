@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,14 @@ def random_tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0
 def numbered(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Tensors of these shapes, all different."""
     return {name: random_tensor(*shape, dtype=dtype, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+def first_and_last(names: Iterable[str]) -> list[str]:
+    """The first and the last of the names that differ in their numbers only."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "0", name), []).append(name)
+    return [*dict.fromkeys(name for kind in kinds.values() for name in (kind[0], kind[-1]))]
 
 
 def run(*arguments: object) -> int:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from checkpoint_files import assert_same, numbered, random_tensor, raw, read, run, write
 from safetensors.torch import save_file
+from servers import free_port
 
 import streamconv
 from streamconv.errors import FormatError, StreamconvError, UsageError
+from streamconv.storage import retries
 
 NAMES = [
     "float64",
@@ -280,7 +282,8 @@ def test_a_snapshot_as_the_target_keeps_its_blobs(tmp_path):
     assert blobs == set(old.values())
 
 
-@pytest.mark.parametrize("path", ["none", "none/x.safetensors", "https://example.org/x"])
-def test_what_is_not_there(path, tmp_path):
+@pytest.mark.parametrize("path", ["none", "none/x.safetensors", "http://127.0.0.1:{port}/x"])
+def test_what_is_not_there(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
     with pytest.raises(StreamconvError):
-        streamconv.open(path if "://" in path else tmp_path / path)
+        streamconv.open(path.format(port=free_port()) if "://" in path else tmp_path / path)

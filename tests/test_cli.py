@@ -30,6 +30,7 @@ from streamconv.engine import io, local
 from streamconv.engine.check import OutputCheck
 from streamconv.errors import RunError
 from streamconv.plan import Plan
+from tools.make_checkpoint import write_shard
 
 CONFIG = {
     "architectures": ["Tiny"],
@@ -263,10 +264,9 @@ def test_recipes_that_match_a_checkpoint(tmp_path, capsys):
     from streamconv.demo import CONFIG as config
     from streamconv.demo import demo_specs
 
-    folder = write(
-        tmp_path / "src", {name: torch.empty(spec.shape, dtype=torch.bfloat16) for name, spec in demo_specs().items()}, config=config
-    )
-    assert [row["name"] for row in document(capsys, "recipes", "--match", folder)] == ["internvl-hf2custom"]
+    write_shard(tmp_path / "model.safetensors", {name: ("bfloat16", spec.shape) for name, spec in demo_specs().items()}, sparse=True)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert [row["name"] for row in document(capsys, "recipes", "--match", tmp_path)] == ["internvl-hf2custom"]
 
 
 # Options -----------------------------------------------------------------------------------------------------------
@@ -748,8 +748,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     monkeypatch.setattr(running, "bar", counting)
 
 
-@pytest.mark.parametrize("options", [["--max-shard-size", "2KB"], ["--max-shard-size", "2KB", "--dtype", "bf16"], ["--single-file"]])
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("options", "workers"),
+    [
+        (["--max-shard-size", "2KB"], 1),
+        (["--max-shard-size", "2KB"], 3),
+        (["--max-shard-size", "2KB", "--dtype", "bf16"], 3),
+        (["--single-file"], 1),
+    ],
+)
 def test_a_run_stopped_anywhere_resumes_to_the_same_bytes(source, tmp_path, capsys, monkeypatch, options, workers):
     assert run("convert", source, tmp_path / "whole", *options, "--quiet") == 0
     calls = 0

@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,17 +21,24 @@ from streamconv.recipes import registry
 HEAVY = ("torch", "numpy", "transformers", "ml_dtypes", "yaml", "tqdm", "shtab")
 
 
-def loaded(*arguments: object) -> set[str]:
-    """Which of the heavy libraries a command loads, in a process of its own."""
-    given = [str(argument) for argument in arguments]
-    code = (
-        f"import sys; from streamconv.cli import main\ntry: code = main({given!r})\nexcept SystemExit as end: code = end.code\n"
-        f"sys.stderr.write(repr((code or 0, [name for name in {HEAVY!r} if name in sys.modules])))"
-    )
+def loaded(*commands: tuple[object, ...]) -> Iterator[tuple[str, set[str]]]:
+    """Each command, and which of the heavy libraries are loaded after it; one after the other in a process of its own."""
+    given = [[str(argument) for argument in command] for command in commands]
+    code = f"""
+import sys
+from streamconv.cli import main
+for given in {given!r}:
+    try:
+        code = main(given)
+    except SystemExit as end:
+        code = end.code
+    print(repr((code or 0, [name for name in {HEAVY!r} if name in sys.modules])), file=sys.stderr)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    code, found = eval(done.stderr.strip().splitlines()[-1])
-    assert code == 0, done.stdout + done.stderr
-    return set(found)
+    found = [eval(line) for line in done.stderr.splitlines() if line.startswith("(")]
+    assert [code for code, _ in found] == [0] * len(commands), done.stdout + done.stderr
+    for words, (_, names) in zip(given, found, strict=True):
+        yield " ".join(words), set(names)
 
 
 @pytest.fixture
@@ -38,28 +46,36 @@ def pickled(tmp_path):
     return write_bin(tmp_path / "pickled", llama(), config=CONFIG)
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",), *((name, "--help") for name in EXAMPLES)])
-def test_help_loads_nothing(arguments):
-    assert loaded(*arguments) == set()
+def test_help_loads_nothing():
+    for command, found in loaded(("--help",), ("--version",), *((name, "--help") for name in EXAMPLES)):
+        assert not found, command
 
 
 def test_no_command_loads_what_it_does_not_need(healthy, pickled, tmp_path):  # noqa: F811
     quiet = ("--no-progress",)
-    assert loaded("inspect", healthy, *quiet) == set()
-    assert loaded("inspect", pickled, *quiet) == set()
-    assert loaded("doctor", healthy, *quiet) == set()
-    assert loaded("recipes") == set()
-    assert loaded("recipes", "llama-hf2meta") == set()
-    assert loaded("recipes", "--match", healthy) == set()
-    assert loaded("recipes", "--new", healthy, healthy) <= {"yaml"}
-    assert loaded("plan", healthy, tmp_path / "a", *quiet) == set()
-    assert loaded("plan", healthy, tmp_path / "a", "--recipe", "llama-hf2ms", *quiet) == set()
-    assert loaded("plan", healthy, tmp_path / "a", "--out", tmp_path / "plan.json", *quiet) == set()
-    assert loaded("convert", healthy, tmp_path / "b", *quiet) == set()
-    assert loaded("convert", pickled, tmp_path / "c", "--verify", *quiet) <= {"numpy"}
-    assert loaded("run", tmp_path / "plan.json", *quiet) == set()
-    assert "torch" not in loaded("verify", healthy, tmp_path / "b", *quiet)
-    assert "torch" in loaded("convert", healthy, tmp_path / "d", "--dtype", "float32", *quiet)
+    light = [
+        ("inspect", healthy, *quiet),
+        ("inspect", pickled, *quiet),
+        ("doctor", healthy, *quiet),
+        ("recipes",),
+        ("recipes", "llama-hf2meta"),
+        ("recipes", "--match", healthy),
+        ("plan", healthy, tmp_path / "a", *quiet),
+        ("plan", healthy, tmp_path / "a", "--recipe", "llama-hf2ms", *quiet),
+        ("plan", healthy, tmp_path / "a", "--out", tmp_path / "plan.json", *quiet),
+        ("convert", healthy, tmp_path / "b", *quiet),
+        ("run", tmp_path / "plan.json", *quiet),
+    ]
+    draft, cast = ("recipes", "--new", healthy, healthy), ("convert", healthy, tmp_path / "d", "--dtype", "float32", *quiet)
+    *found, (_, drafting), (_, casting) = loaded(*light, draft, cast)
+    for command, libraries in found:
+        assert not libraries, command
+    assert drafting <= {"yaml"}
+    assert "torch" in casting
+    compare = ("verify", healthy, tmp_path / "b", *quiet)
+    (_, verified), (_, compared) = loaded(("convert", pickled, tmp_path / "c", "--verify", *quiet), compare)
+    assert verified <= {"numpy"}
+    assert "torch" not in compared
 
 
 # Help and completion -------------------------------------------------------------------------------------------------

@@ -208,9 +208,13 @@ def test_what_scripts_give_streamconv_parses():
 
 
 def test_the_slurm_script_makes_what_convert_makes(folder, tmp_path):
-    """With stand-ins for sbatch and srun that do what Slurm would."""
+    """With stand-ins for sbatch and srun that do what Slurm would, and four tasks of the sixteen."""
     streamconv = f'#!/bin/bash\nexec "{sys.executable}" -m streamconv.cli "$@"\n'
-    for name, text in {"sbatch": SBATCH, "srun": '#!/bin/bash\nexec "$@"\n', "streamconv": streamconv, **read_files()}.items():
+    scripts = read_files()
+    for large, small in (("--array=0-15", "--array=0-3"), ("PARTS=16", "PARTS=4")):
+        assert scripts["convert.slurm"].count(large) == 1
+        scripts["convert.slurm"] = scripts["convert.slurm"].replace(large, small)
+    for name, text in {"sbatch": SBATCH, "srun": '#!/bin/bash\nexec "$@"\n', "streamconv": streamconv, **scripts}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "Llama").symlink_to(folder / "Llama")

@@ -37,9 +37,9 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return err
 
 
-@pytest.mark.parametrize(("kinds", "kills"), [(["reshard", "fuse"], 4), (["sat"], 2), (["reclaim"], 4)])
-def test_killed_runs_resume_to_the_same_bytes(tmp_path, kinds, kills):
-    command = [sys.executable, "-m", "tools.crash", "--kills", str(kills), "--dir", str(tmp_path)]
+def test_killed_runs_resume_to_the_same_bytes(tmp_path):
+    kinds = ["reshard", "fuse", "sat", "reclaim"]
+    command = [sys.executable, "-m", "tools.crash", "--kills", str(2 * len(kinds)), "--dir", str(tmp_path)]
     command += [part for kind in kinds for part in ("--kind", kind)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=Path(crash.__file__).parent.parent)
     assert done.returncode == 0, done.stderr

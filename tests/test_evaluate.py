@@ -272,7 +272,7 @@ thresholds = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_copies_and_tiles_of_any_size_give_the_same_bytes(data: st.DataObject) -> None:
     with world() as here:

@@ -654,7 +654,7 @@ print(json.dumps({"code": code, "loaded": [name for name in ("torch", "numpy", "
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks the kernel for memory figures")
 def test_memory_there_and_back(tmp_path):
-    write(tmp_path / "st", {f"w{k}": torch.full((4 << 20,), float(k), dtype=torch.bfloat16) for k in range(24)})  # 200 MB
+    write(tmp_path / "st", {f"w{k}": torch.full((4 << 20,), float(k), dtype=torch.bfloat16) for k in range(12)})  # 100 MB
     for source, target in (("st", "x.ckpt"), ("x.ckpt", "back.safetensors")):
         command = ["convert", tmp_path / source, tmp_path / target, "--max-memory", "64MB", "--json"]
         done = subprocess.run([sys.executable, "-c", PROCESS, *map(str, command)], capture_output=True, text=True, timeout=300, check=False)

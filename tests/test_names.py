@@ -270,7 +270,7 @@ def test_every_match_can_be_written_back(pattern: Pattern, name: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_matcher_equals_asking_every_pattern(data: st.DataObject) -> None:
     some = data.draw(st.lists(patterns(), min_size=1, max_size=8))
     matcher = Matcher(some)

@@ -379,11 +379,11 @@ def in_a_process(*arguments):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks the kernel for memory figures")
 def test_memory_there_and_back(tmp_path):
-    given = {f"w{k}": torch.full((4 << 20,), float(k), dtype=torch.bfloat16) for k in range(24)}  # 200 MB
+    given = {f"w{k}": torch.full((4 << 20,), float(k), dtype=torch.bfloat16) for k in range(12)}  # 100 MB
     source = single(tmp_path / "source", given)
     for backend in ("auto", "mmap", "pread"):
         shutil.rmtree(tmp_path / "st", ignore_errors=True)
-        options = ["--max-memory", "64MB", "--max-shard-size", "50MB", "--read-backend", backend, "--json"]
+        options = ["--max-memory", "64MB", "--max-shard-size", "25MB", "--read-backend", backend, "--json"]
         found, document = in_a_process("convert", source, tmp_path / "st", *options)
         assert not found["torch"]
         assert not found["numpy"]
@@ -396,7 +396,7 @@ def test_memory_there_and_back(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="sends a signal")
 def test_an_interrupted_run_goes_on(tmp_path):
-    given = {f"w{k}": torch.full((4 << 20,), float(k), dtype=torch.bfloat16) for k in range(24)}
+    given = {f"w{k}": torch.full((4 << 20,), float(k), dtype=torch.bfloat16) for k in range(12)}
     write(tmp_path / "st", given)
     command = ["convert", tmp_path / "st", tmp_path / "x.bin", "--max-memory", "300MB", "--quiet"]
     process = subprocess.Popen([sys.executable, "-m", "streamconv.cli", *map(str, command)], stderr=subprocess.PIPE, text=True)

@@ -83,9 +83,7 @@ def check_sources(plan: Plan, paths: Container[str] | None = None, *, given_back
         except OSError as error:
             raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now: {error.strerror}; plan again") from error
         if (found.size, found.mtime_ns, found.tag) != (source.size, source.mtime_ns, source.tag):
-            raise SourceChanged(
-                f"{source.path}: planned with {source.size} bytes, now {found.size} or others: it changed; plan again"
-            )
+            raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now {found.size} or others: it changed; plan again")
 
 
 class LocalEngine:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+
+Outdated = Callable[[Collection[str], Iterable[str]], list[str]]  # of files put somewhere and those there: which go by that
 
 
 def is_url(path: object) -> bool:

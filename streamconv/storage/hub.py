@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamconv.errors import DestinationError, StreamconvError, UsageError
-from streamconv.storage import Entry
+from streamconv.storage import Entry, Outdated
 from streamconv.storage.addresses import Repository, is_offline, repository, unwritable
 from streamconv.storage.repositories import Absent, ask, tree
 from streamconv.storage.retries import OVER, Refused, again
@@ -26,14 +27,19 @@ _Found = TypeVar("_Found")
 class HubSink:
     """A branch of a repository, or a folder in it; with ``create_pr`` a pull request on it, made by the first commit.
 
-    Each `put` is one commit. What says how far an unfinished output is lies in a file of this machine's cache, since every change of a
-    repository is a commit that everybody sees.
+    Each `put` is one commit; that which completes a pull request also removes old weights. What says how far an unfinished output is lies
+    in a file of this machine's cache, since every change of a repository is a commit that everybody sees.
+
+    Args:
+        url: of a model repository, or a folder in it.
+        create_pr: make a pull request.
+        outdated: see `open_sink`.
 
     Attributes:
-        pull_request: its URL, once there is one.
+        pull_request: its URL, once there is one, and which old files it removes.
     """
 
-    def __init__(self, url: str, *, create_pr: bool = False) -> None:
+    def __init__(self, url: str, *, create_pr: bool = False, outdated: Outdated = lambda _, __: []) -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -48,6 +54,7 @@ class HubSink:
         self._states: dict[str, bytes] = {}
         self._repo, self._branch, self._folder = place.name, place.revision or "main", place.path
         self._revision, self._create_pr, self._is_made = self._branch, create_pr, False
+        self._outdated, self._removed = outdated, set[str]()
         self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="streamconv")
         disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of files that do not go by Xet, and of those that are there
@@ -106,20 +113,27 @@ class HubSink:
             DestinationError: access is refused, or there is no such repository.
             RunError: the server failed several times.
         """
-        from huggingface_hub import CommitOperationAdd
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         self._make()
 
         def commit() -> None:
+            doomed = self._outdated(files, self._list(self._revision) or ()) if self._create_pr else []
+            self._removed.update(doomed)
             with ExitStack() as stack:
                 # From an open file it goes by plain HTTP in bounded memory; from a path Xet would hold what it likes.
                 opened = {
                     name: given if isinstance(given, bytes) else stack.enter_context(given.open("rb")) for name, given in files.items()
                 }
-                self._commit([CommitOperationAdd(self._path(name), given) for name, given in opened.items()], f"Upload {_name(files)}")
+                added = [CommitOperationAdd(self._path(name), given) for name, given in opened.items()]
+                self._commit([*added, *(CommitOperationDelete(self._path(name)) for name in doomed)], f"Upload {_name(files)}")
 
         self._do(commit)
         self._written |= files.keys()
+        if self._removed:
+            first, *more = sorted(self._removed)
+            self.pull_request += f", which removes the old {first}{f' and {len(more)} more' if more else ''}"
+            self._removed.clear()
 
     def remove(self, names: Collection[str]) -> None:
         from huggingface_hub import CommitOperationDelete
@@ -131,15 +145,18 @@ class HubSink:
 
     def _commit(self, operations: Sequence[CommitOperationAdd | CommitOperationDelete], message: str) -> None:
         opens = self._create_pr and not self.pull_request
-        made = self._api.create_commit(
-            self._repo,
-            operations,
-            commit_message="Add converted weights" if opens else message,
-            commit_description="Converted by streamconv." if opens else None,
-            revision=self._revision,
-            create_pr=opens,
-            num_threads=1,
-        )
+        with warnings.catch_warnings():
+            # The library uploads in a way that its own HTTP library frowns upon.
+            warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning, module="httpx")
+            made = self._api.create_commit(
+                self._repo,
+                operations,
+                commit_message="Add converted weights" if opens else message,
+                commit_description="Converted by streamconv." if opens else None,
+                revision=self._revision,
+                create_pr=opens,
+                num_threads=1,
+            )
         if opens and made.pr_revision:
             self._revision, self.pull_request = made.pr_revision, made.pr_url or made.pr_revision
             for name, data in self._states.items():
@@ -171,7 +188,10 @@ class HubSink:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f"{path.name}.{os.getpid()}")
             draft.write_bytes(f"{self._revision} {self.pull_request}\n".encode() + data)
-            draft.replace(path)
+            if self._create_pr and not self.pull_request:  # its first commit may be refused yet: `_commit` keeps this then
+                draft.unlink()
+            else:
+                draft.replace(path)
         except OSError as error:
             raise DestinationError(f"{path}: cannot be written: {error.strerror}; give another XDG_CACHE_HOME") from error
 
@@ -201,7 +221,8 @@ class HubSink:
             raise self._refuse(refused) from None
 
     def _refuse(self, refused: Refused) -> StreamconvError:
-        return unwritable(self.url, refused, begun=bool(self._written), instead="propose it with --create-pr")
+        instead = "give another DST" if self._create_pr else "propose it with --create-pr"
+        return unwritable(self.url, refused, begun=bool(self._written), instead=instead)
 
 
 def _name(names: Collection[str]) -> str:

@@ -46,9 +46,17 @@ def ask(call: Callable[..., _Found], *args: Any, **options: Any) -> _Found:
     except ValueError as error:  # what it will not send, the name of a repository among that
         raise Refused(400, bare(str(error))) from None
     except Exception as error:
+        if type(error) is RuntimeError and error.__cause__:  # how uploads to the storage fail
+            raise _upload_fault(error.__cause__) from None
         if not isinstance(error, OSError) and not type(error).__module__.startswith("http"):
             raise
         raise fault(error) from None
+
+
+def _upload_fault(error: BaseException) -> Failed:
+    """Whatever it is, the next attempt may do: it asks for another signed address, which is not to be shown."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return Failed(f"HTTP {status} from the storage") if status else fault(error)
 
 
 def tree(api: HfApi, place: Repository) -> dict[str, Entry]:

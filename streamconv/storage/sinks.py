@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from streamconv.errors import UsageError
-from streamconv.storage import Entry
+from streamconv.storage import Entry, Outdated
 from streamconv.storage.addresses import WEB, missing, scheme_of
 
 __all__ = ["Entry", "Sink", "open_sink"]
@@ -21,7 +21,7 @@ class Sink(Protocol):
 
     url: str
     pull_request: str
-    """The URL of the one that was made, if that was wanted."""
+    """The URL of the one that was made, if that was wanted, and which old files it removes."""
 
     def list(self) -> Mapping[str, Entry]:
         """What is there, as far as the store tells; of a pull request, what it changes."""
@@ -60,12 +60,13 @@ class Sink(Protocol):
         ...
 
 
-def open_sink(url: str, *, create_pr: bool = False) -> Sink:
+def open_sink(url: str, *, create_pr: bool = False, outdated: Outdated = lambda _, __: []) -> Sink:
     """The place for outputs that a URL names; nothing is asked of it yet.
 
     Args:
         url: of a directory.
         create_pr: what is put there shall be a pull request.
+        outdated: which files the pull request removes by the commit that puts these files there, of those that are there.
 
     Raises:
         UsageError: it cannot be written to.
@@ -75,7 +76,7 @@ def open_sink(url: str, *, create_pr: bool = False) -> Sink:
         from streamconv.storage.hub import HubSink
 
         try:
-            return HubSink(url, create_pr=create_pr)
+            return HubSink(url, create_pr=create_pr, outdated=outdated)
         except ImportError as error:
             raise missing(scheme, error) from None
     if create_pr:
