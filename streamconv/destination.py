@@ -214,7 +214,11 @@ def old_names(plan: Plan, sink: Sink | None) -> list[str]:
 
 def _is_old(name: str) -> bool:
     """Whether a file, by its name relative to DST, is what an output replaces: no weights of other models in folders of their own."""
-    return ("/" not in name and is_weights(name)) or fnmatch(name, sat.OWN)
+    return ("/" not in name and is_weights(name)) or _is_rank(name)
+
+
+def _is_rank(name: str) -> bool:
+    return fnmatch(name, sat.OWN) and name.count("/") == sat.OWN.count("/")  # to fnmatch a slash is any character
 
 
 def outdated(plan: Plan, put: Collection[str], there: Iterable[str]) -> list[str]:
@@ -230,7 +234,7 @@ def outdated(plan: Plan, put: Collection[str], there: Iterable[str]) -> list[str
     made, kind = {file.path for file in plan.files}, CONTAINERS[plan.format].names
     if plan.single or plan.files[-1].path not in put:
         return []
-    old = (name for name in there if _is_old(name) and (kind.is_part(name) or (plan.format == "sat" and fnmatch(name, sat.OWN))))
+    old = (name for name in there if _is_old(name) and (kind.is_part(name) or (plan.format == "sat" and _is_rank(name))))
     return [name for name in old if name not in made]
 
 

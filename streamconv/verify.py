@@ -18,9 +18,8 @@ from streamconv.formats import Source
 from streamconv.graph import AnyNode, Node, as_bytes, trace
 from streamconv.plan import source_files
 from streamconv.runs import Move, identity, region
-from streamconv.storage import is_url
+from streamconv.storage import Entry, is_url
 from streamconv.storage.ranges import MEMORY
-from streamconv.storage.sinks import Entry
 from streamconv.tiles import choose_tile
 from streamconv.units import format_size
 

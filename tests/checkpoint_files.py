@@ -121,13 +121,28 @@ def run(*arguments: object) -> int:
     return main([*given, *(["--max-memory", ROOMY] if given[0] in {"convert", "plan", "verify"} else [])])
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line with which a command line is refused."""
+def failure(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
+    """The one line with which a command line fails, all of it."""
     capsys.readouterr()
-    assert run(*arguments) == 2
+    assert run(*arguments) == code
     out, err = capsys.readouterr()
     assert not out
     assert err.startswith("streamconv: error: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err
-    return err.removeprefix("streamconv: error: ").rstrip("\n")
+    return err
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a refusal says."""
+    return failure(capsys, 2, *arguments).removeprefix("streamconv: error: ").rstrip("\n")
+
+
+def write_both(folder: Path, tensors: Mapping[str, torch.Tensor], recipes: Mapping[str, object]) -> Path:
+    """The same tensors as ``safetensors/``, in three shards, and ``bin/``; and recipe files."""
+    config = {"model_type": "any"}
+    write(folder / "safetensors", tensors, shards=3, config=config)
+    write_bin(folder / "bin", tensors, config=config)
+    for name, rules in recipes.items():
+        (folder / f"{name}.yaml").write_text(json.dumps({"rules": rules}))
+    return folder

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from checkpoint_files import ROOMY, assert_same, numbered, random_tensor, read, refusal, run, write
+from checkpoint_files import ROOMY, assert_same, failure, numbered, random_tensor, read, refusal, run, write
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save, save_file
 from test_safetensors_format import BAD, PT, container, make, tensor
@@ -90,17 +90,6 @@ def document(capsys: pytest.CaptureFixture[str], *arguments: object, code: int =
     out, err = capsys.readouterr()
     assert not err
     return strict_json(out)
-
-
-def failure(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
-    """The one line with which a command line fails."""
-    capsys.readouterr()
-    assert run(*arguments) == code
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("streamconv: error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def streamconv_process(*arguments: object, **settings) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoint_files import ROOMY, numbered, random_tensor, refusal, run, write
+from checkpoint_files import ROOMY, failure, numbered, random_tensor, refusal, run, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -58,17 +58,6 @@ def make_plan(source: Path, dst: Path, path: Path, *options: str) -> Path:
 def make(plan: Path, *numbers: int, of: int = 4, options: tuple[str, ...] = ()) -> None:
     for number in numbers or range(of):
         assert run("run", plan, "--part", f"{number}/{of}", "--quiet", *options) == 0
-
-
-def failure(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> str:
-    """The one line that a command fails with."""
-    capsys.readouterr()
-    assert run(*arguments) == code
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.startswith("streamconv: error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 # The same bytes ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_files import numbered, random_tensor, run, write, write_bin
+from checkpoint_files import numbered, random_tensor, run, write, write_both
 from hub_server import hub
 from hypothesis import given
 from hypothesis import strategies as st
@@ -428,13 +428,7 @@ def checkpoints(tmp_path_factory) -> Path:
     """The same tensors as ``safetensors/`` and ``bin/``, and recipe files."""
     made = tmp_path_factory.mktemp("checkpoints")
     shapes = {f"{k}.{name}": (rows, 500 + k) for k in range(4) for name, rows in (("q", 800), ("k", 8), ("v", 8))}
-    tensors = numbered(shapes)
-    config = {"model_type": "any"}
-    write(made / "safetensors", tensors, shards=3, config=config)
-    write_bin(made / "bin", tensors, config=config)
-    for name, rules in RECIPES.items():
-        (made / f"{name}.yaml").write_text(json.dumps({"rules": rules}))
-    return made
+    return write_both(made, numbered(shapes), RECIPES)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
-from checkpoint_files import numbered, refusal, run, write, write_bin
+from checkpoint_files import numbered, refusal, run, write, write_both
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hub_server import Hub, hub
@@ -61,12 +61,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same tensors as ``safetensors/`` and ``bin/``, 10 MB, and recipe files."""
     made = tmp_path_factory.mktemp("checkpoints")
     tensors = numbered({f"{k}.{name}": (rows, 500 + k) for k in range(6) for name, rows in (("q", 800), ("k", 8), ("v", 8))})
-    config = {"model_type": "any"}
-    write(made / "safetensors", tensors, shards=3, config=config)
-    write_bin(made / "bin", tensors, config=config)
-    for name, rules in RECIPES.items():
-        (made / f"{name}.yaml").write_text(json.dumps({"rules": rules}))
-    return made
+    return write_both(made, tensors, RECIPES)
 
 
 @pytest.fixture(scope="module")
@@ -419,15 +414,17 @@ def test_overwrite_takes_weights_away_and_nothing_else(
 ) -> None:
     store.put("made/model-00007-of-00007.safetensors", b"old")
     store.put("made/model.safetensors.index.json", b"{}")
-    store.put("made/README.md", b"mine")
+    kept = {"README.md": b"mine", "1_Dense/model.safetensors": b"another model", "old/1/mp_rank_00_model_states.pt": b"another"}
+    for name, data in kept.items():
+        store.put(f"made/{name}", data)
     src = checkpoints / "safetensors"
-    assert "holds README.md already" in refusal(capsys, "convert", src, f"{store.url}/made", *SMALL)
-    assert len(store.keys("made/")) == 3
+    assert " already" in refusal(capsys, "convert", src, f"{store.url}/made", *SMALL)
+    assert len(store.keys("made/")) == 5
     assert run("convert", src, f"{store.url}/made", *SMALL, "--overwrite") == 0
     assert run("convert", src, tmp_path / "local", *SMALL) == 0
-    assert objects_in(store, "made/") == files_in(tmp_path / "local") | {"README.md": b"mine"}
+    assert objects_in(store, "made/") == files_in(tmp_path / "local") | kept
     assert run("convert", src, f"{store.url}/made", *SMALL, "--overwrite") == 0
-    assert objects_in(store, "made/") == files_in(tmp_path / "local") | {"README.md": b"mine"}
+    assert objects_in(store, "made/") == files_in(tmp_path / "local") | kept
     for key in ("made/model-00009-of-00009.safetensors", "made/deeper/model.safetensors", "made-too/model.safetensors"):
         store.client.create_multipart_upload(Bucket=store.bucket, Key=key)
     assert run("convert", src, f"{store.url}/made/one.safetensors", "--quiet") == 0

@@ -45,7 +45,7 @@ class Ledger:
     """What of an output is done, as far as this process knows.
 
     Attributes:
-        finished: files that are complete, durable and under their final names, with their SHA-256 where it is known.
+        finished: files that are complete, durable and under their final names, with a digest where one is known.
         durable: of other files, by name, where the tasks begin whose bytes are durable.
     """
 
@@ -60,7 +60,7 @@ class Ledger:
 
     def finish(self, name: str, digest: str = "") -> None:
         """Notes that ``name`` is complete, durable and under its final name."""
-        self._append({"finished": name, "sha256": digest})
+        self._append({"finished": name, "digest": digest})
 
     def forget(self, name: str) -> None:
         """Notes that ``name`` has to be made again."""
@@ -80,7 +80,7 @@ class Ledger:
         for name, places in line.get("durable", {}).items():
             self.durable.setdefault(name, set()).update(places)
         if (name := line.get("finished")) is not None:
-            self.finished[name] = line.get("sha256", "")
+            self.finished[name] = line.get("digest", "")
             self.durable.pop(name, None)
         if (name := line.get("again")) is not None:
             self.finished.pop(name, None)
@@ -255,7 +255,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             lines, _ = _read_lines(file.fileno())
     except OSError:
         return {}, {}
-    found = {line["finished"]: line.get("sha256", "") for line in lines if "finished" in line}
+    found = {line["finished"]: line.get("digest", "") for line in lines if "finished" in line}
     return (lines[0] if lines else {}), found
 
 

@@ -10,8 +10,6 @@ from streamconv.errors import UsageError
 from streamconv.storage import Entry, Outdated
 from streamconv.storage.addresses import WEB, missing, scheme_of
 
-__all__ = ["Entry", "Sink", "open_sink"]
-
 
 class Sink(Protocol):
     """A place for the files of an output, by names relative to it. A file appears whole under its name, or not at all.
