@@ -75,20 +75,17 @@ class Apart:
         check_sources(plan.for_files(self._numbers))
         with watch() as figures:
             try:
-                if found := self._is_done():
+                if not (found := self._is_done()):
+                    try:
+                        waiting = self._make_files(progress)
+                        if not self._part:
+                            self._finish(progress)
+                    except DestinationError:
+                        if self._is_all or not (found := self._is_done()):  # else other processes have finished it by now
+                            raise
+                if found:
                     mine = plan.for_files(self._numbers) if self._part else plan
                     check_outputs(mine, progress, lambda number: self._path_of(mine.files[number].path), found=True)
-                elif self._part or self._is_all:
-                    with self._join() as make:  # which finds faults before anything is written
-                        waiting = self._take(progress)
-                        self._write(make, waiting, progress)
-                    if self._part and self._verify and (different := self._find_different(waiting, progress)):
-                        names = ", ".join(plan.files[number].path for number in sorted(different))
-                        raise RunError(
-                            f"{self._claim.where}: {names}: not what was written: check disk and memory, then run the part again"
-                        )
-                if not self._part and not found:
-                    self._finish(progress)
             except OSError as error:
                 raise describe_os_error(error, plan.root) from error
             except (KeyboardInterrupt, Interrupted):
@@ -99,6 +96,18 @@ class Apart:
         if self._sink and self._sink.pull_request:
             made = replace(made, notes=(*made.notes, f"pull request: {self._sink.pull_request}"))
         return Result(made, seconds, memory.peak(), figures["anonymous"], True if self._verify or found else None, part=part)
+
+    def _make_files(self, progress: bool | Progress) -> list[int]:
+        """Makes what is to be made apart and is not there; the numbers of those files."""
+        if not self._part and not self._is_all:
+            return []
+        with self._join() as make:  # which finds faults before anything is written
+            waiting = self._take(progress)
+            self._write(make, waiting, progress)
+        if self._part and self._verify and (different := self._find_different(waiting, progress)):
+            names = ", ".join(self._plan.files[number].path for number in sorted(different))
+            raise RunError(f"{self._claim.where}: {names}: not what was written: check disk and memory, then run the part again")
+        return waiting
 
     def _is_done(self) -> bool:
         """Whether all is there already and nothing says any more whose files they are: they are then compared."""
@@ -137,7 +146,10 @@ class Apart:
             check_staging(plan)
         if self._is_all and self._overwrite and claim.exists():
             claim.give_up()
-        claim.begin(doomed)
+        if begun:
+            claim.go_on()
+        else:
+            claim.take(doomed)
         done = claim.finished(self._numbers)
         if self._verify and self._part:
             done -= self._find_different(sorted(done), progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -185,9 +186,12 @@ def check_room(plan: Plan, root: Path, doomed: Iterable[Path]) -> None:
 
 def _allocated(path: Path) -> int:
     """Bytes on the disk that removing ``path`` gives back."""
-    if path.is_symlink() or not path.is_file():
+    try:
+        found = path.lstat()
+    except OSError:
         return 0
-    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        return 0
     return getattr(found, "st_blocks", -(-found.st_size // 512)) * 512
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_files import ROOMY, failure, numbered, random_tensor, refusal, run, write
@@ -28,6 +30,19 @@ from tools import crash
 from tools.crash import read_tree
 
 CLAIM = ".streamconv.json"
+SLOWED = """
+import os, random, sys, time
+from streamconv import cli
+root, seed = sys.argv[1:3]
+numbers = random.Random(f"{seed} {os.getpid()}")
+EVENTS = {"open", "os.link", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.scandir", "os.truncate"}
+def pause(event, given):
+    if event in EVENTS and any(str(part).startswith(root) for part in given) and numbers.random() < 0.5:
+        time.sleep(numbers.random() ** 3 * 0.08)
+sys.addaudithook(pause)
+sys.exit(cli.main(sys.argv[3:]))
+"""
+"""A command that lingers at what it does in a directory, so that what several do at once happens in many orders."""
 SMALL = ["--max-shard-size", "500KB", "--quiet"]
 
 
@@ -92,15 +107,107 @@ def test_killed_parts_are_run_again_to_the_same_bytes(tmp_path, kind, kills):
     assert f"{kills:4} runs" in done.stdout
 
 
-def test_parts_at_once_as_processes(plan, tmp_path, wanted):
-    command = [sys.executable, "-m", "streamconv.cli", "run", str(plan), "--quiet", "--overwrite", "--part"]
+@pytest.mark.parametrize("rounds", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_parts_at_once_as_processes(plan, tmp_path, wanted, rounds):
+    """Over an old output of the same names and sizes, some of them twice; then the end, also twice, beside parts that are late."""
+    dst, numbers = tmp_path / "dst", random.Random(0)
+
+    def run_at_once(*options: str) -> list[str]:
+        command = [sys.executable, "-c", SLOWED, str(dst), str(numbers.random()), "run", str(plan), "--quiet"]
+        running = [subprocess.Popen([*command, *option.split()], stderr=subprocess.PIPE, text=True) for option in options]
+        return [said for process in running if (said := process.communicate(timeout=120)[1]) or process.returncode]
+
+    for _ in range(rounds):
+        shutil.rmtree(dst, ignore_errors=True)
+        shutil.copytree(tmp_path / "wanted", dst)
+        for path in dst.iterdir():
+            path.write_bytes(b"?" * path.stat().st_size)
+        parts_of_all = [f"--overwrite --part {number}/4" for number in (1, 1, 2, 3, 4, 4)]
+        assert not run_at_once(*numbers.sample(parts_of_all, 6))
+        assert not run_at_once("--finish", "--finish", f"--part {numbers.randint(1, 4)}/4")
+        assert read_tree(dst) == wanted
+
+
+def test_an_attempt_to_take_dst_may_be_taken_away_by_the_one_that_has_it(plan, monkeypatch):
+    """As with what else was there before."""
+    whole = Plan.from_json(plan.read_text())
+    root = Path(whole.root)
+    root.mkdir()
+    link = os.link
+
+    def link_after_another(draft: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        parts.Claim(whole).take([path.name for path in root.iterdir()])
+        link(draft, path)
+
+    monkeypatch.setattr(os, "link", link_after_another)
+    parts.Claim(whole).take()
+    assert [path.name for path in root.iterdir()] == [CLAIM]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_another_has_made_meanwhile_is_not_taken_away(plan, tmp_path, wanted, monkeypatch, links):
+    """Between the look at an old file and its removal."""
+    dst, name = tmp_path / "dst", "model-00004-of-00009.safetensors"
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    dst.mkdir()
+    (dst / name).write_bytes(b"?" * len(wanted[name]))
+    look, looked = parts.Claim._look, list[str]()
+
+    def look_before_another(claim: parts.Claim, names: Iterable[str]) -> dict[str, list[Any]]:
+        found = look(claim, names)
+        looked.extend(found)
+        if looked.count(name) == 2:  # noted, and about to go
+            parts.make_files(claim._plan, [[file.path for file in claim._plan.files].index(name)])
+        return found
+
+    monkeypatch.setattr(parts.Claim, "_look", look_before_another)
+    parts.Claim(Plan.from_json(plan.read_text())).take([])
+    assert looked.count(name) == 2
+    assert (dst / name).read_bytes() == wanted[name]
+    assert {path.name for path in dst.iterdir()} == {name, CLAIM}
+
+
+def test_what_another_has_made_meanwhile_is_not_in_the_way(plan, tmp_path, wanted):
+    whole = Plan.from_json(plan.read_text())
     (tmp_path / "dst").mkdir()
-    shutil.copytree(tmp_path / "wanted", tmp_path / "dst", dirs_exist_ok=True)
-    for path in (tmp_path / "dst").iterdir():
-        path.write_bytes(b"?" * path.stat().st_size)
-    running = [subprocess.Popen([*command, f"{number}/4"], stderr=subprocess.PIPE) for number in (1, 1, 2, 3, 4, 4)]
-    assert [process.communicate(timeout=120)[1] for process in running] == [b""] * 6
+    claim, name = parts.Claim(whole), whole.files[3].path
+    claim.take()
+    assert not claim.finished([3])
+    parts.make_files(whole, [3])
+    claim.make_way([3])
+    assert (tmp_path / "dst" / name).read_bytes() == wanted[name]
+    (tmp_path / "dst" / name).write_bytes(b"?" * len(wanted[name]))
+    assert not claim.finished([3])
+    claim.make_way([3])
+    assert not (tmp_path / "dst" / name).exists()
+
+
+def test_a_folder_in_the_place_of_a_file(plan, tmp_path, wanted, capsys):
+    (tmp_path / "dst" / "model-00004-of-00009.safetensors").mkdir(parents=True)
+    line = refusal(capsys, "run", plan, "--part", "1/4", "--overwrite")
+    assert "model-00004-of-00009.safetensors: is a directory" in line
+    (tmp_path / "dst" / "model-00004-of-00009.safetensors").rmdir()
+    make(plan, options=("--overwrite",))
     assert run("run", plan, "--finish", "--quiet") == 0
+    assert read_tree(tmp_path / "dst") == wanted
+
+
+def test_what_a_finish_takes_away_is_begun_again(plan, tmp_path, wanted, monkeypatch):
+    """Another end has removed what this one, or a late part, had begun."""
+    make(plan)
+    seal, taken = local.LocalEngine._seal, list[str]()
+
+    def seal_without(engine: local.LocalEngine, number: int, path: str, fd: int) -> None:
+        seal(engine, number, path, fd)
+        if len(taken) < 2:
+            taken.append(path)
+            Path(path).unlink()
+
+    monkeypatch.setattr(local.LocalEngine, "_seal", seal_without)
+    assert run("run", plan, "--finish", "--quiet") == 0
+    assert len(taken) == 2
     assert read_tree(tmp_path / "dst") == wanted
 
 
@@ -180,7 +287,7 @@ def test_of_plans_that_take_a_dst_at_once_one_has_it(plan, source, tmp_path, mon
         def take(whole: Plan, barrier: threading.Barrier = barrier, took: list[Plan] = took) -> None:
             barrier.wait()
             with suppress(DestinationError):
-                parts.Claim(whole).begin()
+                parts.Claim(whole).take()
                 took.append(whole)
 
         threads = [threading.Thread(target=take, args=(whole,)) for whole in (mine, other) * 3]
@@ -216,7 +323,7 @@ def test_a_claim_removes_nothing_outside(plan, tmp_path, capsys):
     victim.write_text("mine")
     claim = parts.Claim(Plan.from_json(plan.read_text()))
     (tmp_path / "dst").mkdir()
-    claim.begin()
+    claim.take()
     path = tmp_path / "dst" / CLAIM
     said = json.loads(path.read_text())
     path.write_text(json.dumps(said | {"old": {"../victim": [4, victim.stat().st_mtime_ns]}}) + "\n")

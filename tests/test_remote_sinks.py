@@ -35,7 +35,7 @@ from streamconv.fitting import Budget
 from streamconv.plan import Plan
 from streamconv.storage import retries
 from streamconv.storage.hub import HubSink
-from streamconv.storage.objects import PART, PARTS, part_size
+from streamconv.storage.objects import PART, PARTS, ObjectSink, part_size
 from streamconv.storage.sinks import open_sink
 
 MB = 10**6
@@ -491,6 +491,38 @@ def test_parts_of_a_plan_in_a_bucket(store: S3, checkpoints: Path, tmp_path: Pat
     assert run("run", plan, "--finish", "--verify", "--quiet") == 0
     assert run("convert", src, tmp_path / "local", *SMALL) == 0
     assert objects_in(store, "made/") == files_in(tmp_path / "local")
+
+
+def test_parts_over_old_files_in_a_bucket(store: S3, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those in the places of new ones stand until these replace them; others, and the index, go first."""
+    src, plan = checkpoints / "safetensors", tmp_path / "plan.json"
+    assert run("convert", src, tmp_path / "local", *SMALL) == 0
+    made = files_in(tmp_path / "local")
+    for name, data in made.items():
+        store.put(f"made/{name}", data if name == "config.json" else b"?" * len(data))
+    store.put("made/model-00007-of-00007.safetensors", b"old")
+    assert run("plan", src, f"{store.url}/made", *SMALL, "--overwrite", "--out", plan) == 0
+    assert run("run", plan, "--part", "1/3", "--quiet", "--overwrite") == 0
+    left = objects_in(store, "made/")
+    assert set(left) == {".streamconv.json", *made} - {"model.safetensors.index.json"}
+    names = [path for path in made if path.startswith("model-0")]
+    assert [name for name in names if left[name] == made[name]] == [names[k] for k in range(len(names)) if k % 3 == 1]
+    line = refusal(capsys, "run", plan, "--finish", "--quiet")
+    assert all(f"{names[k]} holds something else (part {k % 3}/3)" in line for k in range(len(names)) if k % 3 != 1)
+    for part in ("0/3", "2/3"):
+        assert run("run", plan, "--part", part, "--quiet", "--overwrite") == 0
+    assert run("run", plan, "--finish", "--quiet") == 0
+    assert objects_in(store, "made/") == made
+
+
+def test_a_state_that_goes_while_it_is_read(store: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has ended what it speaks of."""
+    sink = ObjectSink(f"{store.url}/made")
+    sink.save_state("state", b"1")
+    assert sink.load_state("state") == b"1"
+    found = sink.list
+    monkeypatch.setattr(sink, "list", lambda: (found(), store.client.delete_object(Bucket=store.bucket, Key="made/state"))[0])
+    assert sink.load_state("state") is None
 
 
 # The Hub -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from streamconv.errors import DestinationError, RunError
 from streamconv.plan import VERSION, Plan, is_below
 from streamconv.storage.sinks import Sink
 
+ATTEMPTS = 5
 STALE = 600.0  # seconds without a write after which an unfinished file of another process is taken for what a killed one left
 UNFINISHED = re.compile(r"\.[0-9a-f]{12}\.partial$")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -63,17 +64,23 @@ def make_files(plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: No
         Interrupted: Ctrl-C.
     """
     for group in _group(plan, numbers):
-        mine, suffix = plan.for_files(group), new_suffix()
-        try:
-            check()
-            _remove_unfinished(mine, older=STALE)
-            LocalEngine(mine, Ledger(), tell, suffix=suffix).run()
-        except (RunError, DestinationError):
-            if not all(holds(Path(plan.root) / file.path, file.size) for file in mine.files):  # else others were quicker, and have finished
-                raise
-        finally:
-            for file in mine.files:
-                partial(Path(plan.root) / file.path, suffix).unlink(missing_ok=True)
+        mine = plan.for_files(group)
+        for attempt in range(ATTEMPTS):
+            suffix = new_suffix()
+            try:
+                check()
+                _remove_unfinished(mine, older=STALE)
+                LocalEngine(mine, Ledger(), tell, suffix=suffix).run()
+            except (RunError, DestinationError) as error:
+                if all(holds(Path(plan.root) / file.path, file.size) for file in mine.files):
+                    break  # others were quicker, and have finished
+                if attempt == ATTEMPTS - 1 or not isinstance(error.__cause__, FileNotFoundError):
+                    raise  # else what was begun was taken away by others that finish: they have to find it made
+            else:
+                break
+            finally:
+                for file in mine.files:
+                    partial(Path(plan.root) / file.path, suffix).unlink(missing_ok=True)
 
 
 def new_suffix() -> str:
@@ -119,10 +126,11 @@ class Claim:
         self._plan, self._parts = plan, parts
         self._root = Path(plan.root)
         self._name = journal_path(Path(), plan.single).name
+        self._seen: dict[str, list[Any]] = {}
         self.where = str(plan.destination)
 
-    def begin(self, doomed: Iterable[str] | None = None) -> None:
-        """Takes DST, or goes on with what others have begun.
+    def take(self, doomed: Iterable[str] | None = None) -> None:
+        """Takes DST, unless another process has it by now, and goes on.
 
         Whoever takes it notes which files are to go first, as they are then: everybody removes those, and no file made since.
 
@@ -132,12 +140,19 @@ class Claim:
         Raises:
             DestinationError: DST is another plan's, or an ordinary run's.
         """
-        if not self.exists():
-            old = {} if doomed is None else self._look([*doomed, *(file.path for file in self._plan.files)])
+        old = {} if doomed is None else self._look([*doomed, *(file.path for file in self._plan.files)])
+        if not self.exists():  # looked at after the files: what is among them was not made by others since
             line = {"state": "incomplete", "advice": IN_PARTS, "version": VERSION, "plan": self._plan.digest()}
             self._create({**line, "old": old, "parts": self._parts})
-        old = self.check()["old"]
-        self._remove([name for name, identity in self._look(old).items() if identity == old[name] and is_below(name)])
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Goes on with what is begun.
+
+        Raises:
+            DestinationError: nothing is, or by another plan or an ordinary run.
+        """
+        self._take_away({name: identity for name, identity in self.check()["old"].items() if is_below(name)})
 
     def check(self) -> dict[str, Any]:
         """What the claim says.
@@ -161,14 +176,17 @@ class Claim:
         return found
 
     def finished(self, numbers: Sequence[int]) -> set[int]:
-        """Those of these files that are done: present at their size and with their literals."""
-        found = self._look(self._plan.files[number].path for number in numbers)
-        present = [k for k in numbers if found.get(self._plan.files[k].path, [None])[0] == self._plan.files[k].size]
+        """Those of these files that are done: present at their size and with their literals, and no old ones."""
+        standing = self._standing()
+        self._seen = self._look(self._plan.files[number].path for number in numbers)
+        new = {name: identity for name, identity in self._seen.items() if identity != standing.get(name)}
+        present = [k for k in numbers if new.get(self._plan.files[k].path, [None])[0] == self._plan.files[k].size]
         return set(present) - self._find_wrong(present)
 
     def make_way(self, numbers: Iterable[int]) -> None:
-        """Removes what is in the places of these files."""
-        self._remove(self._look(self._plan.files[number].path for number in numbers))
+        """Removes what is in the places of these files, as `finished` has seen it: what others have made since stays."""
+        names = {self._plan.files[number].path for number in numbers}
+        self._take_away({name: identity for name, identity in self._seen.items() if name in names})
 
     def describe(self, number: int) -> str:
         """What is wrong with a file that is not as it should be."""
@@ -190,7 +208,8 @@ class Claim:
 
     def end(self) -> None:
         """DST is complete."""
-        self._remove([self._name])
+        (self._root / self._name).unlink(missing_ok=True)
+        sync_directory(str(self._root))
 
     # Where it lies ---------------------------------------------------------------------------------------------
 
@@ -222,6 +241,9 @@ class Claim:
                 draft.replace(path)  # of two at once the later stays, and the other finds out by `check`
         except FileExistsError:
             pass
+        except FileNotFoundError:  # whoever has taken DST took the draft away with what was there
+            if not path.exists():
+                raise
         finally:
             draft.unlink(missing_ok=True)
         sync_directory(str(self._root))
@@ -231,24 +253,71 @@ class Claim:
         found = {}
         for name in names:
             with suppress(FileNotFoundError, NotADirectoryError):
-                entry = (self._root / name).lstat()
-                found[name] = [entry.st_size if stat.S_ISREG(entry.st_mode) else -1, entry.st_mtime_ns]
+                found[name] = _identify(self._root / name)
         return found
+
+    def _standing(self) -> dict[str, list[Any]]:
+        """The old files that stand until new ones replace them, and as what."""
+        return {}
 
     def _find_wrong(self, present: Sequence[int]) -> set[int]:
         """Those whose literals are not as planned; checksums, which take reading a file, are not looked at."""
         bare = replace(self._plan, files=tuple(replace(file, checksums=()) for file in self._plan.files))
-        return OutputCheck(bare).find_wrong_literals(present)
+        wrong, check = set(), OutputCheck(bare)
+        for number in present:
+            try:
+                wrong |= check.find_wrong_literals([number])
+            except FileNotFoundError:  # another process found it wrong and took it away
+                wrong.add(number)
+        return wrong
 
-    def _remove(self, names: Collection[str]) -> None:
-        for path in (paths := [self._root / name for name in names]):
-            path.unlink(missing_ok=True)
-        for folder in {str(path.parent) for path in paths}:
-            sync_directory(folder)
+    def _take_away(self, seen: Mapping[str, list[Any]]) -> None:
+        """Removes files that still are what was seen.
+
+        Each is taken aside before it is looked at again: between a look and a removal another process may have put a new one there.
+        """
+        made = {file.path for file in self._plan.files}
+        there = self._look(seen)
+        for name in (name for name, identity in there.items() if identity == seen[name]):
+            path = self._root / name
+            if path.is_dir() and not path.is_symlink():
+                raise DestinationError(f"{path}: is a directory, and a file is to be there: remove it, or give another DST")
+            aside = partial(path, new_suffix()) if name in made else path
+            with suppress(FileNotFoundError):
+                path.rename(aside)
+                if _identify(aside) == seen[name]:
+                    aside.unlink()
+                elif aside != path:
+                    _put_back(aside, path)
+        for folder in {(self._root / name).parent for name in seen}:
+            if folder.is_dir():
+                sync_directory(str(folder))
+
+
+def _identify(path: Path) -> list[Any]:
+    """Size, or -1 of what is no plain file, and what changes with its content and not with its name."""
+    found = path.lstat()
+    return [found.st_size if stat.S_ISREG(found.st_mode) else -1, found.st_mtime_ns]
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    try:
+        os.link(aside, path)
+    except FileExistsError:  # another one is there by now
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        aside.replace(path)
+    aside.unlink(missing_ok=True)
 
 
 class SinkClaim(Claim):
-    """A claim in a place for outputs that is no directory; of two that take it at once, the later has it."""
+    """A claim in a place for outputs that is no directory; of two that take it at once, the later has it.
+
+    A store cannot take a file away only if it still is what was seen: where others may be at work, old files in the places of new ones
+    stand until those replace them. What makes a loader take the files for a model, the index, is written last and goes first.
+    """
 
     def __init__(self, plan: Plan, sink: Sink, parts: int = 0) -> None:
         super().__init__(plan, parts)
@@ -277,8 +346,15 @@ class SinkClaim(Claim):
     def _find_wrong(self, present: Sequence[int]) -> set[int]:  # noqa: ARG002 - what is there is whole, and only this plan's writers write it
         return set()
 
-    def _remove(self, names: Collection[str]) -> None:
-        if names:
+    def _standing(self) -> dict[str, list[Any]]:
+        said = self._read()
+        made = {self._plan.files[number].path for number in files_to_make(self._plan)} if said.get("parts") else set()
+        return {name: identity for name, identity in said.get("old", {}).items() if name in made}
+
+    def _take_away(self, seen: Mapping[str, list[Any]]) -> None:
+        standing = self._standing()
+        there = self._look(name for name in seen if name not in standing)
+        if names := [name for name, identity in there.items() if identity == seen[name]]:
             self._sink.remove(names)
 
 

@@ -156,7 +156,8 @@ class ObjectSink:
                 for upload in found.get("Uploads") or []:
                     name = upload["Key"].removeprefix(key)
                     if name in names or (others and "/" not in name):
-                        self._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                        with suppress(FileNotFoundError):  # another was quicker
+                            self._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
                 if not found.get("IsTruncated"):
                     return
                 markers = {"KeyMarker": found["NextKeyMarker"], "UploadIdMarker": found["NextUploadIdMarker"]}
@@ -166,8 +167,7 @@ class ObjectSink:
     def load_state(self, name: str) -> bytes | None:
         if (there := self.list()) is self._written or name not in there:
             return self._states.get(name) if there is self._written else None
-        found: bytes = self._do(partial(self._fs.cat_file, f"{self._root}/{name}"))
-        return found
+        return self._do(partial(self._fs.cat_file, f"{self._root}/{name}"), b"") or None  # another may have dropped it since
 
     def save_state(self, name: str, data: bytes) -> None:
         self.put({name: data})
