@@ -26,7 +26,7 @@ from test_safetensors_format import BAD, PT, container, make, tensor
 import streamconv
 from streamconv import cli, results, running
 from streamconv.dtypes import DTYPES
-from streamconv.engine import io, local
+from streamconv.engine import io, local, worker
 from streamconv.engine.check import OutputCheck
 from streamconv.errors import RunError
 from streamconv.plan import Plan
@@ -842,13 +842,13 @@ SLOW = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from streamconv import cli
-from streamconv.engine import local
-copy = local.copy_range
+from streamconv.engine import worker
+copy = worker.copy_range
 def slow(*given):
     copy(*given)
     os.write(1, b"copied\\n")
     time.sleep(0.2)
-local.copy_range = slow
+worker.copy_range = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -925,7 +925,7 @@ def test_a_disk_that_fills_up_can_be_gone_on_with(source, tmp_path, capsys, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(*given)
 
-    monkeypatch.setattr(local, "copy_range", full)
+    monkeypatch.setattr(worker, "copy_range", full)
     message = failure(capsys, 3, "convert", source, tmp_path / "dst", "--max-shard-size", "2KB")
     assert "no room left" in message
     assert "--resume" in message

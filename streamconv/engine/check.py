@@ -7,20 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from streamconv.digests import read_patches
 from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse, share_descriptors
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
 from streamconv.engine.readers import Reader, known_urls, make_reader
 from streamconv.engine.threads import run_threads
+from streamconv.engine.worker import Worker
 from streamconv.errors import CoverageError, Interrupted
 from streamconv.plan import Copy, Plan
-from streamconv.runs import region
 from streamconv.storage import Entry, is_url
-
-if TYPE_CHECKING:
-    from streamconv.evaluate import Arena
 
 STEP = CHUNK // 2  # bytes of each side at a time
 HALF = STEP + BLOCK  # bytes of a reader's buffer for each side
@@ -75,7 +71,8 @@ class OutputCheck:
 
     def find_wrong_literals(self, numbers: Iterable[int]) -> set[int]:
         """Those files whose literals are not what is planned or whose checksums are not those of its bytes."""
-        reader, buffer = self._make_reader(), memoryview(bytearray(STEP))
+        worker, buffer = self._make_worker(), memoryview(bytearray(STEP))
+        reader = worker.reader
         wrong = set()
         try:
             for number in numbers:
@@ -84,7 +81,7 @@ class OutputCheck:
                 if not all(self._same(path, offset, memoryview(data), reader) for offset, data in chain(file.literals, found)):
                     wrong.add(number)
         finally:
-            reader.close()
+            worker.close()
         return wrong
 
     def compare(self, tasks: Iterator[Task], *, to_first: bool = False) -> set[int]:
@@ -93,15 +90,14 @@ class OutputCheck:
         return self._different
 
     def _work(self, tasks: Iterator[Task], *, to_first: bool) -> None:
-        reader = self._make_reader()
+        worker = self._make_worker()
         try:
-            arena = self._make_arena()
             while not self._stop.is_set():
                 with self._lock:
                     task = next(tasks, None)
                 if task is None:
                     return
-                if task[0] not in self._different and not self._compare(task, arena, reader):
+                if task[0] not in self._different and not self._compare(task, worker):
                     self._different.add(task[0])
                     if to_first:
                         self._stop.set()
@@ -109,21 +105,14 @@ class OutputCheck:
             if not self._stop.is_set():
                 raise
         finally:
-            reader.close()
+            worker.close()
 
-    def _make_reader(self) -> Reader:
-        return make_reader(self._plan.read_backend, self._descriptors, self._urls, self._stop)
+    def _make_worker(self) -> Worker:
+        return Worker(self._plan, self._descriptors, self._urls, self._stop)
 
-    def _make_arena(self) -> Arena | None:
-        if not self._plan.arena:
-            return None
-        from streamconv.evaluate import Arena
-
-        return Arena(self._plan.arena)
-
-    def _compare(self, task: Task, arena: Arena | None, reader: Reader) -> bool:
+    def _compare(self, task: Task, worker: Worker) -> bool:
         """Whether the bytes that a task wrote are in the file."""
-        number, segment, tile = task
+        (number, segment, tile), reader = task, worker.reader
         path = str(self._path_of(number))
         equal = True
         if isinstance(segment, Copy):
@@ -136,18 +125,11 @@ class OutputCheck:
                     equal = equal and self._same(path, segment.dst + at, reader.buffer()[first : first + size], reader)
             self._tell(segment.nbytes)
             return equal
-        from streamconv.evaluate import evaluate, reads
-
         assert tile is not None
-        assert arena is not None
-        node = self._plan.nodes[segment.node]
-        itemsize, mark = node.spec.dtype.itemsize, arena.mark
-        out = arena.take(tile.numel, itemsize)
-        reader.expect(reads(node, region(tile)))
-        evaluate(node, region(tile), out, arena, reader.read)
-        for at, offset, nbytes in tile_pieces(tile, itemsize):
-            equal = equal and self._same(path, segment.dst + offset, out.data.cast("B")[at : at + nbytes], reader)
-        arena.release(mark)
+        itemsize = self._plan.nodes[segment.node].spec.dtype.itemsize
+        with worker.computed(segment, tile) as packed:
+            for at, offset, nbytes in tile_pieces(tile, itemsize):
+                equal = equal and self._same(path, segment.dst + offset, packed[at : at + nbytes], reader)
         self._tell(tile.numel * itemsize)
         return equal
 

@@ -15,39 +15,34 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streamconv.digests import Crc32, format_sums, read_patches
 from streamconv.engine.check import OutputCheck
-from streamconv.engine.direct import DirectWriter, allocate, blocks, shares_extents
+from streamconv.engine.direct import allocate, shares_extents
 from streamconv.engine.io import (
     CHUNK,
     Files,
     PositionedReader,
-    copy_range,
-    data_ranges,
     describe_os_error,
     is_sparse,
     located,
     share_descriptors,
     sync_directory,
     write,
-    write_data,
 )
 from streamconv.engine.journal import Journal, Ledger
-from streamconv.engine.order import Task, place_of, tasks_in_order, tile_pieces
-from streamconv.engine.readers import BACKENDS, Reader, known_urls, make_reader
+from streamconv.engine.order import Task, place_of, tasks_in_order
+from streamconv.engine.readers import BACKENDS, known_urls
 from streamconv.engine.reclaim import Reclaim, find_reads
 from streamconv.engine.threads import run_threads
+from streamconv.engine.worker import FileWorker
 from streamconv.errors import DestinationError, Interrupted, RunError, SourceChanged, StreamconvError, UsageError
 from streamconv.plan import Compute, Copy, Plan, Segment
-from streamconv.runs import Move, region
+from streamconv.runs import Move
 from streamconv.storage import is_url
 from streamconv.storage.ranges import fingerprint, fingerprints
 from streamconv.units import format_size
-
-if TYPE_CHECKING:
-    from streamconv.evaluate import Arena
 
 SAVE_BYTES = 1 << 30  # bytes of output, at most, after which what is done is made durable and noted ...
 SAVE_SECONDS = 10.0  # ... or after so long
@@ -175,10 +170,6 @@ class LocalEngine:
                 self._looked_at[path] = time.monotonic()
         self._check_sources({path})
 
-    def _raise_if_stopped(self) -> None:
-        if self._stop.is_set():
-            raise Interrupted(f"interrupted: {self._root} is incomplete; rerun the same command with --resume")
-
     # Files -----------------------------------------------------------------------------------------------------
 
     def _path(self, number: int) -> Path:
@@ -298,10 +289,10 @@ class LocalEngine:
             raise RunError(f"{path}: does not hold what was written: check disk and memory, then rerun with --resume")
 
     def _read_digest(self, number: int, path: Path, kind: Callable[[], Any] = hashlib.sha256) -> str:
-        reader, buffer, found = BACKENDS[self._plan.read_backend](2), self._reader().buffer(), kind()
+        reader, buffer, found = BACKENDS[self._plan.read_backend](2), self._worker().reader.buffer(), kind()
         try:
             for start in range(0, self._plan.files[number].size, CHUNK):
-                self._raise_if_stopped()
+                self._worker().raise_if_stopped()
                 size = min(CHUNK, self._plan.files[number].size - start)
                 at = reader.load(str(path), start, size, buffer)
                 found.update(buffer[at : at + size])
@@ -335,11 +326,11 @@ class LocalEngine:
         reader = PositionedReader()
 
         def read(offset: int, view: memoryview) -> None:
-            self._raise_if_stopped()
+            self._worker().raise_if_stopped()
             reader.read(path, offset, view)
 
         try:
-            for offset, data in read_patches(checksums, read, self._reader().buffer()):
+            for offset, data in read_patches(checksums, read, self._worker().reader.buffer()):
                 write(fd, memoryview(data), offset)
                 self._progress(len(data))
         finally:
@@ -382,7 +373,7 @@ class LocalEngine:
 
     def _work(self, tasks: Iterator[Task]) -> None:
         try:
-            run_threads(self._workers, lambda: self._worker(tasks), self._stop)
+            run_threads(self._workers, lambda: self._do(tasks), self._stop)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: {self._root} is incomplete; rerun the same command with --resume") from None
         except (OSError, StreamconvError):
@@ -390,7 +381,7 @@ class LocalEngine:
         except Exception as error:
             raise RunError(f"{self._root}: {type(error).__name__}: {error}") from error
 
-    def _worker(self, tasks: Iterator[Task]) -> None:
+    def _do(self, tasks: Iterator[Task]) -> None:
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -411,22 +402,22 @@ class LocalEngine:
                 elif not self._is_commit(number) and not self._reclaim:
                     self._finish(number)
         finally:
-            self._reader().close()
-            self._writer().close()
+            self._worker().close()
 
-    def _reader(self) -> Reader:
-        """This thread's reader."""
-        if not hasattr(self._local, "reader"):
-            self._local.reader = make_reader(self._plan.read_backend, self._descriptors, self._urls, self._stop)
-        reader: Reader = self._local.reader
-        return reader
-
-    def _writer(self) -> DirectWriter:
-        """This thread's direct writer."""
-        if not hasattr(self._local, "writer"):
-            self._local.writer = DirectWriter(self._descriptors, self._reader().buffer)
-        writer: DirectWriter = self._local.writer
-        return writer
+    def _worker(self) -> FileWorker:
+        """This thread's worker."""
+        if not hasattr(self._local, "worker"):
+            self._local.worker = FileWorker(
+                self._plan,
+                self._descriptors,
+                self._urls,
+                self._stop,
+                targets=self._targets,
+                is_direct=self._is_direct,
+                is_sparse=self._is_sparse,
+            )
+        worker: FileWorker = self._local.worker
+        return worker
 
     def _is_sparse(self, number: int) -> bool:
         if number not in self._sparse:  # a plan of constants has no sources at all
@@ -435,96 +426,11 @@ class LocalEngine:
         return self._sparse[number]
 
     def _copy(self, number: int, segment: Copy) -> int:
-        source = self._plan.sources[segment.source].path
-        if is_url(source):
-            self._receive(source, number, segment)
-            return segment.nbytes
-        fd = self._reader().fd(source)
-        start, stop = segment.offset, segment.offset + segment.nbytes
-        sparse = self._is_sparse(segment.source)
-        path = str(self._partial(number))
-        with self._targets.use(path) as target:
-            for begin, end in data_ranges(fd, start, stop) if sparse else [(start, stop)]:
-                dst, nbytes = segment.dst + begin - start, end - begin
-                if self._is_direct and self._writer().takes(path, nbytes):
-                    self._copy_directly(source, begin, path, target, dst, nbytes)
-                else:
-                    with located(source, begin):
-                        copy_range(fd, target, begin, dst, nbytes, self._reader().buffer, source)
-        return segment.nbytes
-
-    def _copy_directly(self, source: str, src: int, path: str, target: int, dst: int, nbytes: int) -> None:
-        """Copies whole blocks of the target past the page cache, and the edges through it."""
-        reader, writer = self._reader(), self._writer()
-        buffer = reader.buffer()
-        first, last = blocks(dst, nbytes)
-        shift = src - dst
-        for begin, end in ((dst, first), (last, dst + nbytes)):
-            if begin < end:
-                with located(source, begin + shift):
-                    copy_range(reader.fd(source), target, begin + shift, begin, end - begin, reader.buffer, source)
-        for start in range(first, last, CHUNK):
-            self._raise_if_stopped()
-            size = min(CHUNK, last - start)
-            if at := reader.load(source, start + shift, size, buffer):
-                buffer[:size] = buffer[at : at + size]
-            writer.write_buffer(path, target, start, size)
-
-    def _receive(self, source: str, number: int, segment: Copy) -> None:
-        """Copies from a URL, by one request, front to back: whole blocks of the target past the page cache where it takes them so."""
-        reader, writer, path = self._reader(), self._writer(), str(self._partial(number))
-        at, end = segment.dst, segment.dst + segment.nbytes
-        shift, buffer = segment.offset - segment.dst, reader.buffer()
-        reader.expect([(source, segment.offset, segment.nbytes)])
-        with self._targets.use(path) as target:
-            first, last = blocks(at, segment.nbytes) if self._is_direct and writer.takes(path, segment.nbytes) else (end, end)
-            while at < end:
-                self._raise_if_stopped()
-                size = min(CHUNK, (first if at < first else last if at < last else end) - at)
-                reader.read(source, at + shift, buffer[:size])
-                if first <= at < last:
-                    writer.write_buffer(path, target, at, size)
-                else:
-                    write(target, buffer[:size], at)
-                at += size
-
-    def _arena(self) -> Arena:
-        from streamconv.evaluate import Arena
-
-        if not hasattr(self._local, "arena"):
-            self._local.arena = Arena(self._plan.arena)
-        arena: Arena = self._local.arena
-        return arena
+        return self._worker().copy(segment, str(self._partial(number)))
 
     def _compute(self, number: int, segment: Compute, tile: Move | None) -> int:
-        from streamconv.evaluate import evaluate, reads
-
         assert tile is not None
-        node = self._plan.nodes[segment.node]
-        itemsize = node.spec.dtype.itemsize
-        arena = self._arena()
-        mark = arena.mark
-        out = arena.take(tile.numel, itemsize)
-        reader = self._reader()
-
-        def read(path: str, offset: int, view: memoryview) -> None:
-            self._raise_if_stopped()
-            reader.read(path, offset, view)
-
-        reader.expect(reads(node, region(tile)))
-        evaluate(node, region(tile), out, arena, read)
-        packed, sparse = out.data.cast("B"), self._is_sparse(segment.source)
-        path = str(self._partial(number))
-        with self._targets.use(path) as target:
-            for at, offset, nbytes in tile_pieces(tile, itemsize):
-                if sparse:
-                    write_data(target, packed[at : at + nbytes], segment.dst + offset)
-                elif self._is_direct:
-                    self._writer().write(path, target, packed[at : at + nbytes], segment.dst + offset)
-                else:
-                    write(target, packed[at : at + nbytes], segment.dst + offset)
-        arena.release(mark)
-        return tile.numel * itemsize
+        return self._worker().compute(segment, tile, str(self._partial(number)))
 
 
 def _nbytes(plan: Plan, segment: Segment) -> int:
