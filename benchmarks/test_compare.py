@@ -204,7 +204,8 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [tool["name"] for tool in verifying["tools"]] == ["cp", "streamconv"]
     mine = compare.figures(resharding)["streamconv"]
     assert 0 < mine.anon < mine.rss
-    assert resharding["output_bytes"] <= mine.written < resharding["output_bytes"] * 1.05
+    if compare.figures(resharding)["cp"].written:  # the kernel does not count what is written to memory
+        assert resharding["output_bytes"] <= mine.written < resharding["output_bytes"] * 1.05
     assert (out / "table.md").read_text() == printed.removesuffix("\n")
     assert "| **streamconv** |" in printed
     assert compare.main(["--render", str(out / "results.json"), "--out", str(tmp_path / "again")]) == 0

@@ -95,7 +95,8 @@ class Apart:
         made, part = (plan.for_files(waiting) if self._part else plan), (None if self._is_all else self._describe(waiting))
         if self._sink and self._sink.pull_request:
             made = replace(made, notes=(*made.notes, f"pull request: {self._sink.pull_request}"))
-        return Result(made, seconds, memory.peak(), figures["anonymous"], True if self._verify or found else None, part=part)
+        verified, place = True if self._verify or found else None, self._path_of(plan.single or "")
+        return Result(made, seconds, memory.peak(), figures["anonymous"], verified, part=part, place=place)
 
     def _make_files(self, progress: bool | Progress) -> list[int]:
         """Makes what is to be made apart and is not there; the numbers of those files."""

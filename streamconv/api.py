@@ -272,7 +272,7 @@ def convert(
     )
     if reference is None:
         return result
-    done = open_checkpoint(made.destination)
+    done = open_checkpoint(result.place or made.destination)
     comparison = compare(
         dict(_with_ties(done)),
         _with_ties(reference),

@@ -14,7 +14,7 @@ from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, Extent, FileLayout, Source, mindspore, safetensors, sat
 from streamconv.formats import torch as torch_files
-from streamconv.formats.files import Names, read_index, show
+from streamconv.formats.files import Names, read_index, show, unreadable
 from streamconv.names import natural_key
 from streamconv.names import parse as parse_names
 from streamconv.storage import is_url
@@ -287,7 +287,10 @@ def choose_files(path: Location, ranks: Sequence[str], files: Sequence[str]) -> 
     """The files of a directory that a pattern matches, in the order of their numbers, and whether they are ranks."""
     if not is_dir(path):
         return [], any(parse_names(pattern).match(path.name) is not None for pattern in ranks)
-    names = sorted(names_in(path), key=natural_key)
+    try:
+        names = sorted(names_in(path), key=natural_key)
+    except OSError as error:
+        raise unreadable(path, error, "a checkpoint") from error
     for pattern in (*ranks, *files):
         if pattern in names and pattern.endswith(".index.json"):
             index = read_index(path / pattern, safetensors.KIND)

@@ -106,7 +106,7 @@ class Fitting:
         largest = max((self._nbytes(s) for s in computed if s.node in self.in_order), default=0)
         while tile < min(largest, budget.limit):  # read once, if it can be: each tile that is front to back reads all over the source
             tile *= 2
-        wished, first = min(4 if self._is_remote() else 2, budget.workers), True
+        wished, first = min((4 if self._is_remote() else 2) if self._nodes else 1, budget.workers), True
         while True:
             arena, what = self._find_arena(computed, checks, tile, scattered)
             each = _bytes_each(arena, self._sources, self._stream)

@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run took, of a part that part's share. Memory in bytes, of the whole process."""
+    """What a run took, of a part that part's share. Memory in bytes, of the whole process. ``place``: where to read it, if not at DST."""
 
     plan: Plan
     seconds: float
@@ -57,6 +57,7 @@ class Result:
     verified: bool | None = None
     comparison: Comparison | None = None
     part: Part | None = None
+    place: Path | str = ""
 
     def summary(self) -> dict[str, Any]:
         """What ``convert --json`` prints."""

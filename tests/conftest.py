@@ -6,12 +6,22 @@ import os
 import warnings
 
 import pytest
-from hypothesis import settings
+from checkpoint_files import ROOMY
+from hypothesis import HealthCheck, settings
+
+from streamconv import api
 
 # Where a change is judged, the same examples are tried each time; at a desk, new ones.
-settings.register_profile("judged", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("judged")
+# How long one takes tells of the machine only.
+settings.register_profile("desk", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("judged", settings.get_profile("desk"), derandomize=True)
+settings.load_profile("judged" if os.environ.get("CI") else "desk")
+
+# The budget is the whole process's, and one that has run thousands of tests is larger than one that converts.
+api.MAX_MEMORY = ROOMY
+for call in (api.plan, api.verify):
+    assert call.__kwdefaults__["max_memory"]
+    call.__kwdefaults__["max_memory"] = ROOMY
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ class Hub(Server):
         cdn: the server of large files; ``cdn.requests`` is what it was asked. It refuses requests that carry a token, as S3 does.
         cdn_url: where redirects and uploads lead to; set it to the ``url`` of a ``flaky(hub.cdn.url, host="127.0.0.2")``.
         lifetime: seconds until a signed URL answers 403.
-        page: entries in one answer that lists files.
+        page: entries in one answer that lists files or pull requests.
         multipart_above: larger uploads go in parts of ``part_size`` bytes.
         resolve_cache: small files are answered by way of a relative redirect, as the Hub does.
     """
@@ -677,8 +677,9 @@ class _Pages(Handler):
             self.send_json(self._about(repo, int(number)) | {"changes": changes, "filesWithConflicts": [], "events": [], "diff": ""})
         else:
             wanted = self.query.get("status", ["all"])[0]
+            start = int(self.query.get("p", ["0"])[0]) * self.server.page
             found = [self._about(repo, k) for k in range(len(repo.pulls), 0, -1) if wanted in ("all", repo.pulls[k - 1]["status"])]
-            self.send_json({"discussions": found, "count": len(found), "start": 0})
+            self.send_json({"discussions": found[start : start + self.server.page], "count": len(found), "start": start})
 
 
 _PLAIN: dict[str, Callable[[_Pages], None]] = {

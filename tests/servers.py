@@ -18,9 +18,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,12 +48,13 @@ __all__ = [
     "hub",
     "nginx",
     "s3",
+    "silent_port",
     "unavailable",
     "uploads_to_hub",
 ]
 
 ROOT = Path(__file__).parent.parent
-_PATIENCE = 30.0
+_PATIENCE = 120.0
 _BLOCK = 256 << 10
 
 # Without this, a killed test would leave its servers behind.
@@ -61,11 +63,18 @@ _TIED = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 T = TypeVar("T")
 
 
-def free_port(host: str = "127.0.0.1") -> int:
+def _free_port() -> int:
     """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    with silent_port() as port:
+        return port
+
+
+@contextmanager
+def silent_port() -> Iterator[int]:
+    """A port that nobody listens on, nor can while it is kept: who connects is refused."""
+    with socket.socket() as kept:
+        kept.bind(("127.0.0.1", 0))
+        yield int(kept.getsockname()[1])
 
 
 def _get(url: str) -> tuple[int, bytes]:
@@ -74,9 +83,9 @@ def _get(url: str) -> tuple[int, bytes]:
     if parts.scheme == "https":
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(parts.netloc, timeout=5, context=context)
+        connection: http.client.HTTPConnection = http.client.HTTPSConnection(parts.netloc, timeout=30, context=context)
     else:
-        connection = http.client.HTTPConnection(parts.netloc, timeout=5)
+        connection = http.client.HTTPConnection(parts.netloc, timeout=30)
     try:
         connection.request("GET", parts.path)
         response = connection.getresponse()
@@ -145,7 +154,7 @@ http {{
         location /private/ {{ alias {root}/; auth_basic "files"; auth_basic_user_file {temp}/users; }}
         location /moved/ {{ rewrite ^/moved/(.*)$ /$1 redirect; }}
         {elsewhere}
-        location = /.ready {{ access_log off; add_header X-Own {temp}; return 204; }}
+        location = /.ready {{ access_log off; return 200 {temp}; }}
     }}
 }}
 """
@@ -228,10 +237,11 @@ def nginx(
     with tempfile.TemporaryDirectory(prefix="nginx-") as name:
         temp = Path(name)
         (temp / "users").write_text(f"{user}:{{PLAIN}}{password}\n")
-        (temp / "access.log").touch()
+        for log in ("access.log", "error.log"):
+            (temp / log).touch()
         env = _certificate(temp) if tls else {}
         for _ in range(5):
-            port = free_port()
+            port = _free_port()
             conf = _CONF.format(
                 temp=temp,
                 root=root.absolute(),
@@ -249,7 +259,7 @@ def nginx(
                 url = f"http{'s' * tls}://127.0.0.1:{port}"
                 until = time.monotonic() + _PATIENCE
                 while process.poll() is None and time.monotonic() < until:
-                    if _get(f"{url}/.ready")[0] == 204 and process.poll() is None:
+                    if _get(f"{url}/.ready")[1] == str(temp).encode():  # and not another one, which was quicker to take the port
                         yield Nginx(url, root, temp, env)
                         return
                     time.sleep(0.01)
@@ -319,10 +329,20 @@ class Flaky(Server):
         parts = urlsplit(upstream)
         self.upstream = parts.netloc
         self._random = random.Random(seed)
+        self._stopping = threading.Event()
         self._eligible = 0
         self._drawn = 0
         super().__init__(_Proxy, host)
         self.url += parts.path
+
+    def sleep(self, seconds: float) -> None:
+        """Does nothing for so long; it ends with the server."""
+        if self._stopping.wait(seconds):
+            raise ConnectionAbortedError("the server ends")
+
+    def stop(self) -> None:
+        self._stopping.set()
+        super().stop()
 
     @property
     def injected(self) -> int:
@@ -352,7 +372,7 @@ class _Proxy(Handler):
     def answer(self) -> None:
         fault = self.server.draw(self.record) or Fault()
         if self.server.latency + fault.delay:
-            time.sleep(self.server.latency + fault.delay)
+            self.server.sleep(self.server.latency + fault.delay)
         if fault.drop:
             self._break(reset=True)
             return
@@ -421,21 +441,22 @@ class _Proxy(Handler):
                 if not fault.stall:
                     self._break(reset=fault.reset)
                     return
-                time.sleep(fault.stall)
+                self.server.sleep(fault.stall)
                 yield piece[fault.cut - done :]
                 fault = Fault()
             else:
                 yield piece
             done += len(piece)
             if self.server.rate:
-                time.sleep(max(0.0, done / self.server.rate - (time.monotonic() - started)))
+                self.server.sleep(max(0.0, done / self.server.rate - (time.monotonic() - started)))
 
     def _break(self, *, reset: bool) -> None:
         if reset:  # an immediate close, with what is unsent thrown away
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         else:
-            self.connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # the client was first
+                self.connection.shutdown(socket.SHUT_RDWR)
         raise ConnectionAbortedError("as asked")
 
 

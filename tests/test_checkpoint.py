@@ -1,16 +1,18 @@
 """Open checkpoints: a mapping of tensors, their data in whole or in rows, config and sidecar files."""
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import assert_same, numbered, random_tensor, raw, read, run, write
+from checkpoint_files import assert_same, numbered, random_tensor, raw, read, refusal, run, write
 from safetensors.torch import save_file
-from servers import free_port
+from servers import silent_port
 
 import streamconv
 from streamconv.errors import FormatError, StreamconvError, UsageError
@@ -285,5 +287,20 @@ def test_a_snapshot_as_the_target_keeps_its_blobs(tmp_path):
 @pytest.mark.parametrize("path", ["none", "none/x.safetensors", "http://127.0.0.1:{port}/x"])
 def test_what_is_not_there(path, tmp_path, monkeypatch):
     monkeypatch.setattr(retries, "FIRST_WAIT", 0.001)
-    with pytest.raises(StreamconvError):
-        streamconv.open(path.format(port=free_port()) if "://" in path else tmp_path / path)
+    with silent_port() as port, pytest.raises(StreamconvError):
+        streamconv.open(path.format(port=port) if "://" in path else tmp_path / path)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    """As root reads everything, the system call is what refuses."""
+    source = write(tmp_path / "source", numbered({"x": (3, 4)}))
+    listdir = os.listdir
+
+    def refuse(path=".") -> list[str]:
+        if Path(path) == source:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert f"{source}: cannot be read: Permission denied; make it readable" in refusal(capsys, "convert", source, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()

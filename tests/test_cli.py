@@ -94,7 +94,7 @@ def document(capsys: pytest.CaptureFixture[str], *arguments: object, code: int =
 
 def streamconv_process(*arguments: object, **settings) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "import sys; from streamconv.cli import main; sys.exit(main())", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **settings)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **settings)
 
 
 # JSON ------------------------------------------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def test_a_bar_on_a_terminal_only(source, tmp_path, options, shown):
     termios.tcsetwinsize(theirs, (24, 200))
     command = [sys.executable, "-c", "import sys; from streamconv.cli import main; sys.exit(main())", "convert", source, tmp_path / "dst"]
     try:
-        done = subprocess.run([*command, "--verify", *options], stdout=subprocess.PIPE, stderr=theirs, timeout=60, check=False)
+        done = subprocess.run([*command, "--verify", *options], stdout=subprocess.PIPE, stderr=theirs, timeout=600, check=False)
         os.set_blocking(ours, False)
         with contextlib.suppress(OSError):
             text = b""
@@ -493,7 +493,7 @@ def test_a_closed_pipe_is_no_error(source):
     ours, theirs = os.pipe()
     os.close(ours)
     command = [sys.executable, "-c", "import sys; from streamconv.cli import main; sys.exit(main())", "inspect", source]
-    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, timeout=60, check=False)
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, timeout=600, check=False)
     os.close(theirs)
     assert (done.returncode, done.stderr) == (1, b"")
 
@@ -502,7 +502,7 @@ def test_a_path_that_is_no_text(source, tmp_path):
     dst = os.fsencode(tmp_path) + b"/\xff"
     command = [sys.executable, "-c", "import sys; from streamconv.cli import main; sys.exit(main())", "convert", os.fsencode(source), dst]
     for environment in ({"PYTHONIOENCODING": "utf-8"}, {"PYTHONIOENCODING": "ascii"}):
-        done = subprocess.run([*command, "--overwrite"], capture_output=True, timeout=60, check=False, env={**os.environ, **environment})
+        done = subprocess.run([*command, "--overwrite"], capture_output=True, timeout=600, check=False, env={**os.environ, **environment})
         assert (done.returncode, done.stderr) == (0, b"")
         assert b"6 tensors" in done.stdout
 
@@ -839,15 +839,21 @@ def test_resume_checks_a_finished_destination(source, tmp_path, capsys):
 
 
 SLOW = """
-import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import os, signal, sys, threading
+left, go_on = [3], threading.Event()
+def interrupt(*given):
+    go_on.set()
+    signal.default_int_handler(*given)
+signal.signal(signal.SIGINT, interrupt)
 from streamconv import cli
 from streamconv.engine import worker
 copy = worker.copy_range
 def slow(*given):
     copy(*given)
     os.write(1, b"copied\\n")
-    time.sleep(0.2)
+    left[0] -= 1
+    if left[0] <= 0:  # until the signal comes
+        go_on.wait(600)
 worker.copy_range = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -862,7 +868,7 @@ def test_an_interrupted_process_can_go_on(source, tmp_path, number, code):
         for _ in range(3):
             assert process.stdout.readline() == "copied\n"
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == code
     if code == 130:
         assert err.startswith("streamconv: error: interrupted")

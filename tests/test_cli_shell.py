@@ -34,7 +34,7 @@ for given in {given!r}:
         code = end.code
     print(repr((code or 0, [name for name in {HEAVY!r} if name in sys.modules])), file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     found = [eval(line) for line in done.stderr.splitlines() if line.startswith("(")]
     assert [code for code, _ in found] == [0] * len(commands), done.stdout + done.stderr
     for words, (_, names) in zip(given, found, strict=True):
@@ -114,7 +114,7 @@ def test_completion(shell, capsys):
     for word in ("convert", "max-shard-size", "recipes"):
         assert word in script
     if shell == "bash":
-        subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=30)
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=600)
 
 
 def test_completion_without_shtab(monkeypatch, capsys):

@@ -22,11 +22,11 @@ def alarm():
 @pytest.mark.parametrize("reader", fuzz.READERS)
 def test_readers_refuse_or_read(reader, alarm, tmp_path):
     (tmp_path / "files").mkdir()
-    fuzzer = fuzz.Fuzzer(reader, tmp_path / "files", limit=5, keep=tmp_path / "failures")
+    fuzzer = fuzz.Fuzzer(reader, tmp_path / "files", limit=60, keep=tmp_path / "failures")
     for seed in fuzzer.seeds:
         fuzzer.run(seed)
     assert set(fuzzer.outcomes) == {"read"}, fuzzer.outcomes
-    assert fuzz.fuzz(fuzzer, 300, 60, seed=1) == 300
+    assert fuzz.fuzz(fuzzer, 300, 600, seed=1) == 300
     assert not fuzzer.failures, [path.name for path in (tmp_path / "failures").iterdir()]
     assert len(fuzzer.outcomes) > 1
 
@@ -35,7 +35,7 @@ def test_what_the_fuzzer_calls_a_failure(alarm, tmp_path, capsys, monkeypatch):
     def read(path):
         match path.read_bytes():
             case b"slow":
-                time.sleep(5)
+                time.sleep(60)
             case b"odd":
                 raise KeyError("x")
             case b"lines":
@@ -44,8 +44,9 @@ def test_what_the_fuzzer_calls_a_failure(alarm, tmp_path, capsys, monkeypatch):
                 raise FormatError("refused")
 
     monkeypatch.setitem(fuzz.READERS, "broken", (lambda: [b"seed"], "x", read))
-    fuzzer = fuzz.Fuzzer("broken", tmp_path, limit=0.1, keep=tmp_path / "failures")
+    fuzzer = fuzz.Fuzzer("broken", tmp_path, limit=60, keep=tmp_path / "failures")
     for data in (b"right", b"fine", b"slow", b"odd", b"lines"):
+        fuzzer._limit = 0.1 if data == b"slow" else 60
         fuzzer.run(data)
     assert fuzzer.failures == 3
     assert fuzzer.outcomes == {"FormatError": 2, "read": 1, "slow": 1, "KeyError": 1}

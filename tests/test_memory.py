@@ -187,7 +187,7 @@ def test_torch_is_not_loaded_where_bytes_are_only_moved(process, convert, operat
 
 def test_the_package_loads_light():
     code = "import sys, streamconv; assert not {'torch', 'numpy', 'yaml', 'tqdm', 'psutil'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 # The promised figures ----------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def in_order_of(path, tensors):
 def in_a_process(*arguments):
     """Beside the gigabytes that MindSpore takes, in little memory."""
     command = [sys.executable, "-m", "streamconv.cli", *map(str, arguments), "--max-memory", "500MB", "--quiet"]
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True, timeout=600)
 
 
 def test_mindspore_reads_what_is_written(ms, tmp_path):

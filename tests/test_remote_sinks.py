@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,13 +18,13 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
-from checkpoint_files import numbered, refusal, run, write, write_both
+from checkpoint_files import ROOMY, numbered, refusal, run, write, write_both
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hub_server import Hub, hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import S3, Fault, flaky, s3, unavailable
+from servers import S3, Fault, Flaky, Request, flaky, s3, unavailable
 from test_evaluate import graphs, settings_of, thresholds, world
 
 from streamconv import api
@@ -115,7 +116,7 @@ def start(*arguments: object, **env: str) -> subprocess.Popen[str]:
 
 
 def wait_for(found: Callable[[], object]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while not found():
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -341,14 +342,26 @@ def test_a_changed_source_leaves_no_file(checkpoints: Path, tmp_path: Path) -> N
 def test_an_interrupted_run_leaves_no_parts_and_is_gone_on_with(store: S3, tmp_path: Path, how: signal.Signals) -> None:
     src = write(tmp_path / "src", numbered({f"{k}.w": (1600, 1000 + k) for k in range(6)}), config={"model_type": "any"})
     given = ["--max-shard-size", "7MB", "--quiet", "-j", "2"]
-    store.proxy.rate, store.proxy.latency = None, 0.05
+    signalled, over = threading.Event(), threading.Event()
+
+    def hold(request: Request) -> bool:
+        """Two files arrive, two wait for the signal, and no other before the run is over: it is always hit in the middle."""
+        if request.method == "PUT" and (found := re.search(r"model-0000(\d)", request.path)) and int(found[1]) > 2:
+            (signalled if int(found[1]) <= 4 else over).wait(600)
+        return False
+
+    store.proxy.faults, store.proxy.only = (Fault(),), hold
     try:
         process = start("convert", src, f"{store.url}/made", *given)
         wait_for(lambda: len(store.keys("made/model-")) >= 2 and store.uploads())
         process.send_signal(how)
-        _, said = process.communicate(timeout=30)
+        if how == signal.SIGINT:
+            signalled.set()
+        _, said = process.communicate(timeout=600)
     finally:
-        store.proxy.latency = 0.0
+        store.proxy.faults, store.proxy.only = (), None
+        signalled.set()
+        over.set()
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert how == signal.SIGKILL or (said.count("\n") == 1 and "--resume" in said)
     assert bool(store.uploads()) == (how == signal.SIGKILL)
@@ -370,7 +383,7 @@ def test_ctrl_c_does_not_wait_for_a_store_that_hangs(checkpoints: Path, monkeypa
     class Hanging(FailingFile):
         def write(self, _: bytes) -> int:
             hanging.set()
-            over.wait(30)
+            over.wait(600)
             raise AssertionError("too late")
 
         def discard(self) -> None:
@@ -381,7 +394,7 @@ def test_ctrl_c_does_not_wait_for_a_store_that_hangs(checkpoints: Path, monkeypa
     plan = api.plan(checkpoints / "safetensors", "failing://hung", single_file=True, max_memory="4GB")
 
     def interrupt() -> None:
-        hanging.wait(30)
+        hanging.wait(600)
         signal.raise_signal(signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -501,6 +514,7 @@ def test_parts_over_old_files_in_a_bucket(store: S3, checkpoints: Path, tmp_path
     for name, data in made.items():
         store.put(f"made/{name}", data if name == "config.json" else b"?" * len(data))
     store.put("made/model-00007-of-00007.safetensors", b"old")
+    time.sleep(1.1)  # a store's times are of whole seconds: by them config.json, whose bytes stay, is told from the old one
     assert run("plan", src, f"{store.url}/made", *SMALL, "--overwrite", "--out", plan) == 0
     assert run("run", plan, "--part", "1/3", "--quiet", "--overwrite") == 0
     left = objects_in(store, "made/")
@@ -762,6 +776,100 @@ def test_a_pull_request_removes_old_weights_of_its_container(
     assert old - made.keys() == above.keys() - last.files.keys()
 
 
+@pytest.fixture
+def losing(library: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
+    """A way to the Hub on which no answer to a commit arrives: it is made, and the connection is reset."""
+    with flaky(library.url, Fault(lose=True), only=lambda request: request.method == "POST" and "/commit/" in request.path) as proxy:
+        monkeypatch.setattr(library, "endpoint", proxy.url)
+        library.patch(monkeypatch)
+        yield proxy
+
+
+@pytest.mark.parametrize("name", ["one file", "re-shard"])
+def test_an_answer_that_is_lost_makes_no_second_pull_request(
+    quick: None, library: Hub, losing: Flaky, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    library.add("org/old", checkpoints / "safetensors")
+    before = repository(library, "org/old")
+    shown = [option for option in options(name, checkpoints) if option != "--quiet"]
+    assert run("convert", checkpoints / "safetensors", "hf://org/old", "--create-pr", *shown, "--verify") == 0
+    assert f"note: pull request: {losing.url}/org/old/discussions/1, which removes the old model-" in capsys.readouterr().out
+    assert len(library.repos["org/old"].pulls) == 1
+    assert run("convert", checkpoints / "safetensors", tmp_path / "local", *options(name, checkpoints)) == 0
+    made = files_in(tmp_path / "local")
+    kept = {path: data for path, data in before.items() if not path.startswith("model")}
+    assert repository(library, "org/old", "refs/pr/1") == kept | made
+    *commits, _ = library.log("org/old", "refs/pr/1")
+    assert len(commits) == losing.injected == len({commit.title for commit in commits})
+    assert not list((tmp_path / "cache").rglob(STATE))
+
+
+@pytest.mark.parametrize("dst", ["hf://org/bins", "hf://org/bins/below"])
+def test_a_pull_request_whose_answer_was_lost_is_gone_on_with(
+    quick: None, library: Hub, losing: Flaky, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dst: str
+) -> None:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    monkeypatch.setattr(library, "page", 1)
+    losing.only = lambda request: "/commit/" in request.path or "/discussions" in request.path
+    given = ["convert", checkpoints / "safetensors", dst, *SMALL, "--create-pr"]
+
+    def propose_another() -> None:
+        said = {"commit_message": "Add converted weights", "commit_description": "Converted by streamconv (0123456789ab)."}
+        HfApi(library.url).create_commit("org/bins", [CommitOperationAdd("other.txt", b"other")], **said, create_pr=True)
+
+    propose_another()
+    assert run(*given) == 3
+    losing.faults = ()
+    propose_another()
+    assert run(*given, "--resume") == 0
+    assert len(library.repos["org/bins"].pulls) == 3
+    assert run("convert", checkpoints / "safetensors", tmp_path / "local", *SMALL) == 0
+    below = dst.removeprefix("hf://org/bins").lstrip("/")
+    made = {f"{below}/{path}".lstrip("/"): data for path, data in files_in(tmp_path / "local").items()}
+    assert repository(library, "org/bins", "refs/pr/2") == files_in(checkpoints / "bin") | made
+    assert not list((tmp_path / "cache").rglob(STATE))
+
+
+def test_files_are_removed_though_the_answer_is_lost(quick: None, library: Hub, losing: Flaky, checkpoints: Path, tmp_path: Path) -> None:
+    assert run("convert", checkpoints / "safetensors", "hf://org/bins", *SMALL, "--overwrite") == 0
+    assert run("convert", checkpoints / "safetensors", tmp_path / "local", *SMALL) == 0
+    assert repository(library, "org/bins") == files_in(tmp_path / "local")
+    assert len(library.log("org/bins")) == losing.injected + 1
+
+
+@pytest.mark.parametrize("dst", ["hf://org/old", "hf://org/old/below", "hf://org/old/one.safetensors"])
+def test_a_pull_request_is_compared(library: Hub, checkpoints: Path, tmp_path: Path, dst: str) -> None:
+    old = write(tmp_path / "old", numbered({"0.q": (8, 500)}))
+    library.add("org/old", old)
+    given: dict[str, Any] = {"create_pr": True, "max_shard_size": "3MB", "max_memory": ROOMY}
+    made = api.convert(checkpoints / "safetensors", dst, compare_with=checkpoints / "bin", **given)
+    assert made.comparison
+    assert made.comparison.equal
+    made = api.convert(checkpoints / "safetensors", dst, compare_with=old, **given)
+    assert made.comparison
+    assert not made.comparison.equal
+    assert len(library.repos["org/old"].pulls) == 2
+
+
+@pytest.mark.parametrize("how", ["--create-pr", "--overwrite"])
+def test_verify_reads_what_is_on_the_hub_now(
+    library: Hub, checkpoints: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    put = HubSink.put
+
+    def alter(self: HubSink, files: Any) -> None:
+        put(self, files)
+        if shard := next((name for name in files if "-00002-" in name), ""):
+            data = library.read("org/bins", shard, self._revision)
+            library.put("org/bins", {shard: data[:-1] + bytes([data[-1] ^ 1])}, self._revision)
+
+    given = ["convert", checkpoints / "safetensors", "hf://org/bins", *SMALL, how, "--verify"]
+    assert run(*given) == 0
+    monkeypatch.setattr(HubSink, "put", alter)
+    assert "model-00002-of-" in refusal(capsys, *given)
+
+
 def test_an_upload_warns_of_nothing(library: Hub, checkpoints: Path) -> None:
     for path in library.store.glob("?" * 64):
         path.unlink()
@@ -822,7 +930,7 @@ def _refuse_part(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_bucket_is_written_within_the_budget(store: S3, tmp_path: Path) -> None:
     src = write(tmp_path / "src", numbered({f"{k}.w": (2000, 1000) for k in range(8)}), shards=2)
     process = start("convert", src, f"{store.url}/made", "--max-memory", "200MB", "--max-shard-size", "17MB", "--json", "-q")
-    out, said = process.communicate(timeout=120)
+    out, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
     found = json.loads(out)
     assert found["workers"] >= 2

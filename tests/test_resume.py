@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -263,6 +264,37 @@ def test_a_run_that_finished_while_another_waited(source, tmp_path):
     second.end()
 
 
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_of_two_runs_that_begin_at_once_one_is_refused(source, tmp_path, monkeypatch, at, resume):
+    """Wherever the first is in its looks at DST when the second comes."""
+    made = api.plan(source, tmp_path / "dst", max_memory=ROOMY)
+    first, second = (journal.Journal(tmp_path / "dst" / JOURNAL, made) for _ in range(2))
+    (tmp_path / "dst").mkdir()
+    real, calls, refused = os.open, itertools.count(1), []
+
+    def begin(run: journal.Journal) -> None:
+        try:
+            run.begin(resume=resume)
+        except DestinationError as error:
+            refused.append(str(error))
+
+    def opened(*given: object) -> int:
+        if next(calls) == at:
+            begin(second)
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", opened)
+        begin(first)
+    assert next(calls) > at
+    assert len(refused) == 1
+    assert "is writing there" in refused[0]
+    assert [path.name for path in (tmp_path / "dst").iterdir()] == [JOURNAL]
+    (first if first._fd >= 0 else second).end()
+    assert not list((tmp_path / "dst").iterdir())
+
+
 # Ctrl-C ------------------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +340,7 @@ def test_long_copies_and_evaluations_look_whether_they_should_stop(source, tmp_p
 
 def check_sums(folder: Path) -> set[str]:
     done = subprocess.run(
-        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=False, timeout=60
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return {line.removesuffix(": OK") for line in done.stdout.splitlines()}

@@ -50,7 +50,7 @@ def get(url: str, first: int | None = None, last: int | None = None, /, **header
 
 def logged(server: servers.Nginx, path: str, number: int) -> list[servers.Request]:
     """The requests of nginx for a path, once it has written so many; a log line follows the answer."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 120
     while len(found := [r for r in server.requests if r.path == path]) < number and time.monotonic() < until:
         time.sleep(0.01)
     return found
@@ -186,7 +186,7 @@ def test_cut_connections(web: servers.Nginx, reset: bool) -> None:
 
 
 def test_dropped_lost_and_stalled(web: servers.Nginx) -> None:
-    with flaky(web.url, Fault(drop=True), Fault(lose=True), Fault(delay=0.2), Fault(cut=100, stall=0.2)) as proxy:
+    with flaky(web.url, Fault(drop=True), Fault(lose=True), Fault(delay=600), Fault(cut=100, stall=600)) as proxy:
         for name in ("dropped", "lost"):
             with pytest.raises(requests.ConnectionError):
                 get(f"{proxy.url}/config.json?{name}")
@@ -212,14 +212,16 @@ def test_changed_answers(web: servers.Nginx) -> None:
 
 
 def test_proxy_counts_concurrency_and_limits_the_rate(web: servers.Nginx) -> None:
-    with flaky(web.url, latency=0.2) as proxy:
+    with flaky(web.url) as proxy:
+        together = threading.Barrier(4)  # none is answered before all have come
+        proxy.faults, proxy.only = [Fault()], lambda _: bool(together.wait(120) < 0)
         threads = [threading.Thread(target=get, args=(f"{proxy.url}/config.json",)) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert 2 <= proxy.peak <= 4
-        proxy.latency, proxy.rate = 0.0, 4e6
+        assert proxy.peak == 4
+        proxy.faults, proxy.rate = (), 4e6
         started = time.monotonic()
         assert get(f"{proxy.url}/model.bin").content == DATA
         assert time.monotonic() - started > 0.2

@@ -177,7 +177,7 @@ def test_make_checkpoint_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
             made.main(wrong)
 
 
-ALLOCATE = "import time; a = bytearray(b'x') * 50_000_000; time.sleep(0.3); raise SystemExit(7)"
+ALLOCATE = "import time; a = bytearray(b'x') * 50_000_000; time.sleep(1); raise SystemExit(7)"
 
 
 def test_measure_sees_memory_time_and_exit_code() -> None:
@@ -187,7 +187,7 @@ def test_measure_sees_memory_time_and_exit_code() -> None:
     assert result.peak_vmhwm >= 50_000_000
     assert result.maxrss >= 50_000_000
     assert result.peak_file > 0
-    assert 0.3 <= result.wall_seconds < 30
+    assert result.wall_seconds >= 1
     assert result.user_seconds >= 0
     assert len(result.samples) > 3
     assert result.cgroup is None

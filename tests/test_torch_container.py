@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -370,7 +369,7 @@ print(json.dumps({"code": code, "peak": int(status["VmHWM"].split()[0]) * 1024, 
 
 
 def in_a_process(*arguments):
-    done = subprocess.run([sys.executable, "-c", PROCESS, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "-c", PROCESS, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False)
     lines = done.stdout.splitlines()
     found = json.loads(lines[-1])
     assert found["code"] == 0, done.stderr
@@ -394,19 +393,40 @@ def test_memory_there_and_back(tmp_path):
     assert (tmp_path / "back" / "pytorch_model.bin").read_bytes() == source.read_bytes()
 
 
+# Stops at the second task until the signal comes.
+HALTED = """
+import os, signal, sys, threading
+halted, go_on = iter([False]), threading.Event()
+def interrupt(*given):
+    go_on.set()
+    signal.default_int_handler(*given)
+signal.signal(signal.SIGINT, interrupt)
+from streamconv import cli
+from streamconv.engine import local
+copy = local.LocalEngine._copy
+def halt(*given):
+    if next(halted, True):
+        os.write(1, b"halted\\n")  # at once, whichever thread it is
+        go_on.wait(600)
+    return copy(*given)
+local.LocalEngine._copy = halt
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="sends a signal")
 def test_an_interrupted_run_goes_on(tmp_path):
     given = {f"w{k}": torch.full((4 << 20,), float(k), dtype=torch.bfloat16) for k in range(12)}
     write(tmp_path / "st", given)
     command = ["convert", tmp_path / "st", tmp_path / "x.bin", "--max-memory", "300MB", "--quiet"]
-    process = subprocess.Popen([sys.executable, "-m", "streamconv.cli", *map(str, command)], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "x.bin.partial").exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    if process.returncode:
-        assert process.returncode == 130
-        assert "--resume" in err
+    halted = [sys.executable, "-c", HALTED, *map(str, command)]
+    with subprocess.Popen(halted, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "halted\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=600)
+    assert process.returncode == 130
+    assert "--resume" in err
+    assert (tmp_path / "x.bin.partial").exists()
     assert run(*command, "--resume") == 0
     (tmp_path / "theirs").mkdir()
     torch.save(dict(sorted(given.items())), tmp_path / "theirs" / "x.bin")

@@ -127,9 +127,9 @@ class OutputCheck:
             return equal
         assert tile is not None
         itemsize = self._plan.nodes[segment.node].spec.dtype.itemsize
-        with worker.computed(segment, tile) as packed:
-            for at, offset, nbytes in tile_pieces(tile, itemsize):
-                equal = equal and self._same(path, segment.dst + offset, packed[at : at + nbytes], reader)
+        packed = worker.evaluate(segment, tile)
+        for at, offset, nbytes in tile_pieces(tile, itemsize):
+            equal = equal and self._same(path, segment.dst + offset, packed[at : at + nbytes], reader)
         self._tell(tile.numel * itemsize)
         return equal
 

@@ -109,21 +109,19 @@ class Journal(Ledger):
         Raises:
             DestinationError: another run is at it, or what is there belongs to another conversion.
         """
-        old = self._take(self.path, os.O_RDWR | os.O_APPEND)
-        if old >= 0 and resume:
-            self._fd = old
+        if resume and (fd := self._take(self.path, os.O_RDWR | os.O_APPEND)) >= 0:
+            self._fd = fd
             self._take_up()
             return
+        draft = self.path.with_name(f"{self.path.name}.new")
+        self._fd = self._take(draft, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
-            if old >= 0 and is_only_copy(self.path):
-                raise DestinationError(
-                    f"{self.path.parent}: holds the only copy of tensors whose source was given back (--reclaim-source): "
-                    "finish that run with --resume"
-                )
-            self._create()
-        finally:
-            if old >= 0:
-                os.close(old)
+            self._create(draft)
+        except BaseException as error:
+            if isinstance(error, DestinationError):
+                draft.unlink(missing_ok=True)
+            self.close()
+            raise
 
     def end(self) -> None:
         """The conversion is complete."""
@@ -136,18 +134,22 @@ class Journal(Ledger):
             os.close(self._fd)
             self._fd = -1
 
-    def _create(self) -> None:
-        draft = self.path.with_name(f"{self.path.name}.new")
-        fd = self._take(draft, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    def _create(self, draft: Path) -> None:
+        """Makes a draft the journal; by its lock no other run begins between the look at the old one and that."""
+        old = self._take(self.path, os.O_RDWR)
         try:
-            os.ftruncate(fd, 0)
-            self._fd = fd
+            if old >= 0 and is_only_copy(self.path):
+                raise DestinationError(
+                    f"{self.path.parent}: holds the only copy of tensors whose source was given back (--reclaim-source): "
+                    "finish that run with --resume"
+                )
+            os.ftruncate(self._fd, 0)
             self._append(self._describe())
             draft.replace(self.path)
             sync_directory(str(self.path.parent))
-        except BaseException:
-            self.close()
-            raise
+        finally:
+            if old >= 0:
+                os.close(old)
 
     def _describe(self) -> dict[str, Any]:
         """The first line."""

@@ -15,25 +15,21 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from streamconv.engine.io import CHUNK, describe_os_error, share_descriptors
 from streamconv.engine.journal import Ledger
 from streamconv.engine.local import LocalEngine, Progress, check_sources
 from streamconv.engine.order import place_of
-from streamconv.engine.readers import Reader, known_urls, make_reader
+from streamconv.engine.readers import known_urls
 from streamconv.engine.reclaim import find_reads
 from streamconv.engine.threads import run_threads
+from streamconv.engine.worker import Worker
 from streamconv.errors import Interrupted, RunError, StreamconvError
 from streamconv.plan import Compute, Copy, FilePlan, Plan, Segment
-from streamconv.runs import region
-from streamconv.storage.objects import ObjectSink, takes_streams
+from streamconv.storage.objects import ObjectSink, stream_bytes, takes_streams
 from streamconv.storage.retries import OVER, Failed, again
 from streamconv.storage.sinks import Sink
 from streamconv.units import format_size
-
-if TYPE_CHECKING:
-    from streamconv.evaluate import Arena
 
 _log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds after Ctrl-C in which threads may take back what they have begun to send
@@ -92,12 +88,14 @@ class _Streams:
     def __init__(self, plan: Plan, sink: ObjectSink, tell: Progress, check: Callable[[], object]) -> None:
         self._plan, self._sink, self._tell, self._check = plan, sink, tell, check
         self._workers, self._descriptors = share_descriptors(plan.workers)
+        self._room = 0  # bytes that a stream may take
         self._stop, self._lock = threading.Event(), threading.Lock()
 
     def run(self, numbers: list[int]) -> None:
-        queue = iter(numbers)
+        queue, count = iter(numbers), min(self._workers, len(numbers))
+        self._room = self._plan.workers * stream_bytes(max(file.size for file in self._plan.files)) // count
         try:
-            run_threads(min(self._workers, len(numbers)), lambda: self._work(queue), self._stop)
+            run_threads(count, lambda: self._work(queue), self._stop)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: {self._plan.destination} is incomplete; rerun the same command with --resume") from None
         except StreamconvError:
@@ -111,8 +109,7 @@ class _Streams:
             self._sink.discard(PATIENCE)
 
     def _work(self, queue: Iterator[int]) -> None:
-        reader = make_reader(self._plan.read_backend, self._descriptors, known_urls(self._plan), self._stop)
-        arena = _make_arena(self._plan)
+        worker = Worker(self._plan, self._descriptors, known_urls(self._plan), self._stop)
         try:
             while not self._stop.is_set():
                 with self._lock:
@@ -120,21 +117,20 @@ class _Streams:
                 if number is None:
                     return
                 self._check()
-                self._make(number, reader, arena)
+                self._make(number, worker)
         finally:
-            reader.close()
+            worker.close()
 
-    def _make(self, number: int, reader: Reader, arena: Arena | None) -> None:
+    def _make(self, number: int, worker: Worker) -> None:
         """Makes a file, from its beginning again where the sink fails."""
         file = self._plan.files[number]
 
         def attempt() -> None:
             done = 0
             try:
-                with self._sink.stream(file.path, file.size) as write:
-                    for piece in _pieces(self._plan, file, reader, arena):
-                        if self._stop.is_set():
-                            raise Interrupted("interrupted: rerun the same command with --resume")
+                with self._sink.stream(file.path, file.size, self._room) as write:
+                    for piece in _pieces(self._plan, file, worker):
+                        worker.raise_if_stopped()
                         write(piece)
                         done += len(piece)
                         self._report(len(piece))
@@ -151,48 +147,32 @@ class _Streams:
             self._tell(nbytes)
 
 
-def _make_arena(plan: Plan) -> Arena | None:
-    if not plan.arena:
-        return None
-    from streamconv.evaluate import Arena
-
-    return Arena(plan.arena)
-
-
-def _pieces(plan: Plan, file: FilePlan, reader: Reader, arena: Arena | None) -> Iterator[memoryview]:
+def _pieces(plan: Plan, file: FilePlan, worker: Worker) -> Iterator[memoryview]:
     """A file's bytes from the first to the last; each piece is good until the next is asked for."""
     at = 0
     parts: list[tuple[int, bytes | Segment]] = [*file.literals, *((_start(plan, segment), segment) for segment in file.segments)]
     for start, part in sorted(parts, key=lambda item: item[0]):
         yield from _zeros(start - at)
         at = start
-        for piece in _part(plan, part, reader, arena):
+        for piece in _part(plan, part, worker):
             yield piece
             at += len(piece)
     yield from _zeros(file.size - at)
 
 
-def _part(plan: Plan, part: bytes | Segment, reader: Reader, arena: Arena | None) -> Iterator[memoryview]:
+def _part(plan: Plan, part: bytes | Segment, worker: Worker) -> Iterator[memoryview]:
     if isinstance(part, bytes):
         yield memoryview(part)
     elif isinstance(part, Copy):
-        path, buffer = plan.sources[part.source].path, reader.buffer()
+        path, reader, buffer = plan.sources[part.source].path, worker.reader, worker.reader.buffer()
         reader.expect([(path, part.offset, part.nbytes)])
         for start in range(0, part.nbytes, CHUNK):
             size = min(CHUNK, part.nbytes - start)
             first = reader.load(path, part.offset + start, size, buffer)
             yield buffer[first : first + size]
     else:
-        from streamconv.evaluate import evaluate, reads
-
-        assert arena is not None
-        node = plan.nodes[part.node]
         for tile in part.move.tiles(part.tile):
-            arena.release(0)
-            out = arena.take(tile.numel, node.spec.dtype.itemsize)
-            reader.expect(reads(node, region(tile)))
-            evaluate(node, region(tile), out, arena, reader.read)
-            yield out.data.cast("B")
+            yield worker.evaluate(part, tile)
 
 
 def _zeros(nbytes: int) -> Iterator[memoryview]:

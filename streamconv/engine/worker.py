@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from streamconv.engine.direct import DirectWriter, blocks
@@ -42,19 +41,17 @@ class Worker:
         if self._stop.is_set():
             raise Interrupted(f"interrupted: {self._plan.destination} is incomplete; rerun the same command with --resume")
 
-    @contextmanager
-    def computed(self, segment: Compute, tile: Move) -> Iterator[memoryview]:
-        """The bytes of a tile, packed, as long as the block lasts."""
+    def evaluate(self, segment: Compute, tile: Move) -> memoryview:
+        """The bytes of a tile, packed; good until the next is asked for."""
         from streamconv.evaluate import Arena, evaluate, reads
 
         node = self._plan.nodes[segment.node]
         arena = self._arena = self._arena or Arena(self._plan.arena)
-        mark = arena.mark
+        arena.release(0)
         out = arena.take(tile.numel, node.spec.dtype.itemsize)
         self.reader.expect(reads(node, region(tile)))
         evaluate(node, region(tile), out, arena, self._read)
-        yield out.data.cast("B")
-        arena.release(mark)
+        return out.data.cast("B")
 
     def _read(self, path: str, offset: int, view: memoryview) -> None:
         self.raise_if_stopped()
@@ -142,7 +139,8 @@ class FileWorker(Worker):
     def compute(self, segment: Compute, tile: Move, path: str) -> int:
         """Does a task that computes a tile; how many bytes."""
         itemsize = self._plan.nodes[segment.node].spec.dtype.itemsize
-        with self.computed(segment, tile) as packed, self._targets.use(path) as target:
+        packed = self.evaluate(segment, tile)
+        with self._targets.use(path) as target:
             for at, offset, nbytes in tile_pieces(tile, itemsize):
                 piece, place = packed[at : at + nbytes], segment.dst + offset
                 if self._is_sparse(segment.source):

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 _OURS = {".gitattributes"}  # made with every repository
+_TITLE = "Add converted weights"  # of pull requests
 _Found = TypeVar("_Found")
 
 
 class HubSink:
     """A branch of a repository, or a folder in it; with ``create_pr`` a pull request on it, made by the first commit.
 
-    Each `put` is one commit; that which completes a pull request also removes old weights. What says how far an unfinished output is lies
+    Each `put` is one commit; that which completes a pull request also removes old weights. The description of its first one has a token by
+    which it is found where the server's answer was lost, so that no second one is made. What says how far an unfinished output is lies
     in a file of this machine's cache, since every change of a repository is a commit that everybody sees.
 
     Args:
@@ -53,8 +55,9 @@ class HubSink:
         self._written: set[str] = set()
         self._states: dict[str, bytes] = {}
         self._repo, self._branch, self._folder = place.name, place.revision or "main", place.path
-        self._revision, self._create_pr, self._is_made = self._branch, create_pr, False
+        self._revision, self._create_pr, self._is_made, self._is_unsure = self._branch, create_pr, False, False
         self._outdated, self._removed = outdated, set[str]()
+        self._token, self._head = os.urandom(6).hex(), ""  # the head is a commit: of a branch, readers remember what it led to before
         self._api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="streamconv")
         disable_progress_bars()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns of files that do not go by Xet, and of those that are there
@@ -84,7 +87,7 @@ class HubSink:
         return {name: entry for name, entry in found.items() if name not in _OURS}
 
     def address(self, name: str) -> str:
-        revision = self._revision.replace("/", "%2F")
+        revision = self._head or self._revision.replace("/", "%2F")
         return f"hf://{self._repo}@{revision}/{self._path(name)}"
 
     def holds(self, url: str) -> bool:
@@ -118,6 +121,8 @@ class HubSink:
         self._make()
 
         def commit() -> None:
+            if self._is_unsure:
+                self._find_pull_request()
             doomed = self._outdated(files, self._list(self._revision) or ()) if self._create_pr else []
             self._removed.update(doomed)
             with ExitStack() as stack:
@@ -139,28 +144,43 @@ class HubSink:
         from huggingface_hub import CommitOperationDelete
 
         self._make()
-        known = self.list()
-        if doomed := [name for name in names if name in known]:
-            self._do(self._commit, [CommitOperationDelete(self._path(name)) for name in doomed], f"Remove {_name(doomed)}")
+
+        def commit() -> None:
+            if doomed := [name for name in self.list() if name in names]:
+                self._commit([CommitOperationDelete(self._path(name)) for name in doomed], f"Remove {_name(doomed)}")
+
+        self._do(commit)
 
     def _commit(self, operations: Sequence[CommitOperationAdd | CommitOperationDelete], message: str) -> None:
-        opens = self._create_pr and not self.pull_request
+        self._is_unsure = opens = self._create_pr and not self.pull_request  # until there is an answer
         with warnings.catch_warnings():
             # The library uploads in a way that its own HTTP library frowns upon.
             warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning, module="httpx")
             made = self._api.create_commit(
                 self._repo,
                 operations,
-                commit_message="Add converted weights" if opens else message,
-                commit_description="Converted by streamconv." if opens else None,
+                commit_message=_TITLE if opens else message,
+                commit_description=f"Converted by streamconv ({self._token})." if opens else None,
                 revision=self._revision,
                 create_pr=opens,
                 num_threads=1,
             )
+        self._head, self._is_unsure = made.oid, False
         if opens and made.pr_revision:
-            self._revision, self.pull_request = made.pr_revision, made.pr_url or made.pr_revision
-            for name, data in self._states.items():
-                self.save_state(name, data)
+            self._go_on_in(made.pr_revision, made.pr_url or made.pr_revision)
+
+    def _find_pull_request(self) -> None:
+        """Goes on in the pull request that was made without our hearing of it, if one was."""
+        for pull in self._ask(lambda: [*self._api.get_repo_discussions(self._repo, discussion_status="open")]):
+            if pull.is_pull_request and pull.title == _TITLE:
+                commits = self._ask(self._api.list_repo_commits, self._repo, revision=pull.git_reference)
+                if any(self._token in commit.message for commit in commits):
+                    self._go_on_in(f"refs/pr/{pull.num}", pull.url)
+
+    def _go_on_in(self, revision: str, pull_request: str) -> None:
+        self._revision, self.pull_request, self._is_unsure = revision, pull_request, False
+        for name, data in self._states.items():
+            self.save_state(name, data)
 
     def abandon(self, names: Collection[str], *, others: bool) -> None:
         """Nothing: what was sent without a commit is the server's to drop."""
@@ -173,11 +193,11 @@ class HubSink:
             first, _, data = (self._state / name).read_bytes().partition(b"\n")
         except OSError:
             return None
-        revision, _, pull_request = first.decode().partition(" ")
-        if not self._list(revision):  # it went, or this is another Hub: there is nothing to go on with
-            return None
-        self._revision, self.pull_request = revision, pull_request
-        self._states[name] = data
+        revision, _, rest = first.decode().partition(" ")
+        if (there := self._list(revision)) is None or not (there or self._create_pr):
+            return None  # it went, or this is another Hub: there is nothing to go on with
+        self._revision, (self.pull_request, _, self._token) = revision, rest.partition(" ")
+        self._states[name], self._is_unsure = data, self._create_pr and not self.pull_request
         return data
 
     def save_state(self, name: str, data: bytes) -> None:
@@ -187,11 +207,8 @@ class HubSink:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_name(f"{path.name}.{os.getpid()}")
-            draft.write_bytes(f"{self._revision} {self.pull_request}\n".encode() + data)
-            if self._create_pr and not self.pull_request:  # its first commit may be refused yet: `_commit` keeps this then
-                draft.unlink()
-            else:
-                draft.replace(path)
+            draft.write_bytes(f"{self._revision} {self.pull_request} {self._token}\n".encode() + data)
+            draft.replace(path)
         except OSError as error:
             raise DestinationError(f"{path}: cannot be written: {error.strerror}; give another XDG_CACHE_HOME") from error
 
@@ -218,6 +235,8 @@ class HubSink:
         try:
             again(lambda: ask(call, *args, **options), self.url, OVER)
         except Refused as refused:
+            for name in [] if self.pull_request or not self._create_pr else [*self._states]:
+                self.drop_state(name)  # nothing was begun
             raise self._refuse(refused) from None
 
     def _refuse(self, refused: Refused) -> StreamconvError:

@@ -17,9 +17,11 @@ from streamconv.storage.addresses import scheme_of, unwritable
 from streamconv.storage.filesystems import asked, entry_of, open_filesystem
 from streamconv.storage.retries import OVER, Refused, again, fault
 
-PART = 5 << 20  # bytes of a part, unless there would be too many
+PART = 5 << 20  # bytes of a part, unless there would be too many, or there is room for larger ones ...
+LARGEST = 64 << 20  # ... up to this: one that fails is sent again
 PARTS = 9_000  # parts of a file at most: S3 takes 10,000
 BUFFERED = 4  # parts that a stream holds at most: the one that fills, the one on its way, and what the libraries make of it
+HELD = 6  # the same of larger parts, as one that failed may be held for a while
 COPIED = 1 << 20  # bytes that are handed on at a time
 _log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
@@ -30,9 +32,10 @@ def takes_streams(url: str) -> bool:
     return is_url(url) and not url.startswith("hf://")
 
 
-def part_size(size: int) -> int:
-    """Bytes of a part of a file of ``size`` bytes."""
-    return max(PART, -(-size // PARTS >> 20) + 1 << 20 if size > PART * PARTS else 0)
+def part_size(size: int, room: int = 0) -> int:
+    """Bytes of a part of a file of ``size`` bytes. They go one by one: where there are ``room`` bytes, larger ones go faster."""
+    fewest = -(-size // PARTS >> 20) + 1 << 20 if size > PART * PARTS else 0
+    return max(PART, fewest, min(room // HELD >> 20 << 20, LARGEST))
 
 
 def stream_bytes(size: int) -> int:
@@ -86,8 +89,10 @@ class ObjectSink:
                 write(memoryview(data))
 
     @contextmanager
-    def stream(self, name: str, size: int) -> Iterator[Callable[[memoryview], None]]:
+    def stream(self, name: str, size: int, room: int = 0) -> Iterator[Callable[[memoryview], None]]:
         """What takes a file of ``size`` bytes piece by piece; the file is there when the block is left without an error.
+
+        It holds `stream_bytes` of memory, or up to ``room`` bytes if that is more.
 
         Raises:
             DestinationError: access is refused, or there is no such bucket.
@@ -95,7 +100,7 @@ class ObjectSink:
         """
         path = f"{self._root}/{name}"
         with self._asked():
-            file = self._fs.open(path, "wb", block_size=part_size(size))
+            file = self._fs.open(path, "wb", block_size=part_size(size, room))
         with self._lock:
             self._open[path] = file
 
