@@ -25,7 +25,7 @@ from servers import Fault, Flaky, Nginx, Request, computed, flaky, nginx, s3, un
 
 from streamconv import api, evaluate
 from streamconv.dtypes import DTYPES, TensorSpec
-from streamconv.engine import local
+from streamconv.engine import local, order
 from streamconv.engine.journal import NAME, Ledger, read_journal
 from streamconv.engine.local import LocalEngine
 from streamconv.engine.remote import join
@@ -518,9 +518,7 @@ def test_another_source_is_noticed(checkpoints, library, tmp_path, capsys):
 def test_sources_are_looked_at_now_and_then(library, tmp_path, monkeypatch):
     looked: list[object] = []
     monkeypatch.setattr(local, "check_sources", lambda *given, **_: looked.append(given[1:]))
-    monkeypatch.setattr(
-        local.order if hasattr(local, "order") else __import__("streamconv.engine.order", fromlist=["x"]), "COPY_CHUNK", 64 * KB
-    )
+    monkeypatch.setattr(order, "COPY_CHUNK", 64 * KB)
     monkeypatch.setattr(local, "LOOK_SECONDS", 1e9)
     made = api.plan(f"{library.url}/safetensors", tmp_path / "dst", max_memory="4GB")
     (tmp_path / "dst").mkdir()

@@ -28,7 +28,7 @@ from streamconv.errors import DestinationError, RunError
 from streamconv.plan import VERSION, Plan, is_below
 from streamconv.storage.sinks import Sink
 
-ATTEMPTS = 5
+ATTEMPTS = 5  # to make files, where others that finish take away what is begun
 STALE = 600.0  # seconds without a write after which an unfinished file of another process is taken for what a killed one left
 UNFINISHED = re.compile(r"\.[0-9a-f]{12}\.partial$")
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -64,23 +64,24 @@ def make_files(plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: No
         Interrupted: Ctrl-C.
     """
     for group in _group(plan, numbers):
-        mine = plan.for_files(group)
-        for attempt in range(ATTEMPTS):
-            suffix = new_suffix()
-            try:
-                check()
-                _remove_unfinished(mine, older=STALE)
-                LocalEngine(mine, Ledger(), tell, suffix=suffix).run()
-            except (RunError, DestinationError) as error:
-                if all(holds(Path(plan.root) / file.path, file.size) for file in mine.files):
-                    break  # others were quicker, and have finished
-                if attempt == ATTEMPTS - 1 or not isinstance(error.__cause__, FileNotFoundError):
-                    raise  # else what was begun was taken away by others that finish: they have to find it made
-            else:
-                break
-            finally:
-                for file in mine.files:
-                    partial(Path(plan.root) / file.path, suffix).unlink(missing_ok=True)
+        _make_group(plan.for_files(group), tell, check)
+
+
+def _make_group(mine: Plan, tell: Progress, check: Callable[[], object], attempts: int = ATTEMPTS) -> None:
+    suffix = new_suffix()
+    try:
+        check()
+        _remove_unfinished(mine, older=STALE)
+        LocalEngine(mine, Ledger(), tell, suffix=suffix).run()
+    except (RunError, DestinationError) as error:
+        if all(holds(Path(mine.root) / file.path, file.size) for file in mine.files):
+            return  # others were quicker, and have finished
+        if attempts == 1 or not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        _make_group(mine, tell, check, attempts - 1)  # others that finish took away what was begun: they have to find it made
+    finally:
+        for file in mine.files:
+            partial(Path(mine.root) / file.path, suffix).unlink(missing_ok=True)
 
 
 def new_suffix() -> str:

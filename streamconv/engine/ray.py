@@ -151,7 +151,7 @@ def _init(ray: Any, address: str | None) -> None:
     here = ""  # the last cluster that was started on this machine, perhaps long gone
     with suppress(OSError):
         here = (Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster").read_text()
-    known = here or address if address in {None, "auto"} else address
+    known = (here or address) if address in {None, "auto"} else address
     try:
         try:
             host, colon, port = (known or "").rpartition(":")

@@ -88,14 +88,13 @@ class _Streams:
     def __init__(self, plan: Plan, sink: ObjectSink, tell: Progress, check: Callable[[], object]) -> None:
         self._plan, self._sink, self._tell, self._check = plan, sink, tell, check
         self._workers, self._descriptors = share_descriptors(plan.workers)
-        self._room = 0  # bytes that a stream may take
         self._stop, self._lock = threading.Event(), threading.Lock()
 
     def run(self, numbers: list[int]) -> None:
         queue, count = iter(numbers), min(self._workers, len(numbers))
-        self._room = self._plan.workers * stream_bytes(max(file.size for file in self._plan.files)) // count
+        room = self._plan.workers * stream_bytes(max(file.size for file in self._plan.files)) // count
         try:
-            run_threads(count, lambda: self._work(queue), self._stop)
+            run_threads(count, lambda: self._work(queue, room), self._stop)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: {self._plan.destination} is incomplete; rerun the same command with --resume") from None
         except StreamconvError:
@@ -108,7 +107,7 @@ class _Streams:
             self._stop.set()
             self._sink.discard(PATIENCE)
 
-    def _work(self, queue: Iterator[int]) -> None:
+    def _work(self, queue: Iterator[int], room: int) -> None:
         worker = Worker(self._plan, self._descriptors, known_urls(self._plan), self._stop)
         try:
             while not self._stop.is_set():
@@ -117,18 +116,18 @@ class _Streams:
                 if number is None:
                     return
                 self._check()
-                self._make(number, worker)
+                self._make(number, worker, room)
         finally:
             worker.close()
 
-    def _make(self, number: int, worker: Worker) -> None:
-        """Makes a file, from its beginning again where the sink fails."""
+    def _make(self, number: int, worker: Worker, room: int) -> None:
+        """Makes a file, by a stream that may take ``room`` bytes of memory; from its beginning again where the sink fails."""
         file = self._plan.files[number]
 
         def attempt() -> None:
             done = 0
             try:
-                with self._sink.stream(file.path, file.size, self._room) as write:
+                with self._sink.stream(file.path, file.size, room) as write:
                     for piece in _pieces(self._plan, file, worker):
                         worker.raise_if_stopped()
                         write(piece)

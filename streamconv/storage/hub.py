@@ -235,8 +235,9 @@ class HubSink:
         try:
             again(lambda: ask(call, *args, **options), self.url, OVER)
         except Refused as refused:
-            for name in [] if self.pull_request or not self._create_pr else [*self._states]:
-                self.drop_state(name)  # nothing was begun
+            if self._create_pr and not self.pull_request:  # nothing was begun
+                for name in [*self._states]:
+                    self.drop_state(name)
             raise self._refuse(refused) from None
 
     def _refuse(self, refused: Refused) -> StreamconvError:
