@@ -634,29 +634,36 @@ def test_an_upload_that_fails_is_gone_on_with(
 def test_an_interrupted_upload_leaves_nothing_on_this_machine(
     library: Hub, checkpoints: Path, tmp_path: Path, staged: Path, how: signal.Signals
 ) -> None:
-    src = checkpoints / "safetensors"
+    src, uploads, over = checkpoints / "safetensors", list[str](), threading.Event()
+    for path in library.store.glob("?" * 64):  # what other tests have uploaded would not be asked for
+        path.unlink()
 
-    def halfway() -> bool:
-        """A file is on the Hub, and another one on its way. (os.walk bears with folders that go while it walks.)"""
-        there = library.files("org/new") if "org/new" in library.repos else {}
-        staging = {name for *_, names in os.walk(staged) for name in names if name.endswith(".safetensors")}
-        return bool(there) and bool(staging.difference(there))
+    def hold(request: Request) -> bool:
+        """A file arrives, and no other before the run is over: it is always hit with one on the Hub and the next on its way."""
+        if request.method == "PUT":
+            uploads.append(request.path)
+            if len(uploads) > 1:
+                over.wait(600)
+        return False
 
-    with flaky(library.url, rate=2e5) as proxy, flaky(library.cdn.url, host="127.0.0.2", latency=1.0) as cdn:
-        library.endpoint, library.cdn_url = proxy.url, cdn.url
+    with flaky(library.cdn.url, Fault(), host="127.0.0.2", only=hold) as cdn:
+        library.cdn_url = cdn.url
         try:
             process = start("convert", src, "hf://org/new", *SMALL, **library.env, TMPDIR=str(staged))
-            wait_for(halfway)
+            wait_for(lambda: len(uploads) > 1 or process.poll() is not None)
+            assert process.poll() is None
+            assert [name for name in library.files("org/new") if name.startswith("model-")] == ["model-00001-of-00006.safetensors"]
             process.send_signal(how)
-            _, said = process.communicate(timeout=30)
+            _, said = process.communicate(timeout=600)
         finally:
-            library.endpoint, library.cdn_url = library.url, library.cdn.url
+            library.cdn_url = library.cdn.url
+            over.set()
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert how == signal.SIGKILL or (said.count("\n") == 1 and "--resume" in said)
     assert bool(list(staged.iterdir())) == (how == signal.SIGKILL)
     before = len(library.log("org/new"))
     again = start("convert", src, "hf://org/new", *SMALL, "--resume", **library.env, TMPDIR=str(staged))
-    assert again.communicate(timeout=60)[1] == ""
+    assert again.communicate(timeout=600)[1] == ""
     assert not list(staged.iterdir())
     assert not [commit for commit in library.log("org/new")[:-before] if "00001" in commit.title]
     assert run("convert", src, tmp_path / "local", *SMALL) == 0
