@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from streamconv import memory
+from streamconv.storage.pace import find_longest_wait
 from streamconv.units import format_size
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 600  # of a phase: when there are as many, every other one goes, and further ones come half as often
 EVERY = 10.0  # seconds between log lines
+WAITED = 5.0  # seconds for which a server may be waited for before that is said
 _YES = {"1", "ON", "YES", "TRUE"}
 
 
@@ -58,12 +60,19 @@ class Progress:
         """``45 MB of 1 GB``."""
         return f"memory {format_size(resident)}" + (f" of {format_size(self.budget)}" if self.budget else "")
 
+    def describe_state(self, resident: int) -> str:
+        """What stands behind a bar: the host that is waited for, if one is, else the memory."""
+        waited, host = find_longest_wait()
+        return f"waiting for {host}" if waited >= WAITED else self.describe_memory(resident)
+
     def describe(self, phase: Phase, sample: tuple[float, int, int], *, over: bool = False) -> str:
         """A log line."""
         seconds, done, resident = sample
         rate = done / max(seconds, 1e-9)
         share = f"{format_size(done)} of {format_size(phase.total)} ({100 * done // max(phase.total, 1)} %)"
         left = f", {max(phase.total - done, 0) / rate:.0f} s left" if done else ""
+        waited, host = find_longest_wait()
+        left += f", waiting for {host}" if waited >= WAITED else ""
         if over:
             share, left = f"{format_size(done)} in {seconds:.2f} s", ""
         return f"{phase.title}: {share}, {format_size(rate)}/s{left}, {self.describe_memory(resident)}"
@@ -122,7 +131,7 @@ def _sampling(how: Progress, phase: Phase, shown: tqdm[Any] | None, *, log: bool
         while not over.wait(phase.interval if how.record else 0.2):
             sample = phase.sample()
             if shown is not None:
-                shown.set_postfix_str(how.describe_memory(sample[2]), refresh=False)
+                shown.set_postfix_str(how.describe_state(sample[2]), refresh=find_longest_wait()[0] >= WAITED)
             if log and time.perf_counter() - logged >= EVERY:
                 logged = time.perf_counter()
                 logger.info("%s", how.describe(phase, sample))

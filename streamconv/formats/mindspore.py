@@ -30,7 +30,7 @@ from streamconv.formats.files import (
     show,
     size_of,
 )
-from streamconv.storage.remote import Location, locate, read_each
+from streamconv.storage.remote import Location, locate, read_each, shown
 
 KIND = Names(
     "a MindSpore checkpoint",
@@ -289,7 +289,7 @@ def _small_bytes(source: Source) -> tuple[object, ...]:
     """What equal small tensors have in common, and no others."""
     if source.spec.nbytes > _SMALL:
         return source.extents
-    raw = [read_bytes(locate(extent.path), extent.offset, extent.nbytes, KIND.noun)[0] for extent in source.extents]
+    raw = [read_bytes(locate(shown(extent.path)), extent.offset, extent.nbytes, KIND.noun)[0] for extent in source.extents]
     return source.spec, b"".join(raw)
 
 

@@ -69,6 +69,11 @@ def private(url: str) -> str:
     return f"{url}?{_queries[above]}" if above else url
 
 
+def forget(url: str) -> None:
+    """Has a public URL be asked for without the query that it was given with before."""
+    _queries.pop(url.rstrip("/"), None)
+
+
 # The Hub -------------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +16,8 @@ from urllib.parse import urlsplit
 from streamconv.errors import RunError, SourceChanged, StreamconvError, UsageError
 from streamconv.storage import Entry, is_url
 from streamconv.storage.addresses import WEB, refusal, scheme_of
-from streamconv.storage.retries import Failed, Refused, again, fault
+from streamconv.storage.pace import SPANS, Pace, waiting_for
+from streamconv.storage.retries import READING, RUNNING, Failed, Refused, again, fault
 from streamconv.storage.sources import Store, Target, in_parallel
 from streamconv.storage.stores import store_of
 
@@ -146,9 +148,11 @@ class Ranges:
     Args:
         known: size and version of files, by URL; those of others are taken from their first answer.
         stop: ends waits, and the reading, when it is set.
+        small: what is read is: there is less patience with a server that does not answer.
     """
 
-    def __init__(self, known: Mapping[str, Entry] | None = None, stop: threading.Event | None = None) -> None:
+    def __init__(self, known: Mapping[str, Entry] | None = None, stop: threading.Event | None = None, *, small: bool = False) -> None:
+        self._small, self._pace = small, Pace()
         self._known, self._stop = dict(known or {}), stop or threading.Event()
         self._expected: list[tuple[str, int, int]] = []
         self._streams: list[Part | _PieceStream] = []
@@ -172,24 +176,31 @@ class Ranges:
         Raises:
             SourceChanged: the file is another one than the one known, or ends before that.
             UsageError: the server has no range requests.
-            RunError: no byte came in several attempts, or access is refused.
+            RunError: no byte came in several attempts, or too few in a long time, or access is refused.
             Interrupted: it was told to stop.
         """
+        told = READING if self._small else _TOLD
         while view:
-            done = again(partial(self._some, url, offset, view), f"{url}, byte {offset}", told=_TOLD, stop=self._stop)
+            what = f"{url}, byte {offset}"
+            with waiting_for(what):
+                done = again(partial(self._some, url, offset, view), what, told=told, small=self._small, stop=self._stop)
             view, offset = view[done:], offset + done
 
     def _some(self, url: str, offset: int, view: memoryview) -> int:
         """Fills the beginning of ``view``, at least a byte; what was asked for by the time of a failure is dropped."""
-        stream = None
+        stream, asked = None, time.monotonic()
         try:
             stream = self._at(url, offset, len(view))
+            first = stream.position
             while stream.position < offset:
                 stream.readinto(memoryview(bytearray(min(offset - stream.position, SMALLEST_PIECE))))
             done = stream.readinto(view)
+            self._pace.add(time.monotonic() - asked, stream.position - first)
         except Failed as failure:
             if stream is not None:
                 self._drop(stream)
+            if self._pace.slow >= SPANS:
+                raise RunError(RUNNING.format(url, failure, self._pace.slow)) from None
             if failure.wait is None and self._came >= ENOUGH:
                 failure.wait = 0.0
             self._came = 0
@@ -250,7 +261,7 @@ def read_range(url: str, offset: int, view: memoryview, tag: str = "") -> None:
         UsageError: access is refused; else as `Ranges.read`.
     """
     if not hasattr(_own, "ranges"):
-        _own.ranges = Ranges()
+        _own.ranges = Ranges(small=True)
     ranges: Ranges = _own.ranges
     ranges.know(url, Entry(-1, tag))
     try:

@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 from streamconv.errors import UsageError
 from streamconv.storage import Entry, is_url
-from streamconv.storage.addresses import WEB, from_page, is_offline, public, refusal, scheme_of
+from streamconv.storage.addresses import WEB, forget, from_page, is_offline, public, refusal, scheme_of
 from streamconv.storage.ranges import read_range
 from streamconv.storage.sources import HEAD, Probed, in_parallel
 from streamconv.storage.stores import opened, store_of
@@ -84,18 +84,23 @@ class _Tree:
             known = Entry(-1) if self._listed is None else self._listed.get(relative)
             if known is not None and known.size < 0:
                 try:
-                    known, self._heads[relative] = self.store.head(self.address(relative))
+                    known, head = self.store.head(self.address(relative))
                     if scheme_of(self.url) in WEB:
                         opened[self.address(relative)] = known
+                    self._keep_head(relative, head)
                 except UsageError:
                     if self._listed is not None or not relative:
                         raise
                     known = None
-                with self._lock:
-                    while len(self._heads) > _HEADS:
-                        del self._heads[next(iter(self._heads))]
             self._entries[relative] = known
         return self._entries[relative]
+
+    def _keep_head(self, relative: str, head: bytes) -> None:
+        """Keeps a file's first bytes until others have come; several threads look at files at once."""
+        with self._lock:
+            self._heads[relative] = head
+            while len(self._heads) > _HEADS:
+                del self._heads[next(iter(self._heads))]
 
     def head(self, relative: str) -> bytes:
         """Those of its first bytes that are known already."""
@@ -294,7 +299,7 @@ def locate(path: str | os.PathLike[str]) -> Location:
         return Path(path)
     if scheme_of(text) in ("file", "local"):
         return Path(unquote(text.partition("://")[2]))
-    url = public(from_page(text))
+    url = shown(from_page(path if isinstance(path, str) else text))
     if scheme_of(url) == "hf" and is_offline():
         from streamconv.storage.repositories import cached_snapshot
 
@@ -302,9 +307,23 @@ def locate(path: str | os.PathLike[str]) -> Location:
     return RemotePath(_Tree(store_of(url).pin(url)))
 
 
+class Shown(str):
+    """A URL that was taken off its query by `shown`: `locate` still knows it."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return self  # else it would be a text like any other
+
+
 def shown(path: str) -> str:
     """A path as it is, a URL as everybody may see it: without its query, which `locate` remembers."""
-    return public(path) if is_url(path) else path
+    if isinstance(path, Shown) or not is_url(path):
+        return path
+    url = public(path)
+    if url == path:
+        forget(url)  # whoever gives it without a query means it without
+    return Shown(url)
 
 
 # What differs between the two ----------------------------------------------------------------------------------------

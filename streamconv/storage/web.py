@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import re
+import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from functools import cache
 from html import unescape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urljoin
 
 from streamconv.errors import UsageError
 from streamconv.storage import Entry
 from streamconv.storage.addresses import WEB, private, refusal
-from streamconv.storage.retries import READING, TRANSIENT, Failed, Refused, again, fault
-from streamconv.storage.sources import CONCURRENT, HEAD, Probed, Store, Target, in_parallel
+from streamconv.storage.pace import Pace, waiting_for
+from streamconv.storage.probing import probe
+from streamconv.storage.retries import PATIENCE, READING, TRANSIENT, Failed, Refused, again, fault
+from streamconv.storage.sources import HEAD, Store, Target, in_parallel
 
 if TYPE_CHECKING:
     import requests
 
 CONNECTING, SILENCE = 20.0, 60.0  # seconds until a connection is there, and between two of its packets
+ANSWERING = 60.0  # seconds from a request until the last line of its answer's head, however many packets it comes in
 RECEIVED = 256 << 10  # bytes taken from a connection at a time, at most
 
 _MAX_PAGE = 4 << 20  # bytes of a server's listing of a directory
-_MAX_TEXT = 100_000_000  # bytes of an index
 _DEPTH = 2  # folders below a checkpoint's that are looked into, where each takes a request ...
 _FOLDERS = 256  # ... at most
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-_KNOWN = (
-    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin", "model.ckpt", "latest",
-    "consolidated.safetensors", "consolidated.00.pth", "consolidated.pth", "param_name_map.json", "config.json", "generation_config.json",
-    "params.json", "model_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
-    "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "modules.json", "README.md", "LICENSE",
-)  # fmt: skip
-_TELLING = ("latest", "param_name_map.json", "config.json")  # which other files there are, beside the indexes
+_Found = TypeVar("_Found")
 _LINK = re.compile(r"""<a\s[^>]*?\bhref\s*=\s*("[^"]*"|'[^']*'|[^\s>]+)""", re.IGNORECASE)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -51,11 +46,46 @@ def _session() -> requests.Session:
     """The connections, of all threads."""
     import requests
     from requests.adapters import HTTPAdapter
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+    class Plain(HTTPConnection):
+        def getresponse(self) -> Any:
+            with _answered(self.sock):
+                return super().getresponse()
+
+    class Encrypted(HTTPSConnection):
+        def getresponse(self) -> Any:
+            with _answered(self.sock):
+                return super().getresponse()
+
+    pools = {
+        "http": type("PlainPool", (HTTPConnectionPool,), {"ConnectionCls": Plain}),
+        "https": type("EncryptedPool", (HTTPSConnectionPool,), {"ConnectionCls": Encrypted}),
+    }
     session = requests.Session()
     for scheme in WEB:
-        session.mount(f"{scheme}://", HTTPAdapter(pool_maxsize=256))
+        adapter = HTTPAdapter(pool_maxsize=256)
+        adapter.poolmanager.pool_classes_by_scheme = pools
+        session.mount(f"{scheme}://", adapter)
     return session
+
+
+@contextmanager
+def _answered(connection: socket.socket) -> Iterator[None]:
+    """Ends a connection on which an answer's head is not there in time: timeouts only bound the silence between two packets."""
+
+    def end() -> None:
+        with suppress(OSError):  # the one of ssl's sockets would also drop what the reading thread holds
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+    timer = threading.Timer(ANSWERING, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _ask(url: str, target: Target, **more: str) -> requests.Response:
@@ -170,12 +200,20 @@ def _first(url: str, nbytes: int) -> tuple[Entry, bytes]:
         with closing(Part(url, (private(url), {}), 0, nbytes)) as part:
             if part.entry.size < 0:
                 raise Refused(200)
-            data = memoryview(bytearray(part.stop))
+            data, pace = memoryview(bytearray(part.stop)), Pace(PATIENCE)
             while part.position < part.stop:
-                part.readinto(data[part.position :])
+                asked = time.monotonic()
+                done = part.readinto(data[part.position :])
+                pace.add(time.monotonic() - asked, done)
             return part.entry, bytes(data)
 
-    return again(read, url, told=READING, small=True)
+    return _small(read, url)
+
+
+def _small(read: Callable[[], _Found], url: str) -> _Found:
+    """What a small request gives."""
+    with waiting_for(url):
+        return again(read, url, told=READING, small=True)
 
 
 def _links(page: str, address: str) -> dict[str, None]:
@@ -188,6 +226,20 @@ def _links(page: str, address: str) -> dict[str, None]:
         if found.startswith(above) and not {"?", "#"} & {*found} and name.strip("/") and "/" not in name.rstrip("/"):
             names[name] = None
     return names
+
+
+def _read_page(answer: requests.Response) -> str:
+    """The text of a page, as far as it counts."""
+    raw, pace = bytearray(), Pace(PATIENCE)
+    while len(raw) < _MAX_PAGE:
+        asked = time.monotonic()
+        with _received():
+            some = answer.raw.read1(RECEIVED, decode_content=True)
+        if not some:
+            break
+        raw += some
+        pace.add(time.monotonic() - asked, len(some))
+    return raw[:_MAX_PAGE].decode("utf-8", "replace")
 
 
 class Web(Store):
@@ -214,7 +266,7 @@ class Web(Store):
         if names is None:
             with suppress(Refused):
                 return {"": _first(url, 1)[0]}
-            return self._probe(url, folder)
+            return probe(url, _first)
         found: dict[str, Entry] = {}
         waiting: Sequence[tuple[str, Sequence[str]]] = [("", names)]
         for depth in range(_DEPTH + 1):
@@ -230,7 +282,7 @@ class Web(Store):
         if "latest" in found or any(name.endswith(_WEIGHTS) for name in found):
             return found
         with suppress(UsageError):  # the page was about something else
-            return self._probe(url, folder)
+            return probe(url, _first)
         return found
 
     def _page(self, folder: str) -> Sequence[str] | None:
@@ -240,53 +292,6 @@ class Web(Store):
             with _ask(folder, (private(folder), {})) as answer:
                 if answer.status_code != 200 or "html" not in answer.headers.get("Content-Type", ""):
                     return None
-                with _received():
-                    page = answer.raw.read(_MAX_PAGE, decode_content=True).decode("utf-8", "replace")
-                return tuple(_links(page, answer.url)) or None
+                return tuple(_links(_read_page(answer), answer.url)) or None
 
-        return again(read, folder, told=READING, small=True)
-
-    def _probe(self, url: str, folder: str) -> Probed:
-        """The files there that are called as those of checkpoints are; what an index names is taken to be there."""
-        refused: set[int] = set()
-
-        def look(name: str) -> Entry | None:
-            try:
-                return _first(folder + quote(name), 1)[0]
-            except Refused as error:
-                refused.add(error.status)
-                return None
-
-        def look_for(*names: str) -> dict[str, Entry]:
-            return {name: entry for name, entry in zip(names, in_parallel(look, names), strict=True) if entry is not None}
-
-        found = Probed()
-        found.update(look_for(*_KNOWN))
-        if not found:
-            raise refusal(url, next((status for status in (401, 403, 200) if status in refused), 404))
-        for name, entry in found.items():
-            if name in _TELLING or name.endswith(".index.json"):
-                found.read[name] = _first(folder + name, max(1, min(entry.size, _MAX_TEXT)))[1]
-        series = {f"consolidated.00{suffix}": f"consolidated.{{:02}}{suffix}" for suffix in (".pth", ".pt")}
-        for name, raw in found.read.items():
-            if name == "latest":
-                said = raw.decode("utf-8", "replace").strip()
-                number = str(int(said)) if said.isdigit() else said
-                series[f"{number}/mp_rank_00_model_states.pt"] = number + "/mp_rank_{:02}_model_states.pt"
-                continue
-            with suppress(ValueError, AttributeError, TypeError):  # reading it says what is wrong
-                said = json.loads(raw)
-                if name != "config.json":
-                    found.update(dict.fromkeys(map(str, said.get("weight_map", said).values()), Entry(-1)) | found)
-                else:
-                    code = (str(value) for value in said.get("auto_map", {}).values())
-                    found.update(look_for(*(f"{value.partition('.')[0]}.py" for value in code if "--" not in value)))
-        for first, pattern in series.items():
-            ranks = look_for(first)
-            while ranks:
-                more = look_for(*(pattern.format(len(ranks) + k) for k in range(CONCURRENT)))
-                ranks |= more
-                if len(more) < CONCURRENT:
-                    break
-            found.update(ranks)
-        return found
+        return _small(read, folder)
