@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from streamconv.errors import UsageError
+from streamconv.filenames import find_fault
 from streamconv.fitting import SCATTERED, TILE, Budget, Fitting, bytes_of_stream
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph import AnyNode, Node, Source, sources, trace
@@ -57,7 +59,9 @@ def compile_plan(
 
     Raises:
         BudgetError: the memory limit cannot be kept.
+        UsageError: a file would not lie below ``root``, or two would be at the same place.
     """
+    _check_names([*(layout.path for layout in layouts), *(sidecars or ())])
     compiler = _Compiler(fingerprints(source_files(outputs.values()), opened), bytes_of_stream(root, (layout.size for layout in layouts)))
     files = [compiler.file(layout, outputs) for layout in layouts]
     beside = [compiler.sidecar(path, given) for path, given in (sidecars or {}).items()]
@@ -83,6 +87,15 @@ def compile_plan(
         peak_memory=fit.peak,
         account=compiler.account(files, outputs, rows, reasons or {}, tied),
     )
+
+
+def _check_names(paths: Sequence[str]) -> None:
+    """Refuses output files that would not lie below their folder, or be where another one is."""
+    for path, count in Counter(paths).items():
+        if fault := find_fault(path):
+            raise UsageError(f"output file {path!r} {fault}: a recipe or the source names it so; mend that")
+        if count > 1:
+            raise UsageError(f"output file {path!r} would be made twice, of tensors and as a sidecar: give the recipe's files other names")
 
 
 _Computing = Callable[[Node, int, int, int], Iterator[Segment]]

@@ -15,6 +15,7 @@ from typing import Any
 from streamconv.axes import Layout
 from streamconv.axes import parse as parse_layout
 from streamconv.errors import RecipeError, UsageError
+from streamconv.filenames import find_fault
 from streamconv.names import Capture, Pattern
 from streamconv.names import parse as parse_names
 
@@ -201,6 +202,16 @@ class Side:
     aliases: tuple[tuple[str, str], ...] = ()
     writes: str | None = None
     expects: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        named = [(key, getattr(self, key)) for key in ("stem", "index", "config")]
+        named += [(key, text) for key in ("ranks", "files", "expects") for text in getattr(self, key)]
+        for key, text in named:
+            fault = None if text is None else find_fault(text)
+            if fault:
+                error = RecipeError(f"{key} {text!r} {fault}: give the name of a file in the checkpoint's folder")
+                error.place = (key,)
+                raise error
 
 
 PLAIN = Side()

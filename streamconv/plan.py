@@ -18,6 +18,7 @@ from streamconv import ops
 from streamconv.digests import Checksum
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError
+from streamconv.filenames import find_fault
 from streamconv.folding import fold, fold_names
 from streamconv.formats import Extent
 from streamconv.graph import AnyNode, Node, Source, sources
@@ -377,8 +378,8 @@ def _file_to_json(file: FilePlan) -> dict[str, Any]:
 
 
 def _file_from_json(row: dict[str, Any]) -> FilePlan:
-    if not is_below(row["path"]):
-        raise FormatError(f"a plan's files lie below its root, {row['path']!r} does not")
+    if fault := find_fault(row["path"]):
+        raise FormatError(f"a plan's files lie below its root: {row['path']!r} {fault}; make it again")
     return FilePlan(
         row["path"],
         row["size"],
@@ -387,11 +388,6 @@ def _file_from_json(row: dict[str, Any]) -> FilePlan:
         tuple(row["tensors"]),
         tuple(Checksum(kind, at, n, tuple(to), seed, tuple(tail), p.encode()) for kind, at, n, to, seed, tail, p in row["checksums"]),
     )
-
-
-def is_below(path: str) -> bool:
-    """Whether a relative path stays below what it is relative to."""
-    return not Path(path).is_absolute() and ".." not in Path(path).parts
 
 
 def source_files(nodes: Iterable[AnyNode]) -> list[str]:

@@ -5,6 +5,7 @@ A recipe is a list of `facts`. `Recipe.apply` turns a checkpoint into target nod
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,8 +26,8 @@ from streamconv.sizes import scope_of
 from streamconv.vocabulary import resize_vocab
 
 __all__ = [
-    "ALL", "PLAIN", "Conversion", "Dim", "Drop", "Fact", "Model", "Option", "Recast", "Recipe", "Rule", "Side", "Tie", "from_config",
-    "identity", "read_identity_options",
+    "ALL", "PLAIN", "Conversion", "Dim", "Drop", "Fact", "Model", "Option", "Recast", "Recipe", "Rule", "Side", "Tie", "find_writer",
+    "from_config", "identity", "read_identity_options", "writer",
 ]  # fmt: skip
 
 
@@ -50,6 +51,33 @@ class Model:
         """The dtype that most of the floating targets have."""
         floating = Counter(spec.dtype.name for spec in self.targets.values() if "float" in spec.dtype.name)
         return floating.most_common(1)[0][0] if floating else "float32"
+
+
+Writer = Callable[[Model], dict[str, Any]]
+"""Makes a target's JSON files: name -> contents."""
+
+
+def writer(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Marks a function as one that `Side.writes` may name: nothing else is called by its name."""
+    function.makes_files = True  # type: ignore[attr-defined]
+    return function
+
+
+def find_writer(code: str) -> Writer:
+    """The function that `Side.writes` names.
+
+    Raises:
+        RecipeError: there is none of that name, or none that is marked as a `writer`.
+    """
+    module, _, name = code.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):
+        found = None
+    if not getattr(found, "makes_files", False):
+        raise RecipeError(f"writes {code!r}: there is no function of that name that makes a model's files")
+    made: Writer = found  # type: ignore[assignment]
+    return made
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from streamconv.checkpoint import CONFIG, Checkpoint, find_sidecars, read_config
 from streamconv.dtypes import parse_dtype
-from streamconv.recipe import Conversion, Model, Recipe
+from streamconv.errors import RecipeError
+from streamconv.recipe import Conversion, Model, Recipe, find_writer
 from streamconv.storage.remote import Location
 
 Sidecars = dict[str, str | bytes]
@@ -46,7 +46,7 @@ def make_sidecars(
                 return read_config(root, name) if name in sidecars else {}
 
             model = Model(checkpoint.config, side, conversion.options, sources, targets, read, notes)
-            made = _writer(recipe.target.writes)(model)
+            made = _write(recipe.target.writes, model)
             if not made and recipe.target.config not in sidecars:
                 notes.append(f"{recipe.target.config} is not written: it takes {recipe.source.config} beside SRC, or --sidecars-from")
         elif recipe.source.writes and not beside and config:
@@ -64,10 +64,12 @@ def make_sidecars(
     return sidecars, notes
 
 
-def _writer(code: str) -> Callable[[Model], dict[str, Any]]:
-    module, function = code.split(":")
-    writer: Callable[[Model], dict[str, Any]] = getattr(importlib.import_module(module), function)
-    return writer
+def _write(code: str, model: Model) -> dict[str, Any]:
+    """What the function that a recipe names makes. Raises RecipeError where it is for models of another kind."""
+    try:
+        return find_writer(code)(model)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RecipeError(f"writes {code!r} does not fit this model ({type(error).__name__}: {error}): leave it out") from error
 
 
 def _change(config: Mapping[str, Any], dtype: str | None, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -42,6 +43,9 @@ def lay_out(
             file = file or side.stem
         elif side.stem:
             facts = {**facts, "stem": side.stem}
+    for key in ("index", "stem"):
+        if key in facts and key not in inspect.signature(container.lay_out).parameters:
+            raise UsageError(f"recipe: {key} {facts[key]!r}: what {target.format} files are called cannot be chosen: leave it out")
     if container.by_rank or not (ranks := _ranks(specs, side.ranks)):
         return container.lay_out(specs, max_shard_size=limit, file=file, **facts)
     if target.file and len(ranks) > 1:

@@ -25,7 +25,8 @@ from streamconv.engine.io import sync_directory
 from streamconv.engine.journal import IN_PARTS, Ledger, journal_path, read_journal
 from streamconv.engine.local import SAVE_BYTES, LocalEngine, Progress, check_sources, holds, partial
 from streamconv.errors import DestinationError, RunError
-from streamconv.plan import VERSION, Plan, is_below
+from streamconv.filenames import find_fault
+from streamconv.plan import VERSION, Plan
 from streamconv.storage.sinks import Sink
 
 ATTEMPTS = 5  # to make files, where others that finish take away what is begun
@@ -153,7 +154,7 @@ class Claim:
         Raises:
             DestinationError: nothing is, or by another plan or an ordinary run.
         """
-        self._take_away({name: identity for name, identity in self.check()["old"].items() if is_below(name)})
+        self._take_away({name: identity for name, identity in self.check()["old"].items() if not find_fault(name)})
 
     def check(self) -> dict[str, Any]:
         """What the claim says.

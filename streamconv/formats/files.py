@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
+from streamconv.filenames import find_fault
 from streamconv.formats import FileLayout, Source
 from streamconv.storage.remote import Location, RemoteFile, exists, is_dir, names_in
 
@@ -260,9 +260,7 @@ def read_index(path: Location, kind: Names) -> dict[str, str]:
 
 def _is_inside(shard: str, kind: Names) -> bool:
     """Whether a file name in an index is a plain relative path that cannot leave the directory. Links in it may."""
-    path = PurePosixPath(shard)
-    plain = str(path) == shard and not path.is_absolute() and ".." not in path.parts
-    return plain and shard.endswith(kind.suffixes) and "\\" not in shard and "\0" not in shard
+    return not find_fault(shard) and shard.endswith(kind.suffixes)
 
 
 def _in_order(shards: Iterable[str], kind: Names) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from streamconv.declaration import KINDS
 from streamconv.errors import NotationError, RecipeError, UsageError
 from streamconv.names import nearest
-from streamconv.recipe import Recipe
+from streamconv.recipe import Recipe, find_writer
 
 GROUP = "streamconv.recipes"
 INVERSE = ":inverse"
@@ -185,8 +185,11 @@ def _scalar(node: Any, text: str) -> Any:
 
 def _check_code(recipe: Recipe, path: Path) -> None:
     for code in (side.writes for stage in recipe.stages for side in (stage.left, stage.right)):
-        if code is not None and not code.startswith(f"{__name__}."):
+        if code is None:
+            continue
+        if not code.startswith(f"{__name__}."):
             raise RecipeError(f"{path}: writes {code!r} names code to run, which a file may take from {__name__} only; leave it out")
+        find_writer(code)
 
 
 def _run(path: Path, wanted: str | None) -> Recipe:

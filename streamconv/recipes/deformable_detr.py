@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Model, Option, Recipe, Rule, Side
+from streamconv.recipe import Model, Option, Recipe, Rule, Side, writer
 
 _KIND = "{weight,bias}"
 _ENCODER, _HF_ENCODER = "transformer.encoder.layers.{i}", "model.encoder.layers.{i}"
@@ -90,6 +90,7 @@ _PREPROCESSOR = {
 }  # fmt: skip
 
 
+@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json with the sizes that tensors give, and preprocessor_config.json of COCO; those of the target's folder come first."""
     shapes = {name: spec.shape for name, spec in model.targets.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, Tie
+from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, Tie, writer
 
 _LAYER = "model.layers.{i}"
 _SAME = "{self_attn.o_proj,mlp.gate_proj,mlp.up_proj,mlp.down_proj,input_layernorm,post_attention_layernorm}"
@@ -61,6 +61,7 @@ _DEFAULTS = {
 _TOKENS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 
 
+@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json and generation_config.json, unless the target's folder has them."""
     heads = {key: model.options[key] for key in ("head_dim", "num_attention_heads", "num_key_value_heads")}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, Tie
+from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, Tie, writer
 
 _VIT, _OWN = "vision_tower.encoder.layer.{i}", "vision_model.encoder.layers.{i}"
 _LM, _LM2 = "language_model.model.layers.{i}", "language_model.model.layers.{i}"
@@ -146,6 +146,7 @@ _VISION_KEYS = {
 _IMAGE_TOKEN = {"llama": 92546, "qwen2": 151667}
 
 
+@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json of the Hugging Face model for InternVL's own, by the table of transformers' script, unless there is one."""
     config, options = model.config, model.options

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamconv.recipe import ALL, Drop, Model, Option, Recipe, Rule, Side, Tie, from_config
+from streamconv.recipe import ALL, Drop, Model, Option, Recipe, Rule, Side, Tie, from_config, writer
 
 _HF, _OWN = "model.layers.{i}", "layers.{i}"
 _RANK = "consolidated.{r:02}.pth"
@@ -206,6 +206,7 @@ def common_config(model: Model, eps: object, theta: float) -> dict[str, Any]:
     }
 
 
+@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json and generation_config.json as transformers' script has them, unless there is a config.json."""
     nested = model.config.get("model")
@@ -245,6 +246,7 @@ def rope_theta(config: Mapping[str, Any], default: float = 10000.0) -> float:
     return theta
 
 
+@writer
 def meta_files(model: Model) -> dict[str, Any]:
     """params.json for Meta's code, with no key that a version of it does not know, unless there is one."""
     config, options = model.config, model.options

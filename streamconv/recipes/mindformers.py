@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
-from streamconv.recipe import Drop, Fact, Model, Option, Recipe, Rule, Side, Tie
+from streamconv.recipe import Drop, Fact, Model, Option, Recipe, Rule, Side, Tie, writer
 
 RECIPES = ()
 REFERENCE = "mindformers r1.3.0 (f90b5b9), convert_weight.py and convert_reversed.py of {}"
@@ -118,6 +118,7 @@ def both_ways(forward: Recipe) -> tuple[Recipe, Recipe]:
     return forward, reduce(lambda following, stage: replace(stage, then=following), reversed(stages))
 
 
+@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """The config.json that lies beside a MindSpore checkpoint, also where that is named as a file."""
     return {"config.json": dict(model.config)} if model.config and not model.sidecar else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, from_config
+from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, from_config, writer
 from streamconv.recipes.mindformers import TRAINING, as_many, both_ways
 
 _WRITES = "streamconv.recipes.mindformers_deepseek3:hf_files"
@@ -257,6 +257,7 @@ _DEEPSEEK3 = Recipe(
 RECIPES = both_ways(_DEEPSEEK3)
 
 
+@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json without what it says of float8 weights, where it does."""
     config: Mapping[str, Any] = model.sidecar or model.config

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from streamconv.recipe import Model, Option, Recipe, Side
+from streamconv.recipe import Model, Option, Recipe, Side, writer
 from streamconv.recipes.llama_meta import DIMS, HEAD, PARTITION, RANKS, ROPE, RULES, SILU, WIDTH, common_config, heads, ranks, rope_theta
 
 CONTEXT = 32768  # tokens; what the script takes where params.json says nothing
@@ -79,6 +79,7 @@ def mistral_config(model: Model) -> dict[str, Any]:
     }
 
 
+@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json as transformers' script has it, unless there is one, and generation_config.json."""
     if model.sidecar or "norm_eps" not in model.config:
@@ -116,6 +117,7 @@ def original_params(model: Model, hidden: int) -> dict[str, Any]:
     return own | ({} if config.get("sliding_window") is None else {"sliding_window": config["sliding_window"]})
 
 
+@writer
 def original_files(model: Model) -> dict[str, Any]:
     """params.json, unless there is one."""
     if model.sidecar or "rms_norm_eps" not in model.config:

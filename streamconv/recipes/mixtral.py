@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Model, Option, Recipe, Rule, Side, from_config
+from streamconv.recipe import Model, Option, Recipe, Rule, Side, from_config, writer
 from streamconv.recipes.llama_meta import ATTENTION, DIMS, common_config, heads, rope_theta
 from streamconv.recipes.mistral import CONSOLIDATED, CONTEXT, HEAD_DIM, TIED, UNSCALED, mistral_config, original_params, tokens
 
@@ -63,6 +63,7 @@ RECIPES = (
 )
 
 
+@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json as transformers' script has it, unless there is one, and generation_config.json."""
     params, options = model.config, model.options
@@ -95,6 +96,7 @@ _SAME = (
 )  # fmt: skip
 
 
+@writer
 def original_files(model: Model) -> dict[str, Any]:
     """params.json, with config.json's own keys or, where each expert has its matrices, with Mistral's; unless there is one."""
     config, options = model.config, model.options

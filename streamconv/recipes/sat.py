@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
-from streamconv.recipe import PLAIN, Dim, Drop, Fact, Model, Option, Recipe, Rule, Side
+from streamconv.recipe import PLAIN, Dim, Drop, Fact, Model, Option, Recipe, Rule, Side, writer
 
 REFERENCE = "THUDM/SwissArmyTransformer 63dc23a (0.4.12), "
 _RANK = "mp_rank_{r:02}_model_states.pt"
@@ -139,6 +139,7 @@ class Config:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     other: Mapping[str, Any] = field(default_factory=dict)
 
+    @writer
     def to_sat(self, model: Model) -> dict[str, Any]:
         """model_config.json, as SAT's save_checkpoint writes it; of a folder that has one, that with the number of ranks."""
         if model.sidecar or not model.config:
@@ -154,6 +155,7 @@ class Config:
             needless["hidden_size_per_attention_head"] = flat["hidden_size"] // heads
         return sat_files(model, _nest({key: value for key, value in flat.items() if value != needless.get(key, _NEEDED)}))
 
+    @writer
     def to_hf(self, model: Model) -> dict[str, Any]:
         """config.json for model_config.json, unless there is one."""
         config = model.config
@@ -199,6 +201,7 @@ def sat_files(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_config.json": {**config, **ranks, **({"eva_args": {**vision, **ranks}} if isinstance(vision, Mapping) else {})}}
 
 
+@writer
 def repartitioned(model: Model) -> dict[str, Any]:
     """model_config.json of the source, for another number of ranks."""
     return sat_files(model, model.config)

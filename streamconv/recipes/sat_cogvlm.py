@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Rule, from_config
+from streamconv.recipe import Drop, Model, Rule, from_config, writer
 from streamconv.recipes.sat import COMPUTED, KIND, TEXT_KEYS, Config, inv_freq, pair
 
 _HF, _SAT = "model.layers.{i}", "transformer.layers.{i}"
@@ -101,6 +101,7 @@ def _image_length(made: dict[str, Any], model: Model) -> dict[str, Any]:
     return made
 
 
+@writer
 def cogvlm_sat(model: Model) -> dict[str, Any]:
     """model_config.json of CogVLM."""
     return _image_length(_COGVLM.to_sat(model), model)
@@ -124,6 +125,7 @@ _COGAGENT = replace(
 )
 
 
+@writer
 def cogagent_sat(model: Model) -> dict[str, Any]:
     """model_config.json, which says how wide a head of the cross-attention is."""
     made = _image_length(_COGAGENT.to_sat(model), model)
@@ -133,6 +135,7 @@ def cogagent_sat(model: Model) -> dict[str, Any]:
     return made
 
 
+@writer
 def cogagent_hf(model: Model) -> dict[str, Any]:
     """config.json, which says how wide the cross-attention is."""
     made = _COGAGENT.to_hf(model)

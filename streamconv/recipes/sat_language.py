@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Rule, Side, Tie, from_config
+from streamconv.recipe import Drop, Model, Option, Rule, Side, Tie, from_config, writer
 from streamconv.recipes.sat import COMPUTED, KIND, TEXT_KEYS, Config, inv_freq, pair
 
 _SAT = "transformer.layers.{i}"
@@ -129,6 +129,7 @@ _CHATGLM2 = Config("ChatGLM2Model", _GLM2_KEYS, _GLM2_FIXED, _GLM2_OTHER)
 _CHATGLM3 = Config("ChatGLM3Model", {**_GLM2_KEYS, "base_scale": "rope_ratio"}, {**_GLM2_FIXED, "base_scale": 1.0}, _GLM2_OTHER)
 
 
+@writer
 def chatglm2_sat(model: Model) -> dict[str, Any]:
     """model_config.json, which says so where layers are gated."""
     made = _CHATGLM2.to_sat(model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Rule, Tie, from_config
+from streamconv.recipe import Drop, Model, Option, Rule, Tie, from_config, writer
 from streamconv.recipes.sat import COMPUTED, TEXT_KEYS, Config, inv_freq, pair
 
 _HF, _SAT = "model.layers.{i}", "transformer.layers.{i}"
@@ -94,6 +94,7 @@ _LLAMA = Config(
 )
 
 
+@writer
 def llama_sat(model: Model) -> dict[str, Any]:
     """model_config.json, which says what the model has itself."""
     made = _LLAMA.to_sat(model)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamconv.recipe import Drop, Fact, Model, Option, Rule, Side
+from streamconv.recipe import Drop, Fact, Model, Option, Rule, Side, writer
 from streamconv.recipes.sat import COMPUTED, KIND, Config, pair
 
 _NORMS = "{input,post_attention}_layernorm"
@@ -299,11 +299,13 @@ def _of_shapes(config: Config, model: Model, sizes: Mapping[str, tuple[str, int]
     return made
 
 
+@writer
 def vit_sat(model: Model) -> dict[str, Any]:
     """model_config.json of ViT and DeiT."""
     return _of_shapes(_VIT_CONFIG, model, {"num_classes": ("mixins.cls.classifier.weight", 0)}, source_names=model.options["names"])
 
 
+@writer
 def vit_hf(model: Model) -> dict[str, Any]:
     """config.json of ViT and DeiT, with a label for each class."""
     made, classes = _VIT_CONFIG.to_hf(model), model.config.get("num_classes")
@@ -313,17 +315,20 @@ def vit_hf(model: Model) -> dict[str, Any]:
     return made
 
 
+@writer
 def cait_sat(model: Model) -> dict[str, Any]:
     """model_config.json of CaiT."""
     layers = sum(name.endswith(".cross_attention.query.bias") and name.startswith("mp_rank_00") for name in model.targets)
     return _of_shapes(_CAIT_CONFIG, model, {"num_classes": ("decoder.mixins.cls.classifier.weight", 0)}, dec_num_layers=layers)
 
 
+@writer
 def mae_sat(model: Model) -> dict[str, Any]:
     """model_config.json of MAE."""
     return _of_shapes(_MAE_CONFIG, model, {}, source_names=model.options["names"])
 
 
+@writer
 def yolos_sat(model: Model) -> dict[str, Any]:
     """model_config.json of YOLOS, whose words are a class token and those of detections."""
     words = "transformer.word_embeddings.weight"
@@ -335,6 +340,7 @@ def yolos_sat(model: Model) -> dict[str, Any]:
     return made
 
 
+@writer
 def eva2_sat(model: Model) -> dict[str, Any]:
     """model_config.json of EVA-02."""
     return _of_shapes(_EVA_CONFIG, model, {"predict_feature_dim": ("mixins.eva2-final.lm_head.weight", 0)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side
+from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, writer
 
 _EMBEDDING, _HF_EMBEDDING = "model.embed_tokens.weight", "language_model.model.embed_tokens.weight"
 
@@ -102,6 +102,7 @@ _IMAGE_PROCESSOR = {
 }  # fmt: skip
 
 
+@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json, and, where there is a tokenizer, that with ``<image>`` and ``<pad>``, and the processor's files."""
     given = model.sidecar or model.config
