@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import memory, recipes
-from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config
+from streamconv.bridge import choose_kept
+from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config, ties
 from streamconv.compiler import compile_plan
 from streamconv.destination import RemoteTarget, Target, target_of
 from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
@@ -197,7 +198,9 @@ def _with_ties(checkpoint: Checkpoint) -> dict[str, Source]:
 def _ties(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, str]:
     """The ties of the source that hold among the targets, which may have been cast apart."""
     outputs = conversion.outputs
-    return {name: kept for name, kept in checkpoint.ties.items() if outputs[name].spec == outputs[kept].spec}
+    choose = choose_kept(checkpoint.config) if checkpoint.architecture else lambda _: None
+    found = ties(checkpoint.contents, checkpoint.architecture, choose)
+    return {name: kept for name, kept in found.items() if outputs[name].spec == outputs[kept].spec}
 
 
 def _without(conversion: Conversion, tied: Mapping[str, str]) -> Conversion:

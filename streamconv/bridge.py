@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from streamconv.application import Conversion, Recast, Replica, Row, keep_dtype
@@ -371,6 +371,29 @@ class LibraryModel:
         """The library's pattern for tensors that it leaves out when it loads, that this is one of; else ""."""
         patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or []
         return next((pattern for pattern in patterns if re.search(pattern, name)), "")
+
+
+def choose_kept(config: Mapping[str, Any]) -> Callable[[Sequence[str]], str | None]:
+    """Which of a tensor's names the library's ``save_pretrained`` keeps, by what the class in config.json says of its ties.
+
+    The library is loaded when it is first asked. Where it is not installed, or does not know the model, nothing is known.
+    """
+
+    @cache
+    def patterns() -> list[str]:
+        try:
+            model = LibraryModel({key: value for key, value in config.items() if key != "quantization_config"}, "ties").model
+        except UsageError:
+            return []
+        keys = ((name, getattr(module, "_tied_weights_keys", None) or ()) for name, module in model.named_modules())
+        return [f"{name}.{key}" if name else key for name, own in keys for key in own]
+
+    def choose(names: Sequence[str]) -> str | None:
+        repeated = [name for name in sorted(names) if any(re.search(pattern, name) for pattern in patterns())]
+        kept = set(names).difference(repeated[: len(names) - 1])  # all of them may be called repetitions: one stays
+        return kept.pop() if len(kept) == 1 else None
+
+    return choose
 
 
 @lru_cache(maxsize=1)

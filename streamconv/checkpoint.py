@@ -20,6 +20,7 @@ from streamconv.names import parse as parse_names
 from streamconv.storage import is_url
 from streamconv.storage.ranges import read_range
 from streamconv.storage.remote import Location, exists, is_dir, locate, names_in, relative, walk
+from streamconv.ties import Choice, find_ties
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,10 +157,19 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def ties(self) -> dict[str, str]:
         """Names that stand for the data of another tensor, and the name of that.
 
-        Where files can hold a tensor under two names both are entries, and the first in alphabetical order is the other's (as the
-        safetensors library and huggingface_hub have it); where they cannot, one is left out and their metadata says so.
+        Where files can hold a tensor under two names both are entries, and which is the other's their names tell (see `ties.find_ties`);
+        where they cannot, one is left out and their metadata says so.
         """
-        return ties(self.contents)
+        return ties(self.contents, self.architecture)
+
+    @cached_property
+    def architecture(self) -> str:
+        """The model's class as config.json names it; "" where it does not, or cannot be read."""
+        try:
+            classes = self.config.get("architectures")
+        except FormatError:
+            return ""
+        return str(classes[0]) if isinstance(classes, list) and classes else ""
 
     @cached_property
     def sidecars(self) -> list[str]:
@@ -327,15 +337,10 @@ def detect_format(path: Location) -> str:
     raise FormatError(f"{show(path)}: no *{', *'.join(FORMAT_OF)} file in it: give the path of a checkpoint")
 
 
-def ties(contents: Contents) -> dict[str, str]:
-    """See `Checkpoint.ties`."""
+def ties(contents: Contents, architecture: str = "", choose: Choice = lambda _: None) -> dict[str, str]:
+    """See `Checkpoint.ties`; ``architecture`` and ``choose`` as `find_ties` takes them."""
     entries = contents.entries
     if not CONTAINERS[contents.format].holds_ties:
         said = contents.metadata.items()
         return {name: kept for name, kept in said if name != "format" and name not in entries and kept in entries}
-    first: dict[tuple[TensorSpec, tuple[Extent, ...]], str] = {}
-    for name in sorted(entries):
-        if entries[name].spec.nbytes:
-            first.setdefault((entries[name].spec, entries[name].extents), name)
-    kept_of = ((name, first.get((source.spec, source.extents), name)) for name, source in entries.items())
-    return {name: kept for name, kept in kept_of if name != kept}
+    return find_ties(entries, architecture, choose)

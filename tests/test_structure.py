@@ -24,7 +24,7 @@ STOREYS = [
     ["errors", "filenames", "dtypes", "units", "memory", "digests", "storage", "storage.*"],
     ["names", "axes", "expressions", "folding"],
     ["formats", "formats.*"],
-    ["checkpoint"],
+    ["checkpoint", "ties"],
     ["runs", "ops", "graph", "evaluate", "lazy"],
     [
         "facts",

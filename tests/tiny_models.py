@@ -115,3 +115,22 @@ def build(transformers: Any, kind: str) -> Any:
     if model is None:
         raise NotBuilt(f"{count:,} parameters")
     return model
+
+
+def every_class(transformers: Any, kind: str) -> Iterator[Any]:
+    """A small model, with ties, of every class that the library has for that type and that takes the type's default config, cut down."""
+    from transformers.models.auto import modeling_auto
+
+    mappings = (
+        getattr(modeling_auto, name) for name in dir(modeling_auto) if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
+    )
+    found = [names if isinstance(names, tuple) else (names,) for mapping in mappings if (names := mapping.get(kind))]
+    for name in dict.fromkeys(name for names in found for name in names):
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                config = shrink(transformers.CONFIG_MAPPING[kind]())
+                config.tie_word_embeddings = True
+                model = getattr(transformers, name)(config)
+        except Exception:  # noqa: BLE001 - a config that such a class does not take
+            continue
+        yield model
