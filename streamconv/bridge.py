@@ -21,11 +21,13 @@ from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from streamconv.application import Conversion, Recast, Replica, Row, keep_dtype
+from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import CoverageError, StreamconvError, UsageError
 from streamconv.facts import Option, Side
+from streamconv.fp8 import METHODS, Decoded, decode, find_method, model_dtype, without_quantization
 from streamconv.graph import AnyNode, apply, sources, trace
 from streamconv.names import nearest
-from streamconv.ops import Cast, Dequantize, Foreign
+from streamconv.ops import Cast, Foreign
 from streamconv.recipe import Model, Recipe
 from streamconv.runs import identity
 
@@ -41,7 +43,7 @@ _OPTIONS = {
     "allow_missing": Option("patterns of the model's tensors that the source need not have, such as 'score.*', with commas", default=""),
     "tied": Option("copy: tied tensors are stored under each name, as in a state dict; keep: once", "copy", ("copy", "keep")),
     "fp8": Option(
-        "keep: fp8 matrices and their scales; dequantize: bfloat16, as transformers does without a GPU", "keep", ("keep", "dequantize")
+        "keep: fp8 matrices and their scales; dequantize: numbers of the dtype that config.json gives", "keep", ("keep", "dequantize")
     ),
 }
 
@@ -65,10 +67,30 @@ class Bridge(Recipe):
             UsageError: transformers is not installed, or does not know the model.
             CoverageError: tensors that are missing, unexpected, or of another shape than the model's.
         """
-        model = LibraryModel(scope["config"] or scope["sidecar"], f"recipe {self.name}", dequantize=values["fp8"] == "dequantize")
+        title = f"recipe {self.name}"
+        config = scope["config"] or scope["sidecar"]
+        if values["fp8"] == "keep":
+            return self._map(Decoded(dict(nodes)), LibraryModel(config, title), rows, values, recast)
+        method = find_method(config)
+        if method not in (None, *METHODS):
+            raise UsageError(f"{title}: quantized by {method!r}: only fp8 with scales is known ({', '.join(METHODS)})")
+        model = LibraryModel(without_quantization(config), title)
+        usual = model_dtype(config, title)
+        placed = model.placing() if self.name == TO_NATIVE else str
+
+        @cache
+        def dtype_of(name: str) -> str:
+            return recast(placed(name), TensorSpec(DTYPES[usual], nodes[name].spec.shape)) or usual
+
+        return self._map(decode(nodes, config, dtype_of, title), model, rows, values, recast)
+
+    def _map(self, given: Decoded, model: LibraryModel, rows: Mapping[str, Row], values: Mapping[str, Any], recast: Recast) -> Conversion:
+        """What the library's mapping makes of tensors."""
+        nodes = given.nodes
         if self.name == TO_NATIVE:
-            made, how, dropped = model.load(nodes, recast)
+            made, how, passed_over = model.load(nodes, recast)
             model.check(made, values["allow_missing"])
+            dropped = passed_over | given.dropped
             ties = {name: kept for name, kept in model.ties.items() if kept in made}
             replicas: list[Replica] = [(made[name], made[kept], (name, kept)) for name, kept in ties.items() if name in made]
             if values["tied"] == "copy":
@@ -82,7 +104,7 @@ class Bridge(Recipe):
         made, how = model.save(kept)
         _prove(model, made, kept)
         replicas = [(nodes[name], nodes[first], (name, first)) for name, first in repeated.items()]
-        return conclude(nodes, rows, made, how, recast, tied=list(repeated), replicas=replicas)
+        return conclude(nodes, rows, made, how, recast, dropped=given.dropped, tied=list(repeated), replicas=replicas)
 
 
 def conclude(
@@ -122,8 +144,8 @@ def conclude(
 class LibraryModel:
     """A model's class without data, and what the library does to names and tensors when it loads or saves it."""
 
-    def __init__(self, config: Mapping[str, Any], title: str, *, dequantize: bool = False) -> None:
-        self.title, self._config, self._dequantize = title, config, dequantize
+    def __init__(self, config: Mapping[str, Any], title: str) -> None:
+        self.title, self._config = title, config
         kind, classes = config.get("model_type"), config.get("architectures") or []
         if not kind or not classes:
             raise UsageError(f"{self.title}: config.json with model_type and architectures is needed beside SRC, found {kind!r}, {classes}")
@@ -148,7 +170,7 @@ class LibraryModel:
             own = known[kind].from_dict(given)
             with torch.device("meta"), warnings.catch_warnings(action="ignore"):
                 self.model = found(own)
-            self._quantizer = self._read_quantizer(config.get("quantization_config"), dequantize=dequantize)
+            self._quantizer = self._read_quantizer(config.get("quantization_config"))
         except StreamconvError:
             raise
         except Exception as error:
@@ -159,7 +181,7 @@ class LibraryModel:
         self.ties = {name: kept for name, kept in (getattr(self.model, "all_tied_weights_keys", None) or {}).items() if name in self.meta}
         self.prefix = self.model.base_model_prefix
 
-    def _read_quantizer(self, config: Mapping[str, Any] | None, *, dequantize: bool) -> Any:
+    def _read_quantizer(self, config: Mapping[str, Any] | None) -> Any:
         """What the library does to the model and to its mapping for a quantized checkpoint, None for another."""
         if not config:
             return None
@@ -168,7 +190,6 @@ class LibraryModel:
         from transformers.quantizers.auto import AutoHfQuantizer
 
         quantizer = AutoHfQuantizer.from_config(dict(config), pre_quantized=True)
-        quantizer.quantization_config.dequantize = dequantize
         quantizer.preprocess_model(self.model)
         return quantizer
 
@@ -192,6 +213,11 @@ class LibraryModel:
         if target not in self.meta and name in self.meta:
             target, pattern = self._loading.rename_source_key(name, [], [], base_model_prefix=self.prefix, meta_state_dict=self.meta)
         return target, pattern
+
+    def placing(self) -> Callable[[str], str]:
+        """What gives the model's tensor that a stored one, by its name, goes to."""
+        renamings, converters = self.transforms()
+        return lambda name: self.place(name, renamings, converters)[0]
 
     def load(self, nodes: Nodes, recast: Recast = keep_dtype) -> tuple[dict[str, AnyNode], dict[str, str], dict[str, str]]:
         """What loading makes of stored tensors; how; and which it passes over on purpose, and why."""
@@ -306,7 +332,7 @@ class LibraryModel:
 
         with Allocations() as taken:  # type: ignore[no-untyped-call]
             made = self._run(converter, target, group, lambda name: without_data(nodes[name].spec))
-        given = json.dumps({"config": self._config, "dequantize": self._dequantize, "target": target, "group": group}, sort_keys=True)
+        given = json.dumps({"config": self._config, "target": target, "group": group}, sort_keys=True)
         numels = tuple(node.spec.numel for node in nodes.values())
         found: dict[str, AnyNode] = {}
         for name, tensor in made.items():
@@ -324,9 +350,7 @@ class LibraryModel:
         return (made[0] if isinstance(made, list) else made).contiguous()
 
     def _sized(self, op: Any) -> Any:
-        """An operation; one that cuts a tensor into several learns where, one that scales blocks streams."""
-        if type(op).__name__ == "Fp8Dequantize":
-            op._dequantize_one = _dequantize
+        """An operation; one that cuts a tensor into several learns where."""
         if type(op) is not self._loading.Chunk or op.num_shards_attribute is not None:
             return op
         meta, config = self.meta, self.model.config.get_text_config()
@@ -397,32 +421,32 @@ def choose_kept(config: Mapping[str, Any]) -> Callable[[Sequence[str]], str | No
 
 
 @lru_cache(maxsize=1)
-def _library_model(config: str, dequantize: bool) -> LibraryModel:
-    return LibraryModel(json.loads(config), "a plan", dequantize=dequantize)
+def _library_model(config: str) -> LibraryModel:
+    return LibraryModel(json.loads(config), "a plan")
 
 
 def run_converter(given: str, output: str, tensors: Sequence[Any]) -> Any:
     """The code of `ops.Foreign`: what the converter of a group makes of its tensors."""
     found = json.loads(given)
-    model = _library_model(json.dumps(found["config"], sort_keys=True), found["dequantize"])
+    model = _library_model(json.dumps(found["config"], sort_keys=True))
     return model.convert(found["target"], found["group"], output, tensors) if tensors else None
 
 
 def plain_config(model: Model) -> dict[str, Any]:
-    """config.json of a checkpoint whose fp8 matrices became bfloat16: without what says that they are fp8."""
-    if model.options["fp8"] == "keep" or "quantization_config" not in model.config:
+    """config.json of a checkpoint whose fp8 matrices became numbers: without what says that they are fp8, and with the dtype they have."""
+    if model.options["fp8"] == "keep" or not model.config:
         return {}
-    return {"config.json": {key: value for key, value in model.config.items() if key != "quantization_config"}}
+    config = without_quantization(model.config)
+    if not any(isinstance(known.get(key), str) for known in _configs(config) for key in ("dtype", "torch_dtype")):
+        config["dtype"] = model_dtype(config, "config.json")
+    return {"config.json": config} if config != model.config else {}
 
 
-def _dequantize(values: LazyTensor, scales: LazyTensor, output_dtype: Any = None) -> LazyTensor:  # noqa: ARG001 - the library's signature
-    """A matrix times the scales of its blocks, in bfloat16 whatever the model is declared to be."""
-    from streamconv.lazy import LazyTensor
-
-    if scales.dim() < 2:
-        scales = scales.reshape(1, 1)  # type: ignore[assignment]
-    block = tuple(-(-size // count) for size, count in zip(values.shape, scales.shape, strict=True))
-    return LazyTensor(apply(Dequantize(tuple(values.shape), block), values.node, scales.node))  # type: ignore[arg-type]
+def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A config and that of the text model in it."""
+    yield config
+    if isinstance(text := config.get("text_config"), Mapping):
+        yield text
 
 
 def _part_sizes(names: list[str], total: int, meta: Mapping[str, Any], config: Any) -> list[int]:
@@ -453,10 +477,11 @@ def _prove(model: LibraryModel, made: Nodes, nodes: Nodes) -> None:
         node = again.get(name)
         pieces = trace(node, identity(node.spec.numel)) if node and node.spec.numel else ()
         moves = [(piece.leaf, piece.move.simplify()) for piece in pieces]
+        stored = next(sources(given))  # of a matrix with scales the matrix
         same = (
             node is not None
             and node.spec == given.spec
-            and all(leaf is given and (move.src, move.src_strides) == (move.dst, move.dst_strides) for leaf, move in moves)
+            and all(leaf is stored and (move.src, move.src_strides) == (move.dst, move.dst_strides) for leaf, move in moves)
         )
         if not same:
             raise CoverageError(f"{model.title}: {name} would not come back: transformers' mapping for this model cannot be undone")
@@ -489,6 +514,7 @@ BRIDGES = (
         "any model of transformers: the layout that the installed version keeps in memory to the one on the Hub",
         (),
         options=_OPTIONS,
+        right=Side(writes="streamconv.bridge:plain_config"),
         reference="the installed transformers: core_model_loading, conversion_mapping",
     ),
 )

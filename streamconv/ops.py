@@ -245,32 +245,37 @@ class Cast(Elementwise):
 
 @dataclass(frozen=True)
 class Dequantize(Elementwise):
-    """A matrix of one-byte floats times the scale of each of its blocks, both as float32, rounded to bfloat16; NaNs as those of `Cast`.
+    """Matrices of one-byte floats times the scale of each of their blocks, both as float32, rounded once; NaNs as those of `Cast`.
 
     Attributes:
-        shape: rows and columns of the matrix.
-        block: rows and columns of a block; the last ones may be cut off.
+        shape: rows and columns of the matrix, after the sizes of a stack of them.
+        block: rows and columns of a block; the last ones of a matrix may be cut off.
+        dtype: what comes of it.
     """
 
     kind: ClassVar[str] = "dequantize"
-    temporary: ClassVar[int] = 12 * _SCALED
+    temporary: ClassVar[int] = 20 * _SCALED
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     block: tuple[int, int]
+    dtype: str = "bfloat16"
 
     @property
-    def blocks(self) -> tuple[int, int]:
+    def blocks(self) -> tuple[int, ...]:
         """How many blocks there are: the shape of the scales."""
-        return -(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1])
+        *stack, rows, columns = self.shape
+        return *stack, -(-rows // self.block[0]), -(-columns // self.block[1])
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         matrix, scales = inputs
-        if matrix.dtype.bits != 8 or not matrix.dtype.floating or matrix.shape != self.shape:
+        if matrix.dtype.bits != 8 or not matrix.dtype.floating or matrix.shape != self.shape or len(self.shape) < 2:
             raise CoverageError(f"expected a matrix of one-byte floats {list(self.shape)}, found {matrix}")
-        if not scales.dtype.floating or scales.dtype.bits % 8 or scales.shape != self.blocks:
+        if scales.dtype.name not in _SCALES or scales.shape != self.blocks:
             blocks = " x ".join(map(str, self.block))
             raise CoverageError(f"the scales of {matrix} in blocks of {blocks} must be floats {list(self.blocks)}, found {scales}")
-        return TensorSpec(DTYPES["bfloat16"], matrix.shape)
+        if self.dtype not in CASTABLE:
+            raise CoverageError(f"{matrix} becomes one of {', '.join(CASTABLE)}, not {self.dtype}")
+        return TensorSpec(DTYPES[self.dtype], matrix.shape)
 
     def demand(self, move: Move) -> list[tuple[int, Move]]:
         return [*super().demand(move), (1, identity(math.prod(self.blocks)))]
@@ -286,15 +291,14 @@ class Dequantize(Elementwise):
         ones.mul_(ones.index_select(0, torch.zeros(2, dtype=torch.int64))).bfloat16()
 
     def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
-        given, scales = (as_torch(part, of.dtype) for part, of in zip(parts, specs, strict=True))
-        made, scales = as_torch(out, spec.dtype), scales.view(self.blocks).float()
-        tree = axes.Axis("row", self.shape[1], axes.Axis("column", 1, axes.Leaf(0)))
+        given, made = as_torch(parts[0], specs[0].dtype), as_torch(out, spec.dtype)
+        scales = _Scales(parts[1], specs[1].dtype, self.blocks[-2], self.blocks[-1], self.block)
+        rows, columns = self.shape[-2:]
+        tree = axes.Axis("stack", rows * columns, axes.Axis("row", columns, axes.Axis("column", 1, axes.Leaf(0))))
         packed = replace(move, dst=0, dst_strides=packed_strides(move.sizes))
         for (_, read, digits), (_, write, _) in zip(pull(tree, packed), pull(tree, move), strict=True):
             values = given.as_strided(read.sizes, read.dst_strides, read.dst)
-            _scale(
-                values, made.as_strided(write.sizes, write.dst_strides, write.dst), scales, self.block, [digits["row"], digits["column"]]
-            )
+            _scale(values, made.as_strided(write.sizes, write.dst_strides, write.dst), scales, digits)
 
 
 class Made(Op):
@@ -420,32 +424,73 @@ class SampleRows(Op):
         return made
 
 
-def _scale(values: Any, made: Any, scales: Any, block: tuple[int, int], digits: list[tuple[int, tuple[int, ...]]]) -> None:
-    """``made`` of one-byte ``values``; ``digits`` are the first row and column and how far each axis steps along them."""
+_Digits = dict[str, tuple[int, tuple[int, ...]]]
+_SCALES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint8")
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """The scales of a tensor's blocks as they are stored: so many high and wide for each matrix, of blocks of ``block``."""
+
+    stored: Array
+    dtype: DType
+    high: int
+    wide: int
+    block: tuple[int, int]
+
+    def factors(self, stack: Any, rows: Any, columns: Any) -> Any:
+        """The factor, in float32, of each element in these rows, each of a matrix of the stack, and columns."""
+        import torch
+
+        few_rows, row_of = (stack * self.high + rows // self.block[0]).unique(return_inverse=True)
+        few_columns, column_of = (columns // self.block[1]).unique(return_inverse=True)
+        used = self.stored[(few_rows.unsqueeze(1) * self.wide + few_columns).numpy()]
+        small = _as_factors(torch.from_numpy(used), self.dtype).index_select(1, column_of)
+        return small.index_select(0, row_of) if len(few_rows) > 1 else small.expand(len(row_of), -1)
+
+
+def _as_factors(stored: Any, dtype: DType) -> Any:
+    """Scales in float32; bytes are exponents, as those of float8_e8m0fnu are, but 255 is infinite and no NaN."""
     import torch
 
+    if dtype.name in ("uint8", "float8_e8m0fnu"):
+        bits = stored.view(torch.uint8).int().bitwise_left_shift_(23)
+        bits.masked_fill_(stored.view(torch.uint8) == 0, 1 << 22)  # 2^-127, which has no exponent of its own
+        factors = bits.view(torch.float32)
+        return factors if dtype.name == "uint8" else factors.masked_fill_(factors.isinf(), math.nan)
+    return stored.view(getattr(torch, dtype.name)).float()
+
+
+def _scale(values: Any, made: Any, scales: _Scales, digits: _Digits) -> None:
+    """``made`` of one-byte ``values``; ``digits`` are the first matrix, row and column and how far each axis steps along them."""
     if values.numel() > _SCALED:
         axis = max(range(values.dim()), key=lambda k: values.shape[k])
         half = values.shape[axis] // 2
-        later = [(first + half * steps[axis], steps) for first, steps in digits]
+        later = {name: (first + half * steps[axis], steps) for name, (first, steps) in digits.items()}
         for start, size, where in ((0, half, digits), (half, values.shape[axis] - half, later)):
-            _scale(values.narrow(axis, start, size), made.narrow(axis, start, size), scales, block, where)
+            _scale(values.narrow(axis, start, size), made.narrow(axis, start, size), scales, where)
         return
-    order = sorted(range(values.dim()), key=lambda k: not digits[0][1][k])  # rows first
-    blocks = []
-    for (first, steps), size in zip(digits, block, strict=True):
-        at: Any = torch.tensor([first])
-        for k in order:
-            if steps[k]:
-                at = (at.unsqueeze(1) + torch.arange(values.shape[k]) * steps[k]).flatten()
-        blocks.append(at // size)
-    few, rows = blocks[0].unique(return_inverse=True)
-    factors = scales.index_select(0, few).index_select(1, blocks[1])
-    factors = factors.index_select(0, rows) if len(few) > 1 else factors.expand(len(rows), -1)
-    result = _widen(values.permute(order)).mul_(factors.reshape([values.shape[k] for k in order]))
+    across = [k for k in range(values.dim()) if digits["column"][1][k]]
+    down = [k for k in range(values.dim()) if k not in across]
+    order = [*down, *across]
+    sizes = list(values.shape)
+    stack, rows, columns = (_places(digits[name], along, sizes) for name, along in (("stack", down), ("row", down), ("column", across)))
+    factors = scales.factors(stack, rows, columns)
+    result = _widen(values.permute(order)).mul_(factors.reshape([sizes[k] for k in order]))
     made.permute(order).copy_(result)
     if result.min().isnan():
         _settle_nans(made)
+
+
+def _places(digit: tuple[int, tuple[int, ...]], along: Sequence[int], sizes: Sequence[int]) -> Any:
+    """Where a digit stands at each index of some axes, the last running fastest."""
+    import torch
+
+    first, steps = digit
+    at: Any = torch.tensor([first])
+    for k in along:
+        at = (at.unsqueeze(1) + torch.arange(sizes[k]) * steps[k]).flatten()
+    return at
 
 
 def _widen(values: Any) -> Any:

@@ -361,6 +361,101 @@ def test_fp8_matrices_become_what_the_library_makes_of_them(transformers, tmp_pa
     assert_same(read(tmp_path / "native"), wanted)
 
 
+def with_576_rows(transformers, folder, block=(128, 128), scale_dtype=torch.float32):
+    """A small DeepSeek-V3 whose kv_a_proj_with_mqa has the rows that the real one has, in fp8 and in what that stands for."""
+    sizes = {
+        "vocab_size": 32, "hidden_size": 40, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+        "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 16,
+        "v_head_dim": 16, "n_shared_experts": 1, "max_position_embeddings": 32,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes)).to(torch.bfloat16)
+    with warnings.catch_warnings(action="ignore"):
+        model.save_pretrained(folder / "plain")
+    stored, plain = {}, {}
+    for name, tensor in read(folder / "plain").items():
+        stored[name] = plain[name] = tensor
+        if tensor.dim() == 2 and "_proj" in name:
+            counts = [-(-size // part) for size, part in zip(tensor.shape, block, strict=True)]
+            scales = (torch.rand(*counts) * 0.01 + 0.001).to(scale_dtype)
+            stored[name], stored[f"{name}_scale_inv"] = (tensor.float() * 400).to(torch.float8_e4m3fn), scales
+            made = stored[name].float()
+            for i in range(counts[0]):
+                for j in range(counts[1]):
+                    made[i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]] *= scales[i, j].float()
+            plain[name] = made.to(torch.bfloat16)
+    config = json.loads((folder / "plain" / "config.json").read_text())
+    write(folder / "wanted", plain, config=config)
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [*block], "activation_scheme": "dynamic"}
+    write(folder / "fp8", stored, config=config)
+    assert stored["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape[0] == 576
+    return stored, plain
+
+
+DEQUANTIZE = ("--recipe", TO_NATIVE, "--set", "fp8=dequantize", "--quiet")
+
+
+@pytest.mark.parametrize(("block", "scale_dtype"), [((128, 128), torch.float32), ((100, 7), torch.bfloat16)])
+def test_blocks_are_as_large_as_config_json_says(transformers, tmp_path, block, scale_dtype):
+    with_576_rows(transformers, tmp_path, block, scale_dtype)
+    assert run("convert", tmp_path / "fp8", tmp_path / "native", *DEQUANTIZE, "--verify") == 0
+    assert run("convert", tmp_path / "wanted", tmp_path / "plain-native", "--recipe", TO_NATIVE, "--quiet") == 0
+    assert_same(read(tmp_path / "native"), read(tmp_path / "plain-native"))
+    native = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert native == json.loads((tmp_path / "wanted" / "config.json").read_text())
+    assert native["dtype"] == "bfloat16"
+    assert run("convert", tmp_path / "native", tmp_path / "back", "--recipe", TO_HUB, "--quiet") == 0
+    assert_same(read(tmp_path / "back"), read(tmp_path / "wanted"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_dequantized_numbers_are_rounded_once_to_the_dtype_asked_for(transformers, tmp_path, dtype):
+    stored, _ = with_576_rows(transformers, tmp_path)
+    assert run("convert", tmp_path / "fp8", tmp_path / "native", *DEQUANTIZE, "--dtype", dtype) == 0
+    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    spread = stored[f"{name}_scale_inv"].repeat_interleave(128, 0)[:576].expand(-1, 40)
+    wanted = (stored[name].float() * spread).to(getattr(torch, dtype))
+    assert torch.equal(read(tmp_path / "native")[name], wanted)
+    assert json.loads((tmp_path / "native" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_without_a_block_size_576_rows_and_five_scales_are_refused(transformers, tmp_path, capsys):
+    with_576_rows(transformers, tmp_path)
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    del config["quantization_config"]["weight_block_size"]
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config))
+    line = refusal(capsys, "convert", tmp_path / "fp8", tmp_path / "native", *DEQUANTIZE)
+    assert "kv_a_proj_with_mqa.weight" in line
+    assert "weight_block_size" in line
+    assert not (tmp_path / "native").exists()
+
+
+REAL = [(576, 7168), (7168, 2304), (18432, 896), (1536, 7168), (24576, 192), (129, 130), (576, 18432), (32768, 64)]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("shape", REAL)
+def test_real_shapes_come_to_the_numbers_that_the_library_has(transformers, tmp_path, shape, scale_dtype):
+    """Its own code of a backward pass, which is the one place where it cuts blocks off at the edges."""
+    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+    torch.manual_seed(1)
+    weight = (torch.randn(shape) * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+    scales = (torch.rand(-(-shape[0] // 128), -(-shape[1] // 128)) * 0.01 + 0.001).to(scale_dtype)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}, "dtype": "bfloat16"}
+    config |= {
+        "model_type": "llama", "architectures": ["LlamaModel"], "num_hidden_layers": 0, "vocab_size": shape[0], "hidden_size": shape[1],
+        "num_attention_heads": 1,
+    }  # fmt: skip
+    name = "embed_tokens.weight"
+    write(tmp_path / "x", {name: weight, f"{name}_scale_inv": scales, "norm.weight": torch.ones(shape[1])}, config=config)
+    assert run("convert", tmp_path / "x", tmp_path / "out", *DEQUANTIZE) == 0
+    wanted = _dequantize_fp8_weight(weight, scales.float(), [128, 128], torch.float32).to(torch.bfloat16)
+    assert_same(read(tmp_path / "out"), {name: wanted, "norm.weight": torch.ones(shape[1])})
+
+
 # dtypes ----------------------------------------------------------------------------------------------------------------
 
 
