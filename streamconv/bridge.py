@@ -28,7 +28,7 @@ from streamconv.fp8 import METHODS, Decoded, decode, find_method, model_dtype, w
 from streamconv.graph import AnyNode, apply, sources, trace
 from streamconv.names import nearest
 from streamconv.ops import Cast, Foreign
-from streamconv.recipe import Model, Recipe
+from streamconv.recipe import Model, Recipe, writer
 from streamconv.runs import identity
 
 if TYPE_CHECKING:
@@ -432,6 +432,7 @@ def run_converter(given: str, output: str, tensors: Sequence[Any]) -> Any:
     return model.convert(found["target"], found["group"], output, tensors) if tensors else None
 
 
+@writer
 def plain_config(model: Model) -> dict[str, Any]:
     """config.json of a checkpoint whose fp8 matrices became numbers: without what says that they are fp8, and with the dtype they have."""
     if model.options["fp8"] == "keep" or not model.config:

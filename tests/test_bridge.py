@@ -358,7 +358,10 @@ def test_fp8_matrices_become_what_the_library_makes_of_them(transformers, tmp_pa
     model = tiny_models.build(transformers, "deepseek_v3")
     wanted = loaded(model, tmp_path / "fp8")
     assert run("convert", tmp_path / "fp8", tmp_path / "native", "--recipe", TO_NATIVE, "--set", "fp8=dequantize", "--quiet") == 0
-    assert_same(read(tmp_path / "native"), wanted)
+    # It keeps some modules in float32 in memory; files hold them in the dtype that they were stored in.
+    wide = {name for name, tensor in wanted.items() if tensor.dtype == torch.float32 and "correction_bias" not in name}
+    assert wide <= {"model.layers.1.mlp.gate.weight"}
+    assert_same(read(tmp_path / "native"), {n: tensor.to(torch.bfloat16) if n in wide else tensor for n, tensor in wanted.items()})
 
 
 def with_576_rows(transformers, folder, block=(128, 128), scale_dtype=torch.float32):

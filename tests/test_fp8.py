@@ -149,14 +149,12 @@ def test_other_names_of_scales(tmp_path, suffixes):
     assert_same(found, {"a.weight": by_blocks(weight, scales, (4, 4)), "norm.scale": torch.ones(4)})
 
 
-def test_a_value_is_rounded_once_to_the_dtype_asked_for(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, BF16])
+def test_a_value_is_rounded_once_to_the_dtype_that_the_config_gives(tmp_path, dtype):
     weight, scales = codes(64, 64), random_tensor(1, 1) * 0.37
-    src = write(tmp_path / "x", one(weight, scales)[0], config={"dtype": "float16", **one(weight, scales)[1]})
-    for dtype in (torch.float16, torch.float32, BF16):
-        entry = streamconv.open(src)
-        found = decode(dict(entry), entry.config, lambda _name, d=dtype: str(d).removeprefix("torch."), "x").nodes["a.weight"]
-        assert found.spec.dtype.name == str(dtype).removeprefix("torch.")
-        assert found.op.dtype == found.spec.dtype.name
+    stored, config = one(weight, scales, {"weight_block_size": [128, 128]})
+    src = write(tmp_path / "x", stored, config={"dtype": str(dtype).removeprefix("torch."), **config})
+    assert_same(dequantize(src, tmp_path / "out"), {"a.weight": by_blocks(weight, scales, (128, 128), dtype)})
 
 
 def test_where_no_config_says_it_a_division_without_a_rest_is_believed(tmp_path):

@@ -35,6 +35,7 @@ STOREYS = [
         "application",
         "vocabulary",
         "recipe",
+        "fp8",
         "bridge",
         "parallel",
         "recipes",
