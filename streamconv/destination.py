@@ -14,10 +14,11 @@ from pathlib import Path, PurePath, PurePosixPath
 from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, is_weights
 from streamconv.engine.journal import IN_PARTS, Journal, journal_path, read_journal
 from streamconv.engine.journal import NAME as JOURNAL
-from streamconv.engine.local import partial
+from streamconv.engine.local import PARTIAL, partial
 from streamconv.engine.parts import UNFINISHED
 from streamconv.errors import DestinationError, SpaceError, UsageError
 from streamconv.formats import sat
+from streamconv.places import Identity, identify, identify_with_parents
 from streamconv.plan import Plan
 from streamconv.storage import is_url
 from streamconv.storage.addresses import public
@@ -65,16 +66,9 @@ class Target:
 
     def check(self, checkpoint: Checkpoint, *, overwrite: bool, resume: bool) -> None:
         """Refuses a DST that is, holds or lies in SRC, or that has something in it."""
-        path, src = self.path, checkpoint.path
-        if isinstance(src, Path):
-            mine, theirs = Path(os.path.realpath(path)), Path(os.path.realpath(src))
-            if mine == theirs:
-                raise DestinationError(f"{path}: DST is SRC: give another DST")
-            if src.is_dir() and mine.is_relative_to(theirs):
-                raise DestinationError(f"{path}: DST lies inside SRC {src}: give a DST outside of it")
-            files = [os.path.realpath(str(file)) for file in checkpoint.contents.files]
-            if theirs.is_relative_to(mine) or any(file.startswith(f"{mine}{os.sep}") for file in files):
-                raise DestinationError(f"{path}: SRC {src} lies inside DST: give another DST")
+        path = self.path
+        if isinstance(checkpoint.path, Path):
+            self._check_source(checkpoint.path, [Path(str(file)) for file in checkpoint.contents.files])
         if overwrite and resume:
             raise UsageError("--overwrite and --resume exclude each other: start afresh, or continue")
         if path.exists() and not path.is_dir() and not self.file:
@@ -84,6 +78,25 @@ class Target:
             raise DestinationError(f"{path}: {above} is not a directory: give another DST")
         if not overwrite and not resume:
             self.check_free()
+
+    def _check_source(self, src: Path, files: Iterable[Path]) -> None:
+        """Refuses a DST that is, holds or lies in SRC, by whatever mounts and links."""
+        path, mine = self.path, identify(self.path)
+        if mine is not None and mine == identify(src):
+            raise DestinationError(f"{path}: DST is SRC: give another DST")
+        if src.is_dir() and not _folders_in(src).isdisjoint(identify_with_parents(path)):
+            raise DestinationError(f"{path}: DST lies inside SRC {src}: give a DST outside of it")
+        if mine is not None and any(mine in identify_with_parents(file) for file in (src, *files)):
+            raise DestinationError(f"{path}: SRC {src} lies inside DST: give another DST")
+
+
+def _folders_in(folder: Path) -> set[Identity]:
+    """A folder and those below it, but for hidden ones."""
+    found = {identify(folder)}
+    for here, folders, _ in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found |= {identify(Path(here, name)) for name in folders if not Path(here, name).is_symlink()}
+    return {known for known in found if known is not None}
 
 
 @dataclass(frozen=True)
@@ -204,21 +217,29 @@ def old_files(root: Path, single: str | None) -> list[Path]:
         return [root / single]
     if not root.is_dir():
         return []
-    found = (*root.iterdir(), *root.glob(sat.OWN), *root.glob(f"{sat.OWN}.*partial"))
-    ours = (path for path in found if UNFINISHED.search(path.name) or is_weights(path.name.removesuffix(".partial")))
-    return [path for path in ours if not path.is_dir()]
+    ranks = (path for path in root.glob("*/mp_rank_*") if not path.parent.is_symlink())
+    names = {path.relative_to(root).as_posix(): path for path in (*root.iterdir(), *ranks) if not path.is_dir()}
+    return [path for name, path in names.items() if is_old(name, names)]
 
 
 def old_names(plan: Plan, sink: Sink | None) -> list[str]:
     """`old_files` of a plan's DST, which may be a sink, relative to its root."""
     if sink:
-        return [name for name in sink.list() if (name == plan.single if plan.single else _is_old(name))]
+        there = sink.list()
+        return [name for name in there if (name == plan.single if plan.single else is_old(name, there))]
     return [path.relative_to(plan.root).as_posix() for path in old_files(Path(plan.root), plan.single)]
 
 
-def _is_old(name: str) -> bool:
-    """Whether a file, by its name relative to DST, is what an output replaces: no weights of other models in folders of their own."""
-    return ("/" not in name and is_weights(name)) or _is_rank(name)
+def is_old(name: str, there: Collection[str]) -> bool:
+    """Whether a file, by its name relative to DST, is what an output replaces: no weights of other models in folders of their own.
+
+    A ``latest`` is, where ranks as SAT has them are among the files that are ``there``: others have files of that name, too.
+    """
+    whole = UNFINISHED.sub("", name).removesuffix(PARTIAL)
+    if name == sat.LATEST:
+        return any(sat.is_rank(other) for other in there)
+    ours = UNFINISHED.search(name) or (is_weights(whole) and not whole.endswith(PARTIAL))
+    return ("/" not in whole and bool(ours)) or _is_rank(whole)
 
 
 def _is_rank(name: str) -> bool:
@@ -238,7 +259,8 @@ def outdated(plan: Plan, put: Collection[str], there: Iterable[str]) -> list[str
     made, kind = {file.path for file in plan.files}, CONTAINERS[plan.format].names
     if plan.single or plan.files[-1].path not in put:
         return []
-    old = (name for name in there if _is_old(name) and (kind.is_part(name) or (plan.format == "sat" and _is_rank(name))))
+    names = list(there)
+    old = (name for name in names if is_old(name, names) and (kind.is_part(name) or (plan.format == "sat" and _is_rank(name))))
     return [name for name in old if name not in made]
 
 

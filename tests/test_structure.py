@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # From the ground up; a room may import from its own storey and from those below.
 STOREYS = [
-    ["errors", "filenames", "dtypes", "units", "memory", "digests", "storage", "storage.*"],
+    ["errors", "filenames", "places", "dtypes", "units", "memory", "digests", "storage", "storage.*"],
     ["names", "axes", "expressions", "folding"],
     ["formats", "formats.*"],
     ["checkpoint", "ties"],

@@ -39,6 +39,12 @@ def read(path: Location, *, by_rank: bool = True) -> Contents:  # noqa: ARG001 -
     return Contents("sat", found.entries, found.files, [path / LATEST], notes=notes)
 
 
+def is_rank(path: str) -> bool:
+    """Whether a path relative to a folder is that of a rank's file in it, of any iteration."""
+    iteration, _, name = path.partition("/")
+    return _ITERATION.fullmatch(iteration) is not None and _RANK.fullmatch(name) is not None
+
+
 def _iteration(path: Location) -> str:
     """The folder that ``latest`` names."""
     raw, _ = read_bytes(path / LATEST, 0, 64, KIND.noun)
