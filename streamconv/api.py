@@ -25,7 +25,9 @@ from streamconv.engine.streams import staged_bytes
 from streamconv.errors import BudgetError, DestinationError, FormatError, StreamconvError, UsageError
 from streamconv.fitting import Budget, check_workers
 from streamconv.formats import FileLayout, Source
+from streamconv.kept import check_report, check_sources_stay
 from streamconv.names import parse as parse_names
+from streamconv.places import identify
 from streamconv.plan import FilePlan, Plan, Totals
 from streamconv.plan import Mapping as Row
 from streamconv.progress import Progress, bar
@@ -127,11 +129,18 @@ def plan(
         reasons=conversion.reasons,
         tied=len(conversion.tied) + len(tied),
     )
+    check_sources_stay(made, _read_beside(checkpoint, beside, made), overwrite=overwrite)
     if isinstance(target, RemoteTarget):
         if reclaim_source:
             raise UsageError(f"--reclaim-source: {target.path} is no path of this machine: leave it out")
         return replace(made, totals=replace(made.totals, disk_needed=staged_bytes(made)))
     return with_reclaim(made) if reclaim_source else made
+
+
+def _read_beside(checkpoint: Checkpoint, beside: Location | None, made: Plan) -> list[Path]:
+    """Files of this machine that planning has read, or may have: those of the source, and in its folder what is called as outputs are."""
+    folders = [folder for folder in (checkpoint.path, beside) if isinstance(folder, Path) and folder.is_dir()]
+    return [*_local_files(checkpoint), *(folder / file.path for folder in folders for file in made.files)]
 
 
 def _beside(folder: AnyPath | None) -> Location | None:
@@ -221,6 +230,7 @@ def convert(
     checksum: bool = False,
     reclaim_source: bool = False,
     compare_with: AnyPath | None = None,
+    report: AnyPath | None = None,
     progress: bool | Progress = False,
     ray_address: str | None = None,
     **settings: Any,
@@ -234,6 +244,7 @@ def convert(
         checksum: see `run`.
         reclaim_source: see `run`; what is interrupted must be gone on with ``resume``.
         compare_with: a reference checkpoint to compare the result with; differences do not fail.
+        report: where the caller will write a page about it: refused where that is a file that the conversion reads or makes.
         progress: show a bar, on stderr if that is a terminal or in a notebook; or how to.
         ray_address: see `run`.
         settings: the arguments of `plan`: recipe (name, file or `Recipe`), options, format, dtype, keep_dtype, max_shard_size,
@@ -248,8 +259,6 @@ def convert(
     overwrite, resume = bool(settings.get("overwrite")), bool(settings.get("resume"))
     create_pr = bool(settings.get("create_pr"))
     target = target_of(dst, settings.get("format"), create_pr=create_pr)
-    if reclaim_source and compare_with is not None and os.path.realpath(compare_with) == os.path.realpath(src):
-        raise UsageError(f"--compare {compare_with}: will be gone with --reclaim-source: give another reference")
     made = _find_begun(src, target, reclaim_source=reclaim_source) if resume else None
     if made is None:
         try:
@@ -258,6 +267,12 @@ def convert(
             if not (reclaim_source and resume) or (finished := _find_finished(target, error)) is None:
                 raise
             return Result(finished, 0.0, memory.peak(), memory.anonymous())
+    compared = _local_files(reference) if reference else []
+    if reclaim_source and not {identify(path) for path in compared}.isdisjoint(identify(Path(path)) for path in Reclaim(made).files):
+        raise UsageError(f"--compare {compare_with}: will be gone with --reclaim-source: give another reference")
+    check_sources_stay(made, compared, overwrite=overwrite)
+    if report is not None:
+        check_report("--report", Path(report), made, compared)
     if reference is not None:
         made = _with_comparison(made, parse_size(settings.get("max_memory", MAX_MEMORY)))
     result = run(
@@ -284,6 +299,12 @@ def convert(
         read_backend=made.read_backend,
     )
     return replace(result, comparison=comparison, peak_rss=memory.peak())
+
+
+def _local_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files of a checkpoint that are on this machine."""
+    contents = checkpoint.contents
+    return [file for file in (*contents.files, *contents.others) if isinstance(file, Path)]
 
 
 def _name_of(src: AnyPath) -> str:

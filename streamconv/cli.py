@@ -19,7 +19,8 @@ from streamconv import __version__, api, matching, recipes, report, running
 from streamconv.checkpoint import open_checkpoint
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError
-from streamconv.plan import Plan
+from streamconv.kept import check_replaceable, check_report
+from streamconv.plan import BEGINNING, Plan
 from streamconv.progress import Progress
 from streamconv.results import Result
 from streamconv.storage import is_url
@@ -282,7 +283,7 @@ def _convert(args: argparse.Namespace) -> int:
     progress = _progress(args)
     shown = {"verify": args.verify, "checksum": args.checksum, "progress": progress, "ray_address": args.ray_address}
     with _ending_softly() if is_url(args.dst) else nullcontext():
-        result = api.convert(args.src, args.dst, compare_with=args.compare, **shown, **_settings(args))
+        result = api.convert(args.src, args.dst, compare_with=args.compare, report=args.report, **shown, **_settings(args))
     if args.report:
         from streamconv import report_page
 
@@ -334,6 +335,8 @@ def _plan(args: argparse.Namespace) -> int:
     args.src = locate(args.src)
     made = api.plan(args.src, args.dst, **_settings(args))
     if args.out:
+        check_replaceable("--out", Path(args.out), BEGINNING)
+        check_report("--out", Path(args.out), made)
         try:
             Path(args.out).write_text(made.to_json(), encoding="utf-8")
         except OSError as error:

@@ -54,12 +54,9 @@ def check_report(option: str, path: Path, plan: Plan, read: Iterable[Path] = ())
     """
     known = dict(_known(plan, read))
     identities = {identify(found) for found in known.values()} - {None}
-    for above in (path, *path.absolute().parents):
-        found = known.get(place_of(above))
-        if found is None and above == path and identify(above) in identities:
-            found = above
-        if found is not None:
-            raise UsageError(f"{option} {path}: {found} is of the conversion itself: give a file of another name")
+    is_dst = not is_url(plan.root) and place_of(path) == place_of(Path(plan.root))
+    if is_dst or identify(path) in identities or any(place_of(above) in known for above in (path, *path.absolute().parents)):
+        raise UsageError(f"{option} {path}: is what the conversion itself reads or makes: give a file of another name")
 
 
 def check_replaceable(option: str, path: Path, beginning: str) -> None:
@@ -85,7 +82,7 @@ def _known(plan: Plan, read: Iterable[Path]) -> Iterator[tuple[Place, Path]]:
     """Every file of this machine that a conversion reads or makes, by its place."""
     if not is_url(plan.root):
         root = Path(plan.root)
-        yield from ((place_of(path), path) for path in (root, root / SUMS, *_made(plan)))
+        yield from ((place_of(path), path) for path in (root / SUMS, *_made(plan)))
     for path in (*_sources(plan), *read):
         yield from ((place, path) for place in places_of(path))
 

@@ -27,6 +27,7 @@ from streamconv.storage import is_url
 from streamconv.units import format_size
 
 VERSION = 2
+BEGINNING = '{"streamconv_plan"'  # of a plan as JSON
 SHOWN = 40  # lines of a kind that a plan's picture has
 SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
 

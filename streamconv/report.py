@@ -19,6 +19,7 @@ from typing import Any
 from streamconv.checkpoint import Checkpoint, TensorEntry
 from streamconv.errors import UsageError
 from streamconv.folding import Fold, fold
+from streamconv.kept import check_replaceable
 from streamconv.names import nearest
 from streamconv.names import parse as parse_names
 from streamconv.plan import Plan
@@ -257,12 +258,16 @@ def describe_room(plan: Plan) -> str:
     return f"  free     {format_size(free)} now, {format_size(max(0, free - plan.totals.disk_needed))} afterwards"
 
 
+PAGE = "<!doctype html>"  # how a page begins
+
+
 def check_page(path: Path) -> None:
     """Refuses a path where no page can be written.
 
     Raises:
-        UsageError: it is a directory, or lies in something else.
+        UsageError: it is a directory, lies in something else, or is another file.
     """
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
         raise UsageError(f"--report {path}: a file cannot be written there: give the name of an .html file in a directory of yours")
+    check_replaceable("--report", path, PAGE)

@@ -20,6 +20,7 @@ from streamconv.engine.journal import Journal, journal_path, read_journal
 from streamconv.engine.local import SUMS, LocalEngine, check_sources
 from streamconv.engine.reclaim import Reclaim
 from streamconv.errors import DestinationError, Interrupted, UsageError
+from streamconv.kept import check_sources_stay
 from streamconv.plan import Plan
 from streamconv.progress import Progress, bar
 from streamconv.results import Result, check_outputs, watch
@@ -87,6 +88,7 @@ def run(
         return apart.run(progress)
     started = time.perf_counter()
     root = Path(plan.root)
+    check_sources_stay(plan, overwrite=overwrite)
     if checksum:  # the source's own, if it has one, is of other files
         plan = replace(plan, files=tuple(file for file in plan.files if file.path != SUMS))
     reclaim = Reclaim(plan) if reclaim_source else None

@@ -45,6 +45,7 @@ STOREYS = [
     ["engine", "engine.*"],
     [
         "destination",
+        "kept",
         "sides",
         "matching",
         "doctor",
