@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from streamconv import memory
-from streamconv.destination import check_empty, check_room, check_staging, old_names, outdated, prepare
+from streamconv.destination import check_empty, check_names, check_room, check_staging, old_names, outdated, prepare
 from streamconv.engine import parts
 from streamconv.engine.check import OutputCheck, check_replicas
 from streamconv.engine.io import describe_os_error
@@ -144,6 +144,7 @@ class Apart:
         if not self._sink:
             there = {k for k in self._numbers if begun and holds(root / plan.files[k].path, plan.files[k].size)}
             check_room(plan.for_files(k for k in self._numbers if k not in there), root, [root / name for name in doomed or ()])
+            check_names(plan, root, parts.new_suffix())
             prepare(plan, root, overwrite=True, resume=False)
         else:
             check_staging(plan)

@@ -14,7 +14,7 @@ from streamconv import memory, recipes
 from streamconv.bridge import choose_kept
 from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config, ties
 from streamconv.compiler import compile_plan
-from streamconv.destination import RemoteTarget, Target, target_of
+from streamconv.destination import RemoteTarget, Target, check_folders, check_names, target_of
 from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
 from streamconv.engine.direct import LEAST, shares_extents
 from streamconv.engine.io import BLOCK
@@ -134,6 +134,8 @@ def plan(
         if reclaim_source:
             raise UsageError(f"--reclaim-source: {target.path} is no path of this machine: leave it out")
         return replace(made, totals=replace(made.totals, disk_needed=staged_bytes(made)))
+    check_folders(made, target.root)
+    check_names(made, target.root)
     return with_reclaim(made) if reclaim_source else made
 
 

@@ -12,11 +12,13 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath, PurePosixPath
 
 from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, is_weights
-from streamconv.engine.journal import IN_PARTS, Journal, journal_path, read_journal
+from streamconv.engine.io import check_folder
+from streamconv.engine.journal import DRAFT, IN_PARTS, Journal, journal_path, read_journal
 from streamconv.engine.journal import NAME as JOURNAL
 from streamconv.engine.local import PARTIAL, partial
 from streamconv.engine.parts import UNFINISHED
 from streamconv.errors import DestinationError, SpaceError, UsageError
+from streamconv.filenames import LONGEST
 from streamconv.formats import sat
 from streamconv.places import Identity, identify, identify_with_parents
 from streamconv.plan import Plan
@@ -178,10 +180,41 @@ def _check_empty(sink: Sink, single: str | None) -> None:
 def check_staging(plan: Plan) -> None:
     """Raises SpaceError unless the directory for temporary files has room for what of a plan is made there before it is uploaded."""
     folder = tempfile.gettempdir()
+    check_names(plan, Path(folder))
     free = shutil.disk_usage(folder).free
     if plan.totals.disk_needed > free:
         needed = format_size(plan.totals.disk_needed)
         raise SpaceError(f"{folder}: no room: files of {needed} are made there, {format_size(free)} are free: set TMPDIR to another disk")
+
+
+def check_folders(plan: Plan, root: Path) -> None:
+    """Refuses a plan's files where a folder of theirs below ``root`` is a link or no folder.
+
+    Raises:
+        DestinationError: says which.
+    """
+    for folder in dict.fromkeys(folder for file in plan.files for folder in PurePosixPath(file.path).parents):
+        path = root / folder
+        if folder.name and os.path.lexists(path):
+            check_folder(path)
+
+
+def check_names(plan: Plan, root: Path, suffix: str = PARTIAL) -> None:
+    """Refuses names that are too long for the file system at ``root``, with the longest ``suffix`` that they have until files are complete.
+
+    Raises:
+        DestinationError: says which.
+    """
+    above = next(parent for parent in (root, *root.parents) if parent.exists())
+    longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else LONGEST
+    names = [file.path.rpartition("/")[2] + suffix for file in plan.files]
+    names.append(journal_path(Path(), plan.single).name + (DRAFT if suffix == PARTIAL else suffix))
+    for name in names:
+        if len(os.fsencode(name)) > longest:
+            raise DestinationError(
+                f"{root / name}: its name, until it is complete, has {len(os.fsencode(name))} bytes, and {longest} at most are allowed "
+                "there: give DST, or the file in SRC, a shorter one"
+            )
 
 
 def check_room(plan: Plan, root: Path, doomed: Iterable[Path]) -> None:
@@ -275,6 +308,8 @@ def check_empty(plan: Plan, sink: Sink | None) -> None:
 def prepare(plan: Plan, root: Path, *, overwrite: bool, resume: bool) -> None:
     """Makes DST a folder that can be written, or says why it cannot be."""
     try:
+        check_folders(plan, root)
+        check_names(plan, root)
         root.mkdir(parents=True, exist_ok=True)
         if not overwrite and not resume:
             Target(root, plan.single, plan.format).check_free()

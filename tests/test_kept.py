@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from checkpoint_files import numbered, refusal, run, write
+
+from streamconv.filenames import LONGEST
 
 Bind = Callable[[Path, Path], Path]
 
@@ -153,3 +156,51 @@ def test_other_files_of_these_names_stay(source, tmp_path):
     assert {name: (dst / name).read_text() for name in kept} == kept
     assert (dst / "elsewhere" / "mp_rank_00_model_states.pt").read_text() == "mine"
     assert not (dst / "model.safetensors.partial").exists()
+
+
+@pytest.mark.parametrize("what", ["link", "dead link", "file"])
+@pytest.mark.parametrize("options", [["--overwrite"], ["--overwrite", "--checksum"], ["--reclaim-source", "--yes", "--overwrite"]])
+def test_no_output_goes_through_a_link(source, tmp_path, capsys, what, options):
+    dst, elsewhere = old_output(tmp_path / "dst"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "vocab.txt").write_text("mine")
+    if what == "file":
+        (dst / "sub").write_text("mine")
+    else:
+        (dst / "sub").symlink_to(elsewhere if what == "link" else tmp_path / "nowhere")
+    before = files(tmp_path)
+    plan = tmp_path / "plan.json"
+    assert f"{dst / 'sub'}: is {'no folder' if what == 'file' else 'a link'}" in refusal(capsys, "convert", source, dst, *options)
+    assert files(tmp_path) == before
+    assert run("plan", source, tmp_path / "other", "--out", plan, "--quiet") == 0
+    plan.write_text(plan.read_text().replace(str(tmp_path / "other"), str(dst)))
+    for more in (["--overwrite"], ["--overwrite", "--part", "1/2"]):
+        refusal(capsys, "run", plan, *more)
+    plan.unlink()
+    assert files(tmp_path) == before
+
+
+def test_links_in_the_place_of_files_are_replaced_themselves(source, tmp_path):
+    dst = old_output(tmp_path / "dst")
+    (dst / "sub").mkdir()
+    (tmp_path / "mine.txt").write_text("mine")
+    for name in ("sub/vocab.txt", "sub/vocab.txt.partial", "config.json", "model-00001-of-00002.safetensors"):
+        (dst / name).unlink(missing_ok=True)
+        (dst / name).symlink_to(tmp_path / "mine.txt")
+    assert run("convert", source, dst, "--overwrite", "--checksum", "--quiet") == 0
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert not any(path.is_symlink() for path in dst.rglob("*"))
+
+
+@pytest.mark.parametrize("how", ["single", "part", "sidecar"])
+def test_names_that_are_too_long_once_they_are_not_complete(source, tmp_path, capsys, how):
+    name = "n" * (LONGEST - 7 - 12)  # and its suffix
+    dst = tmp_path / ("dst" if how in {"sidecar", "part"} else f"{name}.safetensors")
+    if how in {"sidecar", "part"}:
+        (source / ("n" * (LONGEST - (7 if how == "sidecar" else 20)))).write_text("words")
+    given = ["convert", source, dst]
+    if how == "part":
+        assert run("plan", source, dst, "--out", tmp_path / "plan.json", "--quiet") == 0
+        given = ["run", tmp_path / "plan.json", "--part", "1/2"]
+    assert re.search("has 256 bytes|File name too long", refusal(capsys, *given))
+    assert not dst.exists()

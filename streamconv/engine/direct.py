@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from streamconv.engine.io import BLOCK, CHUNK, OwnFiles, PositionedReader, located, write
+from streamconv.engine.io import BLOCK, CHUNK, NOFOLLOW, OwnFiles, PositionedReader, located, write
 from streamconv.errors import SourceChanged
 
 LEAST = 256 << 10  # bytes: shorter ranges go through the page cache
@@ -120,7 +120,7 @@ class DirectWriter:
     """Writes whole blocks directly, through the thread's ``buffer()``, and the edges through the page cache. For one thread."""
 
     def __init__(self, limit: int, buffer: Callable[[], memoryview]) -> None:
-        self._direct = OwnFiles(lambda path: open_direct(path, os.O_WRONLY), limit)
+        self._direct = OwnFiles(lambda path: open_direct(path, os.O_WRONLY | NOFOLLOW), limit)
         self._buffer = buffer
 
     def takes(self, path: str, nbytes: int) -> bool:

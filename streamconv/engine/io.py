@@ -6,17 +6,20 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 
-from streamconv.errors import RunError, SourceChanged
+from streamconv.errors import DestinationError, RunError, SourceChanged
 
 BLOCK = 4096  # bytes: direct I/O takes offsets, lengths and addresses that are multiples of this
 CHUNK = 2 << 20  # bytes of one read or write through a worker's buffer: a huge page
 BUFFER = CHUNK + 2 * BLOCK  # bytes of that buffer: a range of a chunk touches a block more, two ranges of half a chunk two
 WINDOW = 256 << 10  # bytes of a map
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # of outputs: what is put in their place meanwhile is not written through
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
@@ -280,6 +283,32 @@ def write_data(fd: int, view: memoryview, offset: int, block: int = 1 << 16) -> 
         piece = view[start : start + block]
         if piece != zeros[: len(piece)]:
             write(fd, piece, offset + start)
+
+
+def check_folder(path: Path) -> None:
+    """Refuses what is no folder of its own: what is written below a link is written somewhere else.
+
+    Raises:
+        DestinationError: it is a link, or a file.
+    """
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        what = "a link" if path.is_symlink() else "no folder"
+        raise DestinationError(f"{path}: is {what}, and files are to go below it: remove it, or give another DST")
+
+
+def make_folders(root: Path, name: str) -> None:
+    """Makes the folders of an output file below ``root``.
+
+    Raises:
+        DestinationError: one of them is a link, or a file.
+    """
+    folder = root
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PurePosixPath(name).parent.parts:
+        folder = folder / part
+        with suppress(FileExistsError):
+            folder.mkdir()
+        check_folder(folder)
 
 
 def sync_directory(path: str) -> None:

@@ -30,6 +30,7 @@ except ImportError:  # a system without it
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".streamconv.json"
+DRAFT = ".new"  # at the end of that, until its first line is there
 HEAD, TAIL = 256 << 10, 64 << 10  # bytes of a source that tell it from another: a container's table of contents is at one end
 IN_PARTS = "its files are made in parts: make the others with 'streamconv run PLAN --part I/N', then 'streamconv run PLAN --finish'"
 _OWN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
@@ -113,7 +114,7 @@ class Journal(Ledger):
             self._fd = fd
             self._take_up()
             return
-        draft = self.path.with_name(f"{self.path.name}.new")
+        draft = self.path.with_name(f"{self.path.name}{DRAFT}")
         self._fd = self._take(draft, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             self._create(draft)

@@ -22,11 +22,13 @@ from streamconv.engine.check import OutputCheck
 from streamconv.engine.direct import allocate, shares_extents
 from streamconv.engine.io import (
     CHUNK,
+    NOFOLLOW,
     Files,
     PositionedReader,
     describe_os_error,
     is_sparse,
     located,
+    make_folders,
     share_descriptors,
     sync_directory,
     write,
@@ -107,7 +109,7 @@ class LocalEngine:
         self._checksum, self._reclaim, self._suffix = checksum, reclaim, suffix
         self._root = Path(plan.root)
         self._workers, self._descriptors = share_descriptors(plan.workers)
-        self._targets = Files(os.O_RDWR, min(16, self._workers))
+        self._targets = Files(os.O_RDWR | NOFOLLOW, min(16, self._workers))
         self._is_direct = plan.read_backend == "auto" and not shares_extents(self._root)
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -220,9 +222,9 @@ class LocalEngine:
             file, path = self._plan.files[number], self._partial(number)
             durable = self._journal.durable.get(file.path, set())
             if not durable:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folders(self._root, file.path)
                 path.unlink(missing_ok=True)
-            fd = os.open(path, os.O_RDWR | (0 if durable else os.O_CREAT | os.O_EXCL) | getattr(os, "O_BINARY", 0), 0o666)
+            fd = os.open(path, os.O_RDWR | NOFOLLOW | (0 if durable else os.O_CREAT | os.O_EXCL) | getattr(os, "O_BINARY", 0), 0o666)
             try:
                 os.truncate(fd, file.size)
                 if self._is_direct and not any(self._is_sparse(segment.source) for segment in file.segments):
