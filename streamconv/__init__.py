@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from streamconv import recipes
 from streamconv.api import convert, plan, verify
-from streamconv.checkpoint import Checkpoint, TensorEntry
+from streamconv.checkpoint import Checkpoint
 from streamconv.checkpoint import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
+from streamconv.entries import TensorEntry
 from streamconv.errors import (
     BudgetError,
     CoverageError,
@@ -17,6 +18,7 @@ from streamconv.errors import (
     FormatError,
     Interrupted,
     NotationError,
+    OutOfBounds,
     RecipeError,
     RunError,
     SourceChanged,
@@ -43,6 +45,7 @@ __all__ = [
     "Interrupted",
     "NotationError",
     "Option",
+    "OutOfBounds",
     "Plan",
     "Recipe",
     "RecipeError",

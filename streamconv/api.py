@@ -24,7 +24,8 @@ from streamconv.engine.reclaim import Reclaim
 from streamconv.engine.streams import staged_bytes
 from streamconv.errors import BudgetError, DestinationError, FormatError, StreamconvError, UsageError
 from streamconv.fitting import Budget, check_workers
-from streamconv.formats import FileLayout, Source
+from streamconv.formats import FileLayout
+from streamconv.graph import AnyNode, extents
 from streamconv.kept import check_report, check_sources_stay
 from streamconv.names import parse as parse_names
 from streamconv.places import identify
@@ -157,7 +158,7 @@ def _may_share(checkpoint: Checkpoint, target: Target | RemoteTarget, layouts: S
     above = next(parent for parent in (target.root, *target.root.parents) if parent.exists())
     if target.format != "safetensors" or above.stat().st_dev != checkpoint.path.stat().st_dev or not shares_extents(above):
         return
-    starts = [source.extents[0].offset for source in checkpoint.contents.entries.values() if source.spec.nbytes >= LEAST]
+    starts = [next(extents(node)).offset for node in checkpoint.contents.entries.values() if node.spec.nbytes >= LEAST]
     aligned = all(min(layout.slots.values(), default=0) % BLOCK == 0 for layout in layouts)
     if starts and not aligned and sum(start % BLOCK == 0 for start in starts) > len(starts) // 2:
         yield "the file system can share blocks between SRC and DST: with --align it need not copy them"
@@ -200,7 +201,7 @@ def _convert_names(
     return recipe.apply(checkpoint.contents.entries, checkpoint.config, options, sidecar=sidecar, recast=recast)
 
 
-def _with_ties(checkpoint: Checkpoint) -> dict[str, Source]:
+def _with_ties(checkpoint: Checkpoint) -> dict[str, AnyNode]:
     """All tensors, those that are left out because they are another too."""
     entries = checkpoint.contents.entries
     return entries | {name: entries[kept] for name, kept in checkpoint.ties.items() if name not in entries}

@@ -12,7 +12,6 @@ from streamconv import expressions, steps
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError
 from streamconv.facts import Dim, Drop, Fact, Rule, Tie, capture_of
-from streamconv.formats import Source
 from streamconv.graph import AnyNode, apply, rearrange
 from streamconv.grouping import Group, Grouping, Values, grid
 from streamconv.names import Matcher, Pattern
@@ -335,13 +334,13 @@ class Application:
                     self._emit(target, node, names, steps.describe(str(drop.op["op"]), self._given(drop, {})))
 
 
-def identity(entries: Mapping[str, Source], recast: Recast = keep_dtype) -> Conversion:
+def identity(entries: Mapping[str, AnyNode], recast: Recast = keep_dtype) -> Conversion:
     """The conversion without a recipe: every tensor under its own name, cast where that is asked for."""
     outputs: dict[str, AnyNode] = {}
     rows = []
-    for name, source in entries.items():
-        wanted = recast(name, source.spec)
-        node = apply(Cast(wanted), source) if wanted and wanted != source.spec.dtype.name else source
+    for name, entry in entries.items():
+        wanted = recast(name, entry.spec)
+        node = apply(Cast(wanted), entry) if wanted and wanted != entry.spec.dtype.name else entry
         outputs[name] = node
         rows.append(Row(name, (name,), "", node.spec))
     return Conversion(outputs, rows)

@@ -8,23 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from streamconv.dtypes import TensorSpec
+from streamconv.entries import TensorEntry
 from streamconv.errors import FormatError, UsageError
-from streamconv.formats import Contents, Extent, FileLayout, Source, mindspore, safetensors, sat
+from streamconv.formats import Contents, FileLayout, mindspore, safetensors, sat
 from streamconv.formats import torch as torch_files
 from streamconv.formats.files import Names, read_index, show, unreadable
 from streamconv.names import natural_key
 from streamconv.names import parse as parse_names
-from streamconv.storage import is_url
-from streamconv.storage.ranges import read_range
 from streamconv.storage.remote import Location, exists, is_dir, locate, names_in, relative, walk
 from streamconv.ties import Choice, find_ties
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 CONFIG = "config.json"
 WEIGHT_SUFFIXES = (
@@ -32,97 +26,6 @@ WEIGHT_SUFFIXES = (
     ".onnx", ".h5", ".msgpack", ".ot", ".partial", "param_name_map.json",
 )  # fmt: skip
 _MAX_CONFIG = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """A tensor of an open checkpoint: ``dtype``, ``shape``, ``nbytes``, and its data on request."""
-
-    name: str
-    source: Source
-
-    @property
-    def dtype(self) -> str:
-        return self.source.spec.dtype.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.spec.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.spec.nbytes
-
-    def _bytes(self, rows: slice | None) -> tuple[bytearray, tuple[int, ...]]:
-        """Raw bytes of the tensor, or of rows of it, and the shape they have."""
-        shape, start, nbytes = self.shape, 0, self.nbytes
-        if rows is not None:
-            if not shape:
-                raise UsageError(f"{self.name}: a 0-d tensor has no rows")
-            first, last, step = rows.indices(shape[0])
-            if step != 1:
-                raise UsageError(f"{self.name}: rows={rows} has a step; read the rows and take the step after")
-            row = TensorEntry(self.name, Source(type(self.source.spec)(self.source.spec.dtype, shape[1:]), ())).source.spec
-            shape = (max(0, last - first), *shape[1:])
-            if row.dtype.bits * row.numel % 8:
-                raise UsageError(f"{self.name}: a row of {row} ends inside a byte")
-            start, nbytes = first * row.nbytes, shape[0] * row.nbytes
-        data = bytearray(nbytes)
-        view = memoryview(data)
-        for extent in self.source.extents:
-            if start < extent.nbytes and view:
-                take = min(len(view), extent.nbytes - start)
-                self._read(extent, start, view[:take])
-                view, start = view[take:], start + take
-            start = max(0, start - extent.nbytes)
-        return data, shape
-
-    def _read(self, extent: Extent, start: int, part: memoryview) -> None:
-        """Fills ``part`` with bytes from ``start`` of an extent."""
-        if is_url(extent.path):
-            read_range(extent.path, extent.offset + start, part)
-            return
-        with open(extent.path, "rb", buffering=0) as file:  # noqa: PTH123 - a plain path
-            file.seek(extent.offset + start)
-            while part:  # one call reads 2 GiB at most
-                count = file.readinto(part)
-                if not count:
-                    raise FormatError(f"{extent.path}: ends before tensor {self.name}; it changed since it was opened")
-                part = part[count:]
-
-    def pieces(self, nbytes: int) -> Iterator[torch.Tensor]:
-        """The tensor's values from front to back, flat, in pieces of about ``nbytes`` bytes. Raises as `torch` does."""
-        flat = TensorEntry(self.name, Source(TensorSpec(self.source.spec.dtype, (self.source.spec.numel,)), self.source.extents))
-        step = max(1, nbytes * 8 // self.source.spec.dtype.bits)
-        for start in range(0, self.source.spec.numel, step):
-            yield flat.torch(slice(start, min(start + step, self.source.spec.numel)))
-
-    def torch(self, rows: slice | None = None) -> torch.Tensor:
-        """The tensor, or ``rows`` of it, as a torch tensor that owns its memory."""
-        import torch
-
-        dtype = getattr(torch, self.dtype, None)
-        if dtype is None:
-            raise UsageError(f"{self.name}: torch has no type for {self.dtype}")
-        data, shape = self._bytes(rows)
-        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
-
-    def numpy(self, rows: slice | None = None) -> np.ndarray[Any, Any]:
-        """The tensor, or ``rows`` of it, as a numpy array (bfloat16 and float8 need the package ml_dtypes)."""
-        import numpy as np
-
-        if self.source.spec.dtype.bits % 8:
-            raise UsageError(f"{self.name}: numpy has no packed {self.dtype}; copy such tensors with streamconv convert")
-        try:
-            dtype = np.dtype(self.dtype)
-        except TypeError:
-            try:
-                import ml_dtypes
-            except ImportError:
-                raise UsageError(f"{self.name}: numpy has no {self.dtype}; install ml_dtypes, or use .torch()") from None
-            dtype = np.dtype(getattr(ml_dtypes, self.dtype))
-        data, shape = self._bytes(rows)
-        return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
 class Checkpoint(Mapping[str, TensorEntry]):

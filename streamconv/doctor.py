@@ -13,7 +13,7 @@ from typing import Any
 from streamconv.checkpoint import CONFIG, CONTAINERS, Checkpoint, detect_format, open_checkpoint, read_config
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError
-from streamconv.formats import Source
+from streamconv.graph import AnyNode
 from streamconv.storage.remote import Location, each, locate, names_in
 from streamconv.units import format_size
 
@@ -78,7 +78,7 @@ def examine(path: str | os.PathLike[str], *, data: bool = False) -> Examination:
     path = locate(path)
     name = detect_format(path)
     found = Examination(str(path), name)
-    tables: dict[str, Mapping[str, Source]] = {}
+    tables: dict[str, Mapping[str, AnyNode]] = {}
     checkpoint: Checkpoint | None = None
     if path.is_dir():
         tables = _read_files(path, name, found)
@@ -111,10 +111,10 @@ def _short(error: Exception, path: Location) -> str:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_files(path: Location, name: str, found: Examination) -> dict[str, Mapping[str, Source]]:
+def _read_files(path: Location, name: str, found: Examination) -> dict[str, Mapping[str, AnyNode]]:
     """The tensors of each weight file by itself, so that one damaged file does not hide the others."""
     kind = CONTAINERS[name].names
-    tables: dict[str, Mapping[str, Source]] = {}
+    tables: dict[str, Mapping[str, AnyNode]] = {}
     files = [
         path / file
         for file in sorted(names_in(path))
@@ -129,7 +129,7 @@ def _read_files(path: Location, name: str, found: Examination) -> dict[str, Mapp
     return tables
 
 
-def _read_file(file: Location, name: str) -> Mapping[str, Source] | StreamconvError:
+def _read_file(file: Location, name: str) -> Mapping[str, AnyNode] | StreamconvError:
     try:
         own = detect_format(file) if name == "mindspore" else name  # whose files are called as many of torch.save are
         return CONTAINERS[own].read(file).entries
@@ -137,7 +137,7 @@ def _read_file(file: Location, name: str) -> Mapping[str, Source] | StreamconvEr
         return error
 
 
-def _check_files(path: Location, tables: Mapping[str, Mapping[str, Source]], name: str) -> Iterator[Finding]:
+def _check_files(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], name: str) -> Iterator[Finding]:
     kind = CONTAINERS[name].names
     names = sorted(entry.name for entry in path.iterdir())
     weight_map: dict[str, str] = {}
@@ -186,7 +186,7 @@ def _read_advice(path: Location) -> str:
 
 
 def _check_index(
-    index: str, weight_map: Mapping[str, str], tables: Mapping[str, Mapping[str, Source]], names: list[str]
+    index: str, weight_map: Mapping[str, str], tables: Mapping[str, Mapping[str, AnyNode]], names: list[str]
 ) -> Iterator[Finding]:
     again = "download the files again, or write the index again"
     for file in sorted(set(weight_map.values())):
@@ -413,7 +413,7 @@ def _check_data(checkpoint: Checkpoint) -> Iterator[Finding]:
     import torch
 
     for name, entry in checkpoint.items():
-        if not entry.source.spec.numel or not getattr(torch, entry.dtype, torch.int8).is_floating_point:
+        if not entry.spec.numel or not getattr(torch, entry.dtype, torch.int8).is_floating_point:
             continue
         bad, least, most = 0, float("inf"), float("-inf")
         for piece in entry.pieces(PIECE):
@@ -423,10 +423,8 @@ def _check_data(checkpoint: Checkpoint) -> Iterator[Finding]:
             if finite.numel():
                 least, most = min(least, float(finite.min())), max(most, float(finite.max()))
         if bad:
-            yield Finding(
-                f"{bad} of {entry.source.spec.numel} values are NaN or infinite", name, "they spread through the model", "get it again"
-            )
-        elif least == most and len(entry.shape) > 1 and entry.source.spec.numel > 1:
+            yield Finding(f"{bad} of {entry.spec.numel} values are NaN or infinite", name, "they spread through the model", "get it again")
+        elif least == most and len(entry.shape) > 1 and entry.spec.numel > 1:
             what = "all values are zero" if least == 0 else f"all values are {least:g}"
             yield Finding(what, name, "a matrix of one value has not been trained, or was lost", "compare it with its source")
 

@@ -2,6 +2,7 @@
 
     StreamconvError                 exit code 2 unless said otherwise
     |-- UsageError                  change the command line or the call
+    |   `-- OutOfBounds             ... an index that a tensor does not have; an IndexError, too
     |-- DestinationError            choose another DST, or say --overwrite / --resume
     |-- FormatError                 the checkpoint is damaged or not what it says: fetch or write it again
     |-- RecipeError                 change the recipe
@@ -25,6 +26,7 @@ __all__ = [
     "FormatError",
     "Interrupted",
     "NotationError",
+    "OutOfBounds",
     "RecipeError",
     "RunError",
     "SourceChanged",
@@ -42,6 +44,10 @@ class StreamconvError(Exception):
 
 class UsageError(StreamconvError):
     """An argument or option cannot be what it is."""
+
+
+class OutOfBounds(UsageError, IndexError):
+    """An index does not fit a tensor's shape."""
 
 
 class DestinationError(StreamconvError):

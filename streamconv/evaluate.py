@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamconv.formats import Extent
-from streamconv.graph import AnyNode, Node, Source, as_bytes
+from streamconv.graph import AnyNode, Extent, Node, Source, as_bytes
 from streamconv.runs import Move, identity, packed_strides
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ Expect = Callable[[Iterable[tuple[str, int, int]]], None]
 ALIGN = 64  # bytes
 SPAN = 64 << 10  # bytes: scattered items are picked from a span of at least this, read at once
 DIRECT = 16 << 10  # bytes: runs of at least this are read straight to their place
+PAGE = 4 << 10  # bytes: pieces shorter than this are read with what is between them ...
+NEAR = 8  # ... where a span has as many of them
 BAND = 256 << 10  # bytes: a transposing copy goes through packed bands of this size, which stay in the cache
 NARROW = 64  # elements: axes shorter than this are not worth a band
 
@@ -179,6 +180,12 @@ def same_bytes(left: AnyNode, right: AnyNode, arena: Arena, read: Read, expect: 
 
 def _gather(source: Source, move: Move, out: Array, arena: Arena, read: Read) -> None:
     """Reads the region of a stored tensor: whole runs where they are long, else spans from which the items are picked."""
+    for part in _in_spans(move, source.spec.dtype.itemsize):
+        _gather_part(source, part, out, arena, read)
+
+
+def _gather_part(source: Source, move: Move, out: Array, arena: Arena, read: Read) -> None:
+    """The same of a region that takes a few spans, or long runs."""
     itemsize = source.spec.dtype.itemsize
     run = move.run
     if _is_direct(move, itemsize):
@@ -218,13 +225,34 @@ def _split(extents: Iterable[Extent], start: int, count: int) -> Iterator[tuple[
 def _spans(source: Source, move: Move) -> Iterator[tuple[int, int]]:
     """The bytes of a stored tensor that `_gather` reads for a simplified move: first and number, in order."""
     itemsize = source.spec.dtype.itemsize
+    for part in _in_spans(move, itemsize):
+        if _is_direct(part, itemsize):
+            yield from ((src * itemsize, part.run * itemsize) for _, src in _by_source(part).runs())
+            continue
+        axes, outer = _cut(part, itemsize)
+        nbytes = _span(axes[outer:]) * itemsize
+        for index in itertools.product(*(range(n) for n, _, _ in axes[:outer])):
+            yield (part.src + sum(k * s for k, (_, _, s) in zip(index, axes, strict=False))) * itemsize, nbytes
+
+
+def _in_spans(move: Move, itemsize: int) -> Iterator[Move]:
+    """A simplified move, cut where short pieces lie so near each other that `SPAN` bytes with many of them are better read at once."""
     if _is_direct(move, itemsize):
-        yield from ((src * itemsize, move.run * itemsize) for _, src in _by_source(move).runs())
+        yield move
         return
     axes, outer = _cut(move, itemsize)
-    nbytes = _span(axes[outer:]) * itemsize
-    for index in itertools.product(*(range(n) for n, _, _ in axes[:outer])):
-        yield (move.src + sum(k * s for k, (_, _, s) in zip(index, axes, strict=False))) * itemsize, nbytes
+    inner = _span(axes[outer:])
+    if not outer or inner * itemsize >= PAGE:
+        yield move
+        return
+    size, _, stride = axes[outer - 1]
+    count = 1 + (SPAN // itemsize - inner) // stride
+    if count < NEAR:
+        yield move
+        return
+    tile = list(move.sizes)
+    tile[move.src_strides.index(stride)] = min(size, count)
+    yield from move.tiles(tuple(tile))
 
 
 def _is_direct(move: Move, itemsize: int) -> bool:

@@ -1,4 +1,4 @@
-"""The graph of a conversion: leaves are stored tensors, nodes have a static dtype and shape. Names and files are unknown here.
+"""The graph of a conversion: leaves are stored tensors, nodes have a static dtype and shape. Names of tensors are unknown here.
 
 A node is evaluated region by region. A region of a node's flat (row-major) output is a `Move`: its source side says which
 elements, its destination side where they go in a buffer. Rearranging ops pass moves on to their inputs; computing ops ask
@@ -7,15 +7,29 @@ for their inputs' regions in buffers of their own and turn them into values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from streamconv.dtypes import DTYPES, TensorSpec
-from streamconv.formats import Source
 from streamconv.ops import Op, Rearrange
 from streamconv.runs import Move
 
-__all__ = ["AnyNode", "Node", "Source", "apply", "as_bytes", "rearrange", "sources", "trace"]
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """``nbytes`` bytes at ``offset`` of the file ``path`` (absolute, resolved by the kernel only; or a URL)."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A stored tensor: raw little-endian row-major bytes, in one extent or in several that follow each other."""
+
+    spec: TensorSpec
+    extents: tuple[Extent, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +70,19 @@ def sources(node: AnyNode) -> Iterator[Source]:
         elif id(node) not in seen:
             seen.add(id(node))
             yield node
+
+
+def extents(node: AnyNode) -> Iterator[Extent]:
+    """Where the leaves below ``node`` lie, left to right."""
+    for leaf in sources(node):
+        yield from leaf.extents
+
+
+def made_of(node: AnyNode) -> Hashable:
+    """What two nodes have in common that hold the same bytes since they are made of the same stored ones in the same way."""
+    if isinstance(node, Node):
+        return node.spec, node.op, tuple(map(made_of, node.inputs))
+    return node
 
 
 @dataclass(frozen=True, slots=True)

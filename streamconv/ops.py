@@ -181,6 +181,43 @@ class Reshape(Op):
 
 
 @dataclass(frozen=True)
+class Strided(Op):
+    """The elements that start at ``start`` of a tensor's row-major ones and lie ``strides`` apart along the axes of ``shape``.
+
+    Strides are not negative; where one is 0, or smaller than what the axes within it span, elements are repeated.
+    """
+
+    kind: ClassVar[str] = "strided"
+    layout_only: ClassVar[bool] = True
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int = 0
+
+    @cached_property
+    def _compiled(self) -> tuple[axes.Tree, axes.Place]:
+        """The digits of a place in the output, as few as its strides allow, and where they lie in the input."""
+        whole = Move(self.shape, 0, packed_strides(self.shape), 0, self.strides).simplify()
+        tree: axes.Tree = Leaf(0)
+        for k in reversed(range(len(whole.sizes))):
+            tree = Axis(str(k), whole.dst_strides[k], tree)
+        return tree, axes.Place(0, self.start, {str(k): stride for k, stride in enumerate(whole.src_strides)})
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        inputs[0].dtype.itemsize  # noqa: B018 - refuses packed types
+        last = self.start + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        is_inside = 0 in self.shape or last < inputs[0].numel
+        if min(self.start, *self.strides, 0) < 0 or not is_inside:
+            raise CoverageError(f"a view of shape {list(self.shape)}, strides {list(self.strides)} from {self.start} is not in {inputs[0]}")
+        return TensorSpec(inputs[0].dtype, self.shape)
+
+    def pull(self, move: Move) -> Iterator[tuple[int, Move]]:
+        tree, where = self._compiled
+        for _, piece, digits in pull(tree, move):
+            yield 0, place(piece, digits, where)
+
+
+@dataclass(frozen=True)
 class Rows(Op):
     """Rows ``start`` to ``stop`` of a tensor, along its first axis."""
 

@@ -18,7 +18,6 @@ from streamconv.application import Application, Conversion, Recast, Row, Stage, 
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError, RecipeError, UsageError
 from streamconv.facts import ALL, PLAIN, Dim, Drop, Fact, Option, Rule, Side, Tie, from_config
-from streamconv.formats import Source
 from streamconv.graph import AnyNode
 from streamconv.names import Matcher
 from streamconv.names import parse as parse_names
@@ -212,7 +211,7 @@ class Recipe:
 
     def apply(
         self,
-        entries: Mapping[str, Source],
+        entries: Mapping[str, AnyNode],
         config: Mapping[str, Any] | None = None,
         options: Mapping[str, object] | None = None,
         *,
@@ -222,7 +221,7 @@ class Recipe:
         """The target nodes for the tensors ``entries``.
 
         Args:
-            entries: name -> stored tensor, in tensor order.
+            entries: name -> stored tensor, or a layout of stored pieces, in tensor order.
             config: the source's config.json.
             options: ``--set`` values.
             sidecar: the config.json of the target-side folder, where one is given.

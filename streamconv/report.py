@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint import Checkpoint, TensorEntry
+from streamconv.checkpoint import Checkpoint
+from streamconv.entries import TensorEntry
 from streamconv.errors import UsageError
 from streamconv.folding import Fold, fold
+from streamconv.graph import Node, extents
 from streamconv.kept import check_replaceable
 from streamconv.names import nearest
 from streamconv.names import parse as parse_names
@@ -51,21 +53,21 @@ def print_json(document: Mapping[str, Any]) -> None:
 def describe_checkpoint(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
     """What ``inspect --json`` prints; tensors are given one at a time, with ``stats`` from their data if wanted."""
     contents = checkpoint.contents
-    specs = [source.spec for source in contents.entries.values()]
+    specs = [node.spec for node in contents.entries.values()]
     root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     names = {str(file): relative(file, root) for file in contents.files}
     files = [{"path": names[str(file)], "size": file.stat().st_size} for file in contents.files]
 
     def tensors() -> Iterable[dict[str, Any]]:
-        for name, source in contents.entries.items():
-            whole = len(source.extents) == 1
+        for name, node in contents.entries.items():
+            first, *others = extents(node)
             yield {
                 "name": name,
-                "dtype": source.spec.dtype.name,
-                "shape": source.spec.shape,
-                "nbytes": source.spec.nbytes,
-                "file": names[source.extents[0].path],
-                "offset": source.extents[0].offset if whole else None,
+                "dtype": node.spec.dtype.name,
+                "shape": node.spec.shape,
+                "nbytes": node.spec.nbytes,
+                "file": names[first.path],
+                "offset": None if others or isinstance(node, Node) else first.offset,
                 **(measured.summary() if stats and (measured := measure(checkpoint[name])) else {}),
             }
 
@@ -142,7 +144,7 @@ def measure(entry: TensorEntry) -> Statistics | None:
     import torch
 
     kind = getattr(torch, entry.dtype, None)
-    if kind is None or kind.is_complex or entry.source.spec.dtype.bits % 8:
+    if kind is None or kind.is_complex or entry.spec.dtype.bits % 8:
         return None
     found = Statistics()
     for piece in entry.pieces(PIECE):
@@ -180,7 +182,7 @@ def print_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool 
 def _print_tree(checkpoint: Checkpoint, *, stats: bool) -> None:
     """Folded tensors below the modules that hold them, with each module's size."""
     names = list(checkpoint)
-    specs = [checkpoint[name].source.spec for name in names]
+    specs = [checkpoint[name].spec for name in names]
     stems = {module_of(name) for name in names if LAYER.search(name)}
     kinds: dict[str, list[Fold]] = {}
     for kind in fold((spec, (name,)) for name, spec in zip(names, specs, strict=True)):

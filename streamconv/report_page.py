@@ -93,7 +93,7 @@ def describe_comparison(found: Comparison, args: Namespace, progress: Progress) 
     side = get(args.recipe).target if args.recipe else Side()
     checkpoint = open_checkpoint(args.b, ranks=side.ranks, files=side.files, config=side.config)
     unexpected, ties = set(found.unexpected), {} if args.recipe else checkpoint.ties
-    specs = {name: checkpoint[ties.get(name, name)].source.spec for name in {**checkpoint, **ties} if name not in unexpected}
+    specs = {name: checkpoint[ties.get(name, name)].spec for name in {**checkpoint, **ties} if name not in unexpected}
     seconds = sum(phase.samples[-1][0] for phase in progress.phases)
     size = sum(spec.nbytes for spec in specs.values())
     differing = len(found.tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from streamconv.formats import Source
+from streamconv.graph import AnyNode, made_of
 
 Choice = Callable[[Sequence[str]], str | None]
 """Names of one tensor, in the model's order -> the one that is kept, None where that is not known."""
@@ -41,7 +41,7 @@ _BY_CLASS = (  # classes that keep another name than their like
 )
 
 
-def find_ties(entries: Mapping[str, Source], architecture: str, choose: Choice) -> dict[str, str]:
+def find_ties(entries: Mapping[str, AnyNode], architecture: str, choose: Choice) -> dict[str, str]:
     """The names of tensors that are another one, in the same bytes with the same dtype and shape, and the name of that.
 
     Args:
@@ -50,9 +50,9 @@ def find_ties(entries: Mapping[str, Source], architecture: str, choose: Choice) 
         choose: asked where the names do not tell; what it does not know either, is kept under the first name.
     """
     alike: dict[object, list[str]] = {}
-    for name, source in entries.items():
-        if source.spec.nbytes:
-            alike.setdefault((source.spec, source.extents), []).append(name)
+    for name, node in entries.items():
+        if node.spec.nbytes:
+            alike.setdefault(made_of(node), []).append(name)
     kept_of: dict[str, str] = {}
     for names in alike.values():
         if len(names) > 1:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from streamconv.graph import AnyNode, Source, trace
+from streamconv.runs import Move, identity
+from streamconv.storage import is_url
 from streamconv.storage.ranges import SKIPPED
 
 REQUEST = 1 << 20  # bytes that a connection receives while it waits for an answer, about
@@ -32,7 +35,7 @@ def choose_tile(
     the rest from either side outwards.
     """
     by_dst = sorted(range(len(sizes)), key=lambda k: dst_strides[k])
-    by_src = sorted(range(len(sizes)), key=lambda k: src_strides[k])
+    by_src = sorted((k for k in range(len(sizes)) if src_strides[k]), key=lambda k: src_strides[k])  # what is repeated is read once
     best: tuple[float, Tile] | None = None
     powers = [1 << k for k in range(numel.bit_length())]
     for src_piece in powers:
@@ -56,6 +59,17 @@ def choose_tile(
     return best[1]
 
 
+def boxes(node: AnyNode, numel: int) -> Iterator[Move]:
+    """All of a tensor in boxes of at most ``numel`` elements that take few reads: moves whose destination is the tensor itself."""
+    if not node.spec.numel:
+        return
+    for found in trace(node, identity(node.spec.numel)):
+        move, leaf = found.move.simplify(), found.leaf
+        is_remote = isinstance(leaf, Source) and any(is_url(extent.path) for extent in leaf.extents)
+        remote = leaf.spec.dtype.itemsize if is_remote else 0
+        yield from move.tiles(choose_tile(move.sizes, move.dst_strides, move.src_strides, max(1, numel), remote).sizes)
+
+
 def _grow(tile: list[int], sizes: Sequence[int], order: Sequence[int], piece: int) -> None:
     """Widens ``tile`` along ``order`` until a run has ``piece`` elements."""
     run = 1
@@ -75,7 +89,7 @@ def _pieces(tile: Sequence[int], sizes: Sequence[int], order: Sequence[int], str
         run *= tile[k]
         if tile[k] < sizes[k]:
             break
-    return math.prod(tile) // run
+    return math.prod(tile[k] for k in order) // run
 
 
 def _request_cost(tile: Sequence[int], order: Sequence[int], strides: Sequence[int], itemsize: int) -> int:

@@ -14,19 +14,19 @@ from streamconv.engine.io import share_descriptors
 from streamconv.engine.readers import Reader, make_reader
 from streamconv.engine.threads import run_threads
 from streamconv.errors import BudgetError, RunError, StreamconvError
-from streamconv.formats import Source
-from streamconv.graph import AnyNode, Node, as_bytes, trace
+from streamconv.graph import AnyNode, Node, Source, as_bytes, trace
 from streamconv.plan import source_files
 from streamconv.runs import Move, identity, region
 from streamconv.storage import Entry, is_url
 from streamconv.storage.ranges import MEMORY
-from streamconv.tiles import choose_tile
+from streamconv.tiles import boxes
 from streamconv.units import format_size
 
 if TYPE_CHECKING:
     from streamconv.evaluate import Arena, Array
 
 REMOTE_STEP = 8 << 20  # bytes of a side that are compared at a time where something is computed from what is remote
+SHORT = 4 << 10  # bytes: pieces below which a tensor is not read front to back
 PIECE = 32 << 10  # elements: norms are taken as torch does, in float32, of pieces this small, and added up in float64
 TORCH = 210 << 20  # bytes: what loading torch adds to the process, which it does where values differ and norms are wanted
 
@@ -111,7 +111,7 @@ class Comparison:
 
 def compare(
     expected: Mapping[str, AnyNode],
-    found: Mapping[str, Source],
+    found: Mapping[str, AnyNode],
     *,
     workers: int = 2,
     max_memory: int | None = None,
@@ -119,7 +119,7 @@ def compare(
     norms: bool = True,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Comparison:
-    """Compares target nodes with stored tensors, tile by tile.
+    """Compares target nodes with tensors as they are stored, tile by tile.
 
     Args:
         expected: what should be: names and nodes.
@@ -165,7 +165,7 @@ class _Comparer:
     def __init__(
         self,
         expected: Mapping[str, AnyNode],
-        found: Mapping[str, Source],
+        found: Mapping[str, AnyNode],
         *,
         workers: int,
         max_memory: int | None,
@@ -188,12 +188,14 @@ class _Comparer:
         from streamconv import memory
         from streamconv.evaluate import COMPARE, Arena, arena_bytes, prepare
 
-        nodes = [node for name in names if isinstance(node := self._expected[name], Node)]
+        pairs = [(self._expected[name], self._found[name]) for name in names]
+        nodes = [node for pair in pairs for node in pair if isinstance(node, Node)]
+        scattered = any(isinstance(found, Node) for _, found in pairs)
         prepare(nodes)
         self._step = REMOTE_STEP if self._urls and nodes else COMPARE
         free = sys.maxsize if self._max_memory is None else self._max_memory - memory.resident() - (8 << 20)
         while True:
-            arena = max((arena_bytes(node, self._step) for node in nodes), default=COMPARE) + 2 * self._step
+            arena = max((arena_bytes(node, self._step, scattered=scattered) for node in nodes), default=COMPARE) + 2 * self._step
             each = 2 * arena + (MEMORY if self._urls else 0)
             if self._step == COMPARE or free >= 4 * each:
                 break
@@ -251,7 +253,7 @@ class _Comparer:
         want, have = ("", "") if same_dtype else (str(left.spec), str(right.spec))
         return TensorDifference(name, l2=math.sqrt(squares), max_abs=largest, nonfinite=nonfinite, expected=want, found=have)
 
-    def _steps(self, left: AnyNode, right: Source, arena: Arena, reader: Reader) -> Iterator[tuple[Array, Array]]:
+    def _steps(self, left: AnyNode, right: AnyNode, arena: Arena, reader: Reader) -> Iterator[tuple[Array, Array]]:
         """Both sides, a step at a time, as unsigned integers."""
         from streamconv.evaluate import evaluate, reads
 
@@ -265,18 +267,26 @@ class _Comparer:
             yield parts[0], parts[1]
             arena.release(mark)
 
-    def _moves(self, left: AnyNode, right: Source) -> Iterator[tuple[Move, Move]]:
-        """The steps of a tensor, and what of a stored one will be read from each on: front to back, or as what is remote is best read."""
+    def _moves(self, left: AnyNode, right: AnyNode) -> Iterator[tuple[Move, Move]]:
+        """The steps of a tensor, and what of a stored one will be read from each on: front to back, or as short pieces are best read."""
         itemsize, total = max(left.spec.dtype.itemsize, right.spec.dtype.itemsize), left.spec.numel
-        if isinstance(left, Node) and self._urls and all(isinstance(found.leaf, Source) for found in trace(left, identity(total))):
-            for found in trace(left, identity(total)):
-                move, leaf = found.move.simplify(), found.leaf
-                tile = choose_tile(move.sizes, move.dst_strides, move.src_strides, self._step // itemsize, leaf.spec.dtype.itemsize)
-                yield from ((region(part), region(part)) for part in move.tiles(tile.sizes))
-            return
         step = self._step // itemsize
+        scattered = next(filter(self._is_scattered, (left, right)), None)
+        if scattered is not None:
+            yield from ((region(box), region(box)) for box in boxes(scattered, step))
+            return
         for start in range(0, total, step):
             yield identity(min(step, total - start), start), identity(total - start, start)
+
+    def _is_scattered(self, node: AnyNode) -> bool:
+        """Whether a tensor is rather read in boxes than front to back: it lies in stored ones, in short pieces or behind URLs."""
+        if not isinstance(node, Node):
+            return False
+        found = list(trace(node, identity(node.spec.numel)))
+        if not all(isinstance(one.leaf, Source) for one in found):
+            return False
+        moves = [one.move.simplify() for one in found]
+        return bool(self._urls) or any(move.run < move.numel and move.run * node.spec.dtype.itemsize < SHORT for move in moves)
 
     def _check_room_for_torch(self) -> None:
         """Refuses to load torch where it would break the memory bound."""
@@ -291,7 +301,7 @@ class _Comparer:
                 needed,
             )
 
-    def _distance(self, ours: Array, theirs: Array, left: AnyNode, right: Source) -> tuple[float, float, int]:
+    def _distance(self, ours: Array, theirs: Array, left: AnyNode, right: AnyNode) -> tuple[float, float, int]:
         """Sum of squares, largest magnitude and number of non-finite elements of the difference in float32."""
         from streamconv.ops import as_torch
 

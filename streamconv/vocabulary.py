@@ -10,7 +10,7 @@ from streamconv import steps
 from streamconv.application import Conversion
 from streamconv.errors import CoverageError
 from streamconv.facts import Option
-from streamconv.graph import AnyNode, Node, sources
+from streamconv.graph import AnyNode, Node, made_of
 from streamconv.ops import SampleRows
 
 OPTIONS = {
@@ -54,7 +54,7 @@ def resize_vocab(conversion: Conversion, options: Mapping[str, Any]) -> Conversi
     outputs, told = dict(conversion.outputs), {}
     for name in names:
         node = outputs[name]
-        key = (node.spec, *(extent for leaf in sources(node) for extent in leaf.extents))
+        key = made_of(node)
         if key not in made:
             made[key] = _resized(node, rows, options["seed"], len(made))
         outputs[name], told[name] = made[key]

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import streamconv
 from streamconv.cli import main
-from streamconv.formats import Source
+from streamconv.formats import AnyNode, Node
 
 # The tests share one process, which holds torch and more; how well a run keeps its memory is tested elsewhere.
 ROOMY = "4GB"
@@ -76,13 +77,17 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 def raw(tensor: torch.Tensor) -> bytes:
     """A tensor's row-major bytes."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def stored(source: Source) -> bytes:
-    """The bytes of a stored tensor, from its extents."""
+def stored(node: AnyNode) -> bytes:
+    """The row-major bytes of a stored tensor, from its extents, or of a view of one, as numpy has it."""
+    if isinstance(node, Node):
+        itemsize = node.spec.dtype.itemsize
+        flat = np.frombuffer(stored(node.inputs[0]), f"u{itemsize}")[node.op.start :]
+        return np.lib.stride_tricks.as_strided(flat, node.op.shape, [stride * itemsize for stride in node.op.strides]).tobytes()
     found = b""
-    for extent in source.extents:
+    for extent in node.extents:
         with Path(extent.path).open("rb") as file:
             file.seek(extent.offset)
             found += file.read(extent.nbytes)

@@ -114,10 +114,8 @@ def test_rows(rows, opened):
 
 def test_rows_that_there_are_not(opened):
     checkpoint, _ = opened
-    with pytest.raises(UsageError, match="a 0-d tensor has no rows"):
+    with pytest.raises(UsageError, match=r"scalar: 1 indices, and its shape \[\] has 0 axes"):
         checkpoint["scalar"].torch(rows=slice(0, 1))
-    with pytest.raises(UsageError, match="has a step"):
-        checkpoint["b.weight"].torch(rows=slice(0, 4, 2))
     assert checkpoint["scalar"].torch().shape == ()
     assert checkpoint["scalar"].numpy().shape == ()
 
@@ -167,7 +165,7 @@ def test_reads_come_in_pieces(opened, monkeypatch):
         def readinto(self, buffer):
             return real(self, memoryview(buffer)[:7])
 
-    monkeypatch.setattr("streamconv.checkpoint.open", lambda path, *_, **__: Slow(path), raising=False)
+    monkeypatch.setattr("streamconv.entries.FileIO", Slow)
     assert raw(checkpoint["b.weight"].torch()) == raw(tensors["b.weight"])
 
 

@@ -30,7 +30,7 @@ from streamconv.evaluate import Arena, arena_bytes
 from streamconv.fitting import Budget
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph import AnyNode, Node, Source, apply, rearrange
-from streamconv.ops import Cast, Rearrange, Rows, Zeros, as_torch
+from streamconv.ops import Cast, Rearrange, Rows, Strided, Zeros, as_torch
 from streamconv.plan import Compute, Copy, Plan
 from streamconv.runs import Move, identity, region
 from streamconv.tiles import choose_tile
@@ -55,6 +55,9 @@ def _eager(node: AnyNode, files: dict[str, bytes], known: dict[int, np.ndarray])
         return cast(given[0], node.inputs[0].spec, node.spec)
     if isinstance(node.op, Rows):
         return given[0][node.op.start * node.op.row : node.op.stop * node.op.row]
+    if isinstance(node.op, Strided):
+        strides = [stride * itemsize for stride in node.op.strides]
+        return np.lib.stride_tricks.as_strided(given[0][node.op.start :], node.op.shape, strides).reshape(-1)
     if isinstance(node.op, Zeros):
         return np.zeros(node.spec.numel, f"u{itemsize}")
     assert isinstance(node.op, Rearrange)
@@ -242,6 +245,8 @@ def above(draw, node: AnyNode) -> list[AnyNode]:
     for _ in range(draw(st.integers(0, 2))):
         if node.spec.dtype.name in CASTABLE and draw(st.booleans()):
             node = apply(Cast(draw(st.sampled_from(CASTABLE))), node)
+        if node.spec.numel and draw(st.booleans()):
+            node = apply(draw(strided(node.spec.numel)), node)
         if node.spec.shape and draw(st.booleans()):
             count, row = node.spec.shape[0], math.prod(node.spec.shape[1:])
             start = draw(st.integers(0, count))
@@ -257,6 +262,21 @@ def above(draw, node: AnyNode) -> list[AnyNode]:
     return [node]
 
 
+@st.composite
+def strided(draw, numel: int) -> Strided:
+    """Any view of so many elements: permuted, with steps, repeating some, overlapping, of one element, empty."""
+    start = draw(st.integers(0, numel - 1))
+    shape, strides, left = [], [], numel - 1 - start
+    for _ in range(draw(st.integers(0, 4))):
+        stride = draw(st.integers(0, max(1, left)) | st.integers(0, 8))
+        size = draw(st.integers(0, min(6, 1 + left // stride if stride else 3)))
+        left -= max(0, size - 1) * stride
+        shape.append(size)
+        strides.append(stride)
+    order = draw(st.permutations(range(len(shape))))
+    return Strided(tuple(shape[k] for k in order), tuple(strides[k] for k in order), start)
+
+
 thresholds = st.fixed_dictionaries(
     {
         "COPY_RUN": st.sampled_from([1, 24, 1 << 60]),
@@ -268,6 +288,8 @@ thresholds = st.fixed_dictionaries(
         "DIRECT": st.sampled_from([1, 8, 32, 16 << 10]),
         "BAND": st.sampled_from([1, 64, 256 << 10]),
         "NARROW": st.sampled_from([1, 3, 64]),
+        "PAGE": st.sampled_from([1, 16, 4 << 10]),
+        "NEAR": st.sampled_from([2, 8]),
     }
 )
 

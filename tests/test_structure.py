@@ -23,9 +23,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 STOREYS = [
     ["errors", "filenames", "places", "dtypes", "units", "memory", "digests", "storage", "storage.*"],
     ["names", "axes", "expressions", "folding"],
+    ["runs", "ops", "graph", "views", "evaluate", "tiles", "lazy"],
     ["formats", "formats.*"],
-    ["checkpoint", "ties"],
-    ["runs", "ops", "graph", "evaluate", "lazy"],
+    ["entries", "checkpoint", "ties"],
     [
         "facts",
         "declaration",
@@ -41,7 +41,7 @@ STOREYS = [
         "recipes",
         "recipes.*",
     ],
-    ["tiles", "plan", "fitting", "compiler"],
+    ["plan", "fitting", "compiler"],
     ["engine", "engine.*"],
     [
         "destination",
@@ -241,9 +241,9 @@ def statements(text: str) -> int:
 BOUNDS = {  # statements of each storey; one that outgrows its number holds a second idea, which wants a place of its own
     0: 2_100,  # the ground: most of it is what servers need
     1: 1_000,  # strings and integers
-    2: 1_700,  # four containers
-    3: 900,  # finding out what a path holds
-    4: 1_200,  # the graph
+    2: 1_400,  # the graph
+    3: 1_700,  # four containers
+    4: 900,  # finding out what a path holds
     5: 2_600,  # the mechanism of recipes; recipes themselves do not count
     6: 1_100,  # plans
     7: 2_400,  # the engine

@@ -1,13 +1,13 @@
-"""Reading where some sources are behind URLs, and what of them is asked for in one request."""
+"""Reading where some sources are behind URLs."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from streamconv.engine.io import PositionedReader
 from streamconv.storage import Entry, is_url
-from streamconv.storage.ranges import SKIPPED, STREAMS, Ranges
+from streamconv.storage.ranges import Ranges, join
 
 
 class RemoteReader(PositionedReader):
@@ -44,24 +44,3 @@ class RemoteReader(PositionedReader):
     def close(self) -> None:
         self._local.close()
         self._ranges.close()
-
-
-def join(reads: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
-    """Requests for ``reads`` - URL, offset, bytes - as URL, first byte, byte after the last: those that nearly follow one another are one.
-
-    Reads that go by turns through a few files, or parts of one, are as many requests as there are such parts.
-    """
-    growing: list[tuple[str, int, int]] = []
-    for url, offset, nbytes in reads:
-        if not is_url(url):
-            continue
-        start, stop = offset, offset + nbytes
-        for k, (name, first, end) in enumerate(growing):
-            if name == url and end <= start <= end + SKIPPED:
-                start = first
-                del growing[k]
-                break
-        growing.append((url, start, stop))
-        if len(growing) > STREAMS:
-            yield growing.pop(0)
-    yield from growing

@@ -1,6 +1,6 @@
 """Containers: what a checkpoint file holds and where, and how to lay out a new one.
 
-A format never moves tensor bytes. It reads a table of contents (name -> dtype, shape, byte extents) and it lays out
+A format never moves tensor bytes. It reads a table of contents (name -> dtype, shape, where the bytes lie) and it lays out
 new files as literal bytes plus slots for tensors, which the engine fills.
 """
 
@@ -10,38 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamconv.digests import Checksum
-from streamconv.dtypes import TensorSpec
+from streamconv.graph import AnyNode, Extent, Node, Source
 from streamconv.storage.remote import Location
 
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """``nbytes`` bytes at ``offset`` of the file ``path`` (absolute, resolved by the kernel only; or a URL)."""
-
-    path: str
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A stored tensor: raw little-endian row-major bytes, in one extent or in several that follow each other."""
-
-    spec: TensorSpec
-    extents: tuple[Extent, ...]
+__all__ = ["AnyNode", "Contents", "Extent", "FileLayout", "Node", "Source"]
 
 
 @dataclass(slots=True)
 class Contents:
     """A container's table of contents.
 
-    ``entries`` is in tensor order: the index's file order (else file-name order), within a file by offset.
+    ``entries`` is in tensor order: the index's file order (else file-name order), within a file by offset. What is not stored row by
+    row in one piece is a layout of what is: a node whose ops move items and compute nothing.
     ``files`` are the weight files, ``others`` the files that belong to the container but hold no tensor (its index); ``notes`` say what
     else a user should know of them.
     """
 
     format: str
-    entries: dict[str, Source]
+    entries: dict[str, AnyNode]
     files: list[Location]
     others: list[Location] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)

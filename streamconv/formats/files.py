@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.filenames import find_fault
-from streamconv.formats import FileLayout, Source
+from streamconv.formats import AnyNode, FileLayout
 from streamconv.storage.remote import Location, RemoteFile, exists, is_dir, names_in
 
 MAX_JSON = 100_000_000  # safetensors' own limit for a header; an index is held to the same
@@ -27,7 +27,7 @@ _MAX_COUNT = 2**63 - 1
 short = reprlib.Repr()  # what a damaged file says may be long, or hold newlines
 short.maxstring = short.maxother = 240
 
-Table = dict[str, Source]
+Table = dict[str, AnyNode]
 Opened = io.FileIO | RemoteFile
 
 
@@ -272,7 +272,7 @@ def _in_order(shards: Iterable[str], kind: Names) -> list[str]:
     return sorted(names) if all(map(kind.shard, names)) else names
 
 
-def check_index(index: Location, weight_map: Mapping[str, str], tables: Mapping[str, Table]) -> None:
+def check_index(index: Location, weight_map: Mapping[str, str], tables: Mapping[str, Mapping[str, AnyNode]]) -> None:
     """Every tensor is in the file that the index says, and in no other."""
     extra, moved, listed = [], [], set(weight_map.values())
     for file, table in tables.items():
@@ -292,7 +292,7 @@ def check_index(index: Location, weight_map: Mapping[str, str], tables: Mapping[
             )
 
 
-def merge(path: Location, tables: Mapping[str, Table], *, by_rank: bool) -> Table:
+def merge(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], *, by_rank: bool) -> Table:
     """The tensors of all files by name, or by ``<file>/<name>``."""
     if by_rank:
         return {f"{file}/{name}": entry for file, table in tables.items() for name, entry in table.items()}

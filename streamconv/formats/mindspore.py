@@ -17,7 +17,6 @@ from streamconv.formats import Contents, Extent, FileLayout, Source
 from streamconv.formats.files import (
     Names,
     Opened,
-    Table,
     countable,
     damaged,
     find_files,
@@ -58,6 +57,7 @@ _MAX_TYPE = 64
 _MAX_NAMES = 1 << 28  # bytes of names and numbers in a file: over a million records
 _WINDOW = 4096
 _SMALL = 64  # bytes: what ranks may repeat, such as the step and the loss scale
+_Table = dict[str, Source]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -185,7 +185,7 @@ def _record(wire: _Wire, name: str, at: int, tensor: _Field) -> _Record:
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Location) -> tuple[Table, list[str]]:
+def _read_file(path: Location) -> tuple[_Table, list[str]]:
     """The tensors of a file in its order, and the names of what else is there."""
     with opened(path, KIND.noun) as file:
         size, wire = size_of(file), _Wire(path, file)
@@ -213,8 +213,8 @@ def _check_head(path: Location, head: bytes) -> None:
         raise damaged(path, f"byte 0: it starts with {head!r}, a MindSpore checkpoint with a newline (the key of a record)")
 
 
-def _tensors(wire: _Wire, stop: int) -> tuple[Table, list[str]]:
-    entries: Table = {}
+def _tensors(wire: _Wire, stop: int) -> tuple[_Table, list[str]]:
+    entries: _Table = {}
     left_out: dict[str, None] = {}
     for name, group in itertools.groupby(_records(wire, stop), key=lambda record: record.name):
         slices = list(group)
@@ -268,7 +268,7 @@ def read(path: Location, *, by_rank: bool = False, files: Sequence[str] | None =
     return contents
 
 
-def _leave_out_repeated(path: Location, tables: Mapping[str, Table]) -> None:
+def _leave_out_repeated(path: Location, tables: Mapping[str, _Table]) -> None:
     """Takes small tensors that several files repeat, with the same bytes, out of all but the first.
 
     Raises:

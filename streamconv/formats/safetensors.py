@@ -109,7 +109,7 @@ def read(path: Location, *, by_rank: bool = False, files: Sequence[str] | None =
     return Contents("safetensors", entries, list(paths.values()), [index] if index else [], metadata)
 
 
-def read_file(path: Location) -> tuple[dict[str, Source], dict[str, str]]:
+def read_file(path: Location) -> tuple[Table, dict[str, str]]:
     """The tensors of one file in the order of their offsets, and its metadata.
 
     Raises:
@@ -128,7 +128,8 @@ def _read_file(path: Location, specs: _Specs) -> tuple[Table, dict[str, str]]:
 
     rows = [(*_offsets(path, name, info), name, _spec(path, name, info, specs)) for name, info in header.items()]
     rows.sort(key=itemgetter(0, 1))
-    where, entries, position = str(path), {}, 0
+    where, position = str(path), 0
+    entries: Table = {}
     for begin, end, name, spec in rows:
         if begin != position:
             what = "leaves a gap after" if begin > position else "overlaps"

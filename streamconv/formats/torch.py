@@ -21,10 +21,11 @@ from typing import Any
 from streamconv.digests import Checksum, combine, places_of
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
-from streamconv.formats import Contents, Extent, FileLayout, Source
+from streamconv.formats import AnyNode, Contents, Extent, FileLayout, Source
 from streamconv.formats.files import (
     Names,
     Opened,
+    Table,
     check_index,
     check_unicode,
     countable,
@@ -41,7 +42,9 @@ from streamconv.formats.files import (
     split_into_shards,
 )
 from streamconv.formats.pickles import ATOMS, MAX_PICKLE, NAMES, VALUES, Odd, Storages, Tensor, Window, unpickle
+from streamconv.graph import extents
 from streamconv.storage.remote import Location, RemoteFile, RemotePath, read_each
+from streamconv.views import span, stored_view
 
 KIND = Names(
     "a file that torch.save wrote",
@@ -52,7 +55,7 @@ KIND = Names(
 )
 INDEX = KIND.index
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
-MAX_EXTENTS = 4096  # runs of one strided tensor; each is a read of its own
+MAX_REPEATED = 1 << 40  # bytes that a view makes of fewer stored ones
 
 _MAX_DIRECTORY = 64 << 20  # a zip's directory: about 700000 storages
 _MAX_NAMES = 1 << 27
@@ -257,56 +260,30 @@ def _holds_tensors(path: Location, tree: Any) -> bool:
     return any(type(leaf) is Tensor for _, leaf in _leaves(path, tree))
 
 
-def _source(path: Location, name: str, tensor: Tensor, place: tuple[int, int]) -> Source:
-    """Where a tensor's elements lie, in row-major order."""
+def _source(path: Location, name: str, tensor: Tensor, place: tuple[int, int]) -> AnyNode:
+    """Where a tensor's elements lie."""
     dtype, (start, nbytes) = tensor.dtype, place
     if dtype.name not in DTYPES or tensor.lazy:
         what = "conjugated or negated lazily" if dtype.name in DTYPES else f"of type {dtype.name}"
         raise FormatError(f"{show(path)}: tensor {short.repr(name)}: it is {what}, which is not read: write the file without it")
-    if not countable(list(tensor.shape)):
-        raise damaged(path, f"its shape {short.repr(tensor.shape)} has 2**63 elements or more", name)
+    if not countable([*tensor.shape, dtype.itemsize]):
+        raise damaged(path, f"its shape {short.repr(tensor.shape)} has 2**63 bytes or more", name)
     spec, offset = TensorSpec(dtype, tensor.shape), tensor.storage.shift + tensor.offset * dtype.itemsize
     if not spec.numel:
         return Source(spec, (Extent(str(path), start, 0),))
-    axes = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride, strict=True) if size > 1]
-    end = offset + (sum((size - 1) * stride for size, stride in axes) + 1) * dtype.itemsize
+    end = offset + span(tensor.shape, tensor.stride) * dtype.itemsize
     if end > nbytes:
         raise damaged(path, f"{spec}, strides {short.repr(tensor.stride)}, ends at byte {end} of a storage of {nbytes}", name)
-    run = 1
-    while axes and axes[-1][1] == run:
-        run *= axes.pop()[0]
-    if spec.numel // run > MAX_EXTENTS:
-        raise FormatError(
-            f"{show(path)}: tensor {short.repr(name)}: {spec} lies in {spec.numel // run} pieces, at most {MAX_EXTENTS} are read: "
-            + _rewrite(path, "torch.utils._pytree.tree_map(lambda v: v.contiguous() if torch.is_tensor(v) else v, d)")
-        )
-    pieces = [(start + offset + first * dtype.itemsize, run * dtype.itemsize) for first in _starts(axes)]
-    return Source(spec, tuple(Extent(str(path), *piece) for piece in _join(pieces)))
+    if spec.nbytes > max(MAX_REPEATED, nbytes):
+        raise damaged(path, f"it repeats what is stored in {nbytes} bytes to {spec.nbytes}, at most {MAX_REPEATED} are made", name)
+    return stored_view(spec, tensor.stride, str(path), start + offset)
 
 
-def _starts(axes: list[tuple[int, int]]) -> list[int]:
-    starts = [0]
-    for size, stride in axes:
-        starts = [first + step * stride for first in starts for step in range(size)]
-    return starts
-
-
-def _join(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Pieces that follow each other become one."""
-    joined = pieces[:1]
-    for start, nbytes in pieces[1:]:
-        if sum(joined[-1]) == start:
-            joined[-1] = (joined[-1][0], joined[-1][1] + nbytes)
-        else:
-            joined.append((start, nbytes))
-    return joined
-
-
-def _read_file(path: Location, root: str | None) -> tuple[dict[str, Source], str, list[str]]:
+def _read_file(path: Location, root: str | None) -> tuple[Table, str, list[str]]:
     """The tensors of one file in the order of their offsets, the root they were found under, and what is left out."""
     whole, places = _open(path)
     tree, root, left_out = _find_root(path, whole, root)
-    entries: dict[str, Source] = {}
+    entries: Table = {}
     for name, leaf in _leaves(path, tree):
         if type(leaf) is Odd and leaf.maker not in VALUES:
             raise FormatError(f"{show(path)}: tensor {short.repr(name)}: made by {leaf.maker}, not plain data: write the file without it")
@@ -320,7 +297,7 @@ def _read_file(path: Location, root: str | None) -> tuple[dict[str, Source], str
     if not entries:
         raise FormatError(f"{show(path)}: no tensor below root {root!r}, only {short.repr(left_out)}: give another file or root")
     check_unicode(path, entries)
-    return dict(sorted(entries.items(), key=lambda item: item[1].extents[0].offset)), root, left_out
+    return dict(sorted(entries.items(), key=lambda item: next(extents(item[1])).offset)), root, left_out
 
 
 # Directories -----------------------------------------------------------------------------------------------------
@@ -493,10 +470,10 @@ def _checksums(file: Opened, limit: int, places: _Places, infos: list[zipfile.Zi
 # Messages --------------------------------------------------------------------------------------------------------
 
 
-def _rewrite(path: Location, change: str = "d", *, safe: bool = True) -> str:
+def _rewrite(path: Location, *, safe: bool = True) -> str:
     """The one command that makes a file which can be read."""
     old, new = _names(path)
-    code = f"import torch; d = torch.load({old!r}, weights_only={safe}); torch.save({change}, {new!r})"
+    code = f"import torch; d = torch.load({old!r}, weights_only={safe}); torch.save(d, {new!r})"
     first = "download it and " if isinstance(path, RemotePath) else ""
     return f"{first}rewrite it{'' if safe else ', if you trust who made it,'} with: python -c {shlex.quote(code)}"
 

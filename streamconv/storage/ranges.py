@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
@@ -246,6 +247,27 @@ class Ranges:
         self._streams.clear()
 
 
+def join(reads: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
+    """Requests for ``reads`` - URL, offset, bytes - as URL, first byte, byte after the last: those that nearly follow one another are one.
+
+    Reads that go by turns through a few files, or parts of one, are as many requests as there are such parts.
+    """
+    growing: list[tuple[str, int, int]] = []
+    for url, offset, nbytes in reads:
+        if not is_url(url):
+            continue
+        start, stop = offset, offset + nbytes
+        for k, (name, first, end) in enumerate(growing):
+            if name == url and end <= start <= end + SKIPPED:
+                start = first
+                del growing[k]
+                break
+        growing.append((url, start, stop))
+        if len(growing) > STREAMS:
+            yield growing.pop(0)
+    yield from growing
+
+
 def _bare(tag: str) -> str:
     """An ETag without its quotes: stores write them or not."""
     return tag.removeprefix("W/").strip('"')
@@ -254,15 +276,32 @@ def _bare(tag: str) -> str:
 _own = threading.local()
 
 
+def _own_ranges() -> Ranges:
+    """This thread's connections."""
+    if not hasattr(_own, "ranges"):
+        _own.ranges = Ranges(small=True)
+    ranges: Ranges = _own.ranges
+    return ranges
+
+
+@contextmanager
+def announced(reads: Iterable[tuple[str, int, int]]) -> Iterator[None]:
+    """Has `read_range` ask at once for what nearly follows one another of these: paths, of which some are URLs, offset and bytes."""
+    ranges = _own_ranges()
+    ranges.expect(join(reads))
+    try:
+        yield
+    finally:
+        ranges.expect(())
+
+
 def read_range(url: str, offset: int, view: memoryview, tag: str = "") -> None:
     """Fills ``view`` from byte ``offset`` of one file, whose version ``tag`` is, over this thread's connections.
 
     Raises:
         UsageError: access is refused; else as `Ranges.read`.
     """
-    if not hasattr(_own, "ranges"):
-        _own.ranges = Ranges(small=True)
-    ranges: Ranges = _own.ranges
+    ranges = _own_ranges()
     ranges.know(url, Entry(-1, tag))
     try:
         ranges.read(url, offset, view)
