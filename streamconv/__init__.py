@@ -6,7 +6,7 @@ conversion; every error derives from `StreamconvError`. Paths may be URLs, with 
 
 from __future__ import annotations
 
-from streamconv import recipes
+from streamconv import interrupts, recipes  # noqa: F401 - the first one first: Ctrl-C may come while the others are imported
 from streamconv.api import convert, plan, verify
 from streamconv.checkpoint import Checkpoint
 from streamconv.checkpoint import open_checkpoint as open  # noqa: A004 - streamconv.open(path)

@@ -17,6 +17,7 @@ from streamconv.engine.io import describe_os_error
 from streamconv.engine.local import check_sources, holds
 from streamconv.engine.order import tasks_in_order
 from streamconv.errors import DestinationError, Interrupted, RunError, UsageError
+from streamconv.interrupts import Unwinding
 from streamconv.kept import check_sources_stay
 from streamconv.plan import Plan
 from streamconv.progress import Progress, bar
@@ -75,7 +76,7 @@ class Apart:
         started, plan, waiting = time.perf_counter(), self._plan, list[int]()
         check_sources_stay(plan, overwrite=self._overwrite)
         check_sources(plan.for_files(self._numbers))
-        with watch() as figures:
+        with Unwinding(), watch() as figures:
             try:
                 if not (found := self._is_done()):
                     try:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import os
 import re
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from streamconv import __version__, api, matching, recipes, report, running
+from streamconv import __version__, api, interrupts, matching, recipes, report, running
 from streamconv.checkpoint import open_checkpoint
+from streamconv.console import Console, StdoutError
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError
 from streamconv.kept import check_replaceable, check_report
 from streamconv.plan import BEGINNING, Plan
 from streamconv.progress import Progress
+from streamconv.recipe import IDENTITY_OPTIONS
 from streamconv.results import Result
 from streamconv.storage import is_url
 from streamconv.storage.remote import locate, shown
+from streamconv.text import did_you_mean, join_lines, one_line
 from streamconv.units import parse_size
 
 NEAR = 0.25  # of the tensors that have a rule, times the rules that have a tensor: a recipe worth a look
@@ -53,6 +53,7 @@ EXAMPLES = {
     "demo": ("", "somewhere"),
 }
 _PATHS = {"SRC", "DST", "A", "B", "FILE", "DIR", "NAME|FILE"}
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*", re.DOTALL)
 
 
 class _Completion(argparse.Action):
@@ -63,8 +64,9 @@ class _Completion(argparse.Action):
             import shtab
         except ImportError:
             raise UsageError("--print-completion needs shtab: pip install 'streamconv[completion]'") from None
-        commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-        for action in (action for command in commands.choices.values() for action in command._actions):
+        assert isinstance(parser, _Parser)
+        actions: list[Any] = [action for command in parser.commands().values() for action in command._actions]
+        for action in actions:
             if isinstance(action.metavar, str) and action.metavar in _PATHS:
                 action.complete = shtab.FILE
         print(shtab.complete(parser, shell=str(shell)))
@@ -72,10 +74,43 @@ class _Completion(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes ``_`` for ``-`` in options, and reports mistakes as one line of ours."""
+    """Reports mistakes as one line of ours, with what comes near to what was given."""
 
     def error(self, message: str) -> Any:
         raise UsageError(f"{message}; see '{self.prog} --help'")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            hint = did_you_mean(str(value), action.choices)
+            raise argparse.ArgumentError(action, f"{value!r} is none of {', '.join(action.choices)}{hint}")
+
+    def commands(self) -> Mapping[str, argparse.ArgumentParser]:
+        """The parsers of the commands, by name."""
+        found = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        return found.choices
+
+    def read(self, given: Sequence[str]) -> argparse.Namespace:
+        """What was given, as arguments of a command.
+
+        Raises:
+            UsageError: there is none, or it does not take them.
+        """
+        args, rest = self.parse_known_args(given)
+        if rest:
+            self._refuse(args.command, rest)
+        return args
+
+    def _refuse(self, command: str, rest: Sequence[str]) -> None:
+        """Raises UsageError for arguments that a command does not take."""
+        own = self.commands()[command]
+        unknown = next((argument.partition("=")[0] for argument in rest if argument.startswith("-") and argument != "-"), None)
+        if unknown is None:
+            own.error(f"{rest[0]!r} is one argument too many")
+        known = {name: [text for action in parser._actions for text in action.option_strings] for name, parser in self.commands().items()}
+        takers = [name for name, options in known.items() if unknown in options]
+        if takers:
+            own.error(f"{command} has no option {unknown}; {', '.join(takers)} {'has' if len(takers) == 1 else 'have'}")
+        own.error(f"unknown option {unknown}{did_you_mean(unknown, known[command])}")
 
 
 def _memory(parser: argparse.ArgumentParser) -> None:
@@ -97,15 +132,13 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="an option of the recipe (repeatable)",
+        help=f"an option of the recipe, which 'streamconv recipes NAME' lists; without one: {', '.join(IDENTITY_OPTIONS)} (repeatable)",
     )
     parser.add_argument("--dtype", metavar="DTYPE", help="cast floating tensors: float32, float16, bfloat16, ...")
     parser.add_argument(
         "--keep-dtype", metavar="PATTERN", action="append", default=[], help="tensors that --dtype leaves alone (repeatable)"
     )
-    parser.add_argument(
-        "--sidecars-from", metavar="DIR", type=shown, help="config and tokenizer files come from here (or a URL) instead of SRC"
-    )
+    parser.add_argument("--sidecars-from", metavar="DIR", help="config and tokenizer files come from here (or a URL) instead of SRC")
 
 
 def _pull_request(parser: argparse.ArgumentParser) -> None:
@@ -113,10 +146,8 @@ def _pull_request(parser: argparse.ArgumentParser) -> None:
 
 
 def _conversion(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("src", metavar="SRC", type=shown, help="a checkpoint: a directory, a file, or a URL (https, hf, s3, gs)")
-    parser.add_argument(
-        "dst", metavar="DST", type=shown, help="a file if it ends in the container's suffix, else a directory; or a URL (hf, s3, gs)"
-    )
+    parser.add_argument("src", metavar="SRC", help="a checkpoint: a directory, a file, or a URL (https, hf, s3, gs)")
+    parser.add_argument("dst", metavar="DST", help="a file if it ends in the container's suffix, else a directory; or a URL (hf, s3, gs)")
     _recipe(parser)
     _memory(parser)
     parser.add_argument("--format", metavar="NAME", help="container of DST (by its suffix, else the recipe's, else safetensors)")
@@ -171,7 +202,7 @@ def _build_parser() -> _Parser:
 
     convert = add("convert", "Convert or re-shard a checkpoint.", _conversion)
     _report(convert)
-    convert.add_argument("--compare", metavar="DIR", type=shown, help="then print the comparison with this reference checkpoint")
+    convert.add_argument("--compare", metavar="DIR", help="then print the comparison with this reference checkpoint")
     convert.add_argument("--yes", action="store_true", help="do not ask whether --reclaim-source is meant")
     plan = add("plan", "Say what convert would do; write nothing.", _conversion)
     plan.add_argument("--out", metavar="FILE", help="write the plan itself to this file")
@@ -190,25 +221,24 @@ def _build_parser() -> _Parser:
     )
     share.add_argument("--finish", action="store_true", help="check what the parts have made, and write the index")
     inspect = add("inspect", "List names, dtypes, shapes, files and sizes, from headers only.")
-    inspect.add_argument("src", metavar="SRC", type=shown, help="a directory, a file, or a URL")
+    inspect.add_argument("src", metavar="SRC", help="a directory, a file, or a URL")
     inspect.add_argument("--filter", metavar="PATTERN", help="only tensors of such names: a name pattern, a glob, or a part of the name")
     inspect.add_argument("--stats", action="store_true", help="min, max, mean and norm, from the data")
     inspect.add_argument("--all", action="store_true", help="a line for each tensor, with its file")
     doctor = add("doctor", "Look for damage and contradictions, from headers, index and config.")
-    doctor.add_argument("src", metavar="SRC", type=shown, help="a directory, a file, or a URL")
+    doctor.add_argument("src", metavar="SRC", help="a directory, a file, or a URL")
     doctor.add_argument("--data", action="store_true", help="look at the numbers too: NaN, Inf, constant tensors")
     verify = add("verify", "Compare two checkpoints tensor by tensor, or a recipe's result with B.", _recipe, _memory)
     _report(verify)
-    verify.add_argument("a", metavar="A", type=shown, help="a directory, a file, or a URL")
-    verify.add_argument("b", metavar="B", type=shown, help="what it is compared with")
+    verify.add_argument("a", metavar="A", help="a directory, a file, or a URL")
+    verify.add_argument("b", metavar="B", help="what it is compared with")
     known = add("recipes", "List recipes, explain one, or find those that fit a checkpoint.")
     known.add_argument("name", metavar="NAME", nargs="?")
-    known.add_argument("--match", metavar="SRC", type=shown, help="only those that fit this checkpoint")
+    known.add_argument("--match", metavar="SRC", help="only those that fit this checkpoint")
     known.add_argument(
         "--new",
         metavar=("SRC", "TARGET_NAMES"),
         nargs=2,
-        type=shown,
         help="draft one, as YAML, between two checkpoints; the second may be a JSON file of name -> shape",
     )
     demo = add("demo", "Build a small checkpoint, convert it there and back, and verify it.")
@@ -228,7 +258,7 @@ def _read_part(text: str) -> tuple[int, int]:
 @contextmanager
 def _ending_softly() -> Iterator[None]:
     """Has what schedulers send before they kill be an interrupt, so that nothing unfinished is left."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, interrupts.handle if interrupts.is_installed() else signal.default_int_handler)
     try:
         yield
     finally:
@@ -268,18 +298,13 @@ def _progress(args: argparse.Namespace) -> Progress:
         UsageError: the report cannot be written.
     """
     if args.report:
-        report.check_page(Path(args.report))
+        report.check_page(args.report)
     return Progress(_shows_bar(args), args.verbose, parse_size(args.max_memory), record=args.report is not None)
 
 
-def _say(args: argparse.Namespace, text: object) -> None:
-    if not args.quiet:
-        print(text)
-
-
-def _convert(args: argparse.Namespace) -> int:
+def _convert(args: argparse.Namespace, out: Console) -> int:
     if args.reclaim_source and not args.yes:
-        _confirm(args)
+        _confirm(args, out)
     progress = _progress(args)
     shown = {"verify": args.verify, "checksum": args.checksum, "progress": progress, "ray_address": args.ray_address}
     with _ending_softly() if is_url(args.dst) else nullcontext():
@@ -288,21 +313,21 @@ def _convert(args: argparse.Namespace) -> int:
         from streamconv import report_page
 
         report_page.write(args.report, report_page.describe_conversion(result, args, progress))
-    _print_result(args, result)
-    _suggest(args)
+    _print_result(args, out, result)
+    _suggest(args, out)
     return 0
 
 
-def _suggest(args: argparse.Namespace) -> None:
+def _suggest(args: argparse.Namespace, out: Console) -> None:
     """Names the recipes that config.json points at, where none was asked for."""
     if args.recipe or args.json or args.quiet:
         return
     with suppress(StreamconvError):
         if names := matching.suggest_recipes(args.src):
-            print(f"note: for another layout of this model: --recipe {' or '.join(names)}")
+            out.say(f"note: for another layout of this model: --recipe {' or '.join(names)}")
 
 
-def _confirm(args: argparse.Namespace) -> None:
+def _confirm(args: argparse.Namespace, out: Console) -> None:
     """Asks on the terminal whether the source may go.
 
     Raises:
@@ -310,31 +335,32 @@ def _confirm(args: argparse.Namespace) -> None:
     """
     if not sys.stdin.isatty():
         raise UsageError("--reclaim-source deletes SRC's weights while they are converted: without a terminal to ask on, say --yes, too")
-    print(
-        f"{args.src}: its weights will be deleted, part by part, as soon as {args.dst} has them. Go on? [y/N] ",
-        end="",
-        file=sys.stderr,
-        flush=True,
-    )
+    question = out.show(f"{args.src}: its weights will be deleted, part by part, as soon as {args.dst} has them. Go on? [y/N]")
+    print(question, end=" ", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
         raise UsageError("--reclaim-source: not confirmed, nothing was done; leave it out to keep SRC")
 
 
-def _print_result(args: argparse.Namespace, result: Result) -> None:
-    if args.json:
-        report.print_json(result.summary())
-        return
-    for note in result.plan.notes:
-        _say(args, f"note: {note}")
-    _say(args, result)
-    if result.comparison:
-        _say(args, f"compared with {args.compare}: {result.comparison}")
+def _print_result(args: argparse.Namespace, out: Console, result: Result) -> None:
+    try:
+        if args.json:
+            out.say_json(result.summary())
+        elif not args.quiet:
+            out.say(join_lines([*(f"note: {note}" for note in result.plan.notes), *str(result).split("\n")]))
+            if result.comparison:
+                out.say(f"compared with {args.compare}: {result.comparison}")
+        out.flush()
+    except StdoutError as error:  # no reason to fail: what was to be made is made
+        if error.reason:
+            out.complain(f"note: all is done, but stdout cannot be written: {error.reason}")
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace, out: Console) -> int:
     args.src = locate(args.src)
     made = api.plan(args.src, args.dst, **_settings(args))
     if args.out:
+        if is_url(args.out):
+            raise UsageError(f"--out {args.out}: a plan is written to a file of this machine: give a path")
         check_replaceable("--out", Path(args.out), BEGINNING)
         check_report("--out", Path(args.out), made)
         try:
@@ -342,14 +368,15 @@ def _plan(args: argparse.Namespace) -> int:
         except OSError as error:
             raise UsageError(f"--out {args.out}: cannot be written: {error.strerror}") from error
     if args.json:
-        report.print_json(made.summary())
-    else:
-        _say(args, f"{made}\n{report.describe_room(made)}")
-        _suggest(args)
+        out.say_json(made.summary())
+    elif not args.quiet:
+        out.say(made)
+        out.say(report.describe_room(made))
+        _suggest(args, out)
     return 0
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, out: Console) -> int:
     try:
         text = Path(args.plan).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -369,22 +396,23 @@ def _run(args: argparse.Namespace) -> int:
             ray_address=args.ray_address,
             create_pr=args.create_pr,
         )
-    _print_result(args, result)
+    _print_result(args, out, result)
     return 0
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _inspect(args: argparse.Namespace, out: Console) -> int:
     checkpoint = open_checkpoint(args.src)
     if args.filter:
         checkpoint = report.select(checkpoint, args.filter)
     if args.json:
-        report.print_json(report.describe_checkpoint(checkpoint, stats=args.stats))
+        out.say_json(report.describe_checkpoint(checkpoint, stats=args.stats))
     else:
-        report.print_checkpoint(checkpoint, flat=args.all, stats=args.stats)
+        for line in report.list_checkpoint(checkpoint, flat=args.all, stats=args.stats):
+            out.say(line)
     return 0
 
 
-def _doctor(args: argparse.Namespace) -> int:
+def _doctor(args: argparse.Namespace, out: Console) -> int:
     from streamconv.doctor import examine
 
     src = locate(args.src)
@@ -394,13 +422,13 @@ def _doctor(args: argparse.Namespace) -> int:
     except StreamconvError:
         found.recipes = []
     if args.json:
-        report.print_json(found.summary())
-    else:
-        _say(args, found)
+        out.say_json(found.summary())
+    elif not args.quiet:
+        out.say(found)
     return 0 if found.healthy else 1
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _verify(args: argparse.Namespace, out: Console) -> int:
     names = ("recipe", "dtype", "keep_dtype", "max_memory", "workers", "read_backend", "sidecars_from")
     settings = {name: getattr(args, name) for name in names}
     progress = _progress(args)
@@ -410,78 +438,78 @@ def _verify(args: argparse.Namespace) -> int:
 
         report_page.write(args.report, report_page.describe_comparison(found, args, progress))
     if args.json:
-        report.print_json(found.summary())
-    else:
-        _say(args, found)
+        out.say_json(found.summary())
+    elif not args.quiet:
+        out.say(found)
     return 0 if found.equal else 1
 
 
-def _draft(args: argparse.Namespace) -> int:
+def _draft(args: argparse.Namespace, out: Console) -> int:
     from streamconv.draft import draft, read_shapes
 
     source, target = args.new
     made = draft(read_shapes(source), read_shapes(target), "mine", f"{source} and {target}")
     if args.json:
-        report.print_json(made.summary())
+        out.say_json(made.summary())
         return 0
-    print(made.text, end="")
+    out.say(made.text.removesuffix("\n"))
     if not args.quiet:
-        print(made.account, file=sys.stderr)
+        for line in made.account.split("\n"):
+            out.complain(line)
     return 0
 
 
-def _recipes(args: argparse.Namespace) -> int:
+def _recipes(args: argparse.Namespace, out: Console) -> int:
     if args.new:
-        return _draft(args)
+        return _draft(args, out)
     if args.name:
         recipe = recipes.get(args.name)
-        print(
-            json.dumps({**report.describe_recipe(recipe), "rules": recipe.to_dict()["rules"]})
-            if args.json
-            else report.explain_recipe(recipe)
-        )
+        if args.json:
+            out.say_json({**report.describe_recipe(recipe), "rules": recipe.to_dict()["rules"]})
+        else:
+            out.say(report.explain_recipe(recipe))
         return 0
     if args.match:
-        _print_matches(args)
+        _print_matches(args, out)
         return 0
     found = list(recipes.registry().values())
     if args.json:
-        print(json.dumps([report.describe_recipe(recipe) for recipe in found]))
+        out.say_json([report.describe_recipe(recipe) for recipe in found])
     else:
         for recipe in found:
-            print(f"{recipe.name}  {recipe.summary}")
+            out.say(f"{recipe.name}  {one_line(recipe.summary)}")
     return 0
 
 
-def _print_matches(args: argparse.Namespace) -> None:
+def _print_matches(args: argparse.Namespace, out: Console) -> None:
     """The recipes that fit, and in words, where none does, those that come nearest."""
     matches = matching.rank_recipes(args.match)
     fitting = [match for match in matches if match.fits]
     if args.json:
-        print(json.dumps([{**report.describe_recipe(match.recipe), "named": match.named} for match in fitting]))
+        out.say_json([{**report.describe_recipe(match.recipe), "named": match.named} for match in fitting])
         return
     for match in fitting:
-        print(f"{match.recipe.name}  {match.recipe.summary}{'  (named by config.json)' if match.named else ''}")
+        out.say(f"{match.recipe.name}  {one_line(match.recipe.summary)}{'  (named by config.json)' if match.named else ''}")
     if fitting:
         return
     near = [match for match in matches if match.tensors * match.rules >= NEAR][:3]
-    print("no recipe fits" + ("; the nearest are" if near else ""))
+    out.say("no recipe fits" + ("; the nearest are" if near else ""))
     for match in near:
-        print(f"  {match.recipe.name}  a rule for {match.tensors:.1%} of the tensors, a tensor for {match.rules:.0%} of the rules")
+        out.say(f"  {match.recipe.name}  a rule for {match.tensors:.1%} of the tensors, a tensor for {match.rules:.0%} of the rules")
 
 
-def _demo(args: argparse.Namespace) -> int:
+def _demo(args: argparse.Namespace, out: Console) -> int:
     from streamconv import demo
 
     figures = demo.run(args.dir, progress=_shows_bar(args))
     if args.json:
-        report.print_json(figures)
-    else:
-        _say(args, demo.describe(figures))
+        out.say_json(figures)
+    elif not args.quiet:
+        out.say(demo.describe(figures))
     return 0 if figures["equal"] else 1
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+_COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
     "convert": _convert,
     "plan": _plan,
     "run": _run,
@@ -501,34 +529,60 @@ def _with_dashes(argument: str) -> str:
     return name.replace("_", "-") + mark + value
 
 
+def _as_public(argument: str) -> str:
+    """An argument in which a URL has no query: that is known to what asks servers, and to nothing that prints."""
+    return _URL.sub(lambda found: shown(found[0]), argument)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; errors are one line on stderr."""
+    """Runs a command and returns its exit code; errors are one line on stderr.
+
+    Args:
+        argv: what was given; None: this process is the command and ends with it.
+    """
     given = list(sys.argv[1:] if argv is None else argv)
-    verbose = "-v" in given or "--verbose" in given
+    out = Console(given)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path or name that the terminal cannot show is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        args = _build_parser().parse_args([_with_dashes(argument) for argument in given])
-        code = _COMMANDS[args.command](args)
-        sys.stdout.flush()
-    except StreamconvError as error:
-        return _fail(" ".join(str(error).split("\n")), error.exit_code, verbose=verbose)
-    except KeyboardInterrupt:
-        return _fail("interrupted", Interrupted.exit_code, verbose=verbose)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except MemoryError as error:
-        return _fail(f"out of memory ({error}); use a smaller --max-memory or fewer --workers", 3, verbose=verbose)
-    except OSError as error:
-        return _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 3, verbose=verbose)
+    code = _execute(given, out, is_process=argv is None)
+    if argv is None:
+        interrupts.finish()
+        if interrupts.came():
+            interrupts.leave(code)
     return code
 
 
-def _fail(message: str, code: int, *, verbose: bool) -> int:
-    if verbose:
-        traceback.print_exc()
-    print(f"streamconv: error: {message}", file=sys.stderr)
+def _execute(given: Sequence[str], out: Console, *, is_process: bool) -> int:
+    """Runs a command; says what went wrong; returns the exit code."""
+    verbose = "-v" in given or "--verbose" in given
+    try:
+        args = _build_parser().read([_with_dashes(_as_public(argument)) for argument in given])
+        code = _COMMANDS[args.command](args, out)
+        out.flush()
+    except StdoutError as error:
+        if error.reason:
+            out.complain(f"streamconv: error: stdout cannot be written: {error.reason}")
+        return 3 if error.reason else 1
+    except KeyboardInterrupt:
+        interrupts.finish()
+        return out.fail("interrupted", Interrupted.exit_code, verbose=verbose)
+    except StreamconvError as error:
+        if interrupts.came():
+            interrupts.finish()
+            return out.fail(error if isinstance(error, Interrupted) else "interrupted", Interrupted.exit_code, verbose=verbose)
+        return out.fail(error, error.exit_code, verbose=verbose)
+    except MemoryError as error:
+        return out.fail(f"out of memory ({error}); use a smaller --max-memory or fewer --workers", 3, verbose=verbose)
+    except OSError as error:
+        return out.fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 3, verbose=verbose)
+    except Exception as error:
+        if not is_process:
+            raise
+        if interrupts.came():  # whatever became of it on its way
+            interrupts.finish()
+            return out.fail("interrupted", Interrupted.exit_code, verbose=verbose)
+        what = f"{type(error).__name__}: {error}"
+        return out.fail(f"a fault of streamconv itself: {what}; please report it, with what -v prints", 3, verbose=verbose)
     return code
 
 

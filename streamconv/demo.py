@@ -15,6 +15,7 @@ from streamconv import api
 from streamconv.destination import Target
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.formats import safetensors
+from streamconv.interrupts import Unwinding
 from streamconv.units import format_size
 
 HIDDEN, HEADS, LAYERS, TEXT_HIDDEN, VOCAB = 512, 8, 8, 1024, 16000
@@ -85,7 +86,7 @@ def _place(directory: str | None) -> Iterator[Path]:
     if directory is not None:
         yield Path(directory)
         return
-    with tempfile.TemporaryDirectory(prefix="streamconv-demo-") as temporary:
+    with Unwinding(), tempfile.TemporaryDirectory(prefix="streamconv-demo-") as temporary:
         yield Path(temporary)
 
 

@@ -15,6 +15,7 @@ from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError
 from streamconv.graph import AnyNode
 from streamconv.storage.remote import Location, each, locate, names_in
+from streamconv.text import join_lines
 from streamconv.units import format_size
 
 PIECE = 8 << 20  # bytes of a tensor that are looked at together
@@ -66,7 +67,7 @@ class Examination:
         lines = [*map(str, self.findings), f"{self.path}: {self.format}, {self.tensors} tensors, {format_size(self.nbytes)} ({kinds})"]
         lines += [f"recipes that fit: {', '.join(self.recipes)}"] if self.recipes else []
         problems = sum(finding.problem for finding in self.findings)
-        return "\n".join([*lines, (f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")])
+        return join_lines([*lines, (f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")])
 
 
 def examine(path: str | os.PathLike[str], *, data: bool = False) -> Examination:

@@ -24,6 +24,7 @@ from streamconv.formats import Extent
 from streamconv.graph import AnyNode, Node, Source, sources
 from streamconv.runs import Move
 from streamconv.storage import is_url
+from streamconv.text import join_lines
 from streamconv.units import format_size
 
 VERSION = 2
@@ -199,7 +200,7 @@ class Plan:
         lines += [f"  dropped: {name}" for name in dropped[:SHOWN]]
         lines += [f"  ... and {len(dropped) - SHOWN} kinds more dropped"] if len(dropped) > SHOWN else []
         lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return join_lines(lines)
 
     def fold_mapping(self) -> Iterator[tuple[Mapping, list[Mapping]]]:
         """Rows of the mapping that differ in numbers only as one, with ranges in its names, and the rows it stands for."""

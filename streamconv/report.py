@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,26 +26,12 @@ from streamconv.plan import Plan
 from streamconv.recipe import Drop, Recipe, Rule, Tie
 from streamconv.storage import is_url
 from streamconv.storage.remote import relative
+from streamconv.text import join_lines, one_line
 from streamconv.units import format_size
 
 PIECE = 1 << 20  # bytes of a tensor at a time
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 LAYER = re.compile(r"\.[0-9]+(?=\.)")
-
-
-def print_json(document: Mapping[str, Any]) -> None:
-    """One JSON document on stdout; lists and other iterables at its top level are streamed item by item."""
-    write = sys.stdout.write
-    for number, (key, value) in enumerate(document.items()):
-        write(f"{', ' if number else '{'}{json.dumps(key)}: ")
-        if isinstance(value, Mapping | str) or not isinstance(value, Iterable):
-            write(json.dumps(value, allow_nan=False))
-            continue
-        write("[")
-        for k, item in enumerate(value):
-            write(f"{', ' if k else ''}{json.dumps(item, allow_nan=False)}")
-        write("]")
-    write("}\n")
 
 
 def describe_checkpoint(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
@@ -158,8 +142,8 @@ def measure(entry: TensorEntry) -> Statistics | None:
     return found
 
 
-def print_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool = False) -> None:
-    """What ``inspect`` prints: a tree with repeated names folded, or ``flat`` a line each; ``stats`` from the data; sums at the end."""
+def list_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool = False) -> Iterator[str]:
+    """Lines of ``inspect``: a tree with repeated names folded, or ``flat`` one each; ``stats`` from the data; sums at the end."""
     found = describe_checkpoint(checkpoint)
     bytes_by_dtype: Counter[str] = Counter()
     for entry in checkpoint.values():
@@ -167,19 +151,20 @@ def print_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool 
     if flat:
         for row in found["tensors"]:
             measured = f"  {measure(checkpoint[row['name']]) or ''}".rstrip() if stats else ""
-            print(f"{row['name']}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {row['file']}{measured}")
+            name, file = one_line(row["name"]), one_line(row["file"])
+            yield f"{name}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {file}{measured}"
     else:
-        _print_tree(checkpoint, stats=stats)
+        yield from _draw_tree(checkpoint, stats=stats)
     for note in checkpoint.contents.notes:
-        print(f"note: {note}")
+        yield one_line(f"note: {note}")
     dtypes = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in bytes_by_dtype.most_common())
-    print(
+    yield one_line(
         f"{checkpoint.path}: {found['format']}, {len(checkpoint)} tensors, {found['total_parameters']:,} parameters, "
         f"{format_size(found['total_size'])} in {len(found['files'])} files ({dtypes}); {len(found['sidecars'])} sidecars"
     )
 
 
-def _print_tree(checkpoint: Checkpoint, *, stats: bool) -> None:
+def _draw_tree(checkpoint: Checkpoint, *, stats: bool) -> Iterator[str]:
     """Folded tensors below the modules that hold them, with each module's size."""
     names = list(checkpoint)
     specs = [checkpoint[name].spec for name in names]
@@ -190,19 +175,17 @@ def _print_tree(checkpoint: Checkpoint, *, stats: bool) -> None:
     for module, folds in kinds.items():
         inside = [specs[k] for kind in folds for k in kind.members]
         numel = sum(spec.numel for spec in inside)
-        print(f"{module or '(top)'}  {format_size(sum(spec.nbytes for spec in inside))}  {numel:,} parameters")
+        yield one_line(f"{module or '(top)'}  {format_size(sum(spec.nbytes for spec in inside))}  {numel:,} parameters")
         for kind in folds:
             spec, count = specs[kind.members[0]], len(kind.members)
             name = kind.texts[0].removeprefix(f"{module}.") if module else kind.texts[0]
-            times = f" x{count}" if count > 1 else ""
-            print(
-                f"  {format_size(count * spec.nbytes):>7}  {name}  {SHORT.get(spec.dtype.name, spec.dtype.name)} {list(spec.shape)}{times}"
-            )
+            dtype, times = SHORT.get(spec.dtype.name, spec.dtype.name), f" x{count}" if count > 1 else ""
+            yield one_line(f"  {format_size(count * spec.nbytes):>7}  {name}  {dtype} {list(spec.shape)}{times}")
             if stats and (parts := [part for k in kind.members if (part := measure(checkpoint[names[k]])) is not None]):
                 total = Statistics()
                 for part in parts:
                     total.add(part)
-                print(f"           {total}")
+                yield f"           {total}"
 
 
 def module_of(name: str, stems: Collection[str] = ()) -> str:
@@ -239,16 +222,16 @@ def explain_recipe(recipe: Recipe) -> str:
         when = f"   when {fact.when}" if fact.when else ""
         if isinstance(fact, Rule):
             how = " ".join(filter(None, (str(fact.op.get("op", "")), fact.layout)))
-            layout = f"\n      {how}" if how else ""
-            lines.append(f"  {fact.left}\n   -> {fact.right}{'  (optional)' if fact.optional else ''}{when}{layout}")
+            lines += [f"  {fact.left}", f"   -> {fact.right}{'  (optional)' if fact.optional else ''}{when}"]
+            lines += [f"      {how}"] if how else []
         elif isinstance(fact, Drop):
-            lines.append(f"  {fact.left}\n   {'not made' if fact.flipped else 'dropped'}: {fact.reason}{when}")
+            lines += [f"  {fact.left}", f"   {'not made' if fact.flipped else 'dropped'}: {fact.reason}{when}"]
         elif isinstance(fact, Tie):
             how = f"left out where it repeats {fact.stored}" if fact.flipped else f"repeats {fact.left} where nothing else makes it"
-            lines.append(f"  {fact.right}\n   {how}{when}")
+            lines += [f"  {fact.right}", f"   {how}{when}"]
     lines += [f"  requires {condition}" for stage in recipe.stages for condition in stage.requires]
     lines += [f"  lost: {line}" for line in recipe.lost]
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def describe_room(plan: Plan) -> str:
@@ -263,12 +246,15 @@ def describe_room(plan: Plan) -> str:
 PAGE = "<!doctype html>"  # how a page begins
 
 
-def check_page(path: Path) -> None:
+def check_page(text: str) -> None:
     """Refuses a path where no page can be written.
 
     Raises:
-        UsageError: it is a directory, lies in something else, or is another file.
+        UsageError: it is a URL or a directory, lies in something else, or is another file.
     """
+    path = Path(text)
+    if is_url(text):
+        raise UsageError(f"--report {text}: a page is written to a file of this machine: give a path")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
         raise UsageError(f"--report {path}: a file cannot be written there: give the name of an .html file in a directory of yours")

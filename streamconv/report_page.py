@@ -26,6 +26,7 @@ from streamconv.recipe import Side
 from streamconv.recipes import get
 from streamconv.report import LAYER, module_of
 from streamconv.results import Result
+from streamconv.text import one_line, without_secrets
 from streamconv.units import format_size
 from streamconv.verify import Comparison, TensorDifference
 
@@ -42,7 +43,7 @@ def write(path: str, page: Mapping[str, Any]) -> None:
         RunError: it cannot be written.
     """
     home = json.dumps(str(Path.home()))[1:-1]
-    data = json.dumps(page, allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(_printable(page), allow_nan=False).replace("<", "\\u003c").replace("\x7f", "\\u007f")
     if len(home) > 1:
         data = data.replace(f"{home}/", "~/").replace(f'{home}"', '~"')
     try:
@@ -50,6 +51,15 @@ def write(path: str, page: Mapping[str, Any]) -> None:
         Path(path).write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data), encoding="utf-8")
     except OSError as error:
         raise RunError(f"--report {path}: cannot be written: {error.strerror}; all else is done") from error
+
+
+def _printable(value: Any) -> Any:
+    """A page's data with every text in it as one line."""
+    if isinstance(value, str):
+        return one_line(without_secrets(value))
+    if isinstance(value, Mapping):
+        return {key: _printable(inner) for key, inner in value.items()}
+    return [_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def describe_conversion(result: Result, args: Namespace, progress: Progress) -> dict[str, Any]:

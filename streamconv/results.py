@@ -15,6 +15,7 @@ from streamconv.engine.io import describe_os_error
 from streamconv.errors import DestinationError, RunError
 from streamconv.plan import Plan
 from streamconv.progress import Progress, bar
+from streamconv.text import join_lines
 from streamconv.units import format_size
 from streamconv.verify import Comparison
 
@@ -86,10 +87,8 @@ class Result:
         moved = f"{format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed"
         checked = ", verified" if self.verified else ""
         took = f"in {self.seconds:.2f} s ({rate}/s); {moved}" if not self.part or self.part.name else f"checked in {self.seconds:.2f} s"
-        return (
-            f"{self.plan.destination}: {len(self.plan.mapping)} tensors, {format_size(totals.bytes_written)} {took}{checked}; "
-            f"peak memory {format_size(self.peak_rss)}\n{self.part or self.plan.account}"
-        )
+        first = f"{self.plan.destination}: {len(self.plan.mapping)} tensors, {format_size(totals.bytes_written)} {took}{checked}; "
+        return join_lines([f"{first}peak memory {format_size(self.peak_rss)}", self.part or self.plan.account])
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from streamconv.engine.journal import Journal, journal_path, read_journal
 from streamconv.engine.local import SUMS, LocalEngine, check_sources
 from streamconv.engine.reclaim import Reclaim
 from streamconv.errors import DestinationError, Interrupted, UsageError
+from streamconv.interrupts import Unwinding
 from streamconv.kept import check_sources_stay
 from streamconv.plan import Plan
 from streamconv.progress import Progress, bar
@@ -95,7 +96,7 @@ def run(
     journal = Journal(journal_path(root, plan.single), plan, settings, overwrite=overwrite, reclaim=reclaim_source)
     done = read_journal(journal.path)[1] if resume else {}
     check_sources(plan, given_back=reclaim.touched(done) if reclaim else ())
-    with watch() as figures:
+    with Unwinding(), watch() as figures:
         try:
             finished = resume and _is_complete(plan)
             if not finished:

@@ -19,6 +19,7 @@ from streamconv.plan import source_files
 from streamconv.runs import Move, identity, region
 from streamconv.storage import Entry, is_url
 from streamconv.storage.ranges import MEMORY
+from streamconv.text import join_lines
 from streamconv.tiles import boxes
 from streamconv.units import format_size
 
@@ -106,7 +107,7 @@ class Comparison:
         lines.append(f"  L2 distance {self.l2:.6f}, per parameter {self.l2_per_parameter:.8f}, largest difference {self.max_abs:.6g}")
         if self.nonfinite:
             lines.append(f"  {self.nonfinite} differences are not finite and not in these figures")
-        return "\n".join(lines)
+        return join_lines(lines)
 
 
 def compare(

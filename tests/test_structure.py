@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # From the ground up; a room may import from its own storey and from those below.
 STOREYS = [
-    ["errors", "filenames", "places", "dtypes", "units", "memory", "digests", "storage", "storage.*"],
+    ["errors", "filenames", "places", "dtypes", "units", "memory", "digests", "text", "interrupts", "storage", "storage.*"],
     ["names", "axes", "expressions", "folding"],
     ["runs", "ops", "graph", "views", "evaluate", "tiles", "lazy"],
     ["formats", "formats.*"],
@@ -60,7 +60,9 @@ STOREYS = [
         "running",
         "api",
         "demo",
+        "console",
         "cli",
+        "__main__",
         "",
     ],
 ]

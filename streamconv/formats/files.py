@@ -20,6 +20,7 @@ from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.filenames import find_fault
 from streamconv.formats import AnyNode, FileLayout
 from streamconv.storage.remote import Location, RemoteFile, exists, is_dir, names_in
+from streamconv.text import one_line
 
 MAX_JSON = 100_000_000  # safetensors' own limit for a header; an index is held to the same
 _MAX_COUNT = 2**63 - 1
@@ -366,8 +367,7 @@ def _json_layout(path: str, table: Mapping[str, Any]) -> FileLayout:
 
 def show(path: Location) -> str:
     """A path as one line."""
-    text = str(path)
-    return text if text.isprintable() else repr(text)
+    return one_line(path)
 
 
 def damaged(path: Location, problem: str, tensor: str | None = None) -> FormatError:

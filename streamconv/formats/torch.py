@@ -43,6 +43,7 @@ from streamconv.formats.files import (
 )
 from streamconv.formats.pickles import ATOMS, MAX_PICKLE, NAMES, VALUES, Odd, Storages, Tensor, Window, unpickle
 from streamconv.graph import extents
+from streamconv.interrupts import Unwinding
 from streamconv.storage.remote import Location, RemoteFile, RemotePath, read_each
 from streamconv.views import span, stored_view
 
@@ -386,7 +387,9 @@ def _group(specs: Mapping[str, TensorSpec], tied: Mapping[str, str]) -> dict[str
 
 
 def _lay_out_file(path: str, specs: Mapping[str, TensorSpec], tied: Mapping[str, str], root: str | None) -> FileLayout:
-    with tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
+    import torch  # noqa: F401 - outside of the block: an import does not go well with an exception in the middle of it
+
+    with Unwinding(), tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
         name = PurePosixPath(path).name
         skeleton = Path(folder, "out", name if name.isascii() else "archive")  # the file's stem is the zip's folder, if torch can say it
         skeleton.parent.mkdir()

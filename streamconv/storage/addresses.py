@@ -12,6 +12,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from streamconv.errors import DestinationError, RunError, StreamconvError, UsageError
+from streamconv.text import one_line
 
 WEB = ("http", "https")
 _OURS = ("fsspec", "requests", "huggingface_hub", "s3fs", "gcsfs", "aiohttp")  # packages of the extra
@@ -121,7 +122,7 @@ def credentials(scheme: str) -> str:
 
 def refusal(url: str, status: int, said: str = "") -> UsageError:
     """The error for a file that is not to be had: ``status`` as HTTP has them, 200 where a range was asked for."""
-    shown, scheme = url if url.isprintable() else repr(url), scheme_of(url)
+    shown, scheme = one_line(url), scheme_of(url)
     said = said or f"HTTP {status}"
     if status in (401, 403, 407):
         what = "not without credentials" if status == 401 else "access is denied"
