@@ -15,9 +15,10 @@ from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, FileLayout, mindspore, safetensors, sat
 from streamconv.formats import torch as torch_files
 from streamconv.formats.files import Names, read_index, show, unreadable
-from streamconv.names import natural_key
+from streamconv.names import natural_key, nearest
 from streamconv.names import parse as parse_names
 from streamconv.storage.remote import Location, exists, is_dir, locate, names_in, relative, walk
+from streamconv.text import one_line
 from streamconv.ties import Choice, find_ties
 
 CONFIG = "config.json"
@@ -26,6 +27,19 @@ WEIGHT_SUFFIXES = (
     ".onnx", ".h5", ".msgpack", ".ot", ".partial", "param_name_map.json",
 )  # fmt: skip
 _MAX_CONFIG = 64 << 20
+
+
+class MissingTensor(KeyError):
+    """The error for a name that a checkpoint has no tensor of: the nearest ones are looked for when somebody reads it."""
+
+    def __init__(self, name: object, checkpoint: Checkpoint) -> None:
+        super().__init__(name)
+        self._name, self._checkpoint = name, checkpoint
+
+    def __str__(self) -> str:
+        near = nearest(self._name, self._checkpoint, 2) if isinstance(self._name, str) else []
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        return f"{one_line(self._checkpoint.path)}: no tensor {self._name!r} among {len(self._checkpoint)}{hint}"
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
@@ -37,7 +51,12 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self._config = config
 
     def __getitem__(self, name: str) -> TensorEntry:
+        if name not in self.contents.entries:
+            raise MissingTensor(name, self)
         return TensorEntry(name, self.contents.entries[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.contents.entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.contents.entries)

@@ -521,17 +521,16 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace, Console], int]] = {
 }
 
 
-def _with_dashes(argument: str) -> str:
-    """``--max_memory=1GB`` as ``--max-memory=1GB``."""
-    if not argument.startswith("--"):
-        return argument
-    name, mark, value = argument.partition("=")
-    return name.replace("_", "-") + mark + value
-
-
-def _as_public(argument: str) -> str:
-    """An argument in which a URL has no query: that is known to what asks servers, and to nothing that prints."""
-    return _URL.sub(lambda found: shown(found[0]), argument)
+def _read_given(arguments: Sequence[str]) -> Iterator[str]:
+    """Arguments with ``-`` for ``_`` in the names of options, and URLs without their queries: these only what asks servers knows."""
+    for argument in arguments:
+        name, mark, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if mark and is_url(value):
+            yield name.replace("_", "-")
+        elif name:
+            yield name.replace("_", "-") + mark + value
+            continue
+        yield shown(value) if _URL.fullmatch(value) else _URL.sub(lambda found: shown(found[0]), value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -556,7 +555,7 @@ def _execute(given: Sequence[str], out: Console, *, is_process: bool) -> int:
     """Runs a command; says what went wrong; returns the exit code."""
     verbose = "-v" in given or "--verbose" in given
     try:
-        args = _build_parser().read([_with_dashes(_as_public(argument)) for argument in given])
+        args = _build_parser().read(list(_read_given(given)))
         code = _COMMANDS[args.command](args, out)
         out.flush()
     except StdoutError as error:

@@ -14,8 +14,10 @@ from typing import Any
 from streamconv import api
 from streamconv.destination import Target
 from streamconv.dtypes import DTYPES, TensorSpec
+from streamconv.errors import UsageError
 from streamconv.formats import safetensors
 from streamconv.interrupts import Unwinding
+from streamconv.storage import is_url
 from streamconv.units import format_size
 
 HIDDEN, HEADS, LAYERS, TEXT_HIDDEN, VOCAB = 512, 8, 8, 1024, 16000
@@ -84,6 +86,8 @@ def build(folder: Path, *, max_shard_size: int = 100_000_000, seed: int = 0) -> 
 @contextmanager
 def _place(directory: str | None) -> Iterator[Path]:
     if directory is not None:
+        if is_url(directory):
+            raise UsageError(f"{directory}: the demo is made on this machine: give a path")
         yield Path(directory)
         return
     with Unwinding(), tempfile.TemporaryDirectory(prefix="streamconv-demo-") as temporary:

@@ -25,6 +25,7 @@ from streamconv.plan import Plan
 from streamconv.storage import is_url
 from streamconv.storage.addresses import public
 from streamconv.storage.sinks import Sink, open_sink
+from streamconv.text import did_you_mean
 from streamconv.units import format_size
 
 
@@ -154,8 +155,8 @@ def target_of(
     Raises:
         UsageError: it contradicts ``format``, or is a URL that cannot be written to.
     """
-    if format not in (None, *CONTAINERS):
-        raise UsageError(f"--format {format}: unknown container; known are {', '.join(CONTAINERS)}")
+    if format is not None and format not in CONTAINERS:
+        raise UsageError(f"--format {format}: unknown container; known are {', '.join(CONTAINERS)}{did_you_mean(format, CONTAINERS)}")
     if is_url(dst) and not str(dst).startswith("file://"):
         return RemoteTarget.of(str(dst), format, default, create_pr=create_pr)
     if create_pr:

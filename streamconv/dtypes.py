@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from streamconv.errors import UsageError
+from streamconv.text import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ def parse_dtype(text: str) -> DType:
     name = text.strip().lower().removeprefix("torch.")
     name = _SHORT.get(name, name)
     if name not in DTYPES:
-        raise UsageError(f"unknown dtype {text!r}: known are {', '.join(DTYPES)} and {', '.join(_SHORT)}")
+        hint = did_you_mean(name, [*_SHORT, *DTYPES])
+        raise UsageError(f"unknown dtype {text!r}{hint or '; it is one that inspect shows'}, such as {', '.join(CASTABLE)}")
     return DTYPES[name]
 
 

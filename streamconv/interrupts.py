@@ -9,8 +9,8 @@ This is the first of the package's modules to be imported, and itself imports ne
 
 from __future__ import annotations
 
+import _signal as signal  # type: ignore[import-not-found] # the module signal without its enumerations, which would take longer to import than all of this
 import os
-import signal
 import sys
 
 TYPE_CHECKING = False

@@ -22,6 +22,7 @@ from streamconv.graph import AnyNode
 from streamconv.names import Matcher
 from streamconv.names import parse as parse_names
 from streamconv.sizes import scope_of
+from streamconv.text import did_you_mean
 from streamconv.vocabulary import resize_vocab
 
 __all__ = [
@@ -310,7 +311,9 @@ class Recipe:
 
 def _check_options(given: Mapping[str, object], known: Mapping[str, Option], problem: str) -> None:
     if unknown := sorted(set(given) - set(known)):
-        raise UsageError(f"--set {unknown[0]}: {problem}: {', '.join(sorted(known)) or 'none'}")
+        names = sorted(known)
+        listed = ", ".join(names[:MOST]) + (", ..." if len(names) > MOST else "") or "none"
+        raise UsageError(f"--set {unknown[0]}: {problem}: {listed}{did_you_mean(unknown[0], names)}")
 
 
 def _check_sizes(dims: Mapping[str, Dim]) -> None:
@@ -348,6 +351,7 @@ def _check_fact(fact: Fact) -> None:
             parse_dtype(fact.cast)
 
 
+MOST = 12  # names of options in a message
 IDENTITY_OPTIONS = {
     "root": Option("the key of the dict of tensors in a file that torch.save wrote, dotted if it lies deeper"),
     "tied": Option("keep: tensors that are one and the same are stored once; copy: each of them", "keep", ("keep", "copy")),

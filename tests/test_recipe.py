@@ -426,7 +426,7 @@ def test_only_dropped_tensors_are_nothing_to_convert():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"n_heads": 2}, "--set n_heads: recipe test-a2b has no such option; it has: flag, kind, n_head"),
+        ({"n_heads": 2}, "--set n_heads: recipe test-a2b has no such option; it has: flag, kind, n_head; did you mean n_head?"),
         ({"n_head": "two"}, "--set n_head=two: expected a whole number (heads)"),
         ({"flag": "maybe"}, "--set flag=maybe: expected true or false (a switch)"),
         ({"kind": "c"}, "--set kind=c: expected one of a, b (a choice)"),
@@ -732,7 +732,7 @@ def test_two_recipes_of_one_name(added):
 def test_an_unknown_recipe_is_answered_with_the_nearest(capsys):
     with pytest.raises(UsageError, match=r"unknown recipe 'internvl-hf2costum': did you mean internvl-hf2custom\?"):
         recipes.get("internvl-hf2costum")
-    assert "known are" in refusal(capsys, "recipes", "zzz")
+    assert "lists all" in refusal(capsys, "recipes", "zzz")
 
 
 def test_recipes_on_the_command_line(tmp_path, capsys):

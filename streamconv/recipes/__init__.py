@@ -76,7 +76,7 @@ def get(name: str) -> Recipe:
     if name not in known:
         near = nearest(name, known)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"unknown recipe {name!r}: {hint}known are {', '.join(known)}; or give a .yaml, .json or .py file")
+        raise UsageError(f"unknown recipe {name!r}: {hint}'streamconv recipes' lists all {len(known)}; or give a .yaml, .json or .py file")
     return known[name]
 
 
