@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streamconv import memory, recipes
 from streamconv.bridge import choose_kept
+from streamconv.casting import Casting
 from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config, ties
 from streamconv.compiler import compile_plan
 from streamconv.destination import RemoteTarget, Target, check_folders, check_names, target_of
-from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
 from streamconv.engine.direct import LEAST, shares_extents
 from streamconv.engine.io import BLOCK
 from streamconv.engine.journal import journal_path, read_journal
@@ -27,11 +26,11 @@ from streamconv.fitting import Budget, check_workers
 from streamconv.formats import FileLayout
 from streamconv.graph import AnyNode, extents
 from streamconv.kept import check_report, check_sources_stay
-from streamconv.names import parse as parse_names
 from streamconv.places import identify
 from streamconv.plan import FilePlan, Plan, Totals
 from streamconv.plan import Mapping as Row
 from streamconv.progress import Progress, bar
+from streamconv.quantization import FILES
 from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_options
 from streamconv.results import Result
 from streamconv.running import run, with_reclaim
@@ -97,7 +96,7 @@ def plan(
     beside = _beside(sidecars_from)
     if beside is not None and not beside.is_dir():
         raise UsageError(f"--sidecars-from {beside}: not a directory")
-    conversion = _convert_names(checkpoint, chosen, options or {}, _recast(dtype, keep_dtype), beside)
+    conversion = _convert_names(checkpoint, chosen, options or {}, Casting(dtype, keep_dtype), beside)
     container = CONTAINERS[target.format]
     tied = _ties(checkpoint, conversion) if own.get("tied") == "keep" and container.stores_ties_once else {}
     metadata = {key: value for key, value in checkpoint.metadata.items() if key not in checkpoint.ties}
@@ -170,35 +169,23 @@ def _taken(floor: int) -> int:
     return peak if peak > floor else memory.resident()
 
 
-def _recast(dtype: str | None, keep: Iterable[str]) -> Callable[[str, TensorSpec], str | None]:
-    """Which dtype a target shall have under ``--dtype`` and ``--keep-dtype``."""
-    if dtype is None:
-        return lambda _name, _spec: None
-    wanted = parse_dtype(dtype).name
-    if wanted not in CASTABLE:
-        raise UsageError(f"--dtype {dtype}: tensors can be cast to {', '.join(CASTABLE)}")
-    patterns = [parse_names(text) for text in keep if "{" in text]
-    globs = [text for text in keep if "{" not in text]
-
-    def recast(name: str, spec: TensorSpec) -> str | None:
-        if spec.dtype.name not in CASTABLE or any(fnmatch.fnmatchcase(name, glob) for glob in globs):
-            return None
-        return None if any(pattern.match(name) is not None for pattern in patterns) else wanted
-
-    return recast
-
-
 def _convert_names(
-    checkpoint: Checkpoint,
-    recipe: Recipe | None,
-    options: Mapping[str, object],
-    recast: Callable[[str, TensorSpec], str | None],
-    beside: Location | None,
+    checkpoint: Checkpoint, recipe: Recipe | None, options: Mapping[str, object], casting: Casting, beside: Location | None
 ) -> Conversion:
     if recipe is None:
-        return resize_vocab(identity(_with_ties(checkpoint), recast), read_identity_options(options))
-    sidecar = read_config(beside, recipe.target.config) if beside else {}
-    return recipe.apply(checkpoint.contents.entries, checkpoint.config, options, sidecar=sidecar, recast=recast)
+        made = resize_vocab(identity(_with_ties(checkpoint), casting), read_identity_options(options))
+    else:
+        sidecar = read_config(beside, recipe.target.config) if beside else {}
+        made = recipe.apply(checkpoint.contents.entries, checkpoint.config, options, sidecar=sidecar, recast=casting)
+    casting.check_patterns(made.outputs)
+    config = {} if recipe else checkpoint.config  # what a recipe makes of quantized tensors, they say themselves
+
+    def files() -> dict[str, Mapping[str, Any]]:
+        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+        return {} if recipe else {name: read_config(folder, name) for name in FILES}
+
+    note = casting.check_quantized({name: node.spec for name, node in made.outputs.items()}, config, files)
+    return replace(made, notes=[*made.notes, note]) if note else made
 
 
 def _with_ties(checkpoint: Checkpoint) -> dict[str, AnyNode]:
@@ -415,7 +402,7 @@ def verify(
     sides = (chosen.source, chosen.target) if chosen else (Side(), Side())
     left, right = open_side(a, sides[0], own.get("root")), open_side(b, sides[1])
     beside = _beside(sidecars_from)
-    made = _convert_names(left, chosen, options or {}, _recast(dtype, keep_dtype), beside)
+    made = _convert_names(left, chosen, options or {}, Casting(dtype, keep_dtype), beside)
     found = right.contents.entries if chosen else _with_ties(right)
     total = sum(entry.spec.nbytes for entry in found.values())
     with bar(total, "comparing", show=progress) as tell:

@@ -9,6 +9,7 @@ from typing import Any
 from streamconv.checkpoint import CONFIG, Checkpoint, find_sidecars, read_config
 from streamconv.dtypes import parse_dtype
 from streamconv.errors import RecipeError
+from streamconv.fp8 import KEYS as QUANTIZATION
 from streamconv.recipe import Conversion, Model, Recipe, find_writer
 from streamconv.storage.remote import Location
 
@@ -73,10 +74,15 @@ def _write(code: str, model: Model) -> dict[str, Any]:
 
 
 def _change(config: Mapping[str, Any], dtype: str | None, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    """A config with every ``dtype`` / ``torch_dtype`` in it, nested ones too, set to ``dtype``, and sizes that changed."""
+    """A config with every ``dtype`` / ``torch_dtype`` in it, nested ones too, set to ``dtype``, and sizes that changed.
+
+    What belongs to a quantization says things of its own, in the same words.
+    """
     found: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict):
+        if key in QUANTIZATION:
+            found[key] = value
+        elif isinstance(value, dict):
             found[key] = _change(value, dtype, sizes)
         elif dtype and key in ("dtype", "torch_dtype") and (value is None or isinstance(value, str)):
             found[key] = dtype

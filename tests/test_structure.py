@@ -36,6 +36,8 @@ STOREYS = [
         "vocabulary",
         "recipe",
         "fp8",
+        "quantization",
+        "casting",
         "bridge",
         "parallel",
         "recipes",
