@@ -13,6 +13,7 @@ from streamconv.formats import Extent, FileLayout
 from streamconv.graph import AnyNode, Node, Source, sources, trace
 from streamconv.plan import Account, Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile, add_up, source_files
 from streamconv.plan import Mapping as Row
+from streamconv.proof import Proof
 from streamconv.runs import Move, identity
 from streamconv.storage import is_url
 from streamconv.storage.ranges import Fingerprint, fingerprints
@@ -67,6 +68,9 @@ def compile_plan(
     beside = [compiler.sidecar(path, given) for path, given in (sidecars or {}).items()]
     files[-1:-1] = beside
     checks = [Check(compiler.node(a), compiler.node(b), names) for a, b, names in replicas]
+    proof = Proof(compiler.sources, compiler.nodes)
+    proof.check_nodes()
+    proof.check_files(files)  # before memory is measured: this takes some, too
     fit = compiler.fitting.fit(budget, files, checks)
     rows = tuple(mapping)
     return Plan(

@@ -8,15 +8,15 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from streamconv import axes
+from streamconv import axes, codec
 from streamconv.axes import Axis, Leaf
 from streamconv.dtypes import CASTABLE, DTYPES, DType, TensorSpec
-from streamconv.errors import CoverageError
+from streamconv.errors import CoverageError, FormatError
 from streamconv.runs import Move, identity, packed_strides, place, pull, split_stack
 
 if TYPE_CHECKING:
@@ -90,10 +90,22 @@ class Op:
         return {"op": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}  # type: ignore[arg-type]
 
 
-def from_json(data: dict[str, Any]) -> Op:
-    """The op that `Op.to_json` described."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key != "op"}
-    return _OPS[data["op"]](**values)
+def from_json(data: Mapping[str, Any]) -> Op:
+    """The op that `Op.to_json` described.
+
+    Raises:
+        FormatError: there is none like that.
+    """
+    given = dict(data)
+    kind = given.pop("op", None)
+    if not isinstance(kind, str) or kind not in _OPS:
+        raise FormatError(f"there is no op {kind!r}; known are {', '.join(_OPS)}")
+    if unknown := sorted(given.keys() - {f.name for f in fields(_OPS[kind])}):  # type: ignore[arg-type]
+        raise FormatError(f"op {kind} has no {unknown[0]!r}")
+    try:
+        return codec.convert(given, _OPS[kind])
+    except FormatError as error:
+        raise FormatError(f"op {kind}: {error}") from error
 
 
 @dataclass(frozen=True)

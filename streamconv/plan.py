@@ -6,132 +6,43 @@ of a node, cut into tiles. Files are independent of each other: each is a functi
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from streamconv import ops
-from streamconv.digests import Checksum
-from streamconv.dtypes import DTYPES, TensorSpec
+from streamconv import codec, plan_text
 from streamconv.errors import FormatError
-from streamconv.filenames import find_fault
 from streamconv.folding import fold, fold_names
-from streamconv.formats import Extent
-from streamconv.graph import AnyNode, Node, Source, sources
-from streamconv.runs import Move
+from streamconv.graph import AnyNode
+from streamconv.plan_text import VERSION, Document, Graph, file_row, mapping_rows
+from streamconv.proof import Proof
+from streamconv.segments import (
+    Account,
+    Check,
+    Compute,
+    Copy,
+    FilePlan,
+    Mapping,
+    Segment,
+    SourceFile,
+    Totals,
+    add_up,
+    source_files,
+)
 from streamconv.storage import is_url
 from streamconv.text import join_lines
 from streamconv.units import format_size
 
-VERSION = 2
+__all__ = [
+    "BEGINNING", "VERSION", "Account", "Check", "Compute", "Copy", "FilePlan", "Mapping", "Plan", "Segment", "SourceFile", "Totals",
+    "add_up", "source_files",
+]  # fmt: skip
+
 BEGINNING = '{"streamconv_plan"'  # of a plan as JSON
 SHOWN = 40  # lines of a kind that a plan's picture has
-SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
-
-
-class SourceFile(NamedTuple):
-    """A file that is read, with what tells whether it changed: of a URL its ETag, ``tag``. ``allocated``: bytes that it takes on disk."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    allocated: int
-    tag: str = ""
-
-
-class Copy(NamedTuple):
-    """``nbytes`` bytes of source file ``source`` at ``offset`` go to ``dst`` of the output file."""
-
-    source: int
-    offset: int
-    dst: int
-    nbytes: int
-
-
-class Compute(NamedTuple):
-    """A region of node ``node``, whose tensor starts at byte ``dst`` of the output file, evaluated in boxes of ``tile``.
-
-    ``move.src_strides`` are those of the leaf that lies at byte ``offset`` of source file ``source``: they order the tiles.
-    """
-
-    node: int
-    dst: int
-    move: Move
-    tile: tuple[int, ...]
-    source: int
-    offset: int
-    itemsize: int
-
-
-Segment = Copy | Compute
-
-
-@dataclass(frozen=True, slots=True)
-class FilePlan:
-    """One output file. ``path`` is relative to the plan's root; ``checksums`` are written when all else is there."""
-
-    path: str
-    size: int
-    literals: tuple[tuple[int, bytes], ...]
-    segments: tuple[Segment, ...]
-    tensors: tuple[str, ...] = ()
-    checksums: tuple[Checksum, ...] = ()
-
-
-class Mapping(NamedTuple):
-    """Which sources a target tensor is made of, and how."""
-
-    target: str
-    sources: tuple[str, ...]
-    layout: str
-    spec: TensorSpec
-
-
-class Check(NamedTuple):
-    """Two nodes whose bytes must be equal before anything is written."""
-
-    left: int
-    right: int
-    names: tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sizes in bytes of what a run does; ``disk_needed`` leaves out holes that stay holes."""
-
-    bytes_read: int
-    bytes_copied: int
-    bytes_computed: int
-    bytes_written: int
-    disk_needed: int
-
-
-@dataclass(frozen=True)
-class Account:
-    """What becomes of tensors, as numbers of them: of all ``tensors`` written ``copied`` and ``computed`` ones are two parts.
-
-    ``renamed`` ones have another name and nothing else changed, ``cast`` ones another dtype; ``dropped`` says how many by which rule;
-    ``tied`` ones repeat another, in the source or the target.
-    """
-
-    tensors: int = 0
-    copied: int = 0
-    computed: int = 0
-    renamed: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    tied: int = 0
-    cast: int = 0
-
-    def __str__(self) -> str:
-        rules = ", ".join(f"{count} by {rule!r}" for rule, count in self.dropped.items())
-        return (
-            f"{self.tensors} tensors: {self.copied} copied, {self.computed} computed, {self.renamed} renamed, "
-            f"{sum(self.dropped.values())} dropped{f' ({rules})' if rules else ''}, {self.tied} tied, {self.cast} cast"
-        )
 
 
 @dataclass(frozen=True)
@@ -261,162 +172,88 @@ class Plan:
             "summary": asdict(self.account),
         }
 
+    def check(self) -> None:
+        """Proves that every byte of every output file is written once, from what sources and nodes hold: see `proof`.
+
+        Raises:
+            FormatError: it does not hold; says where.
+        """
+        proof = Proof(self.sources, self.nodes)
+        proof.check_sources()
+        proof.check_nodes()
+        proof.check_pairs(self.checks)
+        proof.check_files(self.files)
+        proof.check_tiles(self.files, workers=self.workers, arena=self.arena, peak=self.peak_memory)
+        if self.single is not None and any(file.path != self.single for file in self.files):
+            raise FormatError(f"{self.single} is to be the only file, and there are others")
+        if not self.root or "\0" in self.root:
+            raise FormatError(f"{self.root!r} is no folder")
+
     def digest(self) -> str:
-        """Identifies the conversion: same sources, same outputs, same bytes. Workers and memory are not part of it."""
-        found = hashlib.sha256(f"{VERSION} {self.format}".encode())
-        for source in self.sources:
-            found.update(repr(source._replace(allocated=0)).encode())
-        for row in self.mapping:
-            found.update(repr((row.target, row.sources, row.layout, str(row.spec))).encode())
+        """Identifies the conversion by its text: same sources, same outputs, same bytes.
+
+        Workers, memory and tiles, where DST is, and what only speaks to users are not part of it.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        graph, found = Graph(self.sources), hashlib.sha256()
+        roots = [graph.add(node) for node in self.nodes]
+        sources = [source._replace(allocated=0) for source in self.sources]
+        for part in (VERSION, self.format, sources, roots, self.checks, self.dropped):
+            found.update(codec.encode(part))
+        for row in (*graph.ops, *graph.rows, *mapping_rows(self.mapping)):
+            found.update(codec.encode(row))
         for file in self.files:
-            found.update(repr((file.path, file.size, file.tensors, file.checksums)).encode())
-            for offset, data in file.literals:
-                found.update(offset.to_bytes(8, "little") + data)
+            found.update(codec.encode(file_row(replace(file, segments=tuple(map(_without_tile, file.segments))))))
         return found.hexdigest()
 
     # JSON ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """The plan as one JSON document; `from_json` reads it back."""
-        table = _Table(self.sources)
-        roots = [table.add(node) for node in self.nodes]
-        return json.dumps(
-            {
-                "streamconv_plan": VERSION,
-                **{key: getattr(self, key) for key in ("root", "single", "format", "workers", "arena", "read_backend", "peak_memory")},
-                "sources": self.sources,
-                "graph": table.rows,
-                "nodes": roots,
-                "files": [_file_to_json(file) for file in self.files],
-                "checks": self.checks,
-                "mapping": [(m.target, m.sources, m.layout, m.spec.dtype.name, m.spec.shape) for m in self.mapping],
-                "dropped": self.dropped,
-                "notes": self.notes,
-                "totals": asdict(self.totals),
-                "account": asdict(self.account),
-            }
+        graph = Graph(self.sources)
+        roots = tuple(graph.add(node) for node in self.nodes)
+        document = Document(
+            **{name: getattr(self, name) for name in _AS_THEY_ARE},
+            ops=tuple(graph.ops),
+            graph=tuple(graph.rows),
+            nodes=roots,
+            files=tuple(map(file_row, self.files)),
+            mapping=mapping_rows(self.mapping),
         )
+        return codec.encode(document).decode()
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, text: str | bytes) -> Plan:
         """Reads a plan back.
 
         Raises:
-            FormatError: not a plan, or of another version.
+            FormatError: not a plan, of another version, or one that does not hold: see `check`.
         """
         try:
-            data = json.loads(text)
-            if data.get("streamconv_plan") != VERSION:
-                raise FormatError(f"not a plan of version {VERSION}: found {data.get('streamconv_plan')!r}; make it again")
-            files = tuple(SourceFile(*row) for row in data["sources"])
-            graph = _read_graph(data["graph"], files)
-            return cls(
-                **{key: data[key] for key in ("root", "single", "format", "workers", "arena", "read_backend", "peak_memory")},
-                sources=files,
-                nodes=tuple(graph[k] for k in data["nodes"]),
-                files=tuple(_file_from_json(row) for row in data["files"]),
-                checks=tuple(Check(a, b, tuple(names)) for a, b, names in data["checks"]),
-                mapping=tuple(Mapping(t, tuple(s), how, TensorSpec(DTYPES[d], tuple(n))) for t, s, how, d, n in data["mapping"]),
-                dropped=tuple(data["dropped"]),
-                notes=tuple(data["notes"]),
-                totals=Totals(**data["totals"]),
-                account=Account(**data["account"]),
+            document = plan_text.read(text)
+            plan = cls(
+                **{name: getattr(document, name) for name in _AS_THEY_ARE},
+                nodes=plan_text.read_nodes(document),
+                files=tuple(map(plan_text.read_file, document.files)),
+                mapping=plan_text.read_mapping(document.mapping),
             )
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
-            raise FormatError(f"not a plan that can be read: {type(error).__name__}: {error}; make it again") from error
+            plan.check()
+        except FormatError as error:
+            raise FormatError(f"not a plan that can be run: {error}; make it again with 'streamconv plan SRC DST --out FILE'") from error
+        return plan
 
 
-class _Table:
-    """Nodes flattened into rows that name their inputs by row number."""
-
-    def __init__(self, files: tuple[SourceFile, ...]) -> None:
-        self._files = {file.path: k for k, file in enumerate(files)}
-        self._numbers: dict[int, int] = {}
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, node: AnyNode) -> int:
-        if id(node) not in self._numbers:
-            row: dict[str, Any] = {"dtype": node.spec.dtype.name, "shape": node.spec.shape}
-            if isinstance(node, Node):
-                row |= {"inputs": [self.add(child) for child in node.inputs], "op": node.op.to_json()}
-            else:
-                row["extents"] = [(self._files[e.path], e.offset, e.nbytes) for e in node.extents]
-            self._numbers[id(node)] = len(self.rows)
-            self.rows.append(row)
-        return self._numbers[id(node)]
+_AS_THEY_ARE = (
+    "root", "single", "format", "workers", "arena", "read_backend", "peak_memory", "sources", "checks", "dropped", "notes", "totals",
+    "account",
+)  # fmt: skip
 
 
-def _read_graph(rows: list[dict[str, Any]], files: tuple[SourceFile, ...]) -> list[AnyNode]:
-    graph: list[AnyNode] = []
-    for row in rows:
-        spec = TensorSpec(DTYPES[row["dtype"]], tuple(row["shape"]))
-        if "op" in row:
-            graph.append(Node(spec, ops.from_json(row["op"]), tuple(graph[k] for k in row["inputs"])))
-        else:
-            graph.append(Source(spec, tuple(Extent(files[f].path, offset, nbytes) for f, offset, nbytes in row["extents"])))
-    return graph
-
-
-def _move_to_json(move: Move) -> list[Any]:
-    return [move.sizes, move.dst, move.dst_strides, move.src, move.src_strides]
-
-
-def _move_from_json(row: list[Any]) -> Move:
-    return Move(tuple(row[0]), row[1], tuple(row[2]), row[3], tuple(row[4]))
-
-
-def _file_to_json(file: FilePlan) -> dict[str, Any]:
-    segments = [s._replace(move=_move_to_json(s.move)) if isinstance(s, Compute) else s for s in file.segments]  # type: ignore[arg-type]
-    literals = [(offset, base64.b64encode(data).decode()) for offset, data in file.literals]
-    checksums = [(*astuple(checksum)[:-1], checksum.prefix.decode()) for checksum in file.checksums]
-    return {
-        "path": file.path,
-        "size": file.size,
-        "literals": literals,
-        "segments": segments,
-        "tensors": file.tensors,
-        "checksums": checksums,
-    }
-
-
-def _file_from_json(row: dict[str, Any]) -> FilePlan:
-    if fault := find_fault(row["path"]):
-        raise FormatError(f"a plan's files lie below its root: {row['path']!r} {fault}; make it again")
-    return FilePlan(
-        row["path"],
-        row["size"],
-        tuple((offset, base64.b64decode(data)) for offset, data in row["literals"]),
-        tuple(Copy(*s) if len(s) == 4 else Compute(s[0], s[1], _move_from_json(s[2]), tuple(s[3]), *s[4:]) for s in row["segments"]),
-        tuple(row["tensors"]),
-        tuple(Checksum(kind, at, n, tuple(to), seed, tuple(tail), p.encode()) for kind, at, n, to, seed, tail, p in row["checksums"]),
-    )
-
-
-def source_files(nodes: Iterable[AnyNode]) -> list[str]:
-    """The paths that the leaves below ``nodes`` lie in, in order of first appearance."""
-    return list(dict.fromkeys(extent.path for node in nodes for leaf in sources(node) for extent in leaf.extents))
-
-
-def add_up(files: Iterable[FilePlan], nodes: Sequence[AnyNode], given: Sequence[SourceFile]) -> Totals:
-    """What making these files of nodes and sources takes."""
-    copied = computed = read = written = 0
-    disk = 0.0
-    # What is left of a sparse source's blocks may straddle twice as many blocks in the output.
-    shares = [1.0 if is_url(source.path) or not source.size else source.allocated / source.size for source in given]
-    density = [min(1.0, share if share > SPARSE else 2 * share) for share in shares] or [1.0]  # nothing is read: all is made
-    for file in files:
-        written += file.size
-        disk += sum(len(data) for _, data in file.literals)
-        for segment in file.segments:
-            if isinstance(segment, Copy):
-                copied += segment.nbytes
-                disk += segment.nbytes * density[segment.source]
-            else:
-                nbytes = segment.move.numel * nodes[segment.node].spec.dtype.itemsize
-                computed += nbytes
-                read += segment.move.numel * segment.itemsize
-                disk += nbytes * density[segment.source]
-    return Totals(read + copied, copied, computed, written, round(disk))
+def _without_tile(segment: Segment) -> Segment:
+    return segment._replace(tile=()) if isinstance(segment, Compute) else segment
 
 
 def _list_files(files: Iterable[tuple[str, int]]) -> str:

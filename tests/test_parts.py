@@ -520,7 +520,8 @@ def test_a_plan_that_was_edited_or_is_of_another_version(plan, tmp_path, capsys)
     make(plan, 0)
     data = json.loads(plan.read_text())
     edits: list[tuple[Callable[[], object], str]] = [
-        (lambda: data["files"][1].update(size=7), "another plan"),
+        (data["mapping"].reverse, "another plan"),
+        (lambda: data["files"][1].update(size=7), "not a plan that can be run"),
         (lambda: data.update(streamconv_plan=data["streamconv_plan"] + 1), "not a plan of version"),
         (lambda: data.pop("files"), "not a plan"),
     ]

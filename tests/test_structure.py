@@ -21,8 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # From the ground up; a room may import from its own storey and from those below.
 STOREYS = [
-    ["errors", "filenames", "places", "dtypes", "units", "memory", "digests", "text", "interrupts", "storage", "storage.*"],
-    ["names", "axes", "expressions", "folding"],
+    ["errors", "codec", "filenames", "places", "dtypes", "units", "memory", "digests", "text", "interrupts", "storage", "storage.*"],
+    ["names", "axes", "expressions", "folding", "cover"],
     ["runs", "ops", "graph", "views", "evaluate", "tiles", "lazy"],
     ["formats", "formats.*"],
     ["entries", "checkpoint", "ties"],
@@ -43,7 +43,7 @@ STOREYS = [
         "recipes",
         "recipes.*",
     ],
-    ["plan", "fitting", "compiler"],
+    ["segments", "plan_text", "proof", "plan", "fitting", "compiler"],
     ["engine", "engine.*"],
     [
         "destination",
