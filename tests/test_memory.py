@@ -209,6 +209,17 @@ def test_arithmetic_keeps_to_300_mb(convert, operation, name):
     assert convert(source, *options, "--verify", max_memory=300 * MB).peak <= 300 * MB
 
 
+def test_strided_tensors_of_any_size_keep_to_their_bound(convert, process, tmp_path):
+    """60 MB in as many pieces as elements."""
+    tensors = {"transposed": torch.ones(4000, 5000, dtype=torch.bfloat16).t(), "steps": torch.ones(2000, 10_000, dtype=torch.bfloat16)[:, ::2]}
+    torch.save(tensors, tmp_path / "x.bin")
+    done = convert(tmp_path / "x.bin", "--verify", max_memory=60 * MB)
+    assert done.peak <= 60 * MB
+    assert "torch" not in done.modules
+    found = process("verify", tmp_path / "x.bin", tmp_path / "x.bin", "--max-memory", 60 * MB)
+    assert (found.code, found.peak <= 60 * MB) == (0, True), found.error
+
+
 def compare_sizes(convert, recipes, small: Path, large: Path) -> None:
     """The larger checkpoint takes the same memory. With two workers the small one keeps both busy too."""
     for name in ("reshard", "transpose", "cast"):
