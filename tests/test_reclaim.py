@@ -216,7 +216,31 @@ def link_hard(source: Path) -> Path:
     return source
 
 
-@pytest.mark.parametrize(("how", "named"), [(link, "through a link"), (link_folder, "through a link"), (link_hard, "hard links")])
+def link_beside(source: Path, name: str = "vocab.txt") -> Path:
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).symlink_to(source / "model-00001-of-00003.safetensors")
+    return source
+
+
+def link_weights(source: Path) -> Path:
+    return link_beside(source, "consolidated.pth")
+
+
+def link_below(source: Path) -> Path:
+    return link_beside(source, "original/weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        (link, "through a link"),
+        (link_folder, "through a link"),
+        (link_hard, "hard links"),
+        (link_beside, "vocab.txt leads to"),
+        (link_weights, "consolidated.pth leads to"),
+        (link_below, "weights.safetensors leads to"),
+    ],
+)
 @pytest.mark.parametrize("command", ["convert", "plan"])
 def test_sources_that_others_have_too_are_refused(source, tmp_path, capsys, how, named, command):
     src = how(source)

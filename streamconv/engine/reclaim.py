@@ -8,19 +8,22 @@ checkpoint; a file that nothing reads any more is deleted. From then on the plan
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from streamconv.engine.io import BLOCK, sync_directory
 from streamconv.errors import DestinationError, SourceChanged
 from streamconv.graph import sources
+from streamconv.places import Identity, identify
 from streamconv.plan import Copy, FilePlan, Plan
 from streamconv.storage import is_url
 
 Range = tuple[int, int]
+_FOLDERS = 1000  # of a checkpoint, at most; a file in somebody's home directory has more beside it
 _KEEP_SIZE_AND_PUNCH = 0x01 | 0x02
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -69,7 +72,8 @@ class Reclaim:
         """
         if url := next(filter(is_url, self.files), None):
             raise DestinationError(f"{url}: is not on this machine, and nothing is deleted elsewhere: leave out --reclaim-source")
-        for path in self.files.keys() - self.touched(finished):
+        mine = sorted(self.files.keys() - self.touched(finished))
+        for path in mine:
             real, found = os.path.realpath(path), os.lstat(path)
             why = None
             if real != os.path.abspath(path):  # noqa: PTH100 - links are looked for
@@ -80,6 +84,18 @@ class Reclaim:
                 why = "cannot be changed: make it and its folder writable"
             if why:
                 raise DestinationError(f"--reclaim-source: {path} {why}; leave the option out, or give a copy of your own")
+        self._check_alone({identify(Path(path)): path for path in mine})
+
+    def _check_alone(self, mine: Mapping[Identity | None, str]) -> None:
+        """Refuses files, by what they are, that are read, or are to be had beside them, by other names, too."""
+        links = _links(sorted({Path(path).parent for path in mine.values()}))
+        others = [Path(source.path) for source in self._plan.sources if source.path not in self.files and not is_url(source.path)]
+        for other in (*others, *links):
+            found = identify(other)
+            if found is not None and (path := mine.get(found)):
+                raise DestinationError(
+                    f"--reclaim-source: {other} leads to {path}, which will be gone: leave the option out, or remove that"
+                )
 
     def touched(self, finished: Collection[str]) -> set[str]:
         """The source files that may have been given back, in part or as a whole, once these output files are finished."""
@@ -128,6 +144,13 @@ class Reclaim:
             return 0
         gaps = find_gaps(needed, source.size)
         return min(source.allocated, sum(max(0, stop // BLOCK - -(-start // BLOCK)) * BLOCK for start, stop in gaps))
+
+
+def _links(folders: Iterable[Path]) -> Iterator[Path]:
+    """The links in these folders and below them, in the first `_FOLDERS` of each."""
+    for folder in folders:
+        for here, inner, names in itertools.islice(os.walk(folder), _FOLDERS):
+            yield from (Path(here, name) for name in (*inner, *names) if Path(here, name).is_symlink())
 
 
 _punching: dict[Path, bool] = {}
