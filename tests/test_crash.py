@@ -127,16 +127,20 @@ def test_an_error_in_writing_names_file_and_offset(source, tmp_path, capsys, mon
 
 
 @pytest.mark.parametrize("most", [1 << 12, 999])
+@pytest.mark.parametrize("backend", ["auto", "pread"])
 @pytest.mark.parametrize("options", [[], ["--dtype", "bf16"], ["--checksum", "--format", "torch"]])
-def test_short_reads_and_writes(source, tmp_path, monkeypatch, way, most, options):
-    options = [*SMALL, *options]
+def test_short_reads_and_writes(source, tmp_path, monkeypatch, way, most, backend, options):
+    options = [*SMALL, *options, "--read-backend", backend]
     assert run("convert", source, tmp_path / "whole", *options, "--quiet") == 0
-    preadv, pwrite, write_ = os.preadv, os.pwrite, os.write
+    pread, preadv, pwrite, write_, copied = os.pread, os.preadv, os.pwrite, os.write, getattr(os, "copy_file_range", None)
     with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", lambda fd, nbytes, offset: pread(fd, min(nbytes, most), offset))
+        if copied:
+            patch.setattr(os, "copy_file_range", lambda source, target, nbytes, *at: copied(source, target, min(nbytes, most), *at))
         patch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:most]], offset))
         patch.setattr(os, "pwrite", lambda fd, view, offset: pwrite(fd, view[:most], offset))
         patch.setattr(os, "write", lambda fd, view: write_(fd, view[:7]))
-        assert run("convert", source, tmp_path / "dst", *options, "--quiet", "--verify", "--read-backend", "pread") == 0
+        assert run("convert", source, tmp_path / "dst", *options, "--quiet", "--verify") == 0
     assert crash.read_tree(tmp_path / "dst") == crash.read_tree(tmp_path / "whole")
 
 

@@ -8,6 +8,8 @@ import fcntl
 import mmap
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,3 +327,20 @@ def test_equal_sees_every_byte() -> None:
                 other[at] ^= 1
                 assert not check._equal(one, memoryview(other))
                 other[at] ^= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel copies out of a map there only")
+@pytest.mark.parametrize("length", [100, 4096 * 64, 4096 * 64 + 100])
+def test_a_map_that_ends_meanwhile_is_an_error_and_no_signal(tmp_path, length):
+    """As a disk's error is: both are fatal to who touches the page."""
+    (tmp_path / "file").write_bytes(b"x" * 4096 * 100)
+    code = (
+        "import mmap, os, sys\nfrom streamconv.engine import io\n"
+        "make = mmap.mmap\n"
+        "def shrink(*given, **more):\n    made = make(*given, **more)\n    os.truncate(sys.argv[1], int(sys.argv[2]))\n    return made\n"
+        "mmap.mmap = shrink\n"
+        "io.MappedReader().read(sys.argv[1], 5, memoryview(bytearray(4096 * 99)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "file", str(length)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"file: ends at byte {length}, " in done.stderr

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import stat
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ CHUNK = 2 << 20  # bytes of one read or write through a worker's buffer: a huge 
 BUFFER = CHUNK + 2 * BLOCK  # bytes of that buffer: a range of a chunk touches a block more, two ranges of half a chunk two
 WINDOW = 256 << 10  # bytes of a map
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # of outputs: what is put in their place meanwhile is not written through
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
@@ -202,19 +204,32 @@ class MappedReader(PositionedReader):
         Raises:
             SourceChanged: the file ends before ``view`` is full.
         """
-        fd = self.fd(path)
         while view:
-            if os.fstat(fd).st_size < offset + len(view):  # before each window: what is mapped and not there is a fatal signal
-                raise SourceChanged(f"{path}: ends before byte {offset + len(view)}, which was planned: it changed; plan again")
             start = offset - offset % mmap.ALLOCATIONGRANULARITY
-            take = min(len(view), WINDOW - (offset - start))
-            with (
-                located(path, offset),
-                mmap.mmap(fd, offset - start + take, access=mmap.ACCESS_READ, offset=start) as window,
-                memoryview(window) as pages,
-            ):
-                view[:take] = pages[offset - start : offset - start + take]
-            view, offset = view[take:], offset + take
+            piece = view[: WINDOW - (offset - start)]
+            if not _copy_from_map(self.fd(path), start, offset - start, piece):
+                super().read(path, offset, piece)  # which says why, if it cannot either
+            view, offset = view[len(piece) :], offset + len(piece)
+
+
+def _copy_from_map(fd: int, start: int, skip: int, view: memoryview) -> bool:
+    """Fills ``view`` from a map of a file at ``start``, ``skip`` bytes into it; whether that could be done.
+
+    The kernel copies: a page that is past the end, or that the disk does not give, is an error to it, and would be a fatal signal to us.
+    """
+    if _libc is None or not hasattr(_libc, "process_vm_readv"):
+        return False
+    try:
+        window = mmap.mmap(fd, skip + len(view), flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+    except (OSError, ValueError):  # beyond the end, or a file system without maps
+        return False
+    with window:
+        ours, theirs = ctypes.c_char.from_buffer(view), ctypes.c_char.from_buffer(window)
+        into = (ctypes.c_size_t * 2)(ctypes.addressof(ours), len(view))
+        of = (ctypes.c_size_t * 2)(ctypes.addressof(theirs) + skip, len(view))
+        done = _libc.process_vm_readv(os.getpid(), ctypes.byref(into), 1, ctypes.byref(of), 1, 0)
+        del theirs  # a map that is pointed into cannot be closed
+    return bool(done == len(view)) and os.fstat(fd).st_size >= start + skip + len(view)  # a page is filled up with zeros
 
 
 def is_sparse(file: int | str) -> bool:
@@ -255,7 +270,7 @@ def copy_range(source: int, target: int, src: int, dst: int, nbytes: int, buffer
                 done = -1
         else:
             done = -1
-        if done < 0:
+        if done <= 0:  # nothing may mean the end, or a file system that has no such thing
             view = buffer()[: min(nbytes, CHUNK)]
             done = os.preadv(source, [view], src) if hasattr(os, "preadv") else _seek_read(source, src, view)
             write(target, view[:done], dst)

@@ -10,7 +10,7 @@ import re
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -19,7 +19,7 @@ from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.filenames import find_fault
 from streamconv.formats import AnyNode, FileLayout
-from streamconv.storage.remote import Location, RemoteFile, exists, is_dir, names_in
+from streamconv.storage.remote import Location, RemoteFile, RemotePath, exists, is_dir, names_in
 from streamconv.text import one_line
 
 MAX_JSON = 100_000_000  # safetensors' own limit for a header; an index is held to the same
@@ -29,6 +29,16 @@ short = reprlib.Repr()  # what a damaged file says may be long, or hold newlines
 short.maxstring = short.maxother = 240
 
 Table = dict[str, AnyNode]
+
+
+class PlainFile(io.FileIO):
+    """A file of this machine whose reads bring all that is asked for, up to its end."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """``size`` bytes, or all that are left."""
+        return self.readall() if size is None or size < 0 else _gather(lambda count, _: super(PlainFile, self).read(count) or b"", size)
+
+
 Opened = io.FileIO | RemoteFile
 
 
@@ -95,7 +105,7 @@ def opened(path: Location, noun: str) -> Iterator[Opened]:
     """A regular file, which is closed after the block; what the system has against it becomes a UsageError."""
     try:
         check_regular(path, noun)
-        with path.open("rb", buffering=0) as file:
+        with path.open() if isinstance(path, RemotePath) else PlainFile(path) as file:
             yield file
     except (OSError, ValueError) as error:
         raise unreadable(path, error, noun) from error
@@ -114,7 +124,21 @@ def size_of(file: Opened) -> int:
 
 def pread(file: Opened, nbytes: int, offset: int) -> bytes:
     """At most ``nbytes`` bytes from ``offset`` of an open file, whose position stays."""
-    return file.pread(nbytes, offset) if isinstance(file, RemoteFile) else os.pread(file.fileno(), nbytes, offset)
+    if isinstance(file, RemoteFile):
+        return file.pread(nbytes, offset)
+    return _gather(lambda count, at: os.pread(file.fileno(), count, offset + at), nbytes)
+
+
+def _gather(read: Callable[[int, int], bytes], nbytes: int) -> bytes:
+    """What ``read`` gives, called with how many bytes are wanted and how many have come: one call of the system may bring fewer."""
+    found = read(nbytes, 0)
+    if not found or len(found) == nbytes:
+        return found
+    pieces, done = [found], len(found)
+    while done < nbytes and (found := read(nbytes - done, done)):
+        pieces.append(found)
+        done += len(found)
+    return b"".join(pieces)
 
 
 class Repeated(dict[str, Any]):

@@ -25,6 +25,7 @@ from streamconv.formats import AnyNode, Contents, Extent, FileLayout, Source
 from streamconv.formats.files import (
     Names,
     Opened,
+    PlainFile,
     Table,
     check_index,
     check_unicode,
@@ -395,7 +396,7 @@ def _lay_out_file(path: str, specs: Mapping[str, TensorSpec], tied: Mapping[str,
         skeleton.parent.mkdir()
         try:
             kept = _save_without_data(skeleton, Path(folder, "data"), specs, tied, root)
-            with io.FileIO(skeleton) as file:
+            with PlainFile(skeleton) as file:
                 places, infos, limit = _zip_records(skeleton, file)
                 size = size_of(file)
                 stored = {name: places[f"data/{number}"] for number, name in enumerate(kept)}
