@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -161,7 +162,7 @@ def test_the_result_in_a_bucket_is_that_of_the_local_conversion(store: S3, check
 def test_what_is_sent_to_a_store_never_lies_on_this_machine(
     memory_store: MemoryFileSystem, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams.tempfile, "TemporaryDirectory", None)
+    monkeypatch.setattr(streams, "staging", None)
     made = api.convert(checkpoints / "safetensors", "memory://made", dtype="float16", max_shard_size="3MB", max_memory="4GB")
     assert made.plan.totals.disk_needed == 0
     assert len(memory_store.find("/made")) == len(made.plan.files) > 3
@@ -563,7 +564,7 @@ def staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where files are made before they are uploaded."""
     folder = tmp_path / "staging"
     folder.mkdir()
-    monkeypatch.setattr(streams.tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
 
 

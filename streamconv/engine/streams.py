@@ -6,15 +6,10 @@ streams. Else `LocalEngine` makes it in a temporary directory, one such file at 
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from streamconv.engine.io import CHUNK, describe_os_error, share_descriptors
 from streamconv.engine.journal import Ledger
@@ -26,6 +21,7 @@ from streamconv.engine.threads import run_threads
 from streamconv.engine.worker import Worker
 from streamconv.errors import Interrupted, RunError, StreamconvError
 from streamconv.plan import Compute, Copy, FilePlan, Plan, Segment
+from streamconv.staging import staging
 from streamconv.storage.objects import ObjectSink, stream_bytes, takes_streams
 from streamconv.storage.retries import OVER, Failed, again
 from streamconv.storage.sinks import Sink
@@ -184,27 +180,15 @@ def _zeros(nbytes: int) -> Iterator[memoryview]:
 
 def _make_staged(plan: Plan, numbers: list[int], tell: Progress, check: Callable[[], object], sink: Sink) -> None:
     """Makes files on this machine, uploads each and deletes it."""
-    prefix = _clear_staging(plan)
     for group in _group(plan, numbers):
         check()
-        with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
-            mine = replace(plan.for_files(group), root=folder, single=None)
+        with staging() as folder:
+            mine = replace(plan.for_files(group), root=str(folder), single=None)
             try:
                 LocalEngine(mine, Ledger(), tell).run()
             except Interrupted:
                 raise Interrupted(f"interrupted: {plan.destination} is incomplete; rerun the same command with --resume") from None
-            sink.put({file.path: Path(folder) / file.path for file in mine.files})
-
-
-def _clear_staging(plan: Plan) -> str:
-    """Removes what killed runs to the same place have left on this machine; gives how the names of such directories begin."""
-    import psutil
-
-    prefix = f"streamconv-{hashlib.sha256(plan.root.encode()).hexdigest()[:12]}-"
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        if not psutil.pid_exists(int(left.name.removeprefix(prefix).partition("-")[0])):
-            shutil.rmtree(left, ignore_errors=True)
-    return prefix
+            sink.put({file.path: folder / file.path for file in mine.files})
 
 
 def _group(plan: Plan, numbers: Iterable[int]) -> Iterator[list[int]]:

@@ -11,7 +11,6 @@ import itertools
 import math
 import shlex
 import struct
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +44,7 @@ from streamconv.formats.files import (
 from streamconv.formats.pickles import ATOMS, MAX_PICKLE, NAMES, VALUES, Odd, Storages, Tensor, Window, unpickle
 from streamconv.graph import extents
 from streamconv.interrupts import Unwinding
+from streamconv.staging import staging
 from streamconv.storage.remote import Location, RemoteFile, RemotePath, read_each
 from streamconv.views import span, stored_view
 
@@ -390,12 +390,12 @@ def _group(specs: Mapping[str, TensorSpec], tied: Mapping[str, str]) -> dict[str
 def _lay_out_file(path: str, specs: Mapping[str, TensorSpec], tied: Mapping[str, str], root: str | None) -> FileLayout:
     import torch  # noqa: F401 - outside of the block: an import does not go well with an exception in the middle of it
 
-    with Unwinding(), tempfile.TemporaryDirectory(prefix="streamconv-") as folder:
+    with Unwinding(), staging() as folder:
         name = PurePosixPath(path).name
         skeleton = Path(folder, "out", name if name.isascii() else "archive")  # the file's stem is the zip's folder, if torch can say it
         skeleton.parent.mkdir()
         try:
-            kept = _save_without_data(skeleton, Path(folder, "data"), specs, tied, root)
+            kept = _save_without_data(skeleton, folder / "data", specs, tied, root)
             with PlainFile(skeleton) as file:
                 places, infos, limit = _zip_records(skeleton, file)
                 size = size_of(file)
