@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -410,7 +411,11 @@ def test_finish_names_every_file_that_is_missing_or_wrong(plan, tmp_path, capsys
     assert found == wanted
 
 
-def test_what_killed_parts_left_goes(plan, tmp_path, wanted):
+@pytest.mark.parametrize("ahead", [0, 3600])
+def test_what_killed_parts_left_goes(plan, tmp_path, monkeypatch, wanted, ahead):
+    """By the file server's clock, from which that of this machine may differ."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + ahead)
     make(plan, 1)
     folder, files = tmp_path / "dst", Plan.from_json(plan.read_text()).files
     old, new, other = (folder / f"{file}.{'0' * 11}{k}.partial" for k, file in enumerate([files[0].path, files[0].path, files[2].path]))

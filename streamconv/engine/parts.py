@@ -12,7 +12,6 @@ import json
 import os
 import re
 import stat
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ from typing import Any
 
 from streamconv.engine.check import OutputCheck
 from streamconv.engine.io import sync_directory
-from streamconv.engine.journal import IN_PARTS, Ledger, journal_path, read_journal
+from streamconv.engine.journal import IN_PARTS, NAME, Ledger, journal_path, read_journal
 from streamconv.engine.local import SAVE_BYTES, LocalEngine, Progress, check_sources, holds, partial
 from streamconv.errors import DestinationError, RunError
 from streamconv.filenames import find_fault
@@ -110,8 +109,21 @@ def _remove_unfinished(plan: Plan, older: float = 0.0) -> None:
         for path in folder.iterdir() if folder.is_dir() else ():
             whole = path.with_name(UNFINISHED.sub("", path.name))
             with suppress(FileNotFoundError):  # another was quicker
-                if whole != path and whole in names and time.time() - path.stat().st_mtime >= older:
+                if whole != path and whole in names and (not older or _age(path) >= older):
                     path.unlink()
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was written to, by the clock of the file system that it lies on, which may differ from ours; 0 if unknown."""
+    probe = partial(path.with_name(NAME), new_suffix())
+    try:
+        probe.touch(exist_ok=False)
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except OSError:
+        return 0.0
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 class Claim:
