@@ -211,7 +211,10 @@ def test_arithmetic_keeps_to_300_mb(convert, operation, name):
 
 def test_strided_tensors_of_any_size_keep_to_their_bound(convert, process, tmp_path):
     """60 MB in as many pieces as elements."""
-    tensors = {"transposed": torch.ones(4000, 5000, dtype=torch.bfloat16).t(), "steps": torch.ones(2000, 10_000, dtype=torch.bfloat16)[:, ::2]}
+    tensors = {
+        "transposed": torch.ones(4000, 5000, dtype=torch.bfloat16).t(),
+        "steps": torch.ones(2000, 10_000, dtype=torch.bfloat16)[:, ::2],
+    }
     torch.save(tensors, tmp_path / "x.bin")
     done = convert(tmp_path / "x.bin", "--verify", max_memory=60 * MB)
     assert done.peak <= 60 * MB

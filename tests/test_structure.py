@@ -21,7 +21,21 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # From the ground up; a room may import from its own storey and from those below.
 STOREYS = [
-    ["errors", "codec", "filenames", "places", "staging", "dtypes", "units", "memory", "digests", "text", "interrupts", "storage", "storage.*"],
+    [
+        "errors",
+        "codec",
+        "filenames",
+        "places",
+        "staging",
+        "dtypes",
+        "units",
+        "memory",
+        "digests",
+        "text",
+        "interrupts",
+        "storage",
+        "storage.*",
+    ],
     ["names", "axes", "expressions", "folding", "cover"],
     ["runs", "ops", "graph", "views", "evaluate", "tiles", "lazy"],
     ["formats", "formats.*"],
