@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -21,7 +22,7 @@ from streamconv.interrupts import Unwinding
 from streamconv.kept import check_sources_stay
 from streamconv.plan import Plan
 from streamconv.progress import Progress, bar
-from streamconv.results import Part, Result, check_outputs, watch
+from streamconv.results import Overflow, Part, Result, check_outputs, watch
 from streamconv.storage import is_url
 from streamconv.storage.sinks import Sink
 
@@ -45,9 +46,11 @@ class Apart:
         self._numbers = parts.files_to_make(plan, part)
         self._sink: Sink | None = None
         self._claim = parts.Claim(plan, part[1] if part else 0)
-        self._make: Callable[..., None] = partial(parts.make_files, check=self._claim.check)
-        self._join: Callable[[], AbstractContextManager[Callable[..., None]]] = lambda: nullcontext(self._make)
+        self._make: Callable[..., Counter[str] | None] = partial(parts.make_files, check=self._claim.check)
+        self._join: Callable[[], AbstractContextManager[Callable[..., Counter[str] | None]]] = lambda: nullcontext(self._make)
         self._path_of: Callable[[str], Path | str] = Path(plan.root).joinpath
+        self._overflowed: Counter[str] = Counter()
+        self._seen = 0
 
     def choose(self, engine: str, ray_address: str | None, *, create_pr: bool) -> None:
         """Says where files go and where they are made."""
@@ -99,7 +102,8 @@ class Apart:
         if self._sink and self._sink.pull_request:
             made = replace(made, notes=(*made.notes, f"pull request: {self._sink.pull_request}"))
         verified, place = True if self._verify or found else None, self._path_of(plan.single or "")
-        return Result(made, seconds, memory.peak(), figures["anonymous"], verified, part=part, place=place)
+        overflow = Overflow(self._overflowed, complete=self._seen == len(plan.files))
+        return Result(made, seconds, memory.peak(), figures["anonymous"], verified, part=part, place=place, overflow=overflow)
 
     def _make_files(self, progress: bool | Progress) -> list[int]:
         """Makes what is to be made apart and is not there; the numbers of those files."""
@@ -162,9 +166,12 @@ class Apart:
         claim.make_way(waiting)
         return waiting
 
-    def _write(self, make: Callable[..., None], numbers: Sequence[int], progress: bool | Progress) -> None:
+    def _write(self, make: Callable[..., Counter[str] | None], numbers: Sequence[int], progress: bool | Progress) -> None:
         with bar(sum(self._plan.files[k].size for k in numbers), "converting", show=progress) as tell:
-            make(self._plan, numbers, tell)
+            found = make(self._plan, numbers, tell)
+        if found is not None:  # Ray's tasks do not say
+            self._overflowed += found
+            self._seen += len(numbers)
 
     def _find_different(self, numbers: Sequence[int], progress: bool | Progress) -> set[int]:
         """Those of these files that do not hold what the plan makes of the sources."""

@@ -82,7 +82,10 @@ class Casting:
             return None
         found = find_quantization(config, files(), specs)
         if found is None:
-            return None
+            odd = [
+                name for name, spec in specs.items() if spec.dtype.floating and spec.dtype.name not in CASTABLE and not self._is_kept(name)
+            ]
+            return f"{odd[0]} is {specs[odd[0]]} and stays so: --dtype casts {', '.join(CASTABLE)}" if odd else None
         own = quantized_tensors(specs)
         kept = bool(own) and not own & self._cast and any(self._is_kept(name) for name in own)
         if kept or (not self._cast and self._same):

@@ -346,7 +346,7 @@ def _print_result(args: argparse.Namespace, out: Console, result: Result) -> Non
         if args.json:
             out.say_json(result.summary())
         elif not args.quiet:
-            out.say(join_lines([*(f"note: {note}" for note in result.plan.notes), *str(result).split("\n")]))
+            out.say(join_lines([*(f"note: {note}" for note in result.notes), *str(result).split("\n")]))
             if result.comparison:
                 out.say(f"compared with {args.compare}: {result.comparison}")
         out.flush()

@@ -73,6 +73,7 @@ def compile_plan(
     proof.check_files(files)  # before memory is measured: this takes some, too
     fit = compiler.fitting.fit(budget, files, checks)
     rows = tuple(mapping)
+    names = {id(node): name for name, node in outputs.items()}
     return Plan(
         root=root,
         single=single,
@@ -90,6 +91,7 @@ def compile_plan(
         read_backend=read_backend,
         peak_memory=fit.peak,
         account=compiler.account(files, outputs, rows, reasons or {}, tied),
+        names=tuple(names.get(id(node), "") for node in compiler.nodes),
     )
 
 

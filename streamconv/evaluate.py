@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamconv.graph import AnyNode, Extent, Node, Source, as_bytes
+from streamconv.ops import Elementwise
 from streamconv.runs import Move, identity, packed_strides
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Arena:
         self._memory = mmap.mmap(-1, max(nbytes, 1), **PRIVATE)
         self._array = np.frombuffer(self._memory, dtype=np.uint8)
         self._used = 0
+        self.overflowed = 0  # values evaluated here that were finite, and are too large for what they were cast to
 
     def take(self, numel: int, itemsize: int) -> Array:
         """A flat array of ``numel`` items as unsigned integers (as bytes where an item is wider than eight)."""
@@ -111,14 +113,16 @@ def evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read) ->
         copy_strided(out[move.dst :], made[move.src :], list(zip(move.sizes, move.dst_strides, move.src_strides, strict=True)), arena)
         arena.release(mark)
     else:
-        mark = arena.mark
+        mark, overflowed = arena.mark, arena.overflowed
         parts, specs = [], []
         for number, wanted in node.op.demand(move):
             part = arena.take(wanted.numel, node.inputs[number].spec.dtype.itemsize)
             evaluate(node.inputs[number], wanted, part, arena, read)
             parts.append(part)
             specs.append(node.inputs[number].spec)
-        node.op.compute(parts, specs, move, out, node.spec)
+        if not isinstance(node.op, Elementwise):  # which may ask for the same values again and again
+            arena.overflowed = overflowed
+        arena.overflowed += node.op.compute(parts, specs, move, out, node.spec) or 0
         arena.release(mark)
 
 

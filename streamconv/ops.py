@@ -70,8 +70,11 @@ class Op:
         """How many elements of each input any region of ``numel`` elements of the output takes at most."""
         return [numel] * len(inputs)
 
-    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
-        """Writes the region ``move`` of the output into the flat ``out``. Arrays hold items as unsigned integers of their width."""
+    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> int | None:
+        """Writes the region ``move`` of the output into the flat ``out``. Arrays hold items as unsigned integers of their width.
+
+        Elementwise ops say how many of the values, made of finite ones, are too large for their dtype: those are infinite now.
+        """
         raise NotImplementedError
 
     def scratch(self, inputs: Sequence[TensorSpec]) -> list[tuple[int, int]]:
@@ -285,11 +288,10 @@ class Cast(Elementwise):
         if given.min().isnan():
             _settle_nans(given.to(getattr(torch, self.dtype)))
 
-    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
+    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> int:
         given = as_torch(parts[0], specs[0].dtype).view(move.sizes)
         made = as_torch(out, spec.dtype).as_strided(move.sizes, move.dst_strides, move.dst).copy_(given)
-        if spec.dtype != specs[0].dtype and given.min().isnan():
-            _settle_nans(made)
+        return _settle(given, made) if spec.dtype != specs[0].dtype else 0
 
 
 @dataclass(frozen=True)
@@ -339,15 +341,17 @@ class Dequantize(Elementwise):
         ones = torch.ones(2, 2, dtype=getattr(torch, inputs[0].dtype.name)).float()
         ones.mul_(ones.index_select(0, torch.zeros(2, dtype=torch.int64))).bfloat16()
 
-    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> None:
+    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> int:
         given, made = as_torch(parts[0], specs[0].dtype), as_torch(out, spec.dtype)
         scales = _Scales(parts[1], specs[1].dtype, self.blocks[-2], self.blocks[-1], self.block)
         rows, columns = self.shape[-2:]
         tree = axes.Axis("stack", rows * columns, axes.Axis("row", columns, axes.Axis("column", 1, axes.Leaf(0))))
         packed = replace(move, dst=0, dst_strides=packed_strides(move.sizes))
+        overflowed = 0
         for (_, read, digits), (_, write, _) in zip(pull(tree, packed), pull(tree, move), strict=True):
             values = given.as_strided(read.sizes, read.dst_strides, read.dst)
-            _scale(values, made.as_strided(write.sizes, write.dst_strides, write.dst), scales, digits)
+            overflowed += _scale(values, made.as_strided(write.sizes, write.dst_strides, write.dst), scales, digits)
+        return overflowed
 
 
 class Made(Op):
@@ -510,15 +514,19 @@ def _as_factors(stored: Any, dtype: DType) -> Any:
     return stored.view(getattr(torch, dtype.name)).float()
 
 
-def _scale(values: Any, made: Any, scales: _Scales, digits: _Digits) -> None:
-    """``made`` of one-byte ``values``; ``digits`` are the first matrix, row and column and how far each axis steps along them."""
+def _scale(values: Any, made: Any, scales: _Scales, digits: _Digits) -> int:
+    """``made`` of one-byte ``values``; ``digits`` are the first matrix, row and column and how far each axis steps along them.
+
+    Gives how many of them are too large for the dtype of what is made.
+    """
     if values.numel() > _SCALED:
         axis = max(range(values.dim()), key=lambda k: values.shape[k])
         half = values.shape[axis] // 2
         later = {name: (first + half * steps[axis], steps) for name, (first, steps) in digits.items()}
-        for start, size, where in ((0, half, digits), (half, values.shape[axis] - half, later)):
+        return sum(
             _scale(values.narrow(axis, start, size), made.narrow(axis, start, size), scales, where)
-        return
+            for start, size, where in ((0, half, digits), (half, values.shape[axis] - half, later))
+        )
     across = [k for k in range(values.dim()) if digits["column"][1][k]]
     down = [k for k in range(values.dim()) if k not in across]
     order = [*down, *across]
@@ -526,9 +534,7 @@ def _scale(values: Any, made: Any, scales: _Scales, digits: _Digits) -> None:
     stack, rows, columns = (_places(digits[name], along, sizes) for name, along in (("stack", down), ("row", down), ("column", across)))
     factors = scales.factors(stack, rows, columns)
     result = _widen(values.permute(order)).mul_(factors.reshape([sizes[k] for k in order]))
-    made.permute(order).copy_(result)
-    if result.min().isnan():
-        _settle_nans(made)
+    return _settle(result, made.permute(order).copy_(result))
 
 
 def _places(digit: tuple[int, tuple[int, ...]], along: Sequence[int], sizes: Sequence[int]) -> Any:
@@ -684,6 +690,31 @@ class MergeLora(Op):
             for k in range(0, self.rank, _BLOCK):
                 total.addmm_(ups[:, k : k + _BLOCK].double(), downs[k : k + _BLOCK].double(), alpha=self.alpha / self.rank)
             block.copy_(total)
+
+
+def _settle(given: Any, made: Any) -> int:
+    """Makes every NaN of what was ``made`` of numbers the same; how many are infinite there, and finite as they were ``given``."""
+    import torch
+
+    largest = torch.finfo(made.dtype).max
+    if largest >= torch.finfo(given.dtype).max:
+        if given.min().isnan():
+            _settle_nans(made)
+        return 0
+    low, high = given.aminmax()
+    if -largest <= low and high <= largest:  # which NaNs are not
+        return 0
+    if low.isnan():
+        _settle_nans(made)
+    return _count_overflows(given, made)
+
+
+def _count_overflows(given: Any, made: Any) -> int:
+    """How many are infinite in one and finite in the other, in pieces small enough for their masks not to count."""
+    if given.numel() > _MASKED:
+        axis = max(range(given.dim()), key=lambda k: given.shape[k])
+        return sum(_count_overflows(*halves) for halves in zip(given.chunk(2, axis), made.chunk(2, axis), strict=True))
+    return int((made.isinf() & given.isfinite()).sum())
 
 
 def _settle_nans(values: Any) -> None:

@@ -60,6 +60,7 @@ class Plan:
         arena: bytes of buffer for each worker.
         peak_memory: bytes of resident memory that the run stays below.
         account: what becomes of the tensors.
+        names: of the target that each node makes; "" of those that are compared only.
     """
 
     root: str
@@ -78,6 +79,7 @@ class Plan:
     read_backend: str
     peak_memory: int
     account: Account = field(default_factory=Account)
+    names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         totals, workers = self.totals, f"{self.workers} worker{'' if self.workers == 1 else 's'}"
@@ -153,7 +155,12 @@ class Plan:
             checks=(),
             mapping=tuple(row for row in self.mapping if row.target in mine),
             totals=add_up(files, self.nodes, self.sources),
+            names=tuple(self.names[node] for node in used if self.names),
         )
+
+    def target_of(self, segment: Compute) -> str:
+        """The name of the tensor that a segment is a part of."""
+        return self.names[segment.node] if self.names else ""
 
     def summary(self) -> dict[str, Any]:
         """What ``plan --json`` prints."""
@@ -188,6 +195,8 @@ class Plan:
             raise FormatError(f"{self.single} is to be the only file, and there are others")
         if not self.root or "\0" in self.root:
             raise FormatError(f"{self.root!r} is no folder")
+        if self.names and len(self.names) != len(self.nodes):
+            raise FormatError(f"{len(self.names)} names stand for {len(self.nodes)} nodes")
 
     def digest(self) -> str:
         """Identifies the conversion by its text: same sources, same outputs, same bytes.
@@ -248,7 +257,7 @@ class Plan:
 
 _AS_THEY_ARE = (
     "root", "single", "format", "workers", "arena", "read_backend", "peak_memory", "sources", "checks", "dropped", "notes", "totals",
-    "account",
+    "account", "names",
 )  # fmt: skip
 
 

@@ -119,6 +119,7 @@ class Document(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     notes: tuple[str, ...]
     totals: Totals
     account: Account
+    names: tuple[str, ...] = ()
 
 
 class _Version(Struct):

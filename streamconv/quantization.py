@@ -99,8 +99,8 @@ def _codes(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     found = {}
     for name, spec in specs.items():
         if spec.dtype.floating and spec.dtype.name not in CASTABLE:
-            if spec.dtype.name != "float8_e8m0fnu":
-                found[name] = _beside(name, lower)
+            if spec.dtype.name != "float8_e8m0fnu" and ((beside := _beside(name, lower)) or name.endswith("weight")):
+                found[name] = beside
         elif spec.dtype.name in _WHOLE and ((beside := _beside(name, lower)) or _CODED.search(name)):
             found[name] = beside
     return found

@@ -94,7 +94,7 @@ def describe_conversion(result: Result, args: Namespace, progress: Progress) -> 
         else "Every byte was read back and compared with what the sources make."
         if result.verified
         else "Nothing was compared: --verify reads everything back, --compare takes a reference.",
-        "notes": list(plan.notes),
+        "notes": list(result.notes),
     }
 
 

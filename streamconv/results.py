@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from streamconv.progress import Progress, bar
 from streamconv.text import join_lines
 from streamconv.units import format_size
 from streamconv.verify import Comparison
+
+SHOWN = 5  # tensors that a note names
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,36 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Overflow:
+    """Values that were finite, and are infinite now because they are too large for the dtype that they were cast to.
+
+    Attributes:
+        counts: how many, by tensor; of what this run computed.
+        complete: whether this run computed all that the output holds; an earlier one's values are not looked at again.
+    """
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+    complete: bool = True
+
+    def summary(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        worst = [{"name": name, "values": count} for name, count in self._worst()]
+        return {"tensors": len(self.counts), "values": sum(self.counts.values()), "worst": worst, "complete": self.complete}
+
+    def _worst(self) -> list[tuple[str, int]]:
+        return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
+
+    def __str__(self) -> str:
+        if not self.counts:
+            return ""
+        number = len(self.counts)
+        named = ", ".join(f"{name} ({count})" for name, count in self._worst())
+        more = f" and {number - SHOWN} more" if number > SHOWN else ""
+        told = f"{sum(self.counts.values())} values in {number} tensor{'s' * (number > 1)} are too large for their new dtype, infinite now"
+        return f"{told}{'' if self.complete else ' (of what this run computed)'}: {named}{more}"
+
+
+@dataclass(frozen=True)
 class Result:
     """What a run took, of a part that part's share. Memory in bytes, of the whole process. ``place``: where to read it, if not at DST."""
 
@@ -59,6 +91,12 @@ class Result:
     comparison: Comparison | None = None
     part: Part | None = None
     place: Path | str = ""
+    overflow: Overflow = field(default_factory=Overflow)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know: of the conversion, and of the values that it made."""
+        return (*self.plan.notes, *filter(None, [str(self.overflow)]))
 
     def summary(self) -> dict[str, Any]:
         """What ``convert --json`` prints."""
@@ -77,7 +115,7 @@ class Result:
         )
         found: dict[str, Any] = {key: plan[key] for key in kept}
         found |= {"seconds": self.seconds, "peak_rss": self.peak_rss, "peak_anonymous": self.peak_anonymous}
-        found |= {"outputs": plan["outputs"], "verified": self.verified}
+        found |= {"outputs": plan["outputs"], "verified": self.verified, "notes": list(self.notes), "overflowed": self.overflow.summary()}
         found |= {"comparison": self.comparison.summary()} if self.comparison else {}
         return found | ({"part": asdict(self.part)} if self.part else {})
 

@@ -24,7 +24,7 @@ from streamconv.interrupts import Unwinding
 from streamconv.kept import check_sources_stay
 from streamconv.plan import Plan
 from streamconv.progress import Progress, bar
-from streamconv.results import Result, check_outputs, watch
+from streamconv.results import Overflow, Result, check_outputs, watch
 from streamconv.storage import is_url
 
 ENGINES = ("local", "ray")
@@ -96,6 +96,7 @@ def run(
     journal = Journal(journal_path(root, plan.single), plan, settings, overwrite=overwrite, reclaim=reclaim_source)
     done = read_journal(journal.path)[1] if resume else {}
     check_sources(plan, given_back=reclaim.touched(done) if reclaim else ())
+    overflowed: Mapping[str, int] = {}
     with Unwinding(), watch() as figures:
         try:
             finished = resume and _is_complete(plan)
@@ -103,20 +104,24 @@ def run(
                 check_room(with_reclaim(plan, done) if reclaim else plan, root, old_files(root, plan.single) if overwrite else [])
                 if not (reclaim and done):
                     check_replicas(plan)
-                _write(plan, journal, overwrite=overwrite, resume=resume, checksum=checksum, reclaim=reclaim, progress=progress)
+                overflowed = _write(
+                    plan, journal, overwrite=overwrite, resume=resume, checksum=checksum, reclaim=reclaim, progress=progress
+                )
             elif checksum:
                 LocalEngine(plan, journal).write_sums({})
             if (verify and not reclaim) or finished:
                 check_outputs(plan, progress, found=finished)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: rerun the same command with --resume to go on with {root}") from None
-    return Result(plan, time.perf_counter() - started, memory.peak(), figures["anonymous"], True if verify or finished else None)
+    overflow = Overflow(overflowed, complete=not (finished or done))
+    verified = True if verify or finished else None
+    return Result(plan, time.perf_counter() - started, memory.peak(), figures["anonymous"], verified, overflow=overflow)
 
 
 def _write(
     plan: Plan, journal: Journal, *, overwrite: bool, resume: bool, checksum: bool, reclaim: Reclaim | None, progress: bool | Progress
-) -> None:
-    """Writes a plan's files, with DST to itself."""
+) -> Mapping[str, int]:
+    """Writes a plan's files, with DST to itself; how many values overflowed, by target."""
     root = Path(plan.root)
     goes_on = resume and journal.path.exists()
     prepare(plan, root, overwrite=overwrite, resume=goes_on)
@@ -131,7 +136,9 @@ def _write(
                 journal.end()
                 raise
         with bar(plan.totals.bytes_written, "converting", show=progress) as tell:
-            LocalEngine(plan, journal, tell, checksum=checksum, reclaim=reclaim).run()
+            engine = LocalEngine(plan, journal, tell, checksum=checksum, reclaim=reclaim)
+            engine.run()
+            return engine.overflowed
     except OSError as error:
         raise describe_os_error(error, str(root)) from error
     finally:

@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ class LocalEngine:
         self._is_direct = plan.read_backend == "auto" and not shares_extents(self._root)
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self.overflowed: Counter[str] = Counter()
+        """See `Worker.overflowed`; of all workers of this run."""
         self._urls = known_urls(plan)
         self._looked_at = dict.fromkeys(self._urls, time.monotonic())
         self._remaining: dict[int, int] = {}
@@ -405,6 +408,8 @@ class LocalEngine:
                     self._finish(number)
         finally:
             self._worker().close()
+            with self._lock:
+                self.overflowed += self._worker().overflowed
 
     def _worker(self) -> FileWorker:
         """This thread's worker."""

@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -47,8 +48,10 @@ def files_to_make(plan: Plan, part: tuple[int, int] | None = None) -> list[int]:
     return mine
 
 
-def make_files(plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: None, check: Callable[[], object] = lambda: None) -> None:
-    """Makes these files below a local root, each complete and durable under its name, or not at all.
+def make_files(
+    plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: None, check: Callable[[], object] = lambda: None
+) -> Counter[str]:
+    """Makes these files below a local root, each complete and durable under its name, or not at all; what has overflowed in them.
 
     Files go in groups of at most `SAVE_BYTES` unless one is larger: what a killed process loses is a group.
 
@@ -63,22 +66,27 @@ def make_files(plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: No
         SourceChanged: a source is not what was planned with.
         Interrupted: Ctrl-C.
     """
+    overflowed: Counter[str] = Counter()
     for group in _group(plan, numbers):
-        _make_group(plan.for_files(group), tell, check)
+        overflowed += _make_group(plan.for_files(group), tell, check)
+    return overflowed
 
 
-def _make_group(mine: Plan, tell: Progress, check: Callable[[], object], attempts: int = ATTEMPTS) -> None:
+def _make_group(mine: Plan, tell: Progress, check: Callable[[], object], attempts: int = ATTEMPTS) -> Counter[str]:
     suffix = new_suffix()
     try:
         check()
         _remove_unfinished(mine, older=STALE)
-        LocalEngine(mine, Ledger(), tell, suffix=suffix).run()
+        engine = LocalEngine(mine, Ledger(), tell, suffix=suffix)
+        engine.run()
     except (RunError, DestinationError) as error:
         if all(holds(Path(mine.root) / file.path, file.size) for file in mine.files):
-            return  # others were quicker, and have finished
+            return Counter()  # others were quicker, and have finished
         if attempts == 1 or not isinstance(error.__cause__, FileNotFoundError):
             raise
-        _make_group(mine, tell, check, attempts - 1)  # others that finish took away what was begun: they have to find it made
+        return _make_group(mine, tell, check, attempts - 1)  # others that finish took away what was begun: they have to find it made
+    else:
+        return engine.overflowed
     finally:
         for file in mine.files:
             partial(Path(mine.root) / file.path, suffix).unlink(missing_ok=True)

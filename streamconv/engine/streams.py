@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -34,8 +35,8 @@ _ZEROS = memoryview(bytes(64 << 10))
 
 def make_files(
     plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: None, check: Callable[[], object] = lambda: None, *, sink: Sink
-) -> None:
-    """Makes these files of a plan in a sink, each complete under its name, or not at all.
+) -> Counter[str]:
+    """Makes these files of a plan in a sink, each complete under its name, or not at all; what has overflowed in them.
 
     Args:
         plan: that the files are of; its sources must not have changed since.
@@ -52,9 +53,12 @@ def make_files(
     """
     wanted = list(numbers)
     streamed = [number for number in wanted if isinstance(sink, ObjectSink) and in_order(plan, plan.files[number])]
+    overflowed: Counter[str] = Counter()
     if isinstance(sink, ObjectSink) and streamed:
-        _Streams(plan, sink, tell, check).run(streamed)
-    _make_staged(plan, [number for number in wanted if number not in streamed], tell, check, sink)
+        streams = _Streams(plan, sink, tell, check)
+        streams.run(streamed)
+        overflowed += streams.overflowed
+    return overflowed + _make_staged(plan, [number for number in wanted if number not in streamed], tell, check, sink)
 
 
 def staged_bytes(plan: Plan) -> int:
@@ -85,6 +89,7 @@ class _Streams:
         self._plan, self._sink, self._tell, self._check = plan, sink, tell, check
         self._workers, self._descriptors = share_descriptors(plan.workers)
         self._stop, self._lock = threading.Event(), threading.Lock()
+        self.overflowed: Counter[str] = Counter()
 
     def run(self, numbers: list[int]) -> None:
         queue, count = iter(numbers), min(self._workers, len(numbers))
@@ -122,6 +127,7 @@ class _Streams:
 
         def attempt() -> None:
             done = 0
+            worker.overflowed.clear()
             try:
                 with self._sink.stream(file.path, file.size, room) as write:
                     for piece in _pieces(self._plan, file, worker):
@@ -135,6 +141,8 @@ class _Streams:
                 raise
 
         again(attempt, self._sink.address(file.path), OVER, stop=self._stop)
+        with self._lock:
+            self.overflowed += worker.overflowed
         _log.info("%s: %s done", file.path, format_size(file.size))
 
     def _report(self, nbytes: int) -> None:
@@ -178,17 +186,21 @@ def _zeros(nbytes: int) -> Iterator[memoryview]:
 # Staging -----------------------------------------------------------------------------------------------------------
 
 
-def _make_staged(plan: Plan, numbers: list[int], tell: Progress, check: Callable[[], object], sink: Sink) -> None:
-    """Makes files on this machine, uploads each and deletes it."""
+def _make_staged(plan: Plan, numbers: list[int], tell: Progress, check: Callable[[], object], sink: Sink) -> Counter[str]:
+    """Makes files on this machine, uploads each and deletes it; what has overflowed in them."""
+    overflowed: Counter[str] = Counter()
     for group in _group(plan, numbers):
         check()
         with staging() as folder:
             mine = replace(plan.for_files(group), root=str(folder), single=None)
             try:
-                LocalEngine(mine, Ledger(), tell).run()
+                engine = LocalEngine(mine, Ledger(), tell)
+                engine.run()
             except Interrupted:
                 raise Interrupted(f"interrupted: {plan.destination} is incomplete; rerun the same command with --resume") from None
             sink.put({file.path: folder / file.path for file in mine.files})
+            overflowed += engine.overflowed
+    return overflowed
 
 
 def _group(plan: Plan, numbers: Iterable[int]) -> Iterator[list[int]]:

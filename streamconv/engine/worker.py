@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ class Worker:
         self._plan, self._stop = plan, stop
         self.reader = make_reader(plan.read_backend, descriptors, urls, stop)
         self._arena: Arena | None = None
+        self.overflowed: Counter[str] = Counter()
+        """The target whose values were too large for their dtype -> how many of those that this worker has evaluated."""
 
     def close(self) -> None:
         self.reader.close()
@@ -51,6 +54,9 @@ class Worker:
         out = arena.take(tile.numel, node.spec.dtype.itemsize)
         self.reader.expect(reads(node, region(tile)))
         evaluate(node, region(tile), out, arena, self._read)
+        if arena.overflowed:
+            self.overflowed[self._plan.target_of(segment)] += arena.overflowed
+            arena.overflowed = 0
         return out.data.cast("B")
 
     def _read(self, path: str, offset: int, view: memoryview) -> None:
