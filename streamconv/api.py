@@ -27,7 +27,7 @@ from streamconv.formats import FileLayout
 from streamconv.graph import AnyNode, extents
 from streamconv.kept import check_report, check_sources_stay
 from streamconv.places import identify
-from streamconv.plan import FilePlan, Plan, Totals
+from streamconv.plan import VERSION, FilePlan, Plan, Totals
 from streamconv.plan import Mapping as Row
 from streamconv.progress import Progress, bar
 from streamconv.quantization import FILES
@@ -326,7 +326,15 @@ def _find_begun(src: AnyPath, target: Target | RemoteTarget, *, reclaim_source: 
         return None
     if not reclaim_source:
         raise DestinationError(f"{path}: the interrupted run was begun with --reclaim-source: add it, to go on")
-    made = replace(Plan.from_json(first["reclaim"]), root=str(target.root), single=target.file)
+    if first.get("version") != VERSION:
+        raise DestinationError(
+            f"{path}: the interrupted run is of another release (its plan is of version {first.get('version')}, not {VERSION}), and its "
+            "source cannot be planned again: finish it with that release"
+        )
+    try:
+        made = replace(Plan.from_json(first["reclaim"]), root=str(target.root), single=target.file)
+    except FormatError as error:
+        raise DestinationError(f"{path}: is damaged ({error}), and its source cannot be planned again: restore it from a copy") from error
     above = Path(os.path.abspath(src))  # noqa: PTH100 - links are looked for later
     if foreign := [file for file in Reclaim(made).files if not Path(file).is_relative_to(above if above.is_dir() else above.parent)]:
         raise DestinationError(

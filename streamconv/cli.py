@@ -20,6 +20,7 @@ from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageEr
 from streamconv.kept import check_replaceable, check_report
 from streamconv.plan import BEGINNING, Plan
 from streamconv.progress import Progress
+from streamconv.reading import read_whole
 from streamconv.recipe import IDENTITY_OPTIONS
 from streamconv.results import Result
 from streamconv.storage import is_url
@@ -27,6 +28,7 @@ from streamconv.storage.remote import locate, shown
 from streamconv.text import did_you_mean, join_lines, one_line
 from streamconv.units import parse_size
 
+MOST_OF_PLAN = 512 << 20  # bytes of a plan's file: one of a million tensors has fewer
 NEAR = 0.25  # of the tensors that have a rule, times the rules that have a tensor: a recipe worth a look
 EXAMPLES = {
     "convert": (
@@ -376,12 +378,19 @@ def _plan(args: argparse.Namespace, out: Console) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, out: Console) -> int:
+def _read_plan(path: str) -> Plan:
+    """The plan in a file. Raises FormatError."""
+    again = "make it with 'streamconv plan SRC DST --out FILE'"
     try:
-        text = Path(args.plan).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{args.plan}: cannot be read: {error}; make it with 'streamconv plan SRC DST --out FILE'") from error
-    made = Plan.from_json(text)
+        return Plan.from_json(read_whole(path, MOST_OF_PLAN))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}; {again}") from error
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}; {again}") from error
+
+
+def _run(args: argparse.Namespace, out: Console) -> int:
+    made = _read_plan(args.plan)
     with _ending_softly() if args.part or is_url(made.root) else nullcontext():
         result = running.run(
             made,

@@ -12,12 +12,15 @@ from typing import Any
 
 from streamconv.checkpoint import CONFIG, CONTAINERS, Checkpoint, detect_format, open_checkpoint, read_config
 from streamconv.dtypes import TensorSpec
+from streamconv.engine.lines import read_line
 from streamconv.errors import FormatError, StreamconvError
+from streamconv.formats.files import read_bytes
 from streamconv.graph import AnyNode
 from streamconv.storage.remote import Location, each, locate, names_in
 from streamconv.text import join_lines
 from streamconv.units import format_size
 
+FIRST_LINE = 1 << 20  # bytes of a journal in which its advice stands
 PIECE = 8 << 20  # bytes of a tensor that are looked at together
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 _CONVENTIONAL = re.compile(
@@ -179,11 +182,13 @@ def _check_files(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], na
 
 
 def _read_advice(path: Location) -> str:
-    """What the journal of a conversion says that is to be done to end it."""
+    """What the journal of a conversion says that is to be done to end it; of an unfinished file what is usual."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8").splitlines()[0])["advice"])
-    except (OSError, ValueError, LookupError, TypeError):  # an unfinished file
-        return "rerun with --resume or --overwrite"
+        text, _ = read_bytes(path, 0, FIRST_LINE, "a journal")
+    except StreamconvError:
+        text = b""
+    line = read_line(text.partition(b"\n")[0] + b"\n") or {}
+    return line.get("advice", "rerun with --resume or --overwrite")
 
 
 def _check_index(

@@ -251,7 +251,7 @@ class Plan:
             )
             plan.check()
         except FormatError as error:
-            raise FormatError(f"not a plan that can be run: {error}; make it again with 'streamconv plan SRC DST --out FILE'") from error
+            raise FormatError(f"not a plan that can be run: {error}") from error
         return plan
 
 

@@ -331,7 +331,7 @@ def test_a_claim_removes_nothing_outside(plan, tmp_path, capsys):
     make(plan, 0)
     assert victim.exists()
     path.write_text(json.dumps(said | {"old": 3}) + "\n")
-    assert "another plan" in refusal(capsys, "run", plan, "--part", "1/4")
+    assert "cannot be read" in refusal(capsys, "run", plan, "--part", "1/4")
 
 
 def test_ordinary_runs_leave_parts_alone(plan, source, tmp_path, capsys, wanted):

@@ -27,6 +27,7 @@ STOREYS = [
         "filenames",
         "places",
         "staging",
+        "reading",
         "dtypes",
         "units",
         "memory",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import socket
 import sys
@@ -18,10 +17,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from streamconv import codec
 from streamconv.engine import order
 from streamconv.engine.io import sync_directory
+from streamconv.engine.lines import Holder, Line, read_line
 from streamconv.errors import DestinationError
 from streamconv.plan import VERSION, Plan, SourceFile
+from streamconv.reading import check_whole, read_whole
 from streamconv.storage import is_url
 
 try:
@@ -32,8 +34,10 @@ except ImportError:  # a system without it
 NAME = ".streamconv.json"
 DRAFT = ".new"  # at the end of that, until its first line is there
 HEAD, TAIL = 256 << 10, 64 << 10  # bytes of a source that tell it from another: a container's table of contents is at one end
+MOST = 256 << 20  # bytes of a journal
+ONLY_COPY = "holds the only copy of tensors whose source was given back (--reclaim-source)"
 IN_PARTS = "its files are made in parts: make the others with 'streamconv run PLAN --part I/N', then 'streamconv run PLAN --finish'"
-_OWN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_OWN = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
@@ -57,7 +61,7 @@ class Ledger:
 
     def record(self, done: Mapping[str, Iterable[int]]) -> None:
         """Notes that tasks are durable: by file, where they begin."""
-        self._append({"durable": {name: sorted(places) for name, places in done.items()}})
+        self._append({"durable": {name: tuple(sorted(places)) for name, places in done.items()}})
 
     def finish(self, name: str, digest: str = "") -> None:
         """Notes that ``name`` is complete, durable and under its final name."""
@@ -70,22 +74,22 @@ class Ledger:
     def end(self) -> None:
         """The conversion is complete."""
 
-    def _append(self, line: Mapping[str, Any]) -> None:
+    def _append(self, line: Line) -> None:
         with self._lock:
             self._read(line)
 
-    def _read(self, line: Mapping[str, Any]) -> None:
+    def _read(self, line: Line) -> None:
         """Takes a line into account."""
         if "tiling" in line:
             self.durable.clear()
         for name, places in line.get("durable", {}).items():
             self.durable.setdefault(name, set()).update(places)
-        if (name := line.get("finished")) is not None:
-            self.finished[name] = line.get("digest", "")
-            self.durable.pop(name, None)
-        if (name := line.get("again")) is not None:
-            self.finished.pop(name, None)
-            self.durable.pop(name, None)
+        if "finished" in line:
+            self.finished[line["finished"]] = line.get("digest", "")
+            self.durable.pop(line["finished"], None)
+        if "again" in line:
+            self.finished.pop(line["again"], None)
+            self.durable.pop(line["again"], None)
 
 
 class Journal(Ledger):
@@ -140,10 +144,7 @@ class Journal(Ledger):
         old = self._take(self.path, os.O_RDWR)
         try:
             if old >= 0 and is_only_copy(self.path):
-                raise DestinationError(
-                    f"{self.path.parent}: holds the only copy of tensors whose source was given back (--reclaim-source): "
-                    "finish that run with --resume"
-                )
+                raise DestinationError(f"{self.path.parent}: {ONLY_COPY}: finish that run with --resume")
             os.ftruncate(self._fd, 0)
             self._append(self._describe())
             draft.replace(self.path)
@@ -152,24 +153,26 @@ class Journal(Ledger):
             if old >= 0:
                 os.close(old)
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> Line:
         """The first line."""
-        return {
+        line: Line = {
             "state": "incomplete",
             "advice": "this conversion was interrupted or is running; rerun the same command with --resume",
             "version": VERSION,
             "plan": self._plan.digest(),
             "settings": self._settings,
-            "sources": {source.path: [source.size, source.mtime_ns, _read_ends(source)] for source in self._plan.sources},
+            "sources": {source.path: (source.size, source.mtime_ns, _read_ends(source)) for source in self._plan.sources},
             "tiling": _tiling(self._plan),
             "holder": _describe_process(),
             "overwrite": self.overwrites,
-            **({"reclaim": self._plan.to_json()} if self._reclaim else {}),
         }
+        if self._reclaim:
+            line["reclaim"] = self._plan.to_json()
+        return line
 
     def _take_up(self) -> None:
-        lines, size = _read_lines(self._fd)
-        first = lines[0] if lines else {}
+        lines, size, rest = _read_lines(self._fd)
+        first: Line = lines[0] if lines else {}
         if "parts" in first:
             self.close()
             raise DestinationError(f"{self._plan.destination}: {IN_PARTS}, or start afresh with --overwrite")
@@ -183,6 +186,9 @@ class Journal(Ledger):
                     else "start afresh with --overwrite, or give the options of that run"
                 )
             )
+        if self._reclaim and b"\n" in rest:  # no crash leaves that
+            self.close()
+            raise DestinationError(f"{self.path}: line {len(lines) + 1} is damaged, and DST {ONLY_COPY}: restore that line")
         os.ftruncate(self._fd, size)
         self.overwrites = bool(first.get("overwrite"))
         for line in lines:
@@ -191,7 +197,7 @@ class Journal(Ledger):
         if _tiling(self._plan) != _last(lines, "tiling"):  # other memory or workers: what is half done was cut otherwise
             self._append({"tiling": _tiling(self._plan)})
 
-    def _find_difference(self, found: Mapping[str, Any]) -> str | None:
+    def _find_difference(self, found: Line) -> str | None:
         """What makes this conversion another one than the one whose first line is ``found``."""
         mine = self._describe()
         if not {"plan", "settings", "sources", "tiling"} <= found.keys():
@@ -213,9 +219,9 @@ class Journal(Ledger):
                     return f"{path} {_compare(old, new)}"
         return None if same else "other options, recipe or release"
 
-    def _append(self, line: Mapping[str, Any]) -> None:
+    def _append(self, line: Line) -> None:
         with self._lock:
-            view = memoryview(json.dumps(line).encode() + b"\n")
+            view = memoryview(codec.encode(line) + b"\n")
             while view:
                 view = view[os.write(self._fd, view) :]
             os.fsync(self._fd)
@@ -232,6 +238,13 @@ class Journal(Ledger):
                 fd = os.open(path, flags | _OWN, 0o666)
             except FileNotFoundError:
                 return -1
+            except OSError as error:
+                raise _describe_stranger(path, error) from error
+            try:
+                check_whole(fd, MOST)
+            except OSError as error:
+                os.close(fd)
+                raise _describe_stranger(path, error) from error
             if not _lock(fd):
                 holder = _last(_read_lines(fd)[0], "holder") or {}
                 os.close(fd)
@@ -245,40 +258,49 @@ class Journal(Ledger):
             os.close(fd)  # it was finished and removed in between
 
 
+def _describe_stranger(path: Path, error: OSError) -> DestinationError:
+    """What is said of something in a journal's place that cannot be one."""
+    return DestinationError(f"{path}: is in the place of this output's journal and {error.strerror}: remove it, or give another DST")
+
+
 def is_only_copy(path: Path) -> bool:
-    """Whether the run of this journal has given parts of its source back."""
+    """Whether the run of this journal has given parts of its source back; also of a damaged one that may have."""
     first, finished = read_journal(path)
-    return "reclaim" in first and bool(finished)
+    if first:
+        return "reclaim" in first and bool(finished)
+    try:
+        return b'"reclaim":' in read_whole(path, MOST)
+    except OSError:
+        return False
 
 
-def read_journal(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_journal(path: Path) -> tuple[Line, dict[str, str]]:
     """A journal's first line and its finished files; nothing where there is none."""
     try:
-        with path.open("rb") as file:
-            lines, _ = _read_lines(file.fileno())
+        lines, _, _ = _split_lines(read_whole(path, MOST))
     except OSError:
         return {}, {}
     found = {line["finished"]: line.get("digest", "") for line in lines if "finished" in line}
     return (lines[0] if lines else {}), found
 
 
-def _read_lines(fd: int) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a journal and how many bytes they are."""
+def _read_lines(fd: int) -> tuple[list[Line], int, bytes]:
+    """The whole lines of an open journal, how many bytes they are, and what follows that is none."""
     with os.fdopen(os.dup(fd), "rb") as file:
         file.seek(0)
-        text = file.read()
-    lines: list[dict[str, Any]] = []
+        return _split_lines(file.read(check_whole(fd, MOST)))
+
+
+def _split_lines(text: bytes) -> tuple[list[Line], int, bytes]:
+    lines: list[Line] = []
     size = 0
-    for line in text.splitlines(keepends=True):
-        try:
-            found = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
+    for row in text.splitlines(keepends=True):
+        line = read_line(row)
+        if line is None:
             break
-        lines.append(found)
-        size += len(line)
-    return lines, size
+        lines.append(line)
+        size += len(row)
+    return lines, size, text[size:]
 
 
 def _last(lines: Iterable[Mapping[str, Any]], key: str) -> Any:
@@ -298,14 +320,14 @@ def _lock(fd: int) -> bool:
     return holder is None or not _is_alive(holder)
 
 
-def _is_alive(holder: Mapping[str, Any]) -> bool:
+def _is_alive(holder: Holder) -> bool:
     """Whether a process is there; of those on other hosts nobody knows."""
     if holder["host"] != socket.gethostname():
         return True
     return holder["pid"] != os.getpid() and holder["started"] is not None and _read_start(holder["pid"]) == holder["started"]
 
 
-def _describe_process() -> dict[str, Any]:
+def _describe_process() -> Holder:
     return {"pid": os.getpid(), "host": socket.gethostname(), "started": _read_start(os.getpid())}
 
 
@@ -345,7 +367,7 @@ def _read_ends(source: SourceFile) -> str:
     return found.hexdigest()
 
 
-def _compare(old: list[Any] | None, new: list[Any] | None) -> str:
+def _compare(old: tuple[int, int, str] | None, new: tuple[int, int, str] | None) -> str:
     """How a source differs from what it was."""
     if old is None or new is None:
         return "was not read" if old is None else "is not read any more"

@@ -8,7 +8,6 @@ until then DST is incomplete, and what stands under its final name is done.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import stat
@@ -18,11 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from streamconv import codec
 from streamconv.engine.check import OutputCheck
 from streamconv.engine.io import sync_directory
 from streamconv.engine.journal import IN_PARTS, NAME, Ledger, journal_path, read_journal
+from streamconv.engine.lines import Line, read_line
 from streamconv.engine.local import SAVE_BYTES, LocalEngine, Progress, check_sources, holds, partial
 from streamconv.errors import DestinationError, RunError
 from streamconv.filenames import find_fault
@@ -148,7 +148,7 @@ class Claim:
         self._plan, self._parts = plan, parts
         self._root = Path(plan.root)
         self._name = journal_path(Path(), plan.single).name
-        self._seen: dict[str, list[Any]] = {}
+        self._seen: dict[str, list[int | str]] = {}
         self.where = str(plan.destination)
 
     def take(self, doomed: Iterable[str] | None = None) -> None:
@@ -164,7 +164,7 @@ class Claim:
         """
         old = {} if doomed is None else self._look([*doomed, *(file.path for file in self._plan.files)])
         if not self.exists():  # looked at after the files: what is among them was not made by others since
-            line = {"state": "incomplete", "advice": IN_PARTS, "version": VERSION, "plan": self._plan.digest()}
+            line: Line = {"state": "incomplete", "advice": IN_PARTS, "version": VERSION, "plan": self._plan.digest()}
             self._create({**line, "old": old, "parts": self._parts})
         self.go_on()
 
@@ -174,23 +174,24 @@ class Claim:
         Raises:
             DestinationError: nothing is, or by another plan or an ordinary run.
         """
-        self._take_away({name: identity for name, identity in self.check()["old"].items() if not find_fault(name)})
+        self._take_away({name: identity for name, identity in self.check().get("old", {}).items() if not find_fault(name)})
 
-    def check(self) -> dict[str, Any]:
+    def check(self) -> Line:
         """What the claim says.
 
         Raises:
             DestinationError: there is none, or another one.
         """
         found = self._read()
-        if "parts" not in found and self.exists():
+        if not found and self.exists():
+            raise DestinationError(f"{self.where}: {self._name} there cannot be read: remove it, or give another DST")
+        if found and "parts" not in found:
             raise DestinationError(
                 f"{self.where}: holds an unfinished conversion that is none in parts: continue that, or give another DST"
             )
         if not found:
             raise DestinationError(f"{self.where}: holds no part of this plan: make its files with --part first")
-        sound = isinstance(found.get("old"), dict) and isinstance(found["parts"], int)
-        if not sound or found.get("plan") != self._plan.digest() or found.get("version") != VERSION:
+        if found.get("plan") != self._plan.digest() or found.get("version") != VERSION:
             raise DestinationError(
                 f"{self.where}: holds parts of another plan (other sources, options or release): finish that one, give another DST, "
                 f"or remove {self._name} there and start with --overwrite"
@@ -214,7 +215,7 @@ class Claim:
         """What is wrong with a file that is not as it should be."""
         file = self._plan.files[number]
         size, *_ = self._look([file.path]).get(file.path, [-1])
-        if size < 0:
+        if size == -1:
             return f"{file.path} is missing"
         return f"{file.path} has {size} bytes of {file.size}" if size != file.size else f"{file.path} holds something else"
 
@@ -243,16 +244,16 @@ class Claim:
         """Removes what killed processes left unfinished."""
         _remove_unfinished(self._plan)
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Line:
         return read_journal(self._root / self._name)[0]
 
-    def _create(self, line: dict[str, Any]) -> None:
+    def _create(self, line: Line) -> None:
         """Writes the claim, whole or not at all, unless there is one."""
         path = self._root / self._name
         draft = partial(path, new_suffix())
         try:
-            with draft.open("x") as file:
-                file.write(json.dumps(line) + "\n")
+            with draft.open("xb") as file:
+                file.write(codec.encode(line) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
             try:
@@ -270,7 +271,7 @@ class Claim:
             draft.unlink(missing_ok=True)
         sync_directory(str(self._root))
 
-    def _look(self, names: Iterable[str]) -> dict[str, list[Any]]:
+    def _look(self, names: Iterable[str]) -> dict[str, list[int | str]]:
         """Those of these files that are there: size, or -1 of what is no plain file, and what changes with their content."""
         found = {}
         for name in names:
@@ -278,7 +279,7 @@ class Claim:
                 found[name] = _identify(self._root / name)
         return found
 
-    def _standing(self) -> dict[str, list[Any]]:
+    def _standing(self) -> dict[str, list[int | str]]:
         """The old files that stand until new ones replace them, and as what."""
         return {}
 
@@ -293,7 +294,7 @@ class Claim:
                 wrong.add(number)
         return wrong
 
-    def _take_away(self, seen: Mapping[str, list[Any]]) -> None:
+    def _take_away(self, seen: Mapping[str, list[int | str]]) -> None:
         """Removes files that still are what was seen.
 
         Each is taken aside before it is looked at again: between a look and a removal another process may have put a new one there.
@@ -316,7 +317,7 @@ class Claim:
                 sync_directory(str(folder))
 
 
-def _identify(path: Path) -> list[Any]:
+def _identify(path: Path) -> list[int | str]:
     """Size, or -1 of what is no plain file, and what changes with its content and not with its name."""
     found = path.lstat()
     return [found.st_size if stat.S_ISREG(found.st_mode) else -1, found.st_mtime_ns]
@@ -354,26 +355,30 @@ class SinkClaim(Claim):
     def clear_up(self) -> None:
         self._sink.abandon({file.path for file in self._plan.files}, others=not self._plan.single)
 
-    def _read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._sink.load_state(self._name) or b"{}")
-        return found
+    def _read(self) -> Line:
+        state = self._sink.load_state(self._name)
+        if state and (line := read_line(state)) is not None:
+            return line
+        if state:
+            raise DestinationError(f"{self.where}: {self._name} there is no claim that can be read: remove it, or give another DST")
+        return {}
 
-    def _create(self, line: dict[str, Any]) -> None:
-        self._sink.save_state(self._name, json.dumps(line).encode() + b"\n")
+    def _create(self, line: Line) -> None:
+        self._sink.save_state(self._name, codec.encode(line) + b"\n")
 
-    def _look(self, names: Iterable[str]) -> dict[str, list[Any]]:
+    def _look(self, names: Iterable[str]) -> dict[str, list[int | str]]:
         there = self._sink.list()
         return {name: [there[name].size, there[name].tag] for name in names if name in there}
 
     def _find_wrong(self, present: Sequence[int]) -> set[int]:  # noqa: ARG002 - what is there is whole, and only this plan's writers write it
         return set()
 
-    def _standing(self) -> dict[str, list[Any]]:
+    def _standing(self) -> dict[str, list[int | str]]:
         said = self._read()
         made = {self._plan.files[number].path for number in files_to_make(self._plan)} if said.get("parts") else set()
         return {name: identity for name, identity in said.get("old", {}).items() if name in made}
 
-    def _take_away(self, seen: Mapping[str, list[Any]]) -> None:
+    def _take_away(self, seen: Mapping[str, list[int | str]]) -> None:
         standing = self._standing()
         there = self._look(name for name in seen if name not in standing)
         if names := [name for name, identity in there.items() if identity == seen[name]]:

@@ -1,0 +1,37 @@
+"""Files of this machine that are read as a whole: never a pipe or device, which may wait or have no end, and never more than expected."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+_WHOLE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+def read_whole(path: str | Path, most: int) -> bytes:
+    """The bytes of a regular file of ``most`` bytes at most.
+
+    Raises:
+        OSError: there is none, it is something else, or larger.
+    """
+    try:
+        fd = os.open(path, _WHOLE)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"no path ({error})") from error
+    with os.fdopen(fd, "rb") as file:
+        size = check_whole(fd, most)
+        return file.read(size)
+
+
+def check_whole(fd: int, most: int) -> int:
+    """The size of an open file. Raises OSError if it is no regular file, or larger than ``most`` bytes."""
+    found = os.fstat(fd)
+    if stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EISDIR, "is a directory")
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "is a pipe or device, no regular file")
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"has {found.st_size} bytes, more than the {most} that it can have")
+    return found.st_size
