@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePath
@@ -15,11 +16,15 @@ from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, FileLayout, mindspore, safetensors, sat
 from streamconv.formats import torch as torch_files
 from streamconv.formats.files import Names, read_index, show, unreadable
+from streamconv.formats.foreign import READS
+from streamconv.formats.selection import Selection, find_files, find_unnamed, is_index, one_checkpoint
+from streamconv.formats.signatures import holds_checkpoint, recognize
 from streamconv.names import natural_key, nearest
 from streamconv.names import parse as parse_names
-from streamconv.storage.remote import Location, exists, is_dir, locate, names_in, relative, walk
+from streamconv.storage import hub_cache
+from streamconv.storage.remote import Location, RemotePath, exists, is_dir, locate, names_in, relative, walk
 from streamconv.text import one_line
-from streamconv.ties import Choice, find_ties
+from streamconv.ties import Choice, explain_absent, find_ties, says_tie
 
 CONFIG = "config.json"
 WEIGHT_SUFFIXES = (
@@ -203,16 +208,77 @@ def open_checkpoint(
         FormatError: damaged or not a checkpoint.
         UsageError: not there, or not readable.
     """
-    where = locate(path)
+    where, notes = find_checkpoint(path)
     chosen, ranked = choose_files(where, ranks, files)
-    name = _format_of(where / chosen[0]) if chosen else detect_format(where)
-    if name == "mindspore" and not chosen and (others := _torch_files(where)):
-        name, chosen = "torch", others
+    by_rank = by_rank or ranked
+    name, found = _choose(where, chosen, by_rank=by_rank)
     if root is not None and name != "torch":
         raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
     given: dict[str, Any] = {} if root is None else {"root": root}
-    given |= {"files": chosen} if chosen else {}
-    return Checkpoint(where.absolute(), CONTAINERS[name].read(where, by_rank=by_rank or ranked, **given), config)
+    given |= {} if found is None else {"files": found}
+    folder = where.parent if is_index(where.name) else where
+    if name in ("safetensors", "torch"):
+        given["explain"] = lambda tensor, present: explain_absent(tensor, present, untied=_is_untied(folder))
+    contents = CONTAINERS[name].read(where, by_rank=by_rank, **given)
+    contents.notes[:0] = notes
+    return Checkpoint(folder.absolute(), contents, config)
+
+
+def find_checkpoint(given: str | os.PathLike[str]) -> tuple[Location, list[str]]:
+    """Where a checkpoint is: the path, or the snapshot that a folder of the Hub's cache stands for, with a note that says so.
+
+    Raises:
+        UsageError: it is not there, or not readable.
+    """
+    path = locate(given)
+    if isinstance(path, RemotePath):
+        return path, []
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        told = f"give the path of a checkpoint's file or its directory{hub_cache.hint(str(given))}"
+        raise UsageError(f"{show(path)}: no such file or directory: {told}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error, "a checkpoint") from error
+    snapshot = hub_cache.find_snapshot(path) if is_dir(path) else None
+    if snapshot is None:
+        return path, []
+    return snapshot, [f"{show(path)} is the Hub's cache: its snapshot {one_line(snapshot.name)} is read"]
+
+
+def _is_untied(folder: Location) -> bool:
+    """Whether config.json says that the head is not the embedding."""
+    try:
+        config = read_config(folder)
+    except FormatError:
+        return False
+    text = config.get("text_config")
+    return config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None) is False
+
+
+def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool) -> tuple[str, Selection | None]:
+    """The container of a checkpoint, and its files; None for a container that finds them itself.
+
+    Args:
+        path: a file, an index or a directory.
+        chosen: names of the directory's files that a recipe asks for.
+        by_rank: see `find_files`.
+    """
+    if not is_dir(path) and not is_index(path.name):
+        return container_of(path), Selection({path.name: path})
+    name = detect_format(path)
+    if not chosen and is_dir(path) and CONTAINERS[name].by_rank:
+        return name, None
+    kind = CONTAINERS[name].names
+    if chosen:
+        found = find_files(path, kind, chosen)
+    elif is_dir(path) and not any(map(kind.is_part, names_in(path))):
+        names = one_checkpoint(path, find_unnamed(path, names_in(path)), kind)
+        found = find_files(path, kind, names)
+    else:
+        found = find_files(path, kind, by_rank=by_rank)
+    first = next(iter(found.files.values()))
+    return container_of(first), found
 
 
 def choose_files(path: Location, ranks: Sequence[str], files: Sequence[str]) -> tuple[list[str], bool]:
@@ -233,30 +299,62 @@ def choose_files(path: Location, ranks: Sequence[str], files: Sequence[str]) -> 
     return [], False
 
 
-def _format_of(path: Location) -> str:
-    """The container of a file by its suffix; MindSpore's is that of many files of torch.save too."""
-    name = FORMAT_OF.get(path.suffix, "safetensors")
-    return "torch" if name == "mindspore" and torch_files.wrote(path) else name
+def container_of(path: Location) -> str:
+    """The container of a file: by its first bytes, else by its suffix.
 
-
-def _torch_files(path: Location) -> list[str]:
-    """The files of torch.save in a directory that are called as MindSpore's are, where the first of these is one."""
-    names = sorted(name for name in names_in(path) if name.endswith(mindspore.KIND.suffixes)) if is_dir(path) else []
-    return names if names and torch_files.wrote(path / names[0]) else []
+    Raises:
+        FormatError: it is something else, or nothing says what it is.
+        UsageError: it cannot be read.
+    """
+    by_suffix = FORMAT_OF.get(path.suffix)
+    found = recognize(path) or by_suffix
+    if found is None:
+        raise FormatError(f"{show(path)}: neither its first bytes nor its name say what it is; {READS}: give another file")
+    return found
 
 
 def detect_format(path: Location) -> str:
-    """The container that a path holds: by a file's suffix, or by what is in a directory."""
+    """The container that a path holds: by a file's first bytes, or by what is in a directory.
+
+    Raises:
+        FormatError: there is none.
+        UsageError: it cannot be read.
+    """
     if not is_dir(path):
-        return _format_of(path)
+        return _format_of_index(path) if is_index(path.name) else container_of(path)
     try:
         names = [name for name in names_in(path) if not name.startswith(".")]
-    except OSError:
-        return "safetensors"  # which says why it cannot be read
-    for container, kind in ((container, CONTAINERS[container].names) for container in CONTAINERS):
-        if any(map(kind.is_part, names)):
-            return container
+    except OSError as error:
+        raise unreadable(path, error, "a checkpoint") from error
+    parts = {name: list(filter(container.names.is_part, names)) for name, container in CONTAINERS.items()}
+    found = [name for name in parts if parts[name]]
+    if len(found) > 1:  # a suffix alone says little: .bin is anything
+        found = [name for name in found if _is_certain(path, CONTAINERS[name].names, parts[name])] or found
+    if found:
+        return found[0]
+    if unnamed := find_unnamed(path, names):
+        return container_of(path / unnamed[0])
     raise FormatError(f"{show(path)}: no *{', *'.join(FORMAT_OF)} file in it: give the path of a checkpoint")
+
+
+def _is_certain(directory: Location, kind: Names, names: Sequence[str]) -> bool:
+    """Whether files of these names are of a kind: by a name that libraries give, or by the first bytes of one."""
+    given = any(name in kind.known or kind.is_index(name) or not name.endswith(kind.suffixes) for name in names)
+    return given or any(holds_checkpoint(directory / name) for name in names)
+
+
+def _format_of_index(path: Location) -> str:
+    """The container whose files an index names: by its own name, else by theirs."""
+    for name, container in CONTAINERS.items():
+        if any(f"{suffix}.index." in path.name for suffix in container.names.suffixes):
+            return name
+    for name, container in CONTAINERS.items():
+        if container.names.suffixes:
+            with suppress(FormatError):
+                read_index(path, container.names)
+                return name
+    read_index(path, safetensors.KIND)
+    return "safetensors"
 
 
 def ties(contents: Contents, architecture: str = "", choose: Choice = lambda _: None) -> dict[str, str]:
@@ -264,5 +362,5 @@ def ties(contents: Contents, architecture: str = "", choose: Choice = lambda _: 
     entries = contents.entries
     if not CONTAINERS[contents.format].holds_ties:
         said = contents.metadata.items()
-        return {name: kept for name, kept in said if name != "format" and name not in entries and kept in entries}
+        return {name: kept for name, kept in said if name not in entries and kept in entries and says_tie(name, kept)}
     return find_ties(entries, architecture, choose)

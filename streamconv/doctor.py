@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from streamconv.checkpoint import CONFIG, CONTAINERS, Checkpoint, detect_format, open_checkpoint, read_config
+from streamconv.checkpoint import CONFIG, CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.dtypes import TensorSpec
 from streamconv.engine.lines import read_line
 from streamconv.errors import FormatError, StreamconvError
 from streamconv.formats.files import read_bytes
 from streamconv.graph import AnyNode
-from streamconv.storage.remote import Location, each, locate, names_in
+from streamconv.storage.remote import Location, each, names_in
 from streamconv.text import join_lines
 from streamconv.units import format_size
 
@@ -79,7 +79,7 @@ def examine(path: str | os.PathLike[str], *, data: bool = False) -> Examination:
     Raises:
         StreamconvError: there is nothing at ``path`` that could be one.
     """
-    path = locate(path)
+    path, _ = find_checkpoint(path)
     name = detect_format(path)
     found = Examination(str(path), name)
     tables: dict[str, Mapping[str, AnyNode]] = {}

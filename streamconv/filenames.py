@@ -21,6 +21,10 @@ def find_fault(path: str) -> str | None:
         return "leads out of its folder"
     if "" in parts or "." in parts:
         return "has an empty part"
-    if max(len(part.encode("utf-8", "surrogateescape")) for part in parts) > LONGEST:
+    try:
+        longest = max(len(part.encode("utf-8", "surrogateescape")) for part in parts)
+    except UnicodeEncodeError as error:
+        return f"holds {error.object[error.start]!r}, which is no character"
+    if longest > LONGEST:
         return f"has a part of more than {LONGEST} bytes"
     return None

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from streamconv import recipes
-from streamconv.checkpoint import CONTAINERS, Checkpoint, choose_files, open_checkpoint, read_config
+from streamconv.checkpoint import CONTAINERS, Checkpoint, choose_files, find_checkpoint, open_checkpoint, read_config
 from streamconv.errors import StreamconvError
 from streamconv.recipe import Recipe, Side
 from streamconv.sides import open_side
-from streamconv.storage.remote import Location, locate
+from streamconv.storage.remote import Location
 
 _Found = TypeVar("_Found")
 
@@ -43,7 +43,7 @@ def rank_recipes(src: str | os.PathLike[str]) -> list[Match]:
     Raises:
         StreamconvError: it cannot be read.
     """
-    src = locate(src)
+    src, _ = find_checkpoint(src)
     opened = _Opened(src)
     known = ((recipe, opened.get(recipe.source)) for recipe in recipes.registry().values() if recipe.rules)
     found = [_match(recipe, *read) for recipe, read in known if read]
@@ -104,7 +104,7 @@ def _match(recipe: Recipe, checkpoint: Checkpoint, kinds: Mapping[str, int]) -> 
 
 def suggest_recipes(src: str | os.PathLike[str]) -> list[str]:
     """The recipes that go by the model type in a checkpoint's config.json and have a rule for each of its tensors."""
-    src = locate(src)
+    src, _ = find_checkpoint(src)
     config = read_config(src if src.is_dir() else src.parent)
     named = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)] if config.get("model_type") else []
     kinds = _count_kinds(open_checkpoint(src)) if named else {}

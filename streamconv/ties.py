@@ -7,7 +7,7 @@ shared rather than the encoder's or the decoder's. Most names tell; where they d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from streamconv.graph import AnyNode, made_of
 
@@ -32,6 +32,8 @@ _KINDS = (  # patterns of whole names; of several names, those that the first pa
     rf"(.*\.)?{_HEAD}",
     r".*",
 )
+_BIAS = re.compile(r"(?P<stem>(.*\.)?(predictions|lm_head))\.decoder\.bias")  # another name of that of the module above
+_COMPUTED = re.compile(r"(.*\.)?((original_)?inv_freq|position_ids|token_type_ids|masked_bias|(cos|sin)_cached|relative_position_index)")
 _BY_CLASS = (  # classes that keep another name than their like
     (r"Blt.*|OpenAIGPTDoubleHeadsModel", r"lm_head\.weight"),
     (r"Flava.*", r"m\w+_head\.decoder\.bias"),
@@ -70,3 +72,41 @@ def _first_kind(names: Iterable[str], architecture: str) -> list[str]:
         if found:
             return found
     raise AssertionError("the last kind takes every name")
+
+
+# What files say ------------------------------------------------------------------------------------------------------
+
+
+def says_tie(name: str, kept: str) -> bool:
+    """Whether ``name: kept`` among a file's metadata says that a tensor goes by two names, and is not about something else.
+
+    Metadata may say anything, ``note: w`` where there is a tensor ``w``. Both must be a parameter's name, that of a module and at its end
+    the same word, or be called as heads and embeddings are: a tie that is not seen stays as metadata, one that is none would be a tensor
+    made up.
+    """
+    module, _, parameter = name.rpartition(".")
+    other, _, own = kept.rpartition(".")
+    if module and other:
+        return parameter == own and name.isprintable() and " " not in name
+    known = re.compile(rf"{_EMBEDDING}|{_HEAD}|{_OUTPUT}")
+    return known.fullmatch(name) is not None and known.fullmatch(kept) is not None
+
+
+def explain_absent(name: str, present: Collection[str], *, untied: bool) -> str | None:
+    """Why a tensor that an index names need be in no file: the one that it is another name of, or that code computes it. None: it is lost.
+
+    Args:
+        name: of the tensor.
+        present: what files hold.
+        untied: the config says that the head is not the embedding.
+    """
+    if _COMPUTED.fullmatch(name):
+        return "which the model's code computes"
+    if match := _BIAS.fullmatch(name):
+        bias = f"{match['stem']}.bias"
+        return f"another name of {bias}" if bias in present else None
+    head = re.fullmatch(rf"(.*\.)?({_HEAD}|{_OUTPUT})", name, re.DOTALL)
+    if (head and not untied) or re.fullmatch(rf"(.*\.)?{_EMBEDDING}", name, re.DOTALL):
+        kept = next((other for other in present if re.fullmatch(rf"(.*\.)?{_EMBEDDING}", other, re.DOTALL)), None)
+        return f"another name of {kept}" if kept else None
+    return None

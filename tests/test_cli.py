@@ -388,9 +388,9 @@ def test_every_type_is_resharded_byte_for_byte(tmp_path):
         f"empty.{i}": make(dtype, 2, 0) for i, dtype in enumerate(types)
     }
     metadata = {"format": "pt", "licence": "é", "z": ""}
-    save_file(values, folder / "a.safetensors", metadata=metadata)
+    save_file(values, folder / "x-1.safetensors", metadata=metadata)
     six = {"f6": tensor(0, 3, "F6_E2M3", [4]), "f6b": tensor(3, 6, "F6_E3M2", [2, 2])}
-    (folder / "b.safetensors").write_bytes(container(six, bytes(range(6))))
+    (folder / "x-2.safetensors").write_bytes(container(six, bytes(range(6))))
 
     def contents(path: Path):
         found = {}
@@ -411,10 +411,10 @@ def test_every_type_is_resharded_byte_for_byte(tmp_path):
         assert found == wanted
         header = next((tmp_path / "dst").glob("*.safetensors")).read_bytes()
         assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"] == metadata
-    (folder / "b.safetensors").unlink()
+    (folder / "x-2.safetensors").unlink()
     assert run("convert", folder, tmp_path / "one.safetensors", "--quiet") == 0
     assert json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"] == metadata
-    assert len((tmp_path / "one.safetensors").read_bytes()) == (folder / "a.safetensors").stat().st_size
+    assert len((tmp_path / "one.safetensors").read_bytes()) == (folder / "x-1.safetensors").stat().st_size
 
 
 def test_a_checkpoint_without_tensors(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from streamconv.checkpoint import open_checkpoint
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import safetensors as fmt
@@ -288,7 +289,7 @@ def test_entries_are_in_offset_order_whatever_the_header_says(tmp_path):
 
 
 def test_equal_specs_are_one_object(tmp_path):
-    entries = fmt.read(put(tmp_path, a=["x", "y"], b=["z"])).entries
+    entries = fmt.read(put(tmp_path, x1=["x", "y"], x2=["z"])).entries
     assert len({id(entry.spec) for entry in entries.values()}) == 1
 
 
@@ -391,7 +392,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, case):
 def test_a_path_with_a_newline_still_makes_one_line(tmp_path):
     path = tmp_path / "a\nb.safetensors"
     path.write_bytes(b"")
-    assert repr(str(path)) in refusal(path)
+    assert repr(str(path))[1:-1] in refusal(path)
 
 
 def test_paths_that_cannot_be_read(tmp_path):
@@ -494,8 +495,8 @@ def names_of(path, **options):
 
 
 def test_without_an_index_model_safetensors_counts_alone(tmp_path):
-    put(tmp_path, b=["b"], a=["a"])
-    assert names_of(tmp_path) == ["a", "b"]
+    put(tmp_path, b=["b"])
+    assert names_of(tmp_path) == ["b"]
     put(tmp_path, model=["m"])
     contents = fmt.read(tmp_path)
     assert (list(contents.entries), contents.files, contents.others) == (["m"], [tmp_path / "model.safetensors"], [])
@@ -508,14 +509,62 @@ def test_other_and_hidden_files_do_not_count(tmp_path):
     assert names_of(tmp_path) == ["a"]
 
 
-def test_an_index_beats_model_safetensors(tmp_path):
-    put(tmp_path, model=["m"], x=["x"])
+def test_the_order_is_that_of_transformers_diffusers_and_peft(tmp_path):
+    put(tmp_path, adapter_model=["p"], other=["o"])
+    assert names_of(tmp_path) == ["p"]
+    put(tmp_path, x=["x"])
     put_index(tmp_path, {"x": "x.safetensors"}, "diffusion_pytorch_model.safetensors.index.json")
-    assert names_of(tmp_path) == ["x"]
+    put(tmp_path, diffusion_pytorch_model=["d"])
+    assert names_of(tmp_path) == ["x"], "diffusers looks for the index first"
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    assert names_of(tmp_path) == ["d"]
     put(tmp_path, y=["y"])
     put_index(tmp_path, {"y": "y.safetensors"})
     contents = fmt.read(tmp_path)
     assert (list(contents.entries), contents.others) == (["y"], [tmp_path / fmt.KIND.index])
+    put(tmp_path, model=["m"])
+    contents = fmt.read(tmp_path)
+    assert (list(contents.entries), contents.others) == (["m"], []), "transformers looks for the single file first"
+    (note,) = contents.notes
+    assert note.startswith("model.safetensors is read; not read: adapter_model.safetensors, diffusion_pytorch_model.safetensors, ")
+    assert note.endswith("model.safetensors.index.json, other.safetensors, x.safetensors, y.safetensors")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["x-00001-of-00002", "x-00002-of-00002"],
+        ["x-00000-of-00002", "x-00001-of-00002"],
+        ["model_00001", "model_00002", "model_00003"],
+        ["0", "1"],
+        ["part.0.pt", "part.1.pt"],
+        [f"shard{n}" for n in range(12)],
+    ],
+)
+def test_numbered_files_are_one_checkpoint(tmp_path, names):
+    put(tmp_path, **{name: [f"{name}.weight"] for name in names})
+    assert names_of(tmp_path) == [f"{name}.weight" for name in names]
+    put(tmp_path, consolidated=["c"])
+    assert names_of(tmp_path) == [f"{name}.weight" for name in names], "Mistral's own file, beside shards of transformers'"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a", "b"],
+        ["llama-7b", "llama-13b"],
+        ["step_1000", "step_2000"],
+        ["unet", "vae", "text_encoder"],
+        ["a-00001-of-00002", "a-00002-of-00002", "b"],
+        ["x-00001-of-00001", "y-00001-of-00001"],
+        ["x1", "x2", "other"],
+    ],
+)
+def test_several_checkpoints_in_one_folder_are_refused(tmp_path, names):
+    put(tmp_path, **{name: [name] for name in names})
+    message = refusal(tmp_path)
+    assert "checkpoints in one folder" in message
+    assert all(f"{name}.safetensors" in message for name in (names[0], names[-1]))
 
 
 def test_several_other_indexes_are_refused(tmp_path):
@@ -543,7 +592,9 @@ def test_a_missing_shard_is_noticed_without_an_index(tmp_path):
     put(tmp_path, **{"model-00001-of-00003": ["a"], "model-00003-of-00003": ["b"], "extra": ["c"]})
     assert "2 of the 3" in refusal(tmp_path)
     put(tmp_path, **{"model-00002-of-00003": ["d"]})
-    assert names_of(tmp_path) == ["c", "a", "d", "b"]
+    contents = fmt.read(tmp_path)
+    assert list(contents.entries) == ["a", "d", "b"]
+    assert contents.notes[0].endswith("model-00003-of-00003.safetensors are read; not read: extra.safetensors")
 
 
 def test_an_empty_directory_is_refused(tmp_path):
@@ -551,8 +602,7 @@ def test_an_empty_directory_is_refused(tmp_path):
 
 
 def test_a_directory_in_place_of_a_file_is_refused(tmp_path):
-    put(tmp_path, a=["a"])
-    (tmp_path / "b.safetensors").mkdir()
+    (tmp_path / "model.safetensors").mkdir()
     assert "regular file" in refusal(tmp_path)
 
 
@@ -630,7 +680,7 @@ def test_an_index_may_name_a_file_in_a_folder(tmp_path):
         ('{"metadata": NaN, "weight_map": {"a": "a.safetensors"}}', "NaN"),
         ('{"metadata": ' + "[" * 100_000, "not JSON"),
         ('{"weight_map": {"\udcff": "a.safetensors"}}', "UTF-8"),
-        ('{"weight_map": {"a": "\\ud800.safetensors"}}', "not there"),
+        ('{"weight_map": {"a": "\\ud800.safetensors"}}', "below this directory"),
         ('{"weight_map": {"a": "none.safetensors"}}', "'none.safetensors'"),
     ],
 )
@@ -652,7 +702,6 @@ def test_a_huge_index_is_not_parsed(tmp_path):
     ("weight_map", "parts"),
     [
         ({"x": "a", "y": "a", "z": "b", "lost": "b", "gone": "a"}, ["2 tensors", "'lost'", "no file", "'b.safetensors'"]),
-        ({"x": "a", "z": "b"}, ["1 tensors", "'y'", "'a.safetensors'", "not name it"]),
         ({"x": "b", "y": "a", "z": "a"}, ["2 tensors", "'z'", "'a.safetensors'", "'b.safetensors'"]),
     ],
 )
@@ -662,6 +711,23 @@ def test_an_index_that_contradicts_the_files_is_refused(tmp_path, weight_map, pa
     message = refusal(tmp_path)
     for part in [str(tmp_path / fmt.KIND.index), *parts]:
         assert part in message
+
+
+def test_what_files_hold_counts_where_an_index_forgets_it_or_names_an_alias(tmp_path):
+    put(tmp_path, a=["model.embed_tokens.weight", "y"], b=["z"])
+    where = {"model.embed_tokens.weight": "a", "z": "b", "lm_head.weight": "b", "layers.0.rotary_emb.inv_freq": "a"}
+    put_index(tmp_path, {name: f"{stem}.safetensors" for name, stem in where.items()})
+    contents = open_checkpoint(tmp_path).contents
+    assert sorted(contents.entries) == ["model.embed_tokens.weight", "y", "z"]
+    absent, extra = contents.notes
+    assert absent.startswith("2 tensors that model.safetensors.index.json names in no file, such as 'lm_head.weight', another name of ")
+    assert absent.endswith("model.embed_tokens.weight: left out")
+    assert extra == "1 tensor that model.safetensors.index.json does not name, such as 'y': read all the same"
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}')
+    with pytest.raises(FormatError, match=r"'lm_head\.weight' is in no file"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"text_config": {"tie_word_embeddings": true}}')
+    assert len(open_checkpoint(tmp_path)) == 3
 
 
 def test_a_tensor_in_two_files_is_refused_or_named_by_rank(tmp_path):
@@ -682,6 +748,6 @@ def test_a_second_copy_is_refused_with_an_index_too(tmp_path):
 
 
 def test_metadata_of_several_files_is_joined_the_first_counts(tmp_path):
-    for stem, metadata in {"a": {"format": "pt", "k": "a"}, "b": {"format": "pt", "k": "b", "only": "b"}}.items():
+    for stem, metadata in {"x1": {"format": "pt", "k": "a"}, "x2": {"format": "pt", "k": "b", "only": "b"}}.items():
         (tmp_path / f"{stem}.safetensors").write_bytes(container({"__metadata__": metadata}))
     assert fmt.read(tmp_path).metadata == {"format": "pt", "k": "a", "only": "b"}

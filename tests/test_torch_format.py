@@ -279,8 +279,8 @@ CHOICES = [
     (["pytorch_model.bin", "pytorch_model.fp16.bin", "model.pth"], ["pytorch_model.bin"]),
     ([*TWO, "training_args.bin"], TWO),
     (["consolidated.00.pth", "consolidated.01.pth", "other.pth", "x.pt"], ["consolidated.00.pth", "consolidated.01.pth"]),
-    (["a.pth", "rng_state_0.pth", "x.pt"], ["a.pth"]),
-    (["optimizer.pt", "scheduler.pt", "x.pt", "y.bin"], ["x.pt"]),
+    (["a.pth", "rng_state_0.pth"], ["a.pth"]),
+    (["optimizer.pt", "scheduler.pt", "x.pt"], ["x.pt"]),
     (["training_args.bin", "y.bin"], ["y.bin"]),
 ]  # fmt: skip
 

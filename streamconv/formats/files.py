@@ -10,7 +10,7 @@ import re
 import reprlib
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -19,7 +19,7 @@ from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.filenames import find_fault
 from streamconv.formats import AnyNode, FileLayout
-from streamconv.storage.remote import Location, RemoteFile, RemotePath, exists, is_dir, names_in
+from streamconv.storage.remote import Location, RemoteFile, RemotePath
 from streamconv.text import one_line
 
 MAX_JSON = 100_000_000  # safetensors' own limit for a header; an index is held to the same
@@ -53,6 +53,7 @@ class Names:
         choices: patterns of weight files where neither an index nor the single file is there; the first that fits any counts.
         others: a pattern of files with such a suffix that are no weights.
         folders: a pattern of folders in which such files may lie, where none lie in the directory itself.
+        libraries: what libraries look for in a directory, in their order; by default the single file, then its index.
         other_index: the name of an index that another writer makes.
         unlisted: the name of a file that belongs to that index and is not named in it.
     """
@@ -63,6 +64,7 @@ class Names:
     choices: tuple[str, ...]
     others: str = r"(?!)"
     folders: str = r"(?!)"
+    libraries: tuple[str, ...] = ()
     other_index: str = ""
     unlisted: str = ""
 
@@ -73,6 +75,10 @@ class Names:
     @property
     def index(self) -> str:
         return f"{self.single}.index.json"
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        return self.libraries or (self.single, self.index)
 
     def is_index(self, name: str) -> bool:
         return name == self.other_index or name.endswith(tuple(f"{suffix}.index.json" for suffix in self.suffixes))
@@ -203,67 +209,7 @@ def countable(shape: Sequence[int]) -> bool:
     return True
 
 
-# Directories -----------------------------------------------------------------------------------------------------
-
-
-def find_files(
-    path: Location, kind: Names, chosen: Iterable[str] | None = None
-) -> tuple[Location | None, dict[str, str], dict[str, Location]]:
-    """The files of a checkpoint: the index if there is one, what it says, and the weight files by name.
-
-    Args:
-        path: a file, or a directory with an index, the single file, or files that `Names.choices` knows.
-        kind: how they are called.
-        chosen: names of the files of the directory to take instead.
-    """
-    if not is_dir(path):  # reading the file says what is wrong
-        return None, {}, {path.name: path}
-    try:
-        names = sorted(name for name in names_in(path) if not name.startswith("."))
-        folders = sorted((name for name in names if re.fullmatch(kind.folders, name) and (path / name).is_dir()), key=len)
-        names += [f"{folder}/{name}" for folder in folders for name in sorted(names_in(path / folder))]
-    except OSError as error:
-        raise unreadable(path, error, kind.noun) from error
-    index: Location | None = None
-    weight_map: dict[str, str] = {}
-    if chosen is None and (index := _find_index(path, names, kind)):
-        weight_map = read_index(index, kind)
-        chosen = _in_order(weight_map.values(), kind)
-        if index.name == kind.other_index and kind.unlisted in names:
-            chosen.append(kind.unlisted)
-    files = {name: path / name for name in (_choose_files(path, names, kind) if chosen is None else chosen)}
-    _check_present(index or path, files)
-    return index, weight_map, files
-
-
-def _find_index(directory: Location, names: list[str], kind: Names) -> Location | None:
-    found = list(filter(kind.is_index, names))
-    if len(found) > 1 and kind.index not in found:
-        raise FormatError(f"{show(directory)}: several indexes, {short.repr(found)}, none of them {kind.index}: keep the one that counts")
-    return directory / (kind.index if kind.index in found else found[0]) if found else None
-
-
-def _choose_files(directory: Location, names: list[str], kind: Names) -> list[str]:
-    """The weight files of a directory without an index."""
-    if kind.single in names:
-        return [kind.single]
-    names = [name for name in names if not re.fullmatch(kind.others, name)]
-    choices = ([name for name in names if re.fullmatch(choice, name, re.DOTALL)] for choice in kind.choices)
-    if not (found := next(filter(None, choices), [])):
-        raise FormatError(f"{show(directory)}: no *{', *'.join(kind.suffixes)} file in it: give the path of a checkpoint")
-    counts = Counter((match["stem"], int(match["total"])) for match in map(kind.shard, found) if match)
-    for (stem, total), count in counts.items():
-        if count < total:
-            raise FormatError(f"{show(directory)}: {count} of the {total} files {short.repr(stem)}-* are there: download the others")
-    return found
-
-
-def _check_present(where: Location, files: Mapping[str, Location]) -> None:
-    absent = [name for name, file in files.items() if not exists(file)]
-    if absent:
-        raise FormatError(
-            f"{show(where)}: {len(absent)} of {len(files)} files are not there, such as {short.repr(absent[0])}: download them"
-        )
+# Indexes -------------------------------------------------------------------------------------------------------
 
 
 def read_index(path: Location, kind: Names) -> dict[str, str]:
@@ -288,33 +234,53 @@ def _is_inside(shard: str, kind: Names) -> bool:
     return not find_fault(shard) and shard.endswith(kind.suffixes)
 
 
-def _in_order(shards: Iterable[str], kind: Names) -> list[str]:
-    """File names in the order of their numbers if all have one, else of their first appearance.
+Explain = Callable[[str, Collection[str]], str | None]
+"""The name of a tensor that an index names and no file holds, and what files hold -> why it need be in none, or None: it is lost."""
 
-    A weight_map is usually sorted by tensor name, which would let ``model-00007-of-00009`` appear first.
+
+def unexplained(_name: str, _present: Collection[str]) -> None:
+    """The `Explain` that has no tensor missing."""
+
+
+def check_index(
+    index: Location, weight_map: Mapping[str, str], tables: Mapping[str, Mapping[str, AnyNode]], explain: Explain = unexplained
+) -> list[str]:
+    """What an index does not name and its files hold counts all the same, as it does for transformers; notes tell of it.
+
+    Args:
+        index: its path.
+        weight_map: what it says.
+        tables: what its files hold.
+        explain: says which tensors may be in no file.
+
+    Raises:
+        FormatError: a tensor is in another file than the index says, or in none without a reason.
     """
-    names = list(dict.fromkeys(shards))
-    return sorted(names) if all(map(kind.shard, names)) else names
-
-
-def check_index(index: Location, weight_map: Mapping[str, str], tables: Mapping[str, Mapping[str, AnyNode]]) -> None:
-    """Every tensor is in the file that the index says, and in no other."""
-    extra, moved, listed = [], [], set(weight_map.values())
+    place: dict[str, str] = {}
     for file, table in tables.items():
-        for name in table:
-            said = weight_map.get(name)
-            if said is None and file in listed:
-                extra.append((name, f"is in {short.repr(file)}, the index does not name it"))
-            elif said not in (None, file):
-                moved.append((name, f"is in {short.repr(file)}, the index says {short.repr(said)}"))
-    missing = [(name, f"is in no file, the index says {short.repr(file)}") for name, file in weight_map.items() if name not in tables[file]]
-    for problems in (moved, missing, extra):
-        if problems:
-            name, what = problems[0]
-            raise FormatError(
-                f"{show(index)}: index and files differ in {len(problems)} tensors: {short.repr(name)} {what}; "
-                "download or write the index and the files again"
-            )
+        place |= dict.fromkeys(table, file)
+    listed = set(weight_map.values())
+    extra = [name for name, file in place.items() if name not in weight_map and file in listed]
+    absent = {name: explain(name, place) for name in weight_map if name not in place}
+    wrong = {name: f"is in {short.repr(file)}" for name, file in place.items() if weight_map.get(name, file) != file}
+    wrong = wrong or {name: "is in no file" for name, why in absent.items() if why is None}
+    if wrong:
+        name, what = next(iter(wrong.items()))
+        raise FormatError(
+            f"{show(index)}: index and files differ in {len(wrong)} tensors: {short.repr(name)} {what}, the index says "
+            f"{short.repr(weight_map[name])}; download or write the index and the files again"
+        )
+    notes = []
+    if absent:
+        name, why = next(iter(absent.items()))
+        notes.append(f"{_count(absent)} that {one_line(index.name)} names in no file, such as {short.repr(name)}, {why}: left out")
+    if extra:
+        notes.append(f"{_count(extra)} that {one_line(index.name)} does not name, such as {short.repr(extra[0])}: read all the same")
+    return notes
+
+
+def _count(names: Sized) -> str:
+    return f"{len(names)} tensor{'s' * (len(names) != 1)}"
 
 
 def merge(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], *, by_rank: bool) -> Table:

@@ -19,7 +19,6 @@ from streamconv.formats.files import (
     Opened,
     countable,
     damaged,
-    find_files,
     lfs_pointer,
     merge,
     opened,
@@ -29,6 +28,7 @@ from streamconv.formats.files import (
     show,
     size_of,
 )
+from streamconv.formats.selection import Selection, find_files
 from streamconv.storage.remote import Location, locate, read_each, shown
 
 KIND = Names(
@@ -242,7 +242,7 @@ def _tensors(wire: _Wire, stop: int) -> tuple[_Table, list[str]]:
     return entries, list(left_out)
 
 
-def read(path: Location, *, by_rank: bool = False, files: Sequence[str] | None = None) -> Contents:
+def read(path: Location, *, by_rank: bool = False, files: Sequence[str] | Selection | None = None) -> Contents:
     """The contents of a file, or of a directory: ``model.ckpt``, else all its ``.ckpt`` files, else those in its ``rank_N`` folders.
 
     Args:
@@ -255,14 +255,14 @@ def read(path: Location, *, by_rank: bool = False, files: Sequence[str] | None =
         UsageError: the path is not there or cannot be read.
     """
     path = path.absolute()
-    _, _, paths = find_files(path, KIND, files)
+    found = find_files(path, KIND, files, by_rank=by_rank)
     tables, left_out = {}, []
-    for name, (table, others) in zip(paths, read_each(paths.values(), KIND.noun, _read_file), strict=True):
+    for name, (table, others) in zip(found.files, read_each(found.files.values(), KIND.noun, _read_file), strict=True):
         tables[name] = dict(table)
         left_out += [f"{name}/{other}" if by_rank else other for other in others]
     if not by_rank:
         _leave_out_repeated(path, tables)
-    contents = Contents("mindspore", merge(path, tables, by_rank=by_rank), list(paths.values()))
+    contents = Contents("mindspore", merge(path, tables, by_rank=by_rank), list(found.files.values()), notes=list(found.notes))
     if left_out:
         contents.notes.append(f"{len(left_out)} values that are not tensors are left out: {short.repr(left_out)[1:-1]}")
     return contents

@@ -16,6 +16,7 @@ from streamconv.errors import UsageError
 from streamconv.formats import Contents, Extent, FileLayout, Source
 from streamconv.formats.files import (
     MAX_JSON,
+    Explain,
     Names,
     Repeated,
     Table,
@@ -23,7 +24,6 @@ from streamconv.formats.files import (
     check_unicode,
     countable,
     damaged,
-    find_files,
     index_layout,
     lfs_pointer,
     map_layout,
@@ -33,7 +33,9 @@ from streamconv.formats.files import (
     short,
     size_of,
     split_into_shards,
+    unexplained,
 )
+from streamconv.formats.selection import Selection, find_files
 from streamconv.storage.remote import Location, read_each
 
 KIND = Names(
@@ -41,6 +43,14 @@ KIND = Names(
     (".safetensors",),
     "model",
     (r".*\.safetensors",),
+    others=r"(optimizer|scheduler|scaler|random_states|rng_state).*\.safetensors",
+    libraries=(
+        "model.safetensors",
+        "model.safetensors.index.json",  # of transformers
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors",  # of diffusers, which looks for the index first
+        "adapter_model.safetensors",  # of PEFT
+    ),
     other_index="param_name_map.json",  # of mindspore.unified_safetensors, which leaves out what has no strategy
     unlisted="hyper_param.safetensors",
 )
@@ -83,30 +93,35 @@ _Specs = dict[tuple[str, tuple[int, ...]], TensorSpec]
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
-def read(path: Location, *, by_rank: bool = False, files: Sequence[str] | None = None) -> Contents:
-    """The contents of a file, or of a directory by its index, else ``model.safetensors``, else all its files.
+def read(
+    path: Location, *, by_rank: bool = False, files: Sequence[str] | Selection | None = None, explain: Explain = unexplained
+) -> Contents:
+    """The contents of a file, of the files that an index names, or of a directory, in the order of the libraries: see `selection`.
 
     Args:
-        path: a ``.safetensors`` file or a directory.
+        path: a ``.safetensors`` file, an index or a directory.
         by_rank: present each tensor as ``<file>/<name>``, for files of ranks, which repeat names.
         files: names of the files of the directory to read, in this order, instead of looking for them.
+        explain: see `check_index`.
 
     Raises:
         FormatError: damaged, incomplete or contradictory files; a tensor in two files without ``by_rank``.
         UsageError: the path is not there or cannot be read.
     """
     path = path.absolute()
-    index, weight_map, paths = find_files(path, KIND, files)
+    found = find_files(path, KIND, files, by_rank=by_rank)
     specs: _Specs = {}
     tables: dict[str, Table] = {}
     metadata: dict[str, str] = {}
-    for name, (table, found) in zip(paths, read_each(paths.values(), KIND.noun, lambda file: _read_file(file, specs)), strict=True):
+    each = read_each(found.files.values(), KIND.noun, lambda file: _read_file(file, specs))
+    for name, (table, said) in zip(found.files, each, strict=True):
         tables[name] = table
-        metadata = found | metadata  # files agree as a rule; where not, the first has its say
-    if index:
-        check_index(index, weight_map, tables)
+        metadata = said | metadata  # files agree as a rule; where not, the first has its say
+    notes = list(found.notes)
+    if found.index:
+        notes += check_index(found.index, found.weight_map, tables, explain)
     entries = merge(path, tables, by_rank=by_rank)
-    return Contents("safetensors", entries, list(paths.values()), [index] if index else [], metadata)
+    return Contents("safetensors", entries, list(found.files.values()), [found.index] if found.index else [], metadata, notes)
 
 
 def read_file(path: Location) -> tuple[Table, dict[str, str]]:

@@ -22,6 +22,7 @@ from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import AnyNode, Contents, Extent, FileLayout, Source
 from streamconv.formats.files import (
+    Explain,
     Names,
     Opened,
     PlainFile,
@@ -30,7 +31,6 @@ from streamconv.formats.files import (
     check_unicode,
     countable,
     damaged,
-    find_files,
     index_layout,
     lfs_pointer,
     merge,
@@ -40,8 +40,11 @@ from streamconv.formats.files import (
     show,
     size_of,
     split_into_shards,
+    unexplained,
 )
+from streamconv.formats.foreign import READS
 from streamconv.formats.pickles import ATOMS, MAX_PICKLE, NAMES, VALUES, Odd, Storages, Tensor, Window, unpickle
+from streamconv.formats.selection import Selection, find_files
 from streamconv.graph import extents
 from streamconv.interrupts import Unwinding
 from streamconv.staging import staging
@@ -52,8 +55,15 @@ KIND = Names(
     "a file that torch.save wrote",
     (".bin", ".pt", ".pth"),
     "pytorch_model",
-    (r"pytorch_model.*\.bin", r"consolidated.*\.pth", r".*\.pth", r".*\.pt", r".*\.bin"),
-    r"training_args\.bin|(optimizer|scheduler|scaler)(_\d+)?\.(pt|bin)|rng_state.*\.pth",
+    (r"pytorch_model.*\.bin", r"consolidated.*\.pth", r".*\.(pth|pt|bin)"),
+    r"training_args\.bin|(optimizer|scheduler|scaler|sampler)(_\d+)?\.(pt|bin)|rng_state.*\.pth|random_states_\d+\.pkl",
+    libraries=(
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",  # of transformers
+        "diffusion_pytorch_model.bin.index.json",
+        "diffusion_pytorch_model.bin",  # of diffusers
+        "adapter_model.bin",  # of PEFT
+    ),
 )
 INDEX = KIND.index
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
@@ -218,7 +228,8 @@ def _open(path: Location) -> tuple[Any, _Places]:
         raise lfs_pointer(path)
     if head[257:262] == b"ustar":
         raise FormatError(f"{show(path)}: torch's tar format from before 2017, which weights_only refuses: {_rewrite(path, safe=False)}")
-    raise damaged(path, f"it has {size} bytes and is neither a zip nor torch's older format: it starts with {head[:8]!r}")
+    what = f"it has {size} bytes and is neither a zip nor torch's older format: it starts with {head[:8]!r}"
+    raise FormatError(f"{show(path)}: {what}; {READS}: if torch.save wrote it, it is damaged: download it again")
 
 
 # Tensors ---------------------------------------------------------------------------------------------------------
@@ -305,31 +316,41 @@ def _read_file(path: Location, root: str | None) -> tuple[Table, str, list[str]]
 # Directories -----------------------------------------------------------------------------------------------------
 
 
-def read(path: Location, *, by_rank: bool = False, root: str | None = None, files: Sequence[str] | None = None) -> TorchContents:
-    """The contents of a file, or of a directory by its index, else ``pytorch_model*.bin``, else its ``.pth``, ``.pt`` or ``.bin``.
+def read(
+    path: Location,
+    *,
+    by_rank: bool = False,
+    root: str | None = None,
+    files: Sequence[str] | Selection | None = None,
+    explain: Explain = unexplained,
+) -> TorchContents:
+    """The contents of a file, of the files that an index names, or of a directory, in the order of the libraries: see `selection`.
 
     Args:
-        path: a file that torch.save wrote, or a directory.
+        path: a file that torch.save wrote, an index or a directory.
         by_rank: present each tensor as ``<file>/<name>``, for files of ranks, which repeat names.
         root: the key (dotted, if it lies deeper) of the dict of tensors, '' for the whole; by default one of `WRAPPERS` if it is
             there, holds tensors, and none stand beside it.
         files: names of the files of the directory to read, in this order, instead of looking for them.
+        explain: see `check_index`.
 
     Raises:
         FormatError: damaged, hostile, incomplete or contradictory files; a tensor in two files without ``by_rank``.
         UsageError: the path or the root is not there or cannot be read.
     """
     path = path.absolute()
-    index, weight_map, paths = find_files(path, KIND, files)
+    chosen = find_files(path, KIND, files, by_rank=by_rank)
     tables, left_out, found = {}, [], ""
-    for name, read_one in zip(paths, read_each(paths.values(), (KIND.noun, root), lambda file: _read_file(file, root)), strict=True):
+    each = read_each(chosen.files.values(), (KIND.noun, root), lambda file: _read_file(file, root))
+    for name, read_one in zip(chosen.files, each, strict=True):
         tables[name], where, others = read_one
         found = found or where
         left_out += [f"{name}/{other}" if by_rank else other for other in others]
-    if index:
-        check_index(index, weight_map, tables)
+    notes = list(chosen.notes)
+    if chosen.index:
+        notes += check_index(chosen.index, chosen.weight_map, tables, explain)
     entries = merge(path, tables, by_rank=by_rank)
-    contents = TorchContents("torch", entries, list(paths.values()), [index] if index else [])
+    contents = TorchContents("torch", entries, list(chosen.files.values()), [chosen.index] if chosen.index else [], notes=notes)
     contents.root, contents.left_out = found, left_out
     if found:
         contents.notes.append(f"the tensors are those below {found!r} (--set root=KEY takes others, --set root= all)")

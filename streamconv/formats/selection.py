@@ -1,0 +1,221 @@
+"""Which files of a directory are the checkpoint: as the library that loads it would have it, and refused where none has a rule."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from streamconv.errors import FormatError
+from streamconv.formats.files import Names, read_index, short, show, unreadable
+from streamconv.formats.signatures import holds_checkpoint, recognize
+from streamconv.storage.remote import Location, exists, is_dir, names_in
+from streamconv.text import one_line
+
+_FORMS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|keras|msgpack|ot|tflite|mlmodel|pdparams|npz|th|tar|pkl)|.*\.index(\.[^.]+)?\.json",
+    re.DOTALL | re.IGNORECASE,
+)  # what may be weights, for a word on what is not read
+_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)
+_TEXTS = re.compile(
+    r".*\.(c|cfg|cpp|css|csv|git\w+|h|html|ini|ipynb|jinja|jpe?g|js|jsonl?|lock|log|md|mp4|pdf|png|pyc?|rst|sh|svg|toml|tsv|txt|wav|xml|ya?ml)",
+    re.DOTALL | re.IGNORECASE,
+)  # what is called so is not looked into
+_UNNAMED = 64  # files that are looked into where none is called as weights are
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The files to read, by name; the index that names them and what it says; and what a user should know of the choice."""
+
+    files: Mapping[str, Location]
+    index: Location | None = None
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name says in which files tensors are: ``model.safetensors.index.json``, ``....index.fp16.json``."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def find_files(path: Location, kind: Names, chosen: Sequence[str] | Selection | None = None, *, by_rank: bool = False) -> Selection:
+    """The files of a checkpoint.
+
+    Args:
+        path: a file, an index, or a directory with what libraries load, or with files that are clearly one checkpoint.
+        kind: how they are called.
+        chosen: names of the files of the directory to take instead, or what was found before.
+        by_rank: files repeat names, so that several belong together whatever they are called.
+
+    Raises:
+        FormatError: nothing there, files that are missing, or several checkpoints of which no library's rule chooses one.
+    """
+    if isinstance(chosen, Selection):
+        return chosen
+    if not is_dir(path):  # reading the file says what is wrong
+        return _listed(path, kind, ()) if is_index(path.name) else Selection({path.name: path})
+    if chosen is not None:
+        return _present(path, Selection({name: path / name for name in chosen}))
+    names = _names(path, kind)
+    read = next((name for name in kind.known if name in names), None) or _other_index(path, names, kind)
+    if read is None:
+        files = _choose(path, names, kind, by_rank=by_rank)
+        found = _present(path, Selection({name: path / name for name in files}))
+        said = f"{listing(files)} {'are' if len(files) > 1 else 'is'}"
+    elif kind.is_index(read):
+        found, said = _listed(path / read, kind, names), f"{one_line(read)} is"
+    else:
+        found, said = Selection({read: path / read}), f"{one_line(read)} is"
+    return _with_note(found, said, names, kind)
+
+
+def _names(path: Location, kind: Names) -> list[str]:
+    """The names in a directory, and those in the folders in which such files may lie."""
+    try:
+        names = sorted(name for name in names_in(path) if not name.startswith("."))
+        folders = sorted((name for name in names if re.fullmatch(kind.folders, name) and (path / name).is_dir()), key=len)
+        return names + [f"{folder}/{name}" for folder in folders for name in sorted(names_in(path / folder))]
+    except OSError as error:
+        raise unreadable(path, error, kind.noun) from error
+
+
+def _other_index(directory: Location, names: Iterable[str], kind: Names) -> str | None:
+    """The one index that is called as none that libraries know."""
+    found = list(filter(kind.is_index, names))
+    if len(found) > 1:
+        raise FormatError(f"{show(directory)}: several indexes, {short.repr(found)}, none of them {kind.index}: give the path of one")
+    return found[0] if found else None
+
+
+def _listed(index: Location, kind: Names, names: Collection[str]) -> Selection:
+    """The files that an index names."""
+    weight_map = read_index(index, kind)
+    files = _in_order(weight_map.values(), kind)
+    if index.name == kind.other_index and kind.unlisted in names:
+        files.append(kind.unlisted)
+    return _present(index, Selection({name: index.parent / name for name in files}, index, weight_map))
+
+
+def _in_order(shards: Iterable[str], kind: Names) -> list[str]:
+    """File names in the order of their numbers if all have one, else of their first appearance.
+
+    A weight_map is usually sorted by tensor name, which would let ``model-00007-of-00009`` appear first.
+    """
+    names = list(dict.fromkeys(shards))
+    return sorted(names) if all(map(kind.shard, names)) else names
+
+
+def _present(where: Location, found: Selection) -> Selection:
+    absent = [name for name, file in found.files.items() if not exists(file)]
+    if absent:
+        count = f"{len(absent)} of {len(found.files)} files are not there"
+        raise FormatError(f"{show(where)}: {count}, such as {short.repr(absent[0])}: download them")
+    return found
+
+
+def _choose(directory: Location, names: Sequence[str], kind: Names, *, by_rank: bool) -> list[str]:
+    """The weight files of a directory in which nothing is called as libraries have it."""
+    names = [name for name in names if not re.fullmatch(kind.others, name)]
+    choices = ([name for name in names if re.fullmatch(choice, name, re.DOTALL)] for choice in kind.choices)
+    if not (found := next(filter(None, choices), [])):
+        raise FormatError(f"{show(directory)}: no *{', *'.join(kind.suffixes)} file in it: give the path of a checkpoint")
+    return found if by_rank else one_checkpoint(directory, found, kind)
+
+
+def one_checkpoint(directory: Location, names: Sequence[str], kind: Names) -> list[str]:
+    """Those of some files that are one checkpoint: a single one, numbered shards, or what lies in folders of ranks.
+
+    Raises:
+        FormatError: shards are missing, or there are several checkpoints.
+    """
+    _check_counts(directory, names, kind)
+    groups = group_files(names, kind)
+    if len(groups) > 1:  # transformers passes over the original files of Meta and Mistral
+        groups = {key: group for key, group in groups.items() if not key.startswith("consolidated")} or groups
+    if len(groups) > 1:
+        groups = {key: group for key, group in groups.items() if holds_checkpoint(directory / group[0])} or groups
+    own = [key for key in groups if key.startswith(f"{kind.stem}-#-of-")]
+    if len(own) == 1:
+        groups = {own[0]: groups[own[0]]}
+    if len(groups) > 1:
+        choices = listing([group[0] if len(group) == 1 else f"{group[0]} (of {len(group)})" for group in groups.values()])
+        raise FormatError(
+            f"{show(directory)}: {len(groups)} checkpoints in one folder, and no index or name says which one counts: {choices}: "
+            "give the path of one"
+        )
+    (found,) = groups.values()
+    return found
+
+
+def group_files(names: Sequence[str], kind: Names) -> dict[str, list[str]]:
+    """Files that belong together by their names: shards of as many, or with numbers that follow each other from 0 or 1."""
+    shards: dict[str, list[str]] = {}
+    numbered: dict[str, dict[int, str]] = {}
+    for name in names:
+        if "/" in name:
+            shards.setdefault("folders", []).append(name)
+        elif match := kind.shard(name):
+            shards.setdefault(f"{match['stem']}-#-of-{match['total']}", []).append(name)
+        elif number := re.fullmatch(r"(.*?)(\d+)(\D*)", name, re.DOTALL):
+            numbered.setdefault(f"{number[1]}#{number[3]}", {})[int(number[2])] = name
+        else:
+            shards[name] = [name]
+    for key, found in numbered.items():
+        first = min(found)
+        if first < 2 and len(found) == max(found) - first + 1:
+            shards[key] = [found[number] for number in sorted(found)]
+        else:
+            shards |= {name: [name] for name in found.values()}
+    order = {name: place for place, name in enumerate(names)}
+    return dict(sorted(shards.items(), key=lambda item: order[item[1][0]]))
+
+
+def _check_counts(directory: Location, names: Iterable[str], kind: Names) -> None:
+    counts = Counter((match["stem"], int(match["total"])) for match in map(kind.shard, names) if match)
+    for (stem, total), count in counts.items():
+        if count < total:
+            raise FormatError(f"{show(directory)}: {count} of the {total} files {short.repr(stem)}-* are there: download the others")
+
+
+def _with_note(found: Selection, read: str, names: Iterable[str], kind: Names) -> Selection:
+    """The same, with a word on what else is there and not read."""
+    own = {*found.files, found.index.name if found.index else ""}
+    rest = [name for name in names if name not in own and _FORMS.fullmatch(name) and not re.fullmatch(kind.others, name)]
+    rest = [name for name in rest if "/" not in name]
+    return Selection(found.files, found.index, found.weight_map, (f"{read} read; not read: {listing(rest)}",)) if rest else found
+
+
+# Files that nothing is known of but their bytes ------------------------------------------------------------------------
+
+
+def find_unnamed(directory: Location, names: Iterable[str]) -> list[str]:
+    """Files that are weights by their first bytes, of a directory where none is called so.
+
+    Raises:
+        FormatError: there are none, and the first file of another format is named for what it is.
+    """
+    left = [name for name in sorted(names) if not name.startswith(".") and not _TEXTS.fullmatch(name)]
+    foreign: FormatError | None = None
+    found = []
+    for name in left[:_UNNAMED]:
+        if is_dir(directory / name):
+            continue
+        try:
+            if recognize(directory / name, texts=False):
+                found.append(name)
+        except FormatError as error:
+            foreign = foreign or error
+    if not found and foreign:
+        raise foreign
+    return found
+
+
+# Messages --------------------------------------------------------------------------------------------------------------
+
+
+def listing(names: Sequence[str], most: int = 6) -> str:
+    """Names of files in a line."""
+    shown = ", ".join(map(one_line, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
