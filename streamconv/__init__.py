@@ -1,13 +1,13 @@
 """streamconv: converts model checkpoints bigger than the machine, in bounded memory.
 
-``open``, ``plan``, ``run``, ``convert`` and ``verify`` are the calls; `Recipe` and its `Rule`, `Drop`, `Tie`, `Option` declare a
-conversion; every error derives from `StreamconvError`. Paths may be URLs, with the extra ``remote``.
+``open``, ``plan``, ``run``, ``convert``, ``verify`` and ``doctor`` are the calls; `Recipe` and its `Rule`, `Drop`, `Tie`, `Option`
+declare a conversion; every error derives from `StreamconvError`. Paths may be URLs, with the extra ``remote``.
 """
 
 from __future__ import annotations
 
 from streamconv import interrupts, recipes  # noqa: F401 - the first one first: Ctrl-C may come while the others are imported
-from streamconv.api import convert, plan, verify
+from streamconv.api import convert, doctor, plan, verify
 from streamconv.checkpoint import Checkpoint
 from streamconv.checkpoint import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
 from streamconv.entries import TensorEntry
@@ -60,6 +60,7 @@ __all__ = [
     "Tie",
     "UsageError",
     "convert",
+    "doctor",
     "open",
     "plan",
     "recipes",

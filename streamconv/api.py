@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv import memory, recipes
 from streamconv.bridge import choose_kept
@@ -15,6 +16,8 @@ from streamconv.casting import Casting
 from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config, ties
 from streamconv.compiler import compile_plan
 from streamconv.destination import RemoteTarget, Target, check_folders, check_names, target_of
+from streamconv.doctor import Examination, examine
+from streamconv.dtypes import dtype_name
 from streamconv.engine.direct import LEAST, shares_extents
 from streamconv.engine.io import BLOCK
 from streamconv.engine.journal import journal_path, read_journal
@@ -26,10 +29,11 @@ from streamconv.fitting import Budget, check_workers
 from streamconv.formats import FileLayout
 from streamconv.graph import AnyNode, extents
 from streamconv.kept import check_report, check_sources_stay
+from streamconv.matching import match_recipes
 from streamconv.places import identify
 from streamconv.plan import VERSION, FilePlan, Plan, Totals
 from streamconv.plan import Mapping as Row
-from streamconv.progress import Progress, bar
+from streamconv.progress import Shown, bar
 from streamconv.quantization import FILES
 from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_options
 from streamconv.results import Result
@@ -41,6 +45,12 @@ from streamconv.storage.remote import Location, locate, shown
 from streamconv.units import format_size, parse_size
 from streamconv.verify import Comparison, compare
 from streamconv.vocabulary import resize_vocab, sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    AnyDType = str | torch.dtype | np.dtype[Any] | type[Any]
 
 MAX_MEMORY = "1GB"
 MAX_SHARD_SIZE = "5GB"
@@ -58,7 +68,7 @@ def plan(
     recipe: str | Recipe | None = None,
     options: Mapping[str, object] | None = None,
     format: str | None = None,  # noqa: A002 - the word of the command line
-    dtype: str | None = None,
+    dtype: AnyDType | None = None,
     keep_dtype: Iterable[str] = (),
     max_shard_size: str | int = MAX_SHARD_SIZE,
     single_file: bool = False,
@@ -83,6 +93,7 @@ def plan(
         from streamconv.engine import ray
 
         joined, workers = ray.load(str(dst)), 1 if workers is None else workers
+    dtype = None if dtype is None else dtype_name(dtype)
     if read_backend not in BACKENDS:
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
@@ -216,39 +227,84 @@ def convert(
     src: AnyPath,
     dst: AnyPath,
     *,
+    recipe: str | Recipe | None = None,
+    options: Mapping[str, object] | None = None,
+    format: str | None = None,  # noqa: A002 - the word of the command line
+    dtype: AnyDType | None = None,
+    keep_dtype: Iterable[str] = (),
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    single_file: bool = False,
+    max_memory: str | int = MAX_MEMORY,
+    workers: int | None = None,
+    read_backend: str = "auto",
+    sidecars_from: AnyPath | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    align: bool = False,
+    create_pr: bool = False,
+    engine: str = "local",
+    ray_address: str | None = None,
     verify: bool = False,
     checksum: bool = False,
     reclaim_source: bool = False,
     compare_with: AnyPath | None = None,
     report: AnyPath | None = None,
-    progress: bool | Progress = False,
-    ray_address: str | None = None,
-    **settings: Any,
+    progress: Shown = False,
 ) -> Result:
     """Plans and runs a conversion.
 
     Args:
         src: a directory or file; a path, or a URL of a web server, an object store or the Hub, whose bytes are read by ranges.
         dst: a file if its name ends in the container's suffix, else a directory; a path, or the URL of an object store or of the Hub.
+        recipe: a name, the path of a recipe file, or a `Recipe`; None: the tensors stay as they are called and laid out.
+        options: the recipe's options; without one ``tied``, ``root``, ``resize_vocab`` and ``seed``.
+        format: the container of ``dst``; by its suffix, else the recipe's, else safetensors.
+        dtype: what floating tensors are cast to: a name such as ``bf16``, or a dtype of torch or numpy.
+        keep_dtype: names (patterns, or globs) of tensors that ``dtype`` leaves alone.
+        max_shard_size: bytes of tensors in a file, or ``5GB``, ``5GiB``.
+        single_file: one file, whatever its size.
+        max_memory: bytes that the process may take in all, or ``1GB``.
+        workers: threads, at most.
+        read_backend: how sources are read: ``auto``, ``pread`` or ``mmap``.
+        sidecars_from: a folder from which the config and the tokenizer's files come instead.
+        overwrite: remove weight and index files in ``dst`` first, nothing else.
+        resume: go on with an interrupted run.
+        align: start data at whole blocks, which file systems can share.
+        create_pr: make what is uploaded to the Hub a pull request.
+        engine: ``local``, or ``ray``.
+        ray_address: see `run`.
         verify: read everything back and compare it after writing.
         checksum: see `run`.
         reclaim_source: see `run`; what is interrupted must be gone on with ``resume``.
         compare_with: a reference checkpoint to compare the result with; differences do not fail.
         report: where the caller will write a page about it: refused where that is a file that the conversion reads or makes.
-        progress: show a bar, on stderr if that is a terminal or in a notebook; or how to.
-        ray_address: see `run`.
-        settings: the arguments of `plan`: recipe (name, file or `Recipe`), options, format, dtype, keep_dtype, max_shard_size,
-            single_file, max_memory, workers, read_backend, sidecars_from, overwrite, resume, align, create_pr, engine.
+        progress: see `run`.
 
     Raises:
         StreamconvError: see the classes.
     """
+    settings: dict[str, Any] = {
+        "recipe": recipe,
+        "options": options,
+        "format": format,
+        "dtype": None if dtype is None else dtype_name(dtype),
+        "keep_dtype": tuple(keep_dtype),
+        "max_shard_size": max_shard_size,
+        "single_file": single_file,
+        "max_memory": max_memory,
+        "workers": workers,
+        "read_backend": read_backend,
+        "sidecars_from": sidecars_from,
+        "overwrite": overwrite,
+        "resume": resume,
+        "align": align,
+        "create_pr": create_pr,
+        "engine": engine,
+    }
     reference = open_checkpoint(compare_with) if compare_with is not None else None
     if reference is not None:
         import torch  # noqa: F401 - loaded first, so that the plan counts what measuring differences takes
-    overwrite, resume = bool(settings.get("overwrite")), bool(settings.get("resume"))
-    create_pr = bool(settings.get("create_pr"))
-    target = target_of(dst, settings.get("format"), create_pr=create_pr)
+    target = target_of(dst, format, create_pr=create_pr)
     made = _find_begun(src, target, reclaim_source=reclaim_source) if resume else None
     if made is None:
         try:
@@ -264,7 +320,7 @@ def convert(
     if report is not None:
         check_report("--report", Path(report), made, compared)
     if reference is not None:
-        made = _with_comparison(made, parse_size(settings.get("max_memory", MAX_MEMORY)))
+        made = _with_comparison(made, parse_size(max_memory))
     result = run(
         made,
         overwrite=overwrite,
@@ -275,7 +331,7 @@ def convert(
         progress=progress,
         settings=_describe(src, settings),
         create_pr=create_pr,
-        engine=settings.get("engine", "local"),
+        engine=engine,
         ray_address=ray_address,
     )
     if reference is None:
@@ -285,7 +341,7 @@ def convert(
         dict(_with_ties(done)),
         _with_ties(reference),
         workers=made.workers,
-        max_memory=parse_size(settings.get("max_memory", MAX_MEMORY)) if isinstance(target, RemoteTarget) else made.peak_memory,
+        max_memory=parse_size(max_memory) if isinstance(target, RemoteTarget) else made.peak_memory,
         read_backend=made.read_backend,
     )
     return replace(result, comparison=comparison, peak_rss=memory.peak())
@@ -384,25 +440,42 @@ def _with_comparison(made: Plan, limit: int) -> Plan:
     return replace(made, peak_memory=peak)
 
 
+def doctor(path: AnyPath, *, data: bool = False) -> Examination:
+    """Looks for damage and contradictions in a checkpoint, and for the recipes that fit it.
+
+    Args:
+        path: a directory, a file or a URL.
+        data: look at the numbers, too: NaN, Inf, constant tensors.
+
+    Raises:
+        StreamconvError: there is nothing at ``path`` that could be a checkpoint.
+    """
+    found = examine(path, data=data)
+    with suppress(StreamconvError):
+        found.recipes = match_recipes(path)
+    return found
+
+
 def verify(
     a: AnyPath,
     b: AnyPath,
     *,
     recipe: str | Recipe | None = None,
     options: Mapping[str, object] | None = None,
-    dtype: str | None = None,
+    dtype: AnyDType | None = None,
     keep_dtype: Iterable[str] = (),
     max_memory: str | int = MAX_MEMORY,
     workers: int | None = None,
     read_backend: str = "auto",
     sidecars_from: AnyPath | None = None,
-    progress: bool | Progress = False,
+    progress: Shown = False,
 ) -> Comparison:
     """Compares two checkpoints tensor by tensor; with a recipe, what it makes of ``a`` with ``b``.
 
     Raises:
         StreamconvError: one cannot be read, or the recipe does not fit.
     """
+    dtype = None if dtype is None else dtype_name(dtype)
     if read_backend not in BACKENDS:
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
@@ -19,12 +20,14 @@ from streamconv.formats.files import Names, read_index, show, unreadable
 from streamconv.formats.foreign import READS
 from streamconv.formats.selection import Selection, find_files, find_unnamed, is_index, one_checkpoint
 from streamconv.formats.signatures import holds_checkpoint, recognize
-from streamconv.names import natural_key, nearest
+from streamconv.names import natural_key, nearest, select
 from streamconv.names import parse as parse_names
+from streamconv.notebook import SHOWN, table
 from streamconv.storage import hub_cache
 from streamconv.storage.remote import Location, RemotePath, exists, is_dir, locate, names_in, relative, walk
 from streamconv.text import one_line
 from streamconv.ties import Choice, explain_absent, find_ties, says_tie
+from streamconv.units import format_size
 
 CONFIG = "config.json"
 WEIGHT_SUFFIXES = (
@@ -69,8 +72,18 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def __len__(self) -> int:
         return len(self.contents.entries)
 
+    def keys(self, pattern: str | None = None) -> KeysView[str]:
+        """The tensors' names: all, or those that a pattern or glob matches, or have ``pattern`` in them if it is neither."""
+        return super().keys() if pattern is None else dict.fromkeys(select(pattern, self)).keys()
+
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.path}: {self.format}, {len(self)} tensors>"
+        return f"<Checkpoint {one_line(self.path)}: {self.format}, {len(self)} tensors>"
+
+    def _repr_html_(self) -> str:
+        rows = ((name, entry.dtype, list(entry.shape), format_size(entry.nbytes)) for name, entry in islice(self.items(), SHOWN))
+        size = format_size(sum(node.spec.nbytes for node in self.contents.entries.values()))
+        title = f"{self.path}: {self.format}, {len(self)} tensors, {size}"
+        return table(title, ["name", "dtype", "shape", "size"], rows, more=max(0, len(self) - SHOWN))
 
     @property
     def format(self) -> str:

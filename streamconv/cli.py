@@ -422,14 +422,7 @@ def _inspect(args: argparse.Namespace, out: Console) -> int:
 
 
 def _doctor(args: argparse.Namespace, out: Console) -> int:
-    from streamconv.doctor import examine
-
-    src = locate(args.src)
-    found = examine(src, data=args.data)
-    try:
-        found.recipes = matching.match_recipes(src)
-    except StreamconvError:
-        found.recipes = []
+    found = api.doctor(locate(args.src), data=args.data)
     if args.json:
         out.say_json(found.summary())
     elif not args.quiet:

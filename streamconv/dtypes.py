@@ -48,12 +48,21 @@ _SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bflo
 CASTABLE = ("float64", "float32", "float16", "bfloat16")
 
 
-def parse_dtype(text: str) -> DType:
-    """The type that ``float32``, ``fp32``, ``torch.float32`` ... name.
+def dtype_name(given: object) -> str:
+    """What a type of torch, numpy or ml_dtypes is called; a text as it is."""
+    if isinstance(given, type):
+        return given.__name__  # numpy.float16, ml_dtypes.bfloat16
+    name = getattr(given, "name", None)  # numpy.dtype("float16")
+    return name if isinstance(name, str) else str(given)
+
+
+def parse_dtype(given: object) -> DType:
+    """The type that ``float32``, ``fp32``, ``torch.float32`` ... name, or that torch or numpy have.
 
     Raises:
         UsageError: no such type.
     """
+    text = dtype_name(given)
     name = text.strip().lower().removeprefix("torch.")
     name = _SHORT.get(name, name)
     if name not in DTYPES:

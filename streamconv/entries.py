@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.graph import AnyNode, Node, apply, as_bytes
+from streamconv.notebook import table
 from streamconv.runs import Move, region
 from streamconv.storage import is_url
 from streamconv.storage.ranges import announced, read_range
+from streamconv.text import one_line
 from streamconv.tiles import boxes
+from streamconv.units import format_size
 from streamconv.views import Index, select
 
 if TYPE_CHECKING:
@@ -52,9 +55,16 @@ class TensorEntry:
     def nbytes(self) -> int:
         return self.spec.nbytes
 
+    def __repr__(self) -> str:
+        return f"<TensorEntry {one_line(self.name)}: {self.spec}, {format_size(self.nbytes)}>"
+
+    def _repr_html_(self) -> str:
+        return table("", ["name", "dtype", "shape", "size"], [(self.name, self.dtype, list(self.shape), format_size(self.nbytes))])
+
     def __getitem__(self, index: Index) -> Any:
         found = self.numpy(index)
-        return found if found.shape else found[()]
+        one = not found.shape and index is not ... and not (isinstance(index, tuple) and any(part is ... for part in index))
+        return found[()] if one else found  # a number, where numpy has one
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         if copy is False:
@@ -121,7 +131,7 @@ class TensorEntry:
         """The items that an index selects as unsigned integers, or bytes of packed types, and the shape they have."""
         import numpy as np
 
-        if index is ... or index == (...,):
+        if index is ...:
             node = self.source if self.spec.dtype.bits % 8 == 0 else as_bytes(self.source)
             return self._evaluate(node), self.shape
         if self.spec.dtype.bits % 8:
@@ -129,7 +139,7 @@ class TensorEntry:
         view, shape, reversed_axes = select(self.shape, index, self.name)
         data = self._evaluate(apply(view, self.source))
         if reversed_axes:
-            data = np.flip(data.reshape(shape), reversed_axes).reshape(-1)
+            data = np.ascontiguousarray(np.flip(data.reshape(shape), reversed_axes)).reshape(-1)
         return data, shape
 
     def _evaluate(self, node: AnyNode) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 
 from streamconv.axes import Layout
 from streamconv.axes import parse as parse_layout
+from streamconv.dtypes import dtype_name
 from streamconv.errors import RecipeError, UsageError
 from streamconv.filenames import find_fault
 from streamconv.names import Capture, Pattern
@@ -73,6 +74,10 @@ class Rule:
     op: Mapping[str, Dim] = field(default_factory=dict)
     undo: Mapping[str, Dim] = field(default_factory=dict)
     flipped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cast is not None:  # a dtype of torch or numpy will do
+            object.__setattr__(self, "cast", dtype_name(self.cast))
 
     def flip(self) -> Rule:
         layout = str(parse_layout(self.layout).flip()) if self.layout else None

@@ -14,6 +14,7 @@ A capture written twice must be written alike and stands for the same value: ``l
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import heapq
 import re
 from collections import Counter, deque
@@ -241,6 +242,16 @@ def overlap(a: Pattern, b: Pattern) -> str | None:
                 visits[i, j] += 1
                 queue.append((i, j, name + char))
     return None
+
+
+def select(pattern: str, names: Iterable[str]) -> list[str]:
+    """Those names that a pattern or glob matches, or that have ``pattern`` in them if it is neither."""
+    if "{" in pattern:
+        parsed = parse(pattern)
+        return [name for name in names if parsed.match(name) is not None]
+    if any(mark in pattern for mark in "*?["):
+        return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    return [name for name in names if pattern in name]
 
 
 def nearest(name: str, candidates: Iterable[str], n: int = 1) -> list[str]:

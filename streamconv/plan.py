@@ -17,6 +17,7 @@ from streamconv import codec, plan_text
 from streamconv.errors import FormatError
 from streamconv.folding import fold, fold_names
 from streamconv.graph import AnyNode
+from streamconv.notebook import table
 from streamconv.plan_text import VERSION, Document, Graph, file_row, mapping_rows
 from streamconv.proof import Proof
 from streamconv.segments import (
@@ -33,7 +34,7 @@ from streamconv.segments import (
     source_files,
 )
 from streamconv.storage import is_url
-from streamconv.text import join_lines
+from streamconv.text import join_lines, one_line
 from streamconv.units import format_size
 
 __all__ = [
@@ -81,22 +82,35 @@ class Plan:
     account: Account = field(default_factory=Account)
     names: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return f"<Plan {one_line(self._title)}>"
+
+    def _repr_html_(self) -> str:
+        return table(self._title, [], [*self._facts(), *(("note", note) for note in self.notes)])
+
+    @property
+    def _title(self) -> str:
+        written = format_size(self.totals.bytes_written)
+        return f"{self.destination} ({self.format}): {len(self.mapping)} tensors, {len(self.files)} files, {written}"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What a reader wants to know first, by name."""
         totals, workers = self.totals, f"{self.workers} worker{'' if self.workers == 1 else 's'}"
-        written = format_size(totals.bytes_written)
         taken = sum(source.allocated for source in self.sources)
         disk = f"{format_size(taken)} now, {format_size(taken + totals.disk_needed)} afterwards, with the sources"
         if is_url(self.root):
             disk = f"at most {format_size(totals.disk_needed)} at a time, until it is uploaded" if totals.disk_needed else "none"
-        lines = [
-            f"{self.destination} ({self.format}): {len(self.mapping)} tensors, {len(self.files)} files, {written}",
-            f"  reads    {format_size(totals.bytes_read)}: {_list_files((source.path, source.size) for source in self.sources)}",
-            f"  writes   {written}: {_list_files((file.path, file.size) for file in self.files)}",
-            f"  moves    {format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed",
-            f"  memory   peak memory at most {format_size(self.peak_memory)}, with {workers}",
-            f"  disk     {disk}",
-            f"  account  {self.account}",
+        return [
+            ("reads", f"{format_size(totals.bytes_read)}: {_list_files((source.path, source.size) for source in self.sources)}"),
+            ("writes", f"{format_size(totals.bytes_written)}: {_list_files((file.path, file.size) for file in self.files)}"),
+            ("moves", f"{format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed"),
+            ("memory", f"peak memory at most {format_size(self.peak_memory)}, with {workers}"),
+            ("disk", disk),
+            ("account", str(self.account)),
         ]
+
+    def __str__(self) -> str:
+        lines = [self._title, *(f"  {name:<8} {text}" for name, text in self._facts())]
         changed = [(len(members), row) for row, members in self.fold_mapping() if row.layout or (row.target,) != row.sources]
         same = len(self.mapping) - sum(count for count, _ in changed)
         lines += [f"  {same} keep their names"] if same and changed else []

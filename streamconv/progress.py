@@ -48,13 +48,23 @@ class Phase:
 
 @dataclass
 class Progress:
-    """How to show a run. ``budget``: bytes of memory it may take; ``verbose``: log lines too; ``phases`` is its record, if ``record``."""
+    """How to show a run.
+
+    Attributes:
+        show: with a bar.
+        verbose: with log lines, too.
+        budget: bytes of memory it may take.
+        record: keep ``phases``.
+        phases: its record.
+        tell: is told how many bytes are done, of how many.
+    """
 
     show: bool = True
     verbose: bool = False
     budget: int | None = None
     record: bool = False
     phases: list[Phase] = field(default_factory=list)
+    tell: Callable[[int, int], None] | None = None
 
     def describe_memory(self, resident: int) -> str:
         """``45 MB of 1 GB``."""
@@ -78,13 +88,24 @@ class Progress:
         return f"{phase.title}: {share}, {format_size(rate)}/s{left}, {self.describe_memory(resident)}"
 
 
+Shown = bool | Progress | Callable[[int, int], None]
+"""What a caller may say of a run: whether to show a bar, how to, or what to tell of bytes done, of how many."""
+
+
+def how_to_show(given: Shown) -> Progress:
+    """A caller's wish as a `Progress`."""
+    if isinstance(given, Progress):
+        return given
+    return Progress(show=False, tell=given) if callable(given) else Progress(show=given)
+
+
 @contextmanager
-def bar(total: int, title: str, *, show: bool | Progress) -> Iterator[Callable[[int], None]]:
+def bar(total: int, title: str, *, show: Shown) -> Iterator[Callable[[int], None]]:
     """Yields what is to be told how many bytes have come.
 
     A bar needs a terminal or a notebook, and gives way to ``HF_HUB_DISABLE_PROGRESS_BARS``; it has no colour under ``NO_COLOR``.
     """
-    how = show if isinstance(show, Progress) else Progress(show=show)
+    how = how_to_show(show)
     phase = Phase(title, total)
     with ExitStack() as stack:
         shown = stack.enter_context(_open_bar(phase)) if how.show and _can_show() else None
@@ -98,6 +119,8 @@ def bar(total: int, title: str, *, show: bool | Progress) -> Iterator[Callable[[
             phase.done += nbytes
             if shown is not None:
                 shown.update(nbytes)
+            if how.tell is not None:
+                how.tell(phase.done, total)
 
         yield tell
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import os
 import re
@@ -21,7 +20,6 @@ from streamconv.folding import Fold, fold
 from streamconv.graph import Node, extents
 from streamconv.kept import check_replaceable
 from streamconv.names import nearest
-from streamconv.names import parse as parse_names
 from streamconv.plan import Plan
 from streamconv.recipe import Drop, Recipe, Rule, Tie
 from streamconv.storage import is_url
@@ -72,13 +70,7 @@ def select(checkpoint: Checkpoint, pattern: str) -> Checkpoint:
     Raises:
         UsageError: none is.
     """
-    if "{" in pattern:
-        parsed = parse_names(pattern)
-        names = [name for name in checkpoint if parsed.match(name) is not None]
-    elif any(mark in pattern for mark in "*?["):
-        names = [name for name in checkpoint if fnmatch.fnmatchcase(name, pattern)]
-    else:
-        names = [name for name in checkpoint if pattern in name]
+    names = list(checkpoint.keys(pattern))
     if not names:
         close = nearest(pattern, checkpoint, 3)
         known = f"; near it: {', '.join(close)}" if close else ""

@@ -13,6 +13,7 @@ from streamconv import memory
 from streamconv.engine.check import OutputCheck
 from streamconv.engine.io import describe_os_error
 from streamconv.errors import DestinationError, RunError
+from streamconv.notebook import table
 from streamconv.plan import Plan
 from streamconv.progress import Progress, bar
 from streamconv.text import join_lines
@@ -118,6 +119,15 @@ class Result:
         found |= {"outputs": plan["outputs"], "verified": self.verified, "notes": list(self.notes), "overflowed": self.overflow.summary()}
         found |= {"comparison": self.comparison.summary()} if self.comparison else {}
         return found | ({"part": asdict(self.part)} if self.part else {})
+
+    def __repr__(self) -> str:
+        verified = {None: "", True: ", verified", False: ", not verified"}[self.verified]
+        return f"<Result of {self.plan!r} in {self.seconds:.2f} s{verified}>"
+
+    def _repr_html_(self) -> str:
+        title, *others = str(self).split("\n")
+        rows = [*others, *(f"note: {note}" for note in self.plan.notes)]
+        return table(title, [], [(row,) for row in rows])
 
     def __str__(self) -> str:
         totals, seconds = self.plan.totals, max(self.seconds, 1e-9)

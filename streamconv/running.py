@@ -23,7 +23,7 @@ from streamconv.errors import DestinationError, Interrupted, UsageError
 from streamconv.interrupts import Unwinding
 from streamconv.kept import check_sources_stay
 from streamconv.plan import Plan
-from streamconv.progress import Progress, bar
+from streamconv.progress import Progress, Shown, bar, how_to_show
 from streamconv.results import Overflow, Result, check_outputs, watch
 from streamconv.storage import is_url
 
@@ -51,7 +51,7 @@ def run(
     verify: bool = False,
     checksum: bool = False,
     reclaim_source: bool = False,
-    progress: bool | Progress = False,
+    progress: Shown = False,
     settings: Mapping[str, Any] | None = None,
     part: tuple[int, int] | None = None,
     finish: bool = False,
@@ -68,7 +68,8 @@ def run(
         verify: read everything back and compare.
         checksum: write ``SHA256SUMS``, too, which ``sha256sum --check`` reads.
         reclaim_source: DELETE the source: give the space of its weight files back as soon as what was made of them is durable and checked.
-        progress: show a bar, on stderr if that is a terminal or in a notebook; or how to.
+        progress: show a bar, on stderr if that is a terminal or in a notebook; or how to; or a function that is told how many bytes are
+            done, of how many.
         settings: what the plan was made with; says what differs if an interrupted run was another one.
         part: (I, N): make the files of part I of N only, those that are not done; several may run at once, on any hosts, and again.
         finish: look at what the parts have made, and write the index.
@@ -79,6 +80,7 @@ def run(
     Raises:
         StreamconvError: see the classes; nothing is lost.
     """
+    progress = how_to_show(progress)
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}: known are {', '.join(ENGINES)}")
     if part or finish or engine != "local" or is_url(plan.root):

@@ -15,6 +15,7 @@ from streamconv.engine.readers import Reader, make_reader
 from streamconv.engine.threads import run_threads
 from streamconv.errors import BudgetError, RunError, StreamconvError
 from streamconv.graph import AnyNode, Node, Source, as_bytes, trace
+from streamconv.notebook import table
 from streamconv.plan import source_files
 from streamconv.runs import Move, identity, region
 from streamconv.storage import Entry, is_url
@@ -71,6 +72,14 @@ class Comparison:
     @property
     def l2_per_parameter(self) -> float:
         return self.l2 / self.parameters if self.parameters else 0.0
+
+    def __repr__(self) -> str:
+        differing = len(self.missing) + len(self.unexpected) + len(self.tensors)
+        return f"<Comparison of {self.compared} tensors: {'equal' if self.equal else f'{differing} differ'}>"
+
+    def _repr_html_(self) -> str:
+        title, *others = str(self).split("\n")
+        return table(title, [], [(row,) for row in others])
 
     def summary(self) -> dict[str, Any]:
         """What ``verify --json`` prints."""

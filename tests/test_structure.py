@@ -37,7 +37,7 @@ STOREYS = [
         "storage",
         "storage.*",
     ],
-    ["names", "axes", "expressions", "folding", "cover"],
+    ["names", "axes", "expressions", "folding", "cover", "notebook"],
     ["runs", "ops", "graph", "views", "evaluate", "tiles", "lazy"],
     ["formats", "formats.*"],
     ["entries", "checkpoint", "ties"],
