@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv import memory, recipes
 from streamconv.bridge import choose_kept
 from streamconv.casting import Casting
-from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config, ties
+from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config
 from streamconv.compiler import compile_plan
 from streamconv.destination import RemoteTarget, Target, check_folders, check_names, target_of
 from streamconv.doctor import Examination, examine
@@ -26,6 +26,7 @@ from streamconv.engine.reclaim import Reclaim
 from streamconv.engine.streams import staged_bytes
 from streamconv.errors import BudgetError, DestinationError, FormatError, StreamconvError, UsageError
 from streamconv.fitting import Budget, check_workers
+from streamconv.folder import within
 from streamconv.formats import FileLayout
 from streamconv.graph import AnyNode, extents
 from streamconv.kept import check_report, check_sources_stay
@@ -39,9 +40,9 @@ from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_
 from streamconv.results import Result
 from streamconv.running import run, with_reclaim
 from streamconv.sidecars import make_sidecars
-from streamconv.sides import lay_out, open_side
+from streamconv.sides import Wanted, lay_out_components, open_side
 from streamconv.storage import is_url
-from streamconv.storage.remote import Location, locate, shown
+from streamconv.storage.remote import Location, locate, relative, shown
 from streamconv.units import format_size, parse_size
 from streamconv.verify import Comparison, compare
 from streamconv.vocabulary import resize_vocab, sampling
@@ -100,6 +101,9 @@ def plan(
     target = target_of(dst, format, chosen.target.format if chosen else "safetensors", create_pr=create_pr)
     own = read_identity_options(options or {}) if chosen is None else {}
     checkpoint = open_side(src, chosen.source if chosen else Side(), root=own.get("root"))
+    left: list[str] = []
+    if target.file or chosen:
+        checkpoint, left = _own_component(checkpoint, target)
     try:
         target.check(checkpoint, overwrite=overwrite, resume=resume)
     except OSError as error:
@@ -109,19 +113,17 @@ def plan(
         raise UsageError(f"--sidecars-from {beside}: not a directory")
     conversion = _convert_names(checkpoint, chosen, options or {}, Casting(dtype, keep_dtype), beside)
     container = CONTAINERS[target.format]
-    tied = _ties(checkpoint, conversion) if own.get("tied") == "keep" and container.stores_ties_once else {}
-    metadata = {key: value for key, value in checkpoint.metadata.items() if key not in checkpoint.ties}
-    metadata |= {"format": "pt", **sampling(conversion.outputs.values())}
-    facts: dict[str, Any]
-    if container.holds_ties:
-        if align:
-            raise UsageError(f"--align: {target.format} files have an alignment of their own: leave it out")
-        facts = {"tied": tied}
-    else:
-        conversion, facts = _without(conversion, tied), {"metadata": metadata | tied, "align": BLOCK if align else 8}
+    keeps = container.stores_ties_once and own.get("tied", "keep") == "keep"
+    tied = _ties(checkpoint.others if chosen else checkpoint, conversion) if keeps else {}
+    if container.holds_ties and align:
+        raise UsageError(f"--align: {target.format} files have an alignment of their own: leave it out")
+    if not container.holds_ties:
+        conversion = _without(conversion, tied)
     shard = parse_size(max_shard_size)
     limit = None if single_file or target.file else shard
-    layouts = lay_out(conversion, target, chosen.target if chosen else Side(), limit, facts)
+    metadata = {"format": "pt", **sampling(conversion.outputs.values())}
+    wanted = Wanted(target, limit, tied, metadata, BLOCK if align else None)
+    layouts = lay_out_components(checkpoint, conversion, chosen.target if chosen else None, wanted)
     told = [f"{name} is {kept}, stored once (--set tied=copy: twice)" for name, kept in list(tied.items())[:5]]
     sidecars, notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, chosen, conversion, dtype)
     made = compile_plan(
@@ -134,7 +136,7 @@ def plan(
         sidecars=sidecars,
         mapping=(Row(*row) for row in conversion.rows),
         dropped=conversion.dropped,
-        notes=[*checkpoint.contents.notes, *told, *conversion.notes, *notes, *_may_share(checkpoint, target, layouts)],
+        notes=[*checkpoint.contents.notes, *left, *told, *conversion.notes, *notes, *_may_share(checkpoint, target, layouts)],
         replicas=conversion.replicas,
         read_backend=read_backend,
         reasons=conversion.reasons,
@@ -187,16 +189,39 @@ def _convert_names(
         made = resize_vocab(identity(_with_ties(checkpoint), casting), read_identity_options(options))
     else:
         sidecar = read_config(beside, recipe.target.config) if beside else {}
-        made = recipe.apply(checkpoint.contents.entries, checkpoint.config, options, sidecar=sidecar, recast=casting)
+        made = recipe.apply(checkpoint.components[""].entries, checkpoint.config, options, sidecar=sidecar, recast=casting)
+        rest = identity(_with_ties(checkpoint.others), casting)
+        made = replace(made, outputs={**made.outputs, **rest.outputs}, rows=[*made.rows, *rest.rows])
     casting.check_patterns(made.outputs)
-    config = {} if recipe else checkpoint.config  # what a recipe makes of quantized tensors, they say themselves
+    notes = list(_check_quantized(checkpoint, made, casting, told=recipe is None))
+    return replace(made, notes=[*made.notes, *notes])
 
-    def files() -> dict[str, Mapping[str, Any]]:
-        folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-        return {} if recipe else {name: read_config(folder, name) for name in FILES}
 
-    note = casting.check_quantized({name: node.spec for name, node in made.outputs.items()}, config, files)
-    return replace(made, notes=[*made.notes, note]) if note else made
+def _check_quantized(checkpoint: Checkpoint, made: Conversion, casting: Casting, *, told: bool) -> Iterator[str]:
+    """`Casting.check_quantized` of each component; ``told``: configs say what is quantized, else what a recipe makes of it does."""
+    for folder in checkpoint.components:
+        where = within(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent, folder)
+        names = {name: checkpoint.component_of(name) for name in made.outputs}
+        specs = {bare: made.outputs[name].spec for name, (found, bare) in names.items() if found == folder}
+        config = checkpoint.config_of(folder) if told else {}
+        note = casting.check_quantized(specs, config, lambda: {name: read_config(where, name) for name in FILES} if told else {})  # noqa: B023
+        if note:
+            yield f"{folder}: {note}" if folder else note
+
+
+def _own_component(checkpoint: Checkpoint, target: Target | RemoteTarget) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint for a recipe, or for a DST that is one file, and a note about components that have no place in it.
+
+    Raises:
+        UsageError: it consists of other components only.
+    """
+    others = ", ".join(filter(None, checkpoint.components))
+    if "" not in checkpoint.components:
+        what = f"DST {target.path} is one file" if target.file else "a recipe converts one model"
+        raise UsageError(f"{checkpoint.path}: consists of {others}, and {what}: give one of them as SRC")
+    if not (target.file and others):
+        return checkpoint, []
+    return checkpoint.select([""]), [f"{others}: left behind, as DST is one file; a directory holds them too"]
 
 
 def _with_ties(checkpoint: Checkpoint) -> dict[str, AnyNode]:
@@ -206,10 +231,9 @@ def _with_ties(checkpoint: Checkpoint) -> dict[str, AnyNode]:
 
 
 def _ties(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, str]:
-    """The ties of the source that hold among the targets, which may have been cast apart."""
+    """The ties of the source that hold among the targets, which may have been cast apart, or be a recipe's."""
     outputs = conversion.outputs
-    choose = choose_kept(checkpoint.config) if checkpoint.architecture else lambda _: None
-    found = ties(checkpoint.contents, checkpoint.architecture, choose)
+    found = {name: kept for name, kept in checkpoint.find_ties(choose_kept).items() if name in outputs and kept in outputs}
     return {name: kept for name, kept in found.items() if outputs[name].spec == outputs[kept].spec}
 
 
@@ -407,7 +431,8 @@ def _find_finished(target: Target | RemoteTarget, error: StreamconvError) -> Pla
         found = open_checkpoint(target.path)
     except StreamconvError:
         return None
-    files = tuple(FilePlan(path.name, path.stat().st_size, (), ()) for path in (*found.contents.files, *found.contents.others))
+    own = (*found.contents.files, *found.contents.others)
+    files = tuple(FilePlan(relative(path, target.root.absolute()), path.stat().st_size, (), ()) for path in own)
     return Plan(
         root=str(target.root),
         single=target.file,

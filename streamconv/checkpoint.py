@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Any
 
 from streamconv.entries import TensorEntry
 from streamconv.errors import FormatError, UsageError
+from streamconv.folder import Beside, find_components, find_weighted, look_beside, within
 from streamconv.formats import Contents, FileLayout, mindspore, safetensors, sat
 from streamconv.formats import torch as torch_files
 from streamconv.formats.files import Names, read_index, show, unreadable
@@ -24,16 +25,12 @@ from streamconv.names import natural_key, nearest, select
 from streamconv.names import parse as parse_names
 from streamconv.notebook import SHOWN, table
 from streamconv.storage import hub_cache
-from streamconv.storage.remote import Location, RemotePath, exists, is_dir, locate, names_in, relative, walk
+from streamconv.storage.remote import Location, RemotePath, is_dir, locate, names_in
 from streamconv.text import one_line
 from streamconv.ties import Choice, explain_absent, find_ties, says_tie
 from streamconv.units import format_size
 
 CONFIG = "config.json"
-WEIGHT_SUFFIXES = (
-    ".safetensors", ".safetensors.index.json", ".bin.index.json", ".pt.index.json", ".pth.index.json", ".pth", ".pt", ".ckpt", ".gguf",
-    ".onnx", ".h5", ".msgpack", ".ot", ".partial", "param_name_map.json",
-)  # fmt: skip
 _MAX_CONFIG = 64 << 20
 
 
@@ -53,9 +50,11 @@ class MissingTensor(KeyError):
 class Checkpoint(Mapping[str, TensorEntry]):
     """An open checkpoint. Only headers have been read; iteration is in tensor order."""
 
-    def __init__(self, path: Location, contents: Contents, config: str = CONFIG) -> None:
+    def __init__(self, path: Location, contents: Contents, config: str = CONFIG, components: Mapping[str, Contents] | None = None) -> None:
+        """``contents``: of all components; these by folder, where there are others than the checkpoint's own, ""."""
         self.path = path
         self.contents = contents
+        self.components = {"": contents} if components is None else components
         self._config = config
 
     def __getitem__(self, name: str) -> TensorEntry:
@@ -100,21 +99,55 @@ class Checkpoint(Mapping[str, TensorEntry]):
         Where files can hold a tensor under two names both are entries, and which is the other's their names tell (see `ties.find_ties`);
         where they cannot, one is left out and their metadata says so.
         """
-        return ties(self.contents, self.architecture)
+        return self.find_ties(lambda _: lambda _: None)
+
+    def find_ties(self, choice: Callable[[Mapping[str, Any]], Choice]) -> dict[str, str]:
+        """The same, where ``choice`` of a model's config chooses what names do not tell."""
+        found: dict[str, str] = {}
+        for folder, contents in self.components.items():
+            try:
+                config = self.config_of(folder)
+            except FormatError:
+                config = {}
+            own = ties(contents, config, choice(config))
+            found |= {prefixed(folder, name): prefixed(folder, kept) for name, kept in own.items()}
+        return found
+
+    def config_of(self, folder: str) -> dict[str, Any]:
+        """The config of a component. Raises as `config` does."""
+        return read_config(within(self.path, folder)) if folder else self.config
+
+    @property
+    def others(self) -> Checkpoint:
+        """Its components without its own."""
+        return self.select([folder for folder in self.components if folder])
+
+    def component_of(self, name: str) -> tuple[str, str]:
+        """The component that a tensor is of, and what it is called there."""
+        folder = next((folder for folder in self._folders if not folder or name.startswith(f"{folder}/")), "")
+        return folder, name.removeprefix(f"{folder}/") if folder else name
 
     @cached_property
-    def architecture(self) -> str:
-        """The model's class as config.json names it; "" where it does not, or cannot be read."""
-        try:
-            classes = self.config.get("architectures")
-        except FormatError:
-            return ""
-        return str(classes[0]) if isinstance(classes, list) and classes else ""
+    def _folders(self) -> list[str]:
+        """Those that lie in others first."""
+        return sorted(self.components, reverse=True)
+
+    def select(self, folders: Collection[str]) -> Checkpoint:
+        """The checkpoint with some of its components only."""
+        components = {folder: contents for folder, contents in self.components.items() if folder in folders}
+        return Checkpoint(self.path, join_components(components), self._config, components)
 
     @cached_property
     def sidecars(self) -> list[str]:
         """Paths, relative to the checkpoint, of the files beside the weights; none for a single file."""
-        return find_sidecars(self.path, self.contents) if self.path.is_dir() else []
+        return self.beside.files
+
+    @cached_property
+    def beside(self) -> Beside:
+        """What lies in the checkpoint's folder beside what is read; nothing for a single file."""
+        if not self.path.is_dir():
+            return Beside([], {})
+        return look_beside(self.path, (*self.contents.files, *self.contents.others), find_components(self.path))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -124,33 +157,6 @@ class Checkpoint(Mapping[str, TensorEntry]):
             FormatError: it is not a JSON object.
         """
         return read_config(self.path if self.path.is_dir() else self.path.parent, self._config)
-
-
-def find_sidecars(root: Location, contents: Contents | None = None) -> list[str]:
-    """Every file below ``root`` that is not weights or index, relative to it, sorted.
-
-    A subfolder with a config.json of its own is a module of the model (as sentence-transformers has them): its weights come
-    along. Other weights in subfolders are other forms of the same model and stay behind, as do hidden folders.
-    """
-    own = {path.name for path in (*contents.files, *contents.others)} if contents else set()
-    found = []
-    for here, folders, files in walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        module = here != root and CONFIG in files
-        for name in sorted(files):
-            made = name.endswith(".streamconv.json") or name == "SHA256SUMS"  # of another set of files
-            if made or (here == root and name in own) or (is_weights(name) and not module):
-                continue
-            if not exists(here / name):
-                raise FormatError(f"{here / name}: a link to a file that is not there: fetch the checkpoint again, or remove the link")
-            found.append(relative(here / name, root))
-    return sorted(found)
-
-
-def is_weights(name: str) -> bool:
-    """Whether a file of this name holds tensors, or says where they are, in any container."""
-    bin_ = name.endswith(".bin") and name.startswith(("pytorch_model", "adapter_model", "consolidated"))
-    return bin_ or name.endswith(WEIGHT_SUFFIXES) or name == sat.LATEST
 
 
 def read_config(directory: Location, name: str = CONFIG) -> dict[str, Any]:
@@ -206,8 +212,9 @@ def open_checkpoint(
     ranks: Sequence[str] = (),
     files: Sequence[str] = (),
     config: str = CONFIG,
+    components: bool = True,
 ) -> Checkpoint:
-    """Opens a checkpoint: one file, or a directory with or without index. No tensor data is read.
+    """Opens a checkpoint: one file, or a directory with or without index, with its components in folders. No tensor data is read.
 
     Args:
         path: where it is, on this machine or behind a URL.
@@ -216,12 +223,23 @@ def open_checkpoint(
         ranks: patterns of file names; those that the first one with any matches are read instead, by rank.
         files: the same for files that do not repeat names, where there are none by rank.
         config: the name of the file with the model's config.
+        components: whether folders that a list names as such are read, too; their tensors are ``<folder>/<name>``.
 
     Raises:
         FormatError: damaged or not a checkpoint.
         UsageError: not there, or not readable.
     """
     where, notes = find_checkpoint(path)
+    if folders := find_weighted(where) if components else []:
+
+        def open_component(folder: str) -> Contents:
+            own: dict[str, Any] = {} if folder else {"by_rank": by_rank, "root": root, "ranks": ranks, "files": files}
+            return open_checkpoint(within(where, folder), components=False, **own).contents
+
+        opened = {folder: open_component(folder) for folder in folders}
+        joined = join_components(opened)
+        joined.notes[:0] = notes
+        return Checkpoint(where.absolute(), joined, config, opened)
     chosen, ranked = choose_files(where, ranks, files)
     by_rank = by_rank or ranked
     name, found = _choose(where, chosen, by_rank=by_rank)
@@ -370,10 +388,31 @@ def _format_of_index(path: Location) -> str:
     return "safetensors"
 
 
-def ties(contents: Contents, architecture: str = "", choose: Choice = lambda _: None) -> dict[str, str]:
-    """See `Checkpoint.ties`; ``architecture`` and ``choose`` as `find_ties` takes them."""
+def prefixed(folder: str, name: str) -> str:
+    """What a component's tensor is called in the whole checkpoint."""
+    return f"{folder}/{name}" if folder else name
+
+
+def join_components(components: Mapping[str, Contents]) -> Contents:
+    """The contents of components, by folder, as one; the format and the metadata are those of the first."""
+    first = next(iter(components.values()), Contents("safetensors", {}, []))
+    if list(components) == [""]:
+        return first
+    return Contents(
+        first.format,
+        {prefixed(folder, name): entry for folder, part in components.items() for name, entry in part.entries.items()},
+        [file for part in components.values() for file in part.files],
+        [file for part in components.values() for file in part.others],
+        first.metadata,
+        [f"{folder}: {note}" if folder else note for folder, part in components.items() for note in part.notes],
+    )
+
+
+def ties(contents: Contents, config: Mapping[str, Any] | None = None, choose: Choice = lambda _: None) -> dict[str, str]:
+    """See `Checkpoint.ties`; ``choose`` as `find_ties` takes it."""
     entries = contents.entries
     if not CONTAINERS[contents.format].holds_ties:
         said = contents.metadata.items()
         return {name: kept for name, kept in said if name not in entries and kept in entries and says_tie(name, kept)}
-    return find_ties(entries, architecture, choose)
+    classes = (config or {}).get("architectures")
+    return find_ties(entries, str(classes[0]) if isinstance(classes, list) and classes else "", choose)

@@ -92,6 +92,7 @@ def compile_plan(
         peak_memory=fit.peak,
         account=compiler.account(files, outputs, rows, reasons or {}, tied),
         names=tuple(names.get(id(node), "") for node in compiler.nodes),
+        sidecars=tuple(sorted(sidecars or ())),
     )
 
 

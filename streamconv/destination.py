@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import stat
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePath, PurePosixPath
 
-from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, is_weights
+from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint
 from streamconv.engine.io import check_folder
 from streamconv.engine.journal import DRAFT, IN_PARTS, Journal, journal_path, read_journal
 from streamconv.engine.journal import NAME as JOURNAL
@@ -22,11 +23,13 @@ from streamconv.filenames import LONGEST
 from streamconv.formats import sat
 from streamconv.places import Identity, identify, identify_with_parents
 from streamconv.plan import Plan
+from streamconv.stems import CHOSEN
 from streamconv.storage import is_url
 from streamconv.storage.addresses import public
 from streamconv.storage.sinks import Sink, open_sink
 from streamconv.text import did_you_mean
 from streamconv.units import format_size
+from streamconv.unrelated import is_weights
 
 
 @dataclass(frozen=True)
@@ -242,38 +245,51 @@ def _allocated(path: Path) -> int:
     return getattr(found, "st_blocks", -(-found.st_size // 512)) * 512
 
 
-def old_files(root: Path, single: str | None) -> list[Path]:
+def old_files(plan: Plan, root: Path) -> list[Path]:
     """What ``--overwrite`` removes: DST itself if it is one file, else the weight and index files in it, links to nowhere included.
 
-    Weight files that an interrupted run left unfinished are among them.
+    Weight files that an interrupted run left unfinished are among them, and those in folders of components that a plan makes.
     """
-    if single:
-        return [root / single]
+    if plan.single:
+        return [root / plan.single]
     if not root.is_dir():
         return []
-    ranks = (path for path in root.glob("*/mp_rank_*") if not path.parent.is_symlink())
-    names = {path.relative_to(root).as_posix(): path for path in (*root.iterdir(), *ranks) if not path.is_dir()}
-    return [path for name, path in names.items() if is_old(name, names)]
+    folders = component_folders(plan)
+    below = [*root.glob("*/mp_rank_*"), *(path for folder in folders for path in root.glob(f"{glob.escape(folder)}/*"))]
+    inside = (path for path in below if not path.parent.is_symlink())
+    names = {path.relative_to(root).as_posix(): path for path in (*root.iterdir(), *inside) if not path.is_dir()}
+    return [path for name, path in names.items() if is_old(name, names, folders)]
+
+
+def component_folders(plan: Plan) -> set[str]:
+    """Folders below DST that hold a component of the model each, such as a pipeline's ``unet``."""
+    if plan.format not in CHOSEN:
+        return set()
+    return {PurePosixPath(file.path).parent.as_posix() for file in plan.files if file.tensors} - {"."}
 
 
 def old_names(plan: Plan, sink: Sink | None) -> list[str]:
     """`old_files` of a plan's DST, which may be a sink, relative to its root."""
     if sink:
         there = sink.list()
-        return [name for name in there if (name == plan.single if plan.single else is_old(name, there))]
-    return [path.relative_to(plan.root).as_posix() for path in old_files(Path(plan.root), plan.single)]
+        folders = component_folders(plan)
+        return [name for name in there if (name == plan.single if plan.single else is_old(name, there, folders))]
+    return [path.relative_to(plan.root).as_posix() for path in old_files(plan, Path(plan.root))]
 
 
-def is_old(name: str, there: Collection[str]) -> bool:
+def is_old(name: str, there: Collection[str], folders: Collection[str]) -> bool:
     """Whether a file, by its name relative to DST, is what an output replaces: no weights of other models in folders of their own.
+
+    ``folders`` are those of components.
 
     A ``latest`` is, where ranks as SAT has them are among the files that are ``there``: others have files of that name, too.
     """
     whole = UNFINISHED.sub("", name).removesuffix(PARTIAL)
     if name == sat.LATEST:
         return any(sat.is_rank(other) for other in there)
-    ours = UNFINISHED.search(name) or (is_weights(whole) and not whole.endswith(PARTIAL))
-    return ("/" not in whole and bool(ours)) or _is_rank(whole)
+    folder, _, file = whole.rpartition("/")
+    ours = UNFINISHED.search(name) or (is_weights(file) and not file.endswith(PARTIAL))
+    return (folder in {"", *folders} and bool(ours)) or _is_rank(whole)
 
 
 def _is_rank(name: str) -> bool:
@@ -294,7 +310,8 @@ def outdated(plan: Plan, put: Collection[str], there: Iterable[str]) -> list[str
     if plan.single or plan.files[-1].path not in put:
         return []
     names = list(there)
-    old = (name for name in names if is_old(name, names) and (kind.is_part(name) or (plan.format == "sat" and _is_rank(name))))
+    folders = component_folders(plan)
+    old = (name for name in names if is_old(name, names, folders) and (kind.is_part(name) or (plan.format == "sat" and _is_rank(name))))
     return [name for name in old if name not in made]
 
 
@@ -323,6 +340,6 @@ def prepare(plan: Plan, root: Path, *, overwrite: bool, resume: bool) -> None:
 def clear(plan: Plan, root: Path, journal: Journal) -> None:
     """Removes what an output replaces; what the run in ``journal`` has made itself stays."""
     own = {root / name for name in journal.finished} | {partial(root / name) for name in journal.durable}
-    for path in old_files(root, plan.single):
+    for path in old_files(plan, root):
         if path not in own:
             path.unlink(missing_ok=True)

@@ -7,13 +7,14 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from streamconv.checkpoint import CONFIG, CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.dtypes import TensorSpec
 from streamconv.engine.lines import read_line
 from streamconv.errors import FormatError, StreamconvError
+from streamconv.folder import find_pointers, find_weighted, look_beside, within
 from streamconv.formats.files import read_bytes
 from streamconv.graph import AnyNode
 from streamconv.storage.remote import Location, each, names_in
@@ -74,12 +75,40 @@ class Examination:
 
 
 def examine(path: str | os.PathLike[str], *, data: bool = False) -> Examination:
-    """Looks at a checkpoint.
+    """Looks at a checkpoint, with its components in folders.
 
     Raises:
         StreamconvError: there is nothing at ``path`` that could be one.
     """
     path, _ = find_checkpoint(path)
+    whole = Examination(str(path), "")
+    try:
+        folders = find_weighted(path)
+    except FormatError as error:
+        whole.findings.append(Finding(_short(error, path), str(path), "components of the model are not found", "mend it, or get it again"))
+        folders = []
+    for folder in folders or [""]:
+        found = _examine_component(within(path, folder), data=data, is_component=folder != "")
+        whole.format = whole.format or found.format
+        whole.findings += (replace(finding, where=f"{folder}: {finding.where}") if folder else finding for finding in found.findings)
+        whole.dtypes = dict((Counter(whole.dtypes) + Counter(found.dtypes)).most_common())
+        whole.tensors, whole.nbytes = whole.tensors + found.tensors, whole.nbytes + found.nbytes
+    whole.findings += _check_pointers(path) if path.is_dir() else []
+    return whole
+
+
+def _check_pointers(path: Location) -> Iterator[Finding]:
+    try:
+        found = find_pointers(path, look_beside(path).files)
+    except (FormatError, OSError) as error:
+        yield Finding(_short(error, path), str(path), "it would go along with the weights", "fetch the checkpoint again")
+        return
+    for name in found:
+        yield Finding("it is a Git LFS pointer, not the file", name, "what needs the file fails", "fetch it: git lfs pull")
+
+
+def _examine_component(path: Location, *, data: bool, is_component: bool) -> Examination:
+    """Looks at one component of a checkpoint, which may be all of it; ``is_component``: what the whole says it need not say."""
     name = detect_format(path)
     found = Examination(str(path), name)
     tables: dict[str, Mapping[str, AnyNode]] = {}
@@ -87,7 +116,7 @@ def examine(path: str | os.PathLike[str], *, data: bool = False) -> Examination:
     if path.is_dir():
         tables = _read_files(path, name, found)
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, components=False)
     except FormatError as error:
         if not found.findings:
             found.findings.append(Finding(_short(error, path), str(path), "nothing can read it", "download or write it again"))
@@ -100,7 +129,7 @@ def examine(path: str | os.PathLike[str], *, data: bool = False) -> Examination:
     specs = {tensor: entry.spec for tensor, entry in entries.items()}
     found.findings += _check_files(path, tables, found.format) if path.is_dir() else []
     found.findings += _check_layers(specs)
-    found.findings += _check_quantities(path if path.is_dir() else path.parent, specs, checkpoint)
+    found.findings += _check_quantities(path if path.is_dir() else path.parent, specs, checkpoint, is_component=is_component)
     if data and checkpoint:
         found.findings += _check_data(checkpoint)
     return found
@@ -260,7 +289,9 @@ def _check_layers(specs: Mapping[str, TensorSpec]) -> Iterator[Finding]:
                 yield Finding(what, f"{stem}.{k}.{lost[0]}", "it cannot be of this model", "get that file again")
 
 
-def _check_quantities(folder: Location, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None) -> Iterator[Finding]:
+def _check_quantities(
+    folder: Location, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None, *, is_component: bool
+) -> Iterator[Finding]:
     """What config.json says, against the tensors."""
     try:
         whole = read_config(folder)
@@ -277,7 +308,7 @@ def _check_quantities(folder: Location, specs: Mapping[str, TensorSpec], checkpo
     yield from _check_embedding(whole, text, specs, checkpoint)
     yield from _check_shapes(text, specs)
     yield from _check_types(whole, specs)
-    if not whole.get("architectures") or not whole.get("model_type"):
+    if not is_component and (not whole.get("architectures") or not whole.get("model_type")):
         yield Finding("it lacks model_type or architectures", CONFIG, "libraries choose the model's class by them", "add them")
     for code in sorted(
         {str(value).split(".")[0].split("--")[-1] for value in (whole.get("auto_map") or {}).values() if isinstance(value, str)}
@@ -287,7 +318,7 @@ def _check_quantities(folder: Location, specs: Mapping[str, TensorSpec], checkpo
                 f"auto_map names {code}.py, which is not there", CONFIG, "the model's own code is missing", "get it from its repository"
             )
     vocabulary = any(re.search(r"(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$", name) for name in specs)
-    if vocabulary and not any((folder / name).exists() for name in _TOKENIZERS):
+    if vocabulary and not is_component and not any((folder / name).exists() for name in _TOKENIZERS):
         yield Finding("no tokenizer file is there", str(folder), "text cannot be encoded", "copy the tokenizer's files here")
 
 

@@ -6,7 +6,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from streamconv.destination import is_old, old_files
+from streamconv.destination import component_folders, is_old, old_files
 from streamconv.engine.journal import journal_path
 from streamconv.engine.local import SUMS, partial
 from streamconv.errors import DestinationError, UsageError
@@ -30,7 +30,7 @@ def check_sources_stay(plan: Plan, read: Iterable[Path] = (), *, overwrite: bool
         _check_urls(plan, overwrite=overwrite)
         return
     root = Path(plan.root)
-    doomed = {place_of(path): path for path in (*_made(plan), *(old_files(root, plan.single) if overwrite else ()))}
+    doomed = {place_of(path): path for path in (*_made(plan), *(old_files(plan, root) if overwrite else ()))}
     for path in (*_sources(plan), *read):
         for place in places_of(path):
             if place in doomed:
@@ -39,10 +39,10 @@ def check_sources_stay(plan: Plan, read: Iterable[Path] = (), *, overwrite: bool
 
 
 def _check_urls(plan: Plan, *, overwrite: bool) -> None:
-    names = {file.path for file in plan.files}
+    names, folders = {file.path for file in plan.files}, component_folders(plan)
     sources = [source.path.removeprefix(f"{plan.root}/") for source in plan.sources if source.path.startswith(f"{plan.root}/")]
     for name in sources:
-        if name in names or (overwrite and not plan.single and is_old(name, sources)):
+        if name in names or (overwrite and not plan.single and is_old(name, sources, folders)):
             raise DestinationError(f"{plan.root}/{name}: would be replaced, and is read: give another DST, or a copy of that file")
 
 

@@ -68,7 +68,8 @@ class _Opened:
         key = repr(self._chosen[patterns])
         if key not in self._read:
             checkpoint = self._try(lambda: open_side(self._src, side))
-            self._read[key] = (checkpoint, _count_kinds(checkpoint)) if checkpoint else None
+            own = checkpoint.components.get("") if checkpoint else None  # a recipe is for the model's own component
+            self._read[key] = (Checkpoint(checkpoint.path, own), _count_kinds(own.entries)) if checkpoint and own else None
         if (known := self._read[key]) is None:
             return None
         return Checkpoint(known[0].path, known[0].contents, side.config), known[1]
@@ -107,5 +108,5 @@ def suggest_recipes(src: str | os.PathLike[str]) -> list[str]:
     src, _ = find_checkpoint(src)
     config = read_config(src if src.is_dir() else src.parent)
     named = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)] if config.get("model_type") else []
-    kinds = _count_kinds(open_checkpoint(src)) if named else {}
+    kinds = _count_kinds(open_checkpoint(src, components=False)) if named else {}
     return [recipe.name for recipe in named if recipe.coverage(kinds) == (1, 1)]

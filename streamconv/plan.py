@@ -44,6 +44,7 @@ __all__ = [
 
 BEGINNING = '{"streamconv_plan"'  # of a plan as JSON
 SHOWN = 40  # lines of a kind that a plan's picture has
+SHOWN_BESIDE = 20  # sidecars in its line of them
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Plan:
         peak_memory: bytes of resident memory that the run stays below.
         account: what becomes of the tensors.
         names: of the target that each node makes; "" of those that are compared only.
+        sidecars: paths of those of the files that go along with the weights, sorted.
     """
 
     root: str
@@ -81,6 +83,7 @@ class Plan:
     peak_memory: int
     account: Account = field(default_factory=Account)
     names: tuple[str, ...] = ()
+    sidecars: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Plan {one_line(self._title)}>"
@@ -103,6 +106,7 @@ class Plan:
         return [
             ("reads", f"{format_size(totals.bytes_read)}: {_list_files((source.path, source.size) for source in self.sources)}"),
             ("writes", f"{format_size(totals.bytes_written)}: {_list_files((file.path, file.size) for file in self.files)}"),
+            *([("sidecars", self._list_sidecars())] if self.sidecars else []),
             ("moves", f"{format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed"),
             ("memory", f"peak memory at most {format_size(self.peak_memory)}, with {workers}"),
             ("disk", disk),
@@ -128,6 +132,10 @@ class Plan:
         lines += [f"  ... and {len(dropped) - SHOWN} kinds more dropped"] if len(dropped) > SHOWN else []
         lines += [f"  note: {note}" for note in self.notes]
         return join_lines(lines)
+
+    def _list_sidecars(self) -> str:
+        more = len(self.sidecars) - SHOWN_BESIDE
+        return ", ".join(self.sidecars[:SHOWN_BESIDE]) + (f", and {more} more" if more > 0 else "")
 
     def fold_mapping(self) -> Iterator[tuple[Mapping, list[Mapping]]]:
         """Rows of the mapping that differ in numbers only as one, with ranges in its names, and the rows it stands for."""
@@ -189,6 +197,7 @@ class Plan:
                 for m in self.mapping
             ],
             "dropped": list(self.dropped),
+            "sidecars": list(self.sidecars),
             "notes": list(self.notes),
             "summary": asdict(self.account),
         }
@@ -271,7 +280,7 @@ class Plan:
 
 _AS_THEY_ARE = (
     "root", "single", "format", "workers", "arena", "read_backend", "peak_memory", "sources", "checks", "dropped", "notes", "totals",
-    "account", "names",
+    "account", "names", "sidecars",
 )  # fmt: skip
 
 

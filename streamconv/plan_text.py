@@ -120,6 +120,7 @@ class Document(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     totals: Totals
     account: Account
     names: tuple[str, ...] = ()
+    sidecars: tuple[str, ...] = ()
 
 
 class _Version(Struct):

@@ -103,7 +103,7 @@ def run(
         try:
             finished = resume and _is_complete(plan)
             if not finished:
-                check_room(with_reclaim(plan, done) if reclaim else plan, root, old_files(root, plan.single) if overwrite else [])
+                check_room(with_reclaim(plan, done) if reclaim else plan, root, old_files(plan, root) if overwrite else [])
                 if not (reclaim and done):
                     check_replicas(plan)
                 overflowed = _write(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
-from streamconv.checkpoint import CONFIG, Checkpoint, find_sidecars, read_config
+from streamconv.checkpoint import CONFIG, Checkpoint, read_config
 from streamconv.dtypes import parse_dtype
 from streamconv.errors import RecipeError
+from streamconv.folder import find_components, find_pointers, look_beside, shorten
 from streamconv.fp8 import KEYS as QUANTIZATION
 from streamconv.recipe import Conversion, Model, Recipe, find_writer
 from streamconv.storage.remote import Location
+from streamconv.units import format_size
+from streamconv.unrelated import is_known
+
+LARGE = 10_000_000  # bytes: above, a file that is not known to belong beside weights is worth a word
 
 Sidecars = dict[str, str | bytes]
 """Relative path -> the file to copy, or the bytes to write."""
@@ -30,17 +36,18 @@ def make_sidecars(
         dtype: what floating tensors are cast to, or None.
     """
     root = beside or checkpoint.path
-    names = find_sidecars(root, None if beside else checkpoint.contents) if root.is_dir() else []
-    sidecars: Sidecars = {name: str(root / name) for name in names}
+    found = checkpoint.beside if beside is None else look_beside(beside, components=find_components(beside))
+    sidecars: Sidecars = {name: str(root / name) for name in found.files}
     config = read_config(root) if root.is_dir() else {}
     made: dict[str, Any] = {}
-    notes: list[str] = []
+    notes = [*([found.note] if found.note and beside is None else []), *_examine(root, found.files)]
     if recipe:
         if recipe.source.config != recipe.target.config and not beside:
             sidecars.pop(recipe.source.config, None)
         if recipe.target.writes:
-            sources = {name: source.spec for name, source in checkpoint.contents.entries.items()}
-            targets = {name: node.spec for name, node in conversion.outputs.items()}
+            others = tuple(f"{folder}/" for folder in checkpoint.components if folder)
+            sources = {name: source.spec for name, source in checkpoint.components[""].entries.items()}
+            targets = {name: node.spec for name, node in conversion.outputs.items() if not name.startswith(others)}
             side = read_config(beside, recipe.target.config) if beside else {}
 
             def read(name: str) -> dict[str, Any]:
@@ -54,15 +61,29 @@ def make_sidecars(
             notes.append(f"{CONFIG} is the source's own: give --sidecars-from a folder of the target model for one that its code reads")
         if missing := [name for name in recipe.target.expects if name not in sidecars]:
             notes.append(f"{', '.join(missing)}: not beside {root}; --sidecars-from a folder of the target model brings it along")
+    wanted = parse_dtype(dtype).name if dtype else None
     if CONFIG in sidecars or CONFIG in made:
         given = made.get(CONFIG, config)
-        changed = _change(given, parse_dtype(dtype).name if dtype else None, conversion.config)
+        changed = _change(given, wanted, conversion.config)
         if CONFIG in made or changed != given:
             made[CONFIG] = changed
+    for folder in filter(None, checkpoint.components):
+        name = f"{folder}/{CONFIG}"
+        if name in sidecars and (changed := _change(own := read_config(root, name), wanted, {})) != own:
+            made[name] = changed
     for name, contents in made.items():
         if name not in sidecars or contents != (config if name == CONFIG else None):
             sidecars[name] = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
     return sidecars, notes
+
+
+def _examine(root: Location, names: Iterable[str]) -> Iterator[str]:
+    """Notes about files that go along: large ones that nobody expects, and those that stand for others."""
+    if pointers := find_pointers(root, names):
+        yield f"{shorten(pointers)}: Git LFS pointers, not the files that they stand for: fetch those with git lfs pull, then convert again"
+    sizes = {name: (root / name).stat().st_size for name in names if not is_known(PurePosixPath(name).name)}
+    if large := [f"{name} ({format_size(size)})" for name, size in sizes.items() if size > LARGE]:
+        yield f"copied as they are, though nothing says what they are: {shorten(large)}"
 
 
 def _write(code: str, model: Model) -> dict[str, Any]:

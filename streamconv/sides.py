@@ -5,18 +5,19 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, open_checkpoint
+from streamconv.checkpoint import CONTAINERS, FORMAT_OF, Checkpoint, open_checkpoint, prefixed, ties
 from streamconv.destination import RemoteTarget, Target
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import UsageError
-from streamconv.formats import FileLayout
+from streamconv.formats import Contents, FileLayout
 from streamconv.names import Matcher
 from streamconv.names import parse as parse_names
 from streamconv.recipe import Conversion, Side
+from streamconv.stems import CHOSEN, stem_of
 
 
 def open_side(path: str | os.PathLike[str], side: Side, root: str | None = None) -> Checkpoint:
@@ -24,11 +25,70 @@ def open_side(path: str | os.PathLike[str], side: Side, root: str | None = None)
     return open_checkpoint(path, root=root, ranks=side.ranks, files=side.files, config=side.config)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a target shall be: ``tied`` names share the tensors of others, data starts at multiples of ``align`` bytes where that is given.
+
+    ``metadata`` goes into each file that can hold some, beside that of the source; ``limit`` is the bytes of tensors in a file, or None.
+    """
+
+    target: Target | RemoteTarget
+    limit: int | None
+    tied: Mapping[str, str]
+    metadata: Mapping[str, str]
+    align: int | None = None
+
+
+def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Side | None, wanted: Wanted) -> list[FileLayout]:
+    """The files of the target, each component's in its folder; ``side`` is how a recipe has those of the checkpoint's own."""
+    tables: dict[str, dict[str, TensorSpec]] = {folder: {} for folder in sorted(checkpoint.components, reverse=True)}
+    ties_in: dict[str, dict[str, str]] = {folder: {} for folder in tables}
+    for name, node in conversion.outputs.items():
+        folder, bare = checkpoint.component_of(name)
+        tables[folder][bare] = node.spec
+    for name, kept in wanted.tied.items():
+        folder, bare = checkpoint.component_of(name)
+        ties_in[folder][bare] = checkpoint.component_of(kept)[1]
+    layouts = []
+    for folder, specs in tables.items():  # the checkpoint's own files come last, and so does its index
+        format_ = _format_of(checkpoint, folder, side, wanted.target.format)
+        own = side if side and not folder else Side(format_, stem=stem_of(checkpoint, folder, format_))
+        target = replace(wanted.target, format=format_)
+        made = lay_out(specs, target, own, wanted.limit, _facts(checkpoint.components[folder], ties_in[folder], format_, wanted))
+        layouts += [_in_folder(folder, layout) for layout in made]
+    return layouts
+
+
+def _format_of(checkpoint: Checkpoint, folder: str, side: Side | None, format: str) -> str:  # noqa: A002
+    """The container of a component, which keeps its own where a recipe makes one that only a whole model can have."""
+    if not (side and folder) or format in CHOSEN:
+        return format
+    own = checkpoint.components[folder].format
+    return own if own in CHOSEN else CHOSEN[0]
+
+
+def _facts(contents: Contents, tied: Mapping[str, str], format: str, wanted: Wanted) -> dict[str, Any]:  # noqa: A002
+    """What a container's `lay_out` takes beside tensors and names."""
+    if CONTAINERS[format].holds_ties:
+        return {"tied": tied}
+    known = ties(contents) if contents.metadata else {}
+    said = {key: value for key, value in contents.metadata.items() if key not in known}
+    return {"metadata": {**said, **wanted.metadata, **tied}, **({"align": wanted.align} if wanted.align else {})}
+
+
+def _in_folder(folder: str, layout: FileLayout) -> FileLayout:
+    """A component's file, as one of the whole checkpoint."""
+    if not folder:
+        return layout
+    slots = {prefixed(folder, name): slot for name, slot in layout.slots.items()}
+    pieces = {prefixed(folder, name): ranges for name, ranges in layout.pieces.items()}
+    return replace(layout, path=prefixed(folder, layout.path), slots=slots, pieces=pieces)
+
+
 def lay_out(
-    conversion: Conversion, target: Target | RemoteTarget, side: Side, limit: int | None, facts: Mapping[str, Any]
+    specs: Mapping[str, TensorSpec], target: Target | RemoteTarget, side: Side, limit: int | None, facts: Mapping[str, Any]
 ) -> list[FileLayout]:
-    """The files of the target."""
-    specs = {name: node.spec for name, node in conversion.outputs.items()}
+    """The files of one component of the target."""
     container = CONTAINERS[target.format]
     file = target.file
     if side.root and target.format == "torch":  # whose files alone can nest them, whatever the side's own container

@@ -206,16 +206,23 @@ def test_no_config_and_a_huge_one(opened):
 
 def test_what_comes_along(tmp_path):
     kept = [
-        "config.json", "generation_config.json", "tokenizer.json", "README.md", ".gitattributes", "merges.txt", "spiece.model",
-        "training_args.bin", "x.bin.txt", "model.safetensors.md", "code/modeling_x.py", "assets/deep/er/x.png",
-        "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin",
+        "config.json", "generation_config.json", "tokenizer.json", "README.md", "merges.txt", "spiece.model", "x.bin.txt",
+        "model.safetensors.md", "code/modeling_x.py", "assets/deep/er/x.png", "1_Pooling/config.json", "voices/readme.txt",
     ]  # fmt: skip
     left = [
         "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json",
         "other.safetensors", "other.safetensors.index.json", "x.gguf", "model.onnx", "tf_model.h5", "flax_model.msgpack", "rust_model.ot",
         "consolidated.00.pth", "consolidated.bin", "adapter_model.bin", "a.ckpt", "a.pt", "model.safetensors.partial",
         ".streamconv.json", ".model.safetensors.streamconv.json", "onnx/model.onnx", "original/consolidated.00.pth",
-        "fp16/model.safetensors", ".git/config", ".cache/huggingface/x", "__pycache__/a.pyc", "code/__pycache__/b.pyc", "code/.hidden/c",
+        "fp16/model.safetensors", "2_Dense/config.json", "2_Dense/pytorch_model.bin", "checkpoint-500/config.json",
+        "checkpoint-500/optimizer.pt", "global_step9/zero_pp_rank_0_mp_rank_00_optim_states.pt", "training_args.bin", "optimizer.pt",
+        "scheduler.pt", "rng_state_0.pth", "random_states_0.pkl", "trainer_state.json", "runs/Jan01/events.out.tfevents.1.host",
+        "wandb/run/x.json", "train.log", "onnx/config.json", "onnx/decoder_model.onnx_data", "model.onnx_data",
+        "openvino/openvino_model.xml", "openvino_model.bin", "openvino_tokenizer.xml", "coreml/x.txt", "X.mlpackage/Data/weight.bin",
+        "x.mlmodelc/weights/weight.bin",
+        "x.nemo", "saved_model/saved_model.pb", "original/params.json", "voices/af.pt", "lora/adapter_config.json",
+        "lora/adapter_model.safetensors", ".gitattributes", ".gitignore", ".DS_Store",
+        ".git/config", ".cache/huggingface/x", "__pycache__/a.pyc", "code/__pycache__/b.pyc", "code/.hidden/c",
     ]  # fmt: skip
     source = write(tmp_path / "source", {"x": torch.ones(2), "y": torch.ones(1)}, shards=2)
     for name in (*kept, *left):

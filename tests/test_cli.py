@@ -45,7 +45,6 @@ SIDECARS = {
     "tokenizer.json": b'{"a": 1}\r\n',
     "merges.txt": "é \n".encode(),
     "empty.txt": b"",
-    ".gitattributes": b"*.bin lfs\n",
     "1_Pooling/config.json": b"{}",
     "assets/deep/er/picture.bin": bytes(range(256)),
 }
@@ -357,10 +356,11 @@ def test_other_files_are_copied_as_they_are(source, tmp_path):
         (source / junk).write_bytes(b"weights")
     (source / ".cache" / "huggingface").mkdir(parents=True)
     (source / ".cache" / "huggingface" / "lock").write_bytes(b"")
-    (source / "1_Pooling" / "model.safetensors").write_bytes(save({"w": make(torch.float32, 2)}))
+    (source / "1_Pooling" / "model.safetensors").write_bytes(save({"w": make(torch.float32, 2)}, {"format": "pt"}))
+    (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
     assert run("convert", source, tmp_path / "dst", "--quiet", "--verify") == 0
     found = tree(tmp_path / "dst")
-    expected = {**SIDECARS, "config.json": (source / "config.json").read_bytes()}
+    expected = {**SIDECARS, **{name: (source / name).read_bytes() for name in ("config.json", "modules.json")}}
     expected["1_Pooling/model.safetensors"] = (source / "1_Pooling" / "model.safetensors").read_bytes()
     assert {name: data for name, data in found.items() if data is not None and name != "model.safetensors"} == expected
 

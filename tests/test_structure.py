@@ -40,7 +40,7 @@ STOREYS = [
     ["names", "axes", "expressions", "folding", "cover", "notebook"],
     ["runs", "ops", "graph", "views", "evaluate", "tiles", "lazy"],
     ["formats", "formats.*"],
-    ["entries", "checkpoint", "ties"],
+    ["entries", "checkpoint", "ties", "stems", "folder", "unrelated"],
     [
         "facts",
         "declaration",

@@ -331,6 +331,16 @@ def split_into_shards(sizes: Mapping[str, int], max_shard_size: int | None, stem
     return {f"{stem}-{number:05d}-of-{len(closed):05d}{suffix}": names for number, names in enumerate(closed, 1)}
 
 
+def variant_stem(stem: str, variant: str | None) -> str:
+    """How the names of a variant's files start."""
+    return f"{stem}.{variant}" if variant else stem
+
+
+def index_name(stem: str, suffix: str, variant: str | None) -> str:
+    """What an index is called, where the files' names start with ``stem``, and with a dot and the variant, if they are one."""
+    return f"{stem}{suffix}.index.{variant}.json" if variant else f"{stem}{suffix}.index.json"
+
+
 def index_layout(path: str, shards: Mapping[str, Iterable[str]], specs: Iterable[TensorSpec]) -> FileLayout:
     """The index of a checkpoint, which says in which file each tensor is; ``specs`` are those of what is stored."""
     stored = list(specs)

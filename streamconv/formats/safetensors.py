@@ -25,6 +25,7 @@ from streamconv.formats.files import (
     countable,
     damaged,
     index_layout,
+    index_name,
     lfs_pointer,
     map_layout,
     merge,
@@ -34,6 +35,7 @@ from streamconv.formats.files import (
     size_of,
     split_into_shards,
     unexplained,
+    variant_stem,
 )
 from streamconv.formats.selection import Selection, find_files
 from streamconv.storage.remote import Location, read_each
@@ -261,6 +263,7 @@ def lay_out(
     file: str | None = None,
     align: int = 8,
     stem: str = KIND.stem,
+    variant: str | None = None,
     index: str | None = None,
 ) -> list[FileLayout]:
     """The files of a checkpoint, with paths relative to it; the index, if there is more than one, comes last.
@@ -272,13 +275,14 @@ def lay_out(
         file: the name of the one file to make, whatever its size.
         align: bytes that the data's start in each file is a multiple of.
         stem: how the files' names start.
+        variant: of which variant of the weights they say that they are, after the stem.
         index: the name of an index without anything but the files of the tensors, for a single file too.
 
     Raises:
         UsageError: see `header_bytes`.
     """
     sizes = {name: spec.nbytes for name, spec in specs.items()}
-    shards = {file: list(specs)} if file else split_into_shards(sizes, max_shard_size, stem, KIND.suffixes[0])
+    shards = {file: list(specs)} if file else split_into_shards(sizes, max_shard_size, variant_stem(stem, variant), KIND.suffixes[0])
     layouts = []
     for path, names in shards.items():
         header, slots = header_bytes({name: specs[name] for name in names}, metadata, align)
@@ -286,5 +290,5 @@ def lay_out(
     if index and not file:
         layouts.append(map_layout(index, shards))
     elif len(shards) > 1:
-        layouts.append(index_layout(f"{stem}{KIND.suffixes[0]}.index.json", shards, specs.values()))
+        layouts.append(index_layout(index_name(stem, KIND.suffixes[0], variant), shards, specs.values()))
     return layouts

@@ -32,6 +32,7 @@ from streamconv.formats.files import (
     countable,
     damaged,
     index_layout,
+    index_name,
     lfs_pointer,
     merge,
     opened,
@@ -41,6 +42,7 @@ from streamconv.formats.files import (
     size_of,
     split_into_shards,
     unexplained,
+    variant_stem,
 )
 from streamconv.formats.foreign import READS
 from streamconv.formats.pickles import ATOMS, MAX_PICKLE, NAMES, VALUES, Odd, Storages, Tensor, Window, unpickle
@@ -369,6 +371,8 @@ def lay_out(
     file: str | None = None,
     tied: Mapping[str, str] | None = None,
     root: str | None = None,
+    stem: str = KIND.stem,
+    variant: str | None = None,
 ) -> list[FileLayout]:
     """The files of a checkpoint, with paths relative to it and with checksums; the index, if any, comes last.
 
@@ -380,6 +384,8 @@ def lay_out(
         file: the name of the one file to make, whatever its size.
         tied: names that share the storage of another, and its name; their slot is its. Those not among ``specs`` come last.
         root: the (dotted) key to put the dict of tensors under.
+        stem: how the files' names start.
+        variant: of which variant of the weights they say that they are, after the stem.
 
     Raises:
         UsageError: a dtype that torch does not have, a tie that does not fit, or no room to lay the file out.
@@ -391,10 +397,12 @@ def lay_out(
     else:
         names_of = {names[0]: names for names in groups.values()}
         sizes = {names[0]: specs[kept].nbytes for kept, names in groups.items()}
-        split = split_into_shards(sizes, max_shard_size, KIND.stem, KIND.suffixes[0])
+        split = split_into_shards(sizes, max_shard_size, variant_stem(stem, variant), KIND.suffixes[0])
         shards = {path: firsts + [other for first in firsts for other in names_of[first][1:]] for path, firsts in split.items()}
     layouts = [_lay_out_file(path, {name: everything[name] for name in names}, tied or {}, root) for path, names in shards.items()]
-    return [*layouts, index_layout(INDEX, shards, (specs[kept] for kept in groups))] if len(shards) > 1 else layouts
+    if len(shards) == 1:
+        return layouts
+    return [*layouts, index_layout(index_name(stem, KIND.suffixes[0], variant), shards, (specs[kept] for kept in groups))]
 
 
 def _group(specs: Mapping[str, TensorSpec], tied: Mapping[str, str]) -> dict[str, list[str]]:

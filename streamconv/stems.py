@@ -1,0 +1,46 @@
+"""How the names of weight files start: a library finds its weights by that, so that what is written starts as what was read."""
+
+from __future__ import annotations
+
+from streamconv.checkpoint import CONTAINERS, Checkpoint
+from streamconv.formats import Contents
+
+_PLAIN = ("model", "pytorch_model", "consolidated")  # stand for what the container's own files are called
+_KEPT = (  # what libraries look for; other names of single files are given by people
+    "diffusion_pytorch_model",  # diffusers
+    "pytorch_lora_weights",  # its LoRAs
+    "learned_embeds",  # its textual inversions
+    "adapter_model",  # PEFT
+    "open_clip_model",  # OpenCLIP
+)
+_OF_TORCH = {"open_clip_model": "open_clip_pytorch_model"}  # where a library calls a pickle otherwise
+_BY_CONFIG = {"adapter_config.json": "adapter_model"}
+CHOSEN = ("safetensors", "torch")  # containers whose files' names can be chosen
+
+
+def stem_of(checkpoint: Checkpoint, folder: str, format: str) -> str | None:  # noqa: A002 - the word of the command line
+    """How the names of files in that container start which hold a component of a checkpoint; None: as the container's own do."""
+    if format not in CHOSEN:
+        return None
+    contents = checkpoint.components[folder]
+    stem = _stem_of_files(contents)
+    whole = checkpoint.path.is_dir()
+    if stem is None or stem.startswith("consolidated") or stem in _PLAIN:
+        root = checkpoint.path / folder if folder else checkpoint.path
+        named = (other for config, other in _BY_CONFIG.items() if stem is None and whole and (root / config).is_file())
+        return next(named, None)
+    stem = next((ours for ours, torchs in _OF_TORCH.items() if stem == torchs), stem)
+    if not whole and stem not in _KEPT:
+        return None
+    return _OF_TORCH.get(stem, stem) if format == "torch" else stem
+
+
+def _stem_of_files(contents: Contents) -> str | None:
+    """What the name of the one file, or of all numbered ones, starts with."""
+    kind = CONTAINERS[contents.format].names
+    names = [path.name for path in contents.files]
+    if len(names) == 1 and not kind.shard(names[0]):
+        suffix = next((suffix for suffix in kind.suffixes if names[0].endswith(suffix)), "")
+        return names[0].removesuffix(suffix) if suffix else None
+    stems = {match["stem"] if (match := kind.shard(name)) else "" for name in names}
+    return stems.pop() or None if len(stems) == 1 else None
