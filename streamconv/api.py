@@ -327,7 +327,7 @@ def convert(
     }
     reference = open_checkpoint(compare_with) if compare_with is not None else None
     if reference is not None:
-        import torch  # noqa: F401 - loaded first, so that the plan counts what measuring differences takes
+        import ml_dtypes  # noqa: F401 - loaded first, with numpy, so that the plan counts what measuring differences takes
     target = target_of(dst, format, create_pr=create_pr)
     made = _find_begun(src, target, reclaim_source=reclaim_source) if resume else None
     if made is None:

@@ -89,20 +89,12 @@ class TensorEntry:
 
         Types that numpy does not have, bfloat16 and float8, are those of the package ml_dtypes.
         """
-        import numpy as np
+        from streamconv.arrays import numpy_dtype
 
         if self.spec.dtype.bits % 8:
             raise UsageError(f"{self.name}: numpy has no packed {self.dtype}; copy such tensors with streamconv convert")
-        try:
-            dtype = np.dtype(self.dtype)
-        except TypeError:
-            try:
-                import ml_dtypes
-            except ImportError:
-                raise UsageError(f"{self.name}: numpy has no {self.dtype}; install ml_dtypes, or use .torch()") from None
-            dtype = np.dtype(getattr(ml_dtypes, self.dtype))
         data, shape = self._read(rows)
-        return data.view(dtype).reshape(shape)
+        return data.view(numpy_dtype(self.dtype)).reshape(shape)
 
     def pieces(self, nbytes: int) -> Iterator[Tensor]:
         """All of the tensor's values, flat, in pieces of at most ``nbytes`` bytes, in the order in which they are best read.

@@ -23,6 +23,7 @@ SMALL_TILE = 1 << 20  # bytes: smaller ones cost more than another worker gains
 SMALLEST_TILE = 64 << 10
 MARGIN = 6 << 20  # bytes: how much one process may differ from the next in what it takes itself
 RESERVE = 6 << 20  # bytes: thread stacks, descriptors, the bar, what the allocator keeps; per worker see WORKER
+HELD_COMPUTE, HELD_COPY = 640, 240  # bytes: what a run holds of a segment from planning to its end: its tile, its task, its place when done
 WORKERS = 8  # unless asked otherwise: so many reads and writes in flight saturate a disk, on any number of cores
 REMOTE_WORKERS = 16  # ... or connections; one alone is often slow
 WORKER = 2560 << 10  # bytes: a worker's stack, its buffer, and what it maps at a time
@@ -99,8 +100,9 @@ class Fitting:
             from streamconv.evaluate import prepare
 
             prepare(self._nodes)
-        base = budget.measure()
         computed = [s for file in files for s in file.segments if isinstance(s, Compute)]
+        copies = sum(len(file.segments) for file in files) - len(computed)
+        base = budget.measure() + HELD_COMPUTE * len(computed) + HELD_COPY * copies
         scattered = frozenset(self.in_order | {s.node for s in computed if not s.tile and self.tile(s, TILE).pieces > SCATTERED})
         tile = SCATTERED_TILE if scattered else TILE
         largest = max((self._nbytes(s) for s in computed if s.node in self.in_order), default=0)

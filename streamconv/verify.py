@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 REMOTE_STEP = 8 << 20  # bytes of a side that are compared at a time where something is computed from what is remote
 SHORT = 4 << 10  # bytes: pieces below which a tensor is not read front to back
-PIECE = 32 << 10  # elements: norms are taken as torch does, in float32, of pieces this small, and added up in float64
-TORCH = 210 << 20  # bytes: what loading torch adds to the process, which it does where values differ and norms are wanted
+HELD = 240  # bytes: what is kept of a tensor that differs
+PIECE = 32 << 10  # elements: differences are taken in float32, in pieces this small, and added up in float64
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class _Comparer:
         self._backend = read_backend
         paths = source_files([*expected.values(), *found.values()])
         self._urls = {path: Entry(-1) for path in paths if is_url(path)}
-        self._lock, self._torch_lock, self._stop = threading.Lock(), threading.Lock(), threading.Event()
+        self._lock, self._stop = threading.Lock(), threading.Event()
         self._workers, self._max_memory = workers, max_memory
         self._descriptors = 1
         self._results: dict[str, TensorDifference] = {}
@@ -203,7 +203,7 @@ class _Comparer:
         scattered = any(isinstance(found, Node) for _, found in pairs)
         prepare(nodes)
         self._step = REMOTE_STEP if self._urls and nodes else COMPARE
-        free = sys.maxsize if self._max_memory is None else self._max_memory - memory.resident() - (8 << 20)
+        free = sys.maxsize if self._max_memory is None else self._max_memory - memory.resident() - (8 << 20) - HELD * len(names)
         while True:
             arena = max((arena_bytes(node, self._step, scattered=scattered) for node in nodes), default=COMPARE) + 2 * self._step
             each = 2 * arena + (MEMORY if self._urls else 0)
@@ -256,7 +256,7 @@ class _Comparer:
             if packed:  # bytes, not numbers
                 return TensorDifference(name)
             if self._norms:
-                figures = self._distance(ours, theirs, left, right)
+                figures = _measure(ours, theirs, left.spec.dtype.name, right.spec.dtype.name)
                 squares, largest, nonfinite = squares + figures[0], max(largest, figures[1]), nonfinite + figures[2]
         if equal:
             return None
@@ -298,41 +298,25 @@ class _Comparer:
         moves = [one.move.simplify() for one in found]
         return bool(self._urls) or any(move.run < move.numel and move.run * node.spec.dtype.itemsize < SHORT for move in moves)
 
-    def _check_room_for_torch(self) -> None:
-        """Refuses to load torch where it would break the memory bound."""
-        from streamconv import memory
 
-        needed = memory.resident() + TORCH
-        if self._max_memory is not None and needed > self._max_memory and "torch" not in sys.modules:
-            needed = -(-needed // 10**7) * 10**7
-            raise BudgetError(
-                f"--max-memory {format_size(self._max_memory)} is too small: tensors differ, and to say by how much takes "
-                f"{format_size(needed)}; use --max-memory {needed // 10**6}MB",
-                needed,
-            )
+def _measure(ours: Array, theirs: Array, left: str, right: str) -> tuple[float, float, int]:
+    """Sum of squares, largest magnitude and number of non-finite elements of the difference in float32, of arrays of these dtypes."""
+    import numpy as np
 
-    def _distance(self, ours: Array, theirs: Array, left: AnyNode, right: AnyNode) -> tuple[float, float, int]:
-        """Sum of squares, largest magnitude and number of non-finite elements of the difference in float32."""
-        from streamconv.ops import as_torch
+    from streamconv.arrays import as_values
 
-        with self._torch_lock:  # one at a time: the temporaries are not from the arena
-            self._check_room_for_torch()
-            import torch
-
-            torch.set_num_threads(1)
-            squares, largest, nonfinite = 0.0, 0.0, 0
-            for start in range(0, len(ours), PIECE):
-                a, b = (as_torch(x[start : start + PIECE], n.spec.dtype) for x, n in ((ours, left), (theirs, right)))
-                kind = torch.complex64 if a.is_complex() or b.is_complex() else torch.float32
-                difference = a.to(kind).sub(b.to(kind)).abs()
-                finite = torch.isfinite(difference)
-                if not bool(finite.all()):
-                    nonfinite += int((~finite).sum())
-                    difference = difference[finite]
-                if difference.numel():
-                    largest = max(largest, float(difference.max()))
-                    norm = float(torch.linalg.vector_norm(difference))
-                    if not 1e-12 < norm < 1e12:  # squares may have left the range of float32
-                        norm = float(torch.linalg.vector_norm(difference.double()))
-                    squares += norm * norm
-            return squares, largest, nonfinite
+    squares, largest, nonfinite = 0.0, 0.0, 0
+    for start in range(0, len(ours), PIECE):
+        a, b = as_values(ours[start : start + PIECE], left), as_values(theirs[start : start + PIECE], right)
+        kind = np.complex64 if "c" in (a.dtype.kind, b.dtype.kind) else np.float32
+        with np.errstate(all="ignore"):  # infinities and NaN are counted
+            difference = np.abs(a.astype(kind) - b.astype(kind))
+        finite = np.isfinite(difference)
+        if not finite.all():
+            nonfinite += int((~finite).sum())
+            difference = difference[finite]
+        if difference.size:
+            largest = max(largest, float(difference.max()))
+            wide = difference.astype(np.float64)  # the squares may leave the range of float32
+            squares += float(np.dot(wide, wide))
+    return squares, largest, nonfinite

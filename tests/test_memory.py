@@ -20,7 +20,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import write
+from safetensors.torch import save_file
 
+import streamconv
+from streamconv.compiler import compile_plan
+from streamconv.fitting import HELD_COMPUTE, Budget
+from streamconv.formats import safetensors
+from streamconv.graph import apply
+from streamconv.ops import Cast
 from tools import make_checkpoint as made
 
 MB = 1_000_000
@@ -254,6 +261,43 @@ def test_memory_does_not_grow_with_a_tensor_of_2_gb(convert, recipes, tmp_path):
 def test_fusion_of_gigabytes_takes_64_mb(convert, tmp_path):
     source = internvl(tmp_path / "large", vision_layers=20)
     assert convert(source, "--recipe", "internvl-hf2custom", max_memory=64 * MB).peak <= 64 * MB
+
+
+def write_small_tensors(path: Path, count: int, dtype: torch.dtype = torch.float32) -> Path:
+    """A file of so many tensors of a few bytes each."""
+    save_file({f"layers.{number // 100}.block.{number % 100}.weight": torch.zeros(4, 4, dtype=dtype) for number in range(count)}, path)
+    return path
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_small_tensors_keep_to_the_budget(process, tmp_path):
+    """What a run holds of each tensor, from planning to its end, is counted."""
+    source = write_small_tensors(tmp_path / "source.safetensors", 100_000)
+    refused = process("convert", source, tmp_path / "out.safetensors", "--dtype", "bfloat16", "--max-memory", "200MB")
+    needed = int(re.search(r"use --max-memory (\d+)MB", refused.error)[1])
+    for given in ([], ["--verify", "--checksum", "--overwrite"]):
+        done = process("convert", source, tmp_path / "out.safetensors", "--dtype", "bfloat16", "--max-memory", f"{needed}MB", *given)
+        assert done.code == 0, done.error
+        assert done.document["peak_rss"] <= done.document["peak_memory"] <= needed * MB
+    other = write_small_tensors(tmp_path / "other.safetensors", 100_000, torch.bfloat16)
+    refused = process("verify", source, other, "--max-memory", "60MB")
+    needed = int(re.search(r"use (\d+)MB", refused.error)[1])
+    done = process("verify", source, other, "--max-memory", f"{needed}MB")
+    assert done.code == 1, done.error
+    assert done.peak <= needed * MB
+
+
+def test_what_a_run_holds_of_each_segment_is_counted(tmp_path):
+    peaks = []
+    for count in (1, 1001):
+        source = write_small_tensors(tmp_path / f"{count}.safetensors", count)
+        checkpoint = streamconv.open(source)
+        outputs = {name: apply(Cast("bfloat16"), entry.source) for name, entry in checkpoint.items()}
+        layouts = safetensors.lay_out({name: node.spec for name, node in outputs.items()}, max_shard_size=None, metadata={})
+        budget = Budget(1 << 30, 1, lambda: 0)
+        plan = compile_plan(outputs, layouts, root=str(tmp_path), format="safetensors", budget=budget)
+        peaks.append(plan.peak_memory)
+    assert peaks[1] - peaks[0] == 1000 * HELD_COMPUTE
 
 
 # The smallest budget -----------------------------------------------------------------------------------------------

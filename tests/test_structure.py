@@ -38,7 +38,7 @@ STOREYS = [
         "storage.*",
     ],
     ["names", "axes", "expressions", "folding", "cover", "notebook"],
-    ["runs", "ops", "graph", "views", "evaluate", "tiles", "lazy"],
+    ["arrays", "runs", "ops", "graph", "views", "evaluate", "tiles", "lazy"],
     ["formats", "formats.*"],
     ["entries", "checkpoint", "ties", "stems", "folder", "unrelated"],
     [
