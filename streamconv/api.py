@@ -306,6 +306,12 @@ def convert(
 
     Raises:
         StreamconvError: see the classes.
+
+    >>> result = streamconv.convert("model", "half", dtype=torch.float16, max_memory="4GB", verify=True)
+    >>> result.verified, result.plan.totals.bytes_computed
+    (True, 20)
+    >>> streamconv.verify("model", "half", dtype="fp16", max_memory="4GB")
+    <Comparison of 3 tensors: equal>
     """
     settings: dict[str, Any] = {
         "recipe": recipe,

@@ -48,7 +48,16 @@ class MissingTensor(KeyError):
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
-    """An open checkpoint. Only headers have been read; iteration is in tensor order."""
+    """An open checkpoint. Only headers have been read; iteration is in tensor order.
+
+    >>> checkpoint = streamconv.open("model")
+    >>> list(checkpoint)
+    ['layers.0.b', 'layers.1.b', 'w']
+    >>> list(checkpoint.keys("layers.{i}.b"))
+    ['layers.0.b', 'layers.1.b']
+    >>> checkpoint["layers.1.b"].shape
+    (2,)
+    """
 
     def __init__(self, path: Location, contents: Contents, config: str = CONFIG, components: Mapping[str, Contents] | None = None) -> None:
         """``contents``: of all components; these by folder, where there are others than the checkpoint's own, ""."""

@@ -34,6 +34,17 @@ class TensorEntry:
     """A tensor of an open checkpoint: ``dtype``, ``shape``, ``nbytes``, and its data on request.
 
     ``entry[0:16, 3]`` reads a part of it as a numpy array, as basic indexing has it, and no more of the file than that takes.
+
+    >>> entry = streamconv.open("model")["w"]
+    >>> entry
+    <TensorEntry w: float32[2, 3], 24 B>
+    >>> entry[:, ::2]
+    array([[0., 2.],
+           [3., 5.]], dtype=float32)
+    >>> float(np.asarray(entry, dtype=np.float64).sum())
+    15.0
+    >>> entry.torch((1, slice(0, 2)))
+    tensor([3., 4.])
     """
 
     name: str

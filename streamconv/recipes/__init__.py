@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pkgutil
 import traceback
 from collections.abc import Mapping
@@ -78,6 +79,17 @@ def get(name: str) -> Recipe:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(f"unknown recipe {name!r}: {hint}'streamconv recipes' lists all {len(known)}; or give a .yaml, .json or .py file")
     return known[name]
+
+
+def match(src: str | os.PathLike[str]) -> list[str]:
+    """The names of the recipes that fit a checkpoint, the likeliest first.
+
+    Raises:
+        StreamconvError: it cannot be read.
+    """
+    matching = importlib.import_module("streamconv.matching")  # which stands above this, since it opens checkpoints
+    names: list[str] = matching.match_recipes(src)
+    return names
 
 
 def load(path: Path) -> Recipe:
