@@ -11,8 +11,7 @@ import itertools
 import math
 import shlex
 import struct
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from streamconv.digests import Checksum, combine, places_of
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
-from streamconv.formats import AnyNode, Contents, Extent, FileLayout, Source
+from streamconv.formats import AnyNode, Contents, Extent, FileLayout, Source, torchscript
 from streamconv.formats.files import (
     Explain,
     Names,
@@ -45,8 +44,11 @@ from streamconv.formats.files import (
     variant_stem,
 )
 from streamconv.formats.foreign import READS
-from streamconv.formats.pickles import ATOMS, MAX_PICKLE, NAMES, VALUES, Odd, Storages, Tensor, Window, unpickle
+from streamconv.formats.pickles import NAMES, Storages, Tensor, unpickle
+from streamconv.formats.roots import count_tensors, describe, find, follow, keys_of, kinds, leaves, maker_of, training_parts
 from streamconv.formats.selection import Selection, find_files
+from streamconv.formats.unpickling import Budget
+from streamconv.formats.zips import MAX_DIRECTORY, Archive, Section, names, read_archive, rezip
 from streamconv.graph import extents
 from streamconv.interrupts import Unwinding
 from streamconv.staging import staging
@@ -68,14 +70,12 @@ KIND = Names(
     ),
 )
 INDEX = KIND.index
-WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 MAX_REPEATED = 1 << 40  # bytes that a view makes of fewer stored ones
 
-_MAX_DIRECTORY = 64 << 20  # a zip's directory: about 700000 storages
-_MAX_NAMES = 1 << 27
-_ALIGNMENT = 64  # bytes: what the start of each entry's data is a multiple of (torch.serialization.config.save.storage_alignment)
-_MAX_PADDING = 64 << 10
+MAX_PICKLE = 256 << 20  # bytes of a pickle that is compressed
+_PROGRAM = "serialized_exported_program.json"
 _MAGIC = 0x1950A86A20F9469CFC6C
+_HEAD = 32  # bytes of a file in which that number is
 
 
 @dataclass(slots=True)
@@ -88,115 +88,43 @@ class TorchContents(Contents):
 
 # Files -----------------------------------------------------------------------------------------------------------
 
-
-class _Bounded:
-    """A file whose zip directory cannot make zipfile read as much as it likes."""
-
-    def __init__(self, file: Opened) -> None:
-        self._file = file
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, count: int = -1) -> bytes:
-        if count < 0:
-            count = max(0, size_of(self._file) - self.tell())
-        if count > _MAX_DIRECTORY:
-            raise zipfile.BadZipFile(f"a directory of {count} bytes; at most {_MAX_DIRECTORY} are read")
-        return self._file.read(count)
-
-
-_Places = dict[str, tuple[int, int]]  # entry of a zip, or key of a storage -> start, nbytes
-
-
-def _zip_records(path: Location, file: Opened) -> tuple[_Places, list[zipfile.ZipInfo], int]:
-    """Where each entry's bytes lie, the entries in the order of the directory, and where that starts."""
-    try:
-        with zipfile.ZipFile(_Bounded(file)) as archive:
-            infos, limit = archive.infolist(), archive.start_dir
-    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, ArithmeticError, struct.error, OSError) as error:
-        raise damaged(path, f"its zip directory cannot be read: {short.repr(str(error))}") from error
-    records: _Places = {}
-    folder = infos[0].filename.partition("/")[0] if infos else ""
-    end = 0
-    known = _aligned_starts(infos, limit) if isinstance(file, RemoteFile) else {}
-    for info in sorted(infos, key=lambda info: info.header_offset):
-        entry = f"zip entry {short.repr(info.filename)}"
-        name = info.filename.removeprefix(f"{folder}/")
-        if name == info.filename or name in records or ".." in PurePosixPath(name).parts:
-            raise damaged(path, f"{entry} is there twice or outside the folder {short.repr(folder)}")
-        if info.compress_type or info.flag_bits & 0x41 or info.compress_size != info.file_size:
-            raise FormatError(f"{show(path)}: {entry} is compressed or encrypted, torch.save stores it plain: {_rewrite(path)}")
-        if info.header_offset in known:
-            end = known[info.header_offset] + info.file_size
-            records[name] = (known[info.header_offset], info.file_size)
-            continue
-        header = pread(file, 30, info.header_offset) if 0 <= info.header_offset < limit else b""
-        if len(header) < 30 or header[:4] != b"PK\3\4" or info.header_offset < end or not (records or info.header_offset == 0):
-            raise damaged(path, f"{entry} does not start at byte {info.header_offset}, as the directory says")
-        start = info.header_offset + 30 + sum(struct.unpack("<2H", header[26:]))
-        end = start + info.file_size
-        said = pread(file, start - info.header_offset - 30, info.header_offset + 30)
-        if end > limit or not said.startswith(info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")):
-            raise damaged(path, f"{entry} of {info.file_size} bytes at {start} does not lie inside the {limit} bytes of data")
-        records[name] = (start, info.file_size)
-    return records, infos, limit
-
-
-def _aligned_starts(infos: list[zipfile.ZipInfo], limit: int) -> dict[int, int]:
-    """Where the bytes of entries start, by where their headers do, without a look at each header, which would take a request.
-
-    torch aligns them, and puts an entry's header right behind the bytes of the one before (and a descriptor, if it writes one): where that
-    comes out for all entries, it is so. Nothing is said of the first and the last, whose headers are near what is read anyhow.
-    """
-    infos = sorted(infos, key=lambda info: info.header_offset)
-    starts = {}
-    for info, after in itertools.pairwise(infos[1:]):
-        ends = [after.header_offset - size for size in ((16, 24) if info.flag_bits & 8 else (0,))]
-        found = [end - info.file_size for end in ends if (end - info.file_size) % _ALIGNMENT == 0]
-        least = info.header_offset + 30 + len(info.orig_filename.encode())
-        if len(found) != 1 or not 0 <= found[0] - least < _MAX_PADDING or after.header_offset > limit:
-            return {}
-        starts[info.header_offset] = found[0]
-    return starts
+_Places = dict[str, tuple[int, int]]  # key of a storage -> start, nbytes
 
 
 def _open_zip(path: Location, file: Opened) -> tuple[Any, _Places]:
     """What the pickle describes, and where each storage lies."""
-    records, _, _ = _zip_records(path, file)
-    if "constants.pkl" in records:
-        old, new = _names(path)
-        code = f"import torch; torch.save(torch.jit.load({old!r}).state_dict(), {new!r})"
-        raise FormatError(f"{show(path)}: a TorchScript program; take its tensors, if you trust it, with: python -c {shlex.quote(code)}")
-    start, size = records.get("data.pkl", (0, -1))
-    if size < 0 or size > MAX_PICKLE:
-        raise damaged(path, f"expected a data.pkl of at most {MAX_PICKLE} bytes in the zip, found {max(size, 0)}")
-    at, length = records.get("byteorder", (0, 0))
-    if length and (order := pread(file, min(length, 16), at)) != b"little":
-        raise FormatError(f"{show(path)}: its byte order is {order!r}, only little-endian files are read: {_rewrite(path)}")
+    archive = read_archive(path, file)
+    if _PROGRAM in archive.entries and "data.pkl" not in archive.entries:
+        raise FormatError(f"{show(path)}: a program that torch.export wrote: save its state_dict with torch.save, and give that")
     storages: Storages = {}
-    tree = unpickle(path, Window(io.BytesIO(pread(file, size, start))), storages)
+    tree = unpickle(path, archive.open("data.pkl", MAX_PICKLE), storages, Budget())
+    scripted = "constants.pkl" in archive.entries
+    if "byteorder" in archive.entries and (order := archive.read("byteorder", 16)) != b"little":
+        raise FormatError(f"{show(path)}: its byte order is {order!r}, only little-endian files are read: {_rewrite(path, safe=False)}")
     places = {}
     for key, (count, dtype) in storages.items():
-        nbytes = count * dtype.itemsize
-        places[key] = records.get(f"data/{key}", (0, -1))
-        if places[key][1] != nbytes:
-            found = f"has {places[key][1]}" if places[key][1] >= 0 else "is not there"
+        entry, nbytes = archive.entries.get(f"data/{key}"), count * dtype.itemsize
+        if entry and entry.deflated:
+            raise FormatError(f"{show(path)}: storage {short.repr(key)} is compressed, torch.save stores it plain: {rezip(path)}")
+        if not entry or entry.nbytes != nbytes:
+            found = f"has {entry.nbytes}" if entry else "is not there"
             raise damaged(path, f"storage {short.repr(key)} takes {nbytes} bytes, its zip entry {found}")
-    return tree, places
+        places[key] = (entry.start, nbytes)
+    return (torchscript.as_module(archive, tree) if scripted else tree), places
 
 
 def _open_legacy(path: Location, file: Opened, size: int) -> tuple[Any, _Places]:
     """The same of a file from before torch 1.6: five pickles, then for each storage its count of elements and its bytes."""
-    reader = io.BufferedReader(file)
+    reader = io.BufferedReader(Section(file, 0, size))
     storages: Storages = {}
-    window = Window(reader)
-    magic, _, system, tree, keys = (unpickle(path, window, storages) for _ in range(5))
+    budget = Budget()
+    magic, _, system, tree, keys = (unpickle(path, reader, storages, budget) for _ in range(5))
     listed = type(keys) is list and NAMES.issuperset(map(type, keys)) and len(keys) == len(storages)
     if magic != _MAGIC or not listed or {*map(str, keys)} != storages.keys():
         raise damaged(path, f"its list of storages is not that of its {len(storages)} storages: {short.repr(keys)}")
     if type(system) is not dict or system.get("little_endian") is not True:
-        raise FormatError(f"{show(path)}: it is not little-endian, and only such files are read: {_rewrite(path)}")
+        raise FormatError(f"{show(path)}: it is not little-endian, and only such files are read: {_rewrite(path, safe=False)}")
     places, position = {}, reader.tell()
-    reader.detach()
     last = len(keys) if isinstance(file, RemoteFile) else 1  # there, each look takes a request, and the last tells of all before
     for number, key in enumerate(map(str, keys), 1):
         count, dtype = storages[key]
@@ -209,14 +137,36 @@ def _open_legacy(path: Location, file: Opened, size: int) -> tuple[Any, _Places]
     return tree, places
 
 
+def _refuse_pickle(path: Location, file: Opened, size: int) -> None:
+    """Says what is in a pickle that torch.save did not write, if it is one."""
+    try:
+        tree = unpickle(path, io.BufferedReader(Section(file, 0, size)), {}, Budget())
+    except FormatError:
+        return
+    old, _ = names(path)
+    new = f"{old.removesuffix(path.suffix)}.new.pt"
+    change = "lambda v: torch.as_tensor(v) if isinstance(v, numpy.ndarray) else v"
+    code = f"import pickle, numpy, torch; d = pickle.load(open({old!r}, 'rb')); "
+    code += f"torch.save(torch.utils._pytree.tree_map({change}, d), {new!r})"
+    raise FormatError(
+        f"{show(path)}: a pickle that torch.save did not write: {describe(tree)}: if you trust who made it, write its arrays and tensors "
+        f"again with: python -c {shlex.quote(code)}"
+    )
+
+
 def wrote(path: Location) -> bool:
     """Whether a file begins as those of torch.save do, whatever it is called."""
     try:
         with opened(path, KIND.noun) as file:
-            head = file.read(14)
+            head = file.read(_HEAD)
     except StreamconvError:
         return False  # reading it says what is wrong
-    return head.startswith(b"PK\3\4") or head[4:14] == _MAGIC.to_bytes(10, "little")
+    return head.startswith(b"PK\3\4") or _is_legacy(head)
+
+
+def _is_legacy(head: bytes) -> bool:
+    """Whether a file starts with the number that the older format does, in whichever pickle protocol."""
+    return _MAGIC.to_bytes(10, "little") in head[:_HEAD] or head.startswith(b"L%dL\n" % _MAGIC)
 
 
 def _open(path: Location) -> tuple[Any, _Places]:
@@ -224,8 +174,10 @@ def _open(path: Location) -> tuple[Any, _Places]:
         head, size = pread(file, 512, 0), size_of(file)
         if head.startswith(b"PK\3\4"):
             return _open_zip(path, file)
-        if head[2:4] == b"\x8a\x0a" and head[4:14] == _MAGIC.to_bytes(10, "little"):
+        if _is_legacy(head):
             return _open_legacy(path, file, size)
+        if head[:1] == b"\x80":
+            _refuse_pickle(path, file, size)
     if head.startswith(b"version https://git-lfs"):
         raise lfs_pointer(path)
     if head[257:262] == b"ustar":
@@ -235,44 +187,6 @@ def _open(path: Location) -> tuple[Any, _Places]:
 
 
 # Tensors ---------------------------------------------------------------------------------------------------------
-
-
-def _find_root(path: Location, tree: Any, root: str | None) -> tuple[Any, str, list[str]]:
-    """The part of the tree that holds the tensors, the key it stands under, and the keys beside it."""
-    if root is None:
-        outer = tree if type(tree) is dict and not any(type(value) is Tensor for value in tree.values()) else {}
-        root = next((key for key in WRAPPERS if type(outer.get(key)) is dict and _holds_tensors(path, outer[key])), "")
-    beside: list[str] = []
-    keys = [root] if type(tree) is dict and root in tree else root.split(".") if root else []
-    for depth, key in enumerate(keys):
-        if type(tree) is not dict or key not in tree:
-            known = short.repr([str(key) for key in tree] if type(tree) is dict else type(tree).__name__)
-            raise UsageError(f"{show(path)}: no key {short.repr(key)} of root {short.repr(root)}, found {known}: give one of those")
-        beside += [".".join([*keys[:depth], str(other)]) for other in tree if other != key]
-        tree = tree[key]
-    return tree, root, beside
-
-
-def _leaves(path: Location, tree: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted names and what they stand for, in order; a list of plain values counts as one."""
-    left, waiting = _MAX_NAMES, [("", tree)]
-    while waiting:
-        name, node = waiting.pop()
-        many = type(node) in (dict, list, tuple)
-        left -= len(node) if many else 0
-        if not many or (type(node) is not dict and ATOMS.issuperset(map(type, node))):
-            yield name, node
-            continue
-        pairs = node.items() if type(node) is dict else enumerate(node)
-        below = [(f"{name}.{key}" if name else str(key), value) for key, value in pairs]
-        left -= sum(len(key) + 64 for key, _ in below)
-        if left < 0:
-            raise damaged(path, "its dicts and lists contain themselves or more than can be listed")
-        waiting += reversed(below)
-
-
-def _holds_tensors(path: Location, tree: Any) -> bool:
-    return any(type(leaf) is Tensor for _, leaf in _leaves(path, tree))
 
 
 def _source(path: Location, name: str, tensor: Tensor, place: tuple[int, int]) -> AnyNode:
@@ -294,25 +208,42 @@ def _source(path: Location, name: str, tensor: Tensor, place: tuple[int, int]) -
     return stored_view(spec, tensor.stride, str(path), start + offset)
 
 
-def _read_file(path: Location, root: str | None) -> tuple[Table, str, list[str]]:
-    """The tensors of one file in the order of their offsets, the root they were found under, and what is left out."""
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What one file gives: tensors in the order of their offsets, the root they were found under, and what is left out."""
+
+    entries: Table
+    root: str
+    left_out: list[str]
+    kinds: list[str]  # classes of objects among it
+    tensors: int  # that are among it
+
+
+def _read_file(path: Location, root: str | None) -> _Read:
+    """The tensors of one file: those under a root, or where the weights are."""
     whole, places = _open(path)
-    tree, root, left_out = _find_root(path, whole, root)
+    keys = find(path, whole).keys if root is None else keys_of(path, whole, root)
+    tree, beside = follow(whole, keys)
+    trained = training_parts(tree) if root is None else []
     entries: Table = {}
-    for name, leaf in _leaves(path, tree):
-        if type(leaf) is Odd and leaf.maker not in VALUES:
-            raise FormatError(f"{show(path)}: tensor {short.repr(name)}: made by {leaf.maker}, not plain data: write the file without it")
+    skipped: list[tuple[str, Any]] = []
+    for name, leaf in leaves(path, tree, [name for name, _ in trained]):
+        if (maker := maker_of(leaf)) is not None:
+            raise FormatError(f"{show(path)}: tensor {short.repr(name)}: made by {maker}, not plain data: write the file without it")
         if type(leaf) is not Tensor:
-            left_out.append(f"{root}.{name}" if root else name)
+            skipped.append((".".join([*keys, name]), leaf))
             continue
         if not name or name in entries:
             problem = f"two tensors are named {short.repr(name)}" if name else "it holds one tensor without a name"
             raise FormatError(f"{show(path)}: {problem}: save a dict of differently named tensors")
         entries[name] = _source(path, name, leaf, places[leaf.storage.key])
     if not entries:
-        raise FormatError(f"{show(path)}: no tensor below root {root!r}, only {short.repr(left_out)}: give another file or root")
+        raise FormatError(f"{show(path)}: no tensor below root {'.'.join(keys)!r}, found {describe(tree)}: give another file or root")
     check_unicode(path, entries)
-    return dict(sorted(entries.items(), key=lambda item: next(extents(item[1])).offset)), root, left_out
+    entries = dict(sorted(entries.items(), key=lambda item: next(extents(item[1])).offset))
+    left_out = [*beside, *((".".join([*keys, name]), part) for name, part in trained), *skipped]
+    parts = [part for _, part in left_out]
+    return _Read(entries, ".".join(keys), [name for name, _ in left_out], kinds(parts), count_tensors(parts))
 
 
 # Directories -----------------------------------------------------------------------------------------------------
@@ -331,8 +262,7 @@ def read(
     Args:
         path: a file that torch.save wrote, an index or a directory.
         by_rank: present each tensor as ``<file>/<name>``, for files of ranks, which repeat names.
-        root: the key (dotted, if it lies deeper) of the dict of tensors, '' for the whole; by default one of `WRAPPERS` if it is
-            there, holds tensors, and none stand beside it.
+        root: the key (dotted, if it lies deeper) of the dict of tensors, '' for the whole; by default where the weights are (`roots`).
         files: names of the files of the directory to read, in this order, instead of looking for them.
         explain: see `check_index`.
 
@@ -342,12 +272,11 @@ def read(
     """
     path = path.absolute()
     chosen = find_files(path, KIND, files, by_rank=by_rank)
-    tables, left_out, found = {}, [], ""
     each = read_each(chosen.files.values(), (KIND.noun, root), lambda file: _read_file(file, root))
-    for name, read_one in zip(chosen.files, each, strict=True):
-        tables[name], where, others = read_one
-        found = found or where
-        left_out += [f"{name}/{other}" if by_rank else other for other in others]
+    all_read = dict(zip(chosen.files, each, strict=True))
+    tables = {name: one.entries for name, one in all_read.items()}
+    found = next(filter(None, (one.root for one in all_read.values())), "")
+    left_out = [f"{name}/{other}" if by_rank else other for name, one in all_read.items() for other in one.left_out]
     notes = list(chosen.notes)
     if chosen.index:
         notes += check_index(chosen.index, chosen.weight_map, tables, explain)
@@ -357,8 +286,17 @@ def read(
     if found:
         contents.notes.append(f"the tensors are those below {found!r} (--set root=KEY takes others, --set root= all)")
     if left_out:
-        contents.notes.append(f"{len(left_out)} values that are not among these tensors are left out: {short.repr(left_out)[1:-1]}")
+        contents.notes.append(_left_out_note(left_out, all_read.values()))
     return contents
+
+
+def _left_out_note(left_out: list[str], files: Iterable[_Read]) -> str:
+    known = sorted({kind for one in files for kind in one.kinds})
+    count = sum(one.tensors for one in files)
+    held = [f"{count} tensors"] if count else []
+    held += [f"objects of {', '.join(short.repr(kind)[1:-1] for kind in known[:6])}{', ...' if len(known) > 6 else ''}"] if known else []
+    among = f"; among them {' and '.join(held)}" if held else ""
+    return f"{len(left_out)} values that are not among these tensors are left out: {short.repr(left_out)[1:-1]}{among}"
 
 
 # Writing ---------------------------------------------------------------------------------------------------------
@@ -426,10 +364,10 @@ def _lay_out_file(path: str, specs: Mapping[str, TensorSpec], tied: Mapping[str,
         try:
             kept = _save_without_data(skeleton, folder / "data", specs, tied, root)
             with PlainFile(skeleton) as file:
-                places, infos, limit = _zip_records(skeleton, file)
+                archive = read_archive(skeleton, file)
                 size = size_of(file)
-                stored = {name: places[f"data/{number}"] for number, name in enumerate(kept)}
-                checksums = _checksums(file, limit, places, infos)
+                stored = {name: _place(archive, f"data/{number}") for number, name in enumerate(kept)}
+                checksums = _checksums(archive)
                 filled = sorted([*stored.values(), *places_of(checksums)])
                 gaps = zip([0, *map(sum, filled)], [*(start for start, _ in filled), size], strict=True)
                 literals = tuple((start, pread(file, end - start, start)) for start, end in gaps if start < end)
@@ -472,18 +410,23 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [math.prod(size or 1 for size in shape[axis + 1 :]) for axis in range(len(shape))]
 
 
-def _checksums(file: Opened, limit: int, places: _Places, infos: list[zipfile.ZipInfo]) -> tuple[Checksum, ...]:
+def _place(archive: Archive, name: str) -> tuple[int, int]:
+    return archive.entries[name].start, archive.entries[name].nbytes
+
+
+def _checksums(archive: Archive) -> tuple[Checksum, ...]:
     """Where torch.save puts what depends on data: behind it, in the zip's directory, and in the hash of all CRCs.
 
     (A storage that itself starts with a data descriptor's mark would enter that hash twice; no reader looks at it.)
     """
-    directory = pread(file, _MAX_DIRECTORY, limit)
+    file, limit = archive.file, archive.limit
+    directory = pread(file, MAX_DIRECTORY, limit)
     checksums: list[Checksum] = []
     tail: list[int] = []
     seed = position = 0
-    for info in infos:
+    for info in archive.infos:
         name = info.filename.partition("/")[2]
-        start, nbytes = places[name]
+        start, nbytes = _place(archive, name)
         positions = (start + nbytes + 4, limit + position + 16)  # in the data descriptor, and in the directory
         position += 46 + sum(struct.unpack_from("<3H", directory, position + 28))
         if not nbytes:
@@ -505,13 +448,7 @@ def _checksums(file: Opened, limit: int, places: _Places, infos: list[zipfile.Zi
 
 def _rewrite(path: Location, *, safe: bool = True) -> str:
     """The one command that makes a file which can be read."""
-    old, new = _names(path)
+    old, new = names(path)
     code = f"import torch; d = torch.load({old!r}, weights_only={safe}); torch.save(d, {new!r})"
     first = "download it and " if isinstance(path, RemotePath) else ""
     return f"{first}rewrite it{'' if safe else ', if you trust who made it,'} with: python -c {shlex.quote(code)}"
-
-
-def _names(path: Location) -> tuple[str, str]:
-    """What a command calls the file, and the one that it makes of it."""
-    old = path.name if isinstance(path, RemotePath) else str(path)
-    return old, f"{old.removesuffix(path.suffix)}.new{path.suffix}"

@@ -1,0 +1,353 @@
+"""The tree that a pickle describes: what lies below what, and which part of it is the weights of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import ItemsView, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from streamconv.errors import FormatError, UsageError
+from streamconv.formats.files import damaged, short, show
+from streamconv.formats.pickles import Odd, Storage, Tensor
+from streamconv.formats.unpickling import ATOMS, Global, Inert
+from streamconv.storage.remote import Location
+
+_MAX_NAMES = 1 << 27  # bytes that the names of a tree's leaves may take, with what is kept of each
+_MAX_DEPTH = 1 << 10
+_MAX_KEYS = 100  # of a root
+_MAX_LOOKS = 100_000  # nodes that are looked at for a message
+_LEAF = 256
+_PLAIN = "set frozenset str bytes bytearray complex object dict list"
+_PLAIN_KINDS = {f"builtins.{name}" for name in _PLAIN.split()}
+_PLAIN_KINDS |= {"_codecs.encode", "collections.Counter", "torch.device", "torch.serialization._get_layout"}
+
+# Names of what is beside weights in checkpoints of trainers; never weights.
+_TRAINING = re.compile(
+    r"opts?|opt_.*|.*optim.*|.*sched.*|.*scaler.*|(.*[_.-])?rng([_.-].*)?|(.*_)?random(_.*)?states?"
+    r"|callbacks|loops|hyper_?parameters|hparams.*|(\w+_)?args|extra_state|.*_history",
+    re.IGNORECASE | re.DOTALL,
+)
+# Names of what optimizers keep for each parameter.
+_SLOTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "exp_inf", "prev_grad"}
+# Words that a key of a whole set of weights has in it.
+_WEIGHTS = {
+    "model", "models", "module", "net", "network", "params", "weights", "ema", "generator", "discriminator", "g", "d", "netg", "netd",
+    "student", "teacher", "actor", "critic", "policy",
+}  # fmt: skip
+_WORDS = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z])(?=[A-Z])")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A part of the tree that may be the weights: its keys from the top, and how it is known to be.
+
+    ``named``: its key says so; ``real``: it is a module, or has a dict with the dotted names that modules give; ``flat``: it holds tensors
+    itself, not only by what is in it.
+    """
+
+    keys: tuple[str, ...]
+    node: Any
+    named: bool
+    real: bool = False
+    flat: bool = True
+
+    @property
+    def root(self) -> str:
+        return ".".join(self.keys)
+
+
+# What lies below what ------------------------------------------------------------------------------------------------
+
+
+def is_module(node: Any) -> bool:
+    """Whether a node stands for a torch.nn.Module."""
+    return type(node) is Inert and all(type(node.attribute(name)) is dict for name in ("_parameters", "_buffers", "_modules"))
+
+
+class _Numbered:
+    """The members of a list under their numbers, which are not made before they are asked for."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        return ((str(number), value) for number, value in enumerate(self._values))
+
+
+Pairs = ItemsView[str, Any] | list[tuple[str, Any]] | _Numbered
+
+
+def children(node: Any) -> Pairs | None:
+    """What a container holds by name, a module as its state dict calls it; None for what is none, such as a list of plain values."""
+    if type(node) is dict:
+        return node.items()
+    if type(node) in (list, tuple):
+        return None if all(map(_is_plain, node)) else _Numbered(node)
+    if is_module(node):
+        return _of_module(node)
+    if type(node) is Inert and node.items is not None:
+        return node.items.items()
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is Inert:
+        return value.items is None and not is_module(value)
+    return type(value) in ATOMS or type(value) in (Global, Storage)
+
+
+def _of_module(module: Inert) -> list[tuple[str, Any]]:
+    passing = module.attribute("_non_persistent_buffers_set")
+    left_out = set(_elements(passing)) if type(passing) is Inert else set()
+    found = list(module.attribute("_parameters").items())
+    found += [(name, value) for name, value in module.attribute("_buffers").items() if name not in left_out]
+    found += module.attribute("_modules").items()
+    return [(name, value) for name, value in found if value is not None]
+
+
+def _elements(group: Inert) -> Iterator[str]:
+    """The names in a set, whichever way a pickle made it."""
+    given = group.args[0] if group.args and type(group.args[0]) in (list, tuple) else []
+    yield from (element for element in [*given, *(group.elements or [])] if type(element) is str)
+
+
+def leaves(path: Location, tree: Any, without: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Dotted names and what they stand for, in order; a list of plain values counts as one.
+
+    Args:
+        path: the file, for messages.
+        tree: where to start.
+        without: names directly below it that are passed over.
+
+    Raises:
+        FormatError: the tree contains itself, or has more leaves than can be listed.
+    """
+    left, passed = _MAX_NAMES, set(without)
+    below = children(tree)
+    if below is None:
+        yield "", tree
+        return
+    waiting = [("", iter(below))]
+    while waiting:
+        prefix, pairs = waiting[-1]
+        key, node = next(pairs, (None, None))
+        if key is None:
+            waiting.pop()
+            continue
+        if not prefix and key in passed:
+            continue
+        name = f"{prefix}{key}"
+        left -= len(name) + _LEAF
+        if left < 0 or len(waiting) > _MAX_DEPTH:
+            raise damaged(path, "its dicts and lists contain themselves or more than can be listed")
+        below = children(node)
+        if below is None:
+            yield name, node
+        else:
+            waiting.append((f"{name}.", iter(below)))
+
+
+def kinds(nodes: Iterable[Any]) -> list[str]:
+    """Classes of objects and functions in parts of a tree; not all, if there are very many."""
+    found: dict[str, None] = {}
+    for node in _all_below(nodes):
+        if type(node) is Inert:
+            found.setdefault(node.kind)
+        elif type(node) is Global:
+            found.setdefault(node.name)
+        elif type(node) is Odd:
+            found.setdefault(node.maker)
+    return sorted(name for name in found if name not in _PLAIN_KINDS)
+
+
+def count_tensors(nodes: Iterable[Any]) -> int:
+    """How many tensors there are in parts of a tree, in objects too; not all, if there are very many."""
+    return sum(_is_tensor(node) for node in _all_below(nodes))
+
+
+def _all_below(nodes: Iterable[Any]) -> Iterator[Any]:
+    """Everything in parts of a tree, what objects were made of too, each once; so much of it as can be looked at for a message."""
+    seen: set[int] = set()
+    waiting = list(islice(nodes, _MAX_LOOKS))
+    while waiting and len(seen) < _MAX_LOOKS:
+        node = waiting.pop()
+        yield node
+        if type(node) is Inert:
+            below: Iterable[Any] = (node.args, node.state, node.items, node.elements)
+        elif type(node) is dict:
+            below = node.values()
+        else:
+            below = node if type(node) in (list, tuple) else ()
+        if id(node) not in seen and below:
+            seen.add(id(node))
+            room = _MAX_LOOKS * 10 - len(waiting)
+            waiting += islice((value for value in below if type(value) not in ATOMS), max(0, room))
+
+
+# Where the weights are -----------------------------------------------------------------------------------------------
+
+
+def keys_of(path: Location, tree: Any, root: str) -> tuple[str, ...]:
+    """The keys that a dotted root consists of: a key may have dots itself.
+
+    Raises:
+        UsageError: there is no such part of the tree.
+    """
+    keys: list[str] = []
+    rest = root
+    while rest:
+        below = _by_name(tree)
+        fitting = [(key, value) for key, value in below if rest == key or rest.startswith(f"{key}.")]
+        if not fitting:
+            known = short.repr(_first_names(below) or type(tree).__name__)
+            key = rest.partition(".")[0]
+            raise UsageError(f"{show(path)}: no key {short.repr(key)} of root {short.repr(root)}, found {known}: give one of those")
+        key, tree = max(fitting, key=lambda pair: len(pair[0]))
+        keys.append(key)
+        rest = rest[len(key) + 1 :]
+    return tuple(keys)
+
+
+def follow(tree: Any, keys: Sequence[str]) -> tuple[Any, list[tuple[str, Any]]]:
+    """The part of a tree under some keys, and what lies beside it on the way, by dotted names."""
+    beside: list[tuple[str, Any]] = []
+    for depth, key in enumerate(keys):
+        below = _by_name(tree)
+        others = ((".".join([*keys[:depth], other]), value) for other, value in below if other != key)
+        beside += islice(others, _MAX_LOOKS)
+        tree = next(value for name, value in below if name == key)
+    return tree, beside
+
+
+def _by_name(node: Any) -> Pairs:
+    """What lies below a node, its attributes if it is an object."""
+    below = children(node)
+    if below is None and type(node) is Inert:
+        below = [pair for part in node.attributes() for pair in part.items()]
+    return below or []
+
+
+def _first_names(below: Pairs) -> list[str]:
+    return [name for name, _ in islice(below, 8)]
+
+
+def find(path: Location, tree: Any) -> Candidate:
+    """The part of a tree that is the weights.
+
+    Raises:
+        FormatError: there is none, or there are several.
+    """
+    if _is_tensor(tree):
+        return Candidate((), tree, named=False)
+    found = _candidates(tree, (), objects=False, seen=set()) or _candidates(tree, (), objects=True, seen=set())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        listed = ", ".join(f"{short.repr(one.root)} ({count_tensors([one.node])} tensors)" for one in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise FormatError(
+            f"{show(path)}: several parts hold weights: {listed}{more}: say which with --set root={found[0].root} or another of them "
+            "(--set root= takes all)"
+        )
+    if count := count_tensors([tree]):
+        raise FormatError(
+            f"{show(path)}: none of its {count} tensors is a model's, they are the state of an optimizer or a trainer; found "
+            f"{describe(tree)}: "
+            "give another file, or --set root=KEY for a part of this one"
+        )
+    raise FormatError(f"{show(path)}: no tensor in it, found {describe(tree)}: give another file")
+
+
+def describe(tree: Any) -> str:
+    """The first names in a tree, and classes of objects in it, for a message."""
+    names = _first_names(_by_name(tree))
+    found = short.repr(names) if names else "" if type(tree) in (Inert, Global) else f"a {type(tree).__name__}"
+    objects = ", ".join(short.repr(kind)[1:-1] for kind in kinds([tree])[:6])
+    return " with ".join(filter(None, (found, f"objects of {objects}, which are not made" if objects else ""))) or "plain values"
+
+
+def _candidates(node: Any, keys: tuple[str, ...], *, objects: bool, seen: set[int]) -> list[Candidate]:
+    """The parts of a node that may be weights; with ``objects`` also those that attributes of objects hold."""
+    below = _by_name(node) if objects and not is_module(node) else children(node)
+    if not below or id(node) in seen or len(keys) > _MAX_KEYS:
+        return []
+    seen.add(id(node))  # what lies at two places is listed once
+    named = _is_named(keys[-1]) if keys else False
+    if is_module(node):
+        return [Candidate(keys, node, named, real=True)]
+    if _is_training(node):
+        return []
+    tensors = [(name, value) for name, value in below if _is_tensor(value)]
+    whole = Candidate(keys, node, named, real=any("." in name for name, _ in tensors), flat=bool(tensors))
+    holds = any(not _is_scalar(value) and not _TRAINING.fullmatch(name) for name, value in tensors)
+    if whole.real or (holds and named):
+        return [whole]
+    found: list[Candidate] = []
+    for name, value in below:
+        if not _TRAINING.fullmatch(name):
+            found += _candidates(value, (*keys, name), objects=objects, seen=seen)
+    if holds:  # what else could be the weights, if it does not say that it is
+        return [one for one in found if one.named and one.real] or [whole]
+    if not found and tensors and (named or not keys):
+        return [whole]
+    return _choose(whole, found, alone=len(below) == 1)
+
+
+def _choose(whole: Candidate, found: list[Candidate], *, alone: bool) -> list[Candidate]:
+    """Of what lies below a node those that are weights by themselves, or the node, if they are its parts."""
+    named = [one for one in found if one.named]
+    if whole.named and not (named and len(named) == len(found)):
+        return [replace(whole, real=any(one.real for one in found))] if found else []
+    if named or (found and all(one.real for one in found)):
+        strong = [one for one in found if one.named or one.real]
+        return [one for one in strong if one.real or one.flat] or strong
+    if len(found) == 1 and not whole.keys and not alone:
+        return found
+    return [whole] if found else []
+
+
+def _is_named(key: str) -> bool:
+    return "state_dict" in key.lower() or not _WEIGHTS.isdisjoint(word.lower() for word in _WORDS.split(key))
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value) in (Tensor, Odd)
+
+
+def maker_of(leaf: Any) -> str | None:
+    """What would have made a tensor that is not plain bytes; None for all else."""
+    if type(leaf) is Odd:
+        return leaf.maker
+    made = type(leaf) is Inert and any(type(value) is Tensor for value in leaf.args)
+    return leaf.kind if made else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return type(value) is Tensor and not value.shape
+
+
+def _is_training(node: Any) -> bool:
+    """Whether a node is the state of an optimizer, or what one keeps for a parameter."""
+    if type(node) is Inert:
+        return node.attribute("state") is not None and node.attribute("param_groups") is not None
+    if type(node) is not dict:
+        return False
+    return ("state" in node and "param_groups" in node) or any(_is_tensor(node.get(name)) for name in _SLOTS)
+
+
+def training_parts(node: Any) -> list[tuple[str, Any]]:
+    """What lies directly below a node and is a trainer's state."""
+    if is_module(node):
+        return []
+    return [(name, value) for name, value in children(node) or () if _is_beside(name, value) and count_tensors([value])]
+
+
+def _is_beside(name: str, value: Any) -> bool:
+    if type(value) is Tensor:
+        return value.dtype.name == "uint8" and "." not in name and _TRAINING.fullmatch(name) is not None
+    return children(value) is not None and not is_module(value) and (_TRAINING.fullmatch(name) is not None or _is_training(value))
