@@ -31,6 +31,7 @@ _NEW_OBJECT = {"copyreg.__newobj__", "copyreg.__newobj_ex__"}
 _RECONSTRUCTOR = "copyreg._reconstructor"  # of protocols 0 and 1
 _ENCODE = "_codecs.encode"  # bytes in protocol 2
 NAMES = {str, int}
+MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in a file from before torch 1.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,3 +158,8 @@ def unpickle(path: Location, file: BinaryIO, storages: Storages, budget: Budget)
         raise FormatError(f"{show(path)}: its pickle is refused: {error}; do not load this file unless you trust who made it") from error
     except (EOFError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise damaged(path, f"its pickle cannot be read: {type(error).__name__} {short.repr(str(error))}") from error
+
+
+def is_legacy(head: bytes) -> bool:
+    """Whether a file's first bytes are those of torch's older format, in whichever pickle protocol."""
+    return MAGIC.to_bytes(10, "little") in head[:32] or head.startswith(b"L%dL\n" % MAGIC)

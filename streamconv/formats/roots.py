@@ -9,9 +9,10 @@ from itertools import islice
 from typing import Any
 
 from streamconv.errors import FormatError, UsageError
-from streamconv.formats.files import damaged, short, show
-from streamconv.formats.pickles import Odd, Storage, Tensor
-from streamconv.formats.unpickling import ATOMS, Global, Inert
+from streamconv.formats.files import Opened, damaged, short, show
+from streamconv.formats.pickles import Odd, Storage, Tensor, unpickle
+from streamconv.formats.unpickling import ATOMS, Budget, Global, Inert
+from streamconv.formats.zips import open_section
 from streamconv.storage.remote import Location
 
 _MAX_NAMES = 1 << 27  # bytes that the names of a tree's leaves may take, with what is kept of each
@@ -269,6 +270,16 @@ def describe(tree: Any) -> str:
     found = short.repr(names) if names else "" if type(tree) in (Inert, Global) else f"a {type(tree).__name__}"
     objects = ", ".join(short.repr(kind)[1:-1] for kind in kinds([tree])[:6])
     return " with ".join(filter(None, (found, f"objects of {objects}, which are not made" if objects else ""))) or "plain values"
+
+
+def describe_pickle(path: Location, file: Opened, nbytes: int) -> str:
+    """What a pickle is that torch.save did not write."""
+    what = "a pickle that torch.save did not write"
+    try:
+        tree = unpickle(path, open_section(file, 0, nbytes), {}, Budget())
+    except FormatError:
+        return what
+    return f"{what}, of {describe(tree)}"
 
 
 def _candidates(node: Any, keys: tuple[str, ...], *, objects: bool, seen: set[int]) -> list[Candidate]:

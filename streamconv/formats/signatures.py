@@ -9,11 +9,12 @@ from pathlib import PurePath
 from streamconv.errors import FormatError, StreamconvError
 from streamconv.formats.files import MAX_JSON, Opened, lfs_pointer, opened, pread, show, size_of
 from streamconv.formats.foreign import READS, foreign
+from streamconv.formats.pickles import is_legacy
+from streamconv.formats.roots import describe_pickle
 from streamconv.storage.remote import Location, RemotePath, exists
 
 HEAD = 512  # bytes that are looked at
 _NOUN = "a checkpoint's file"
-_TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _TORCH_ENTRY = re.compile(r"\.data|\.format_version|\.storage_alignment|byteorder|code|constants\.pkl|data|data\.pkl|extra|version")
 _TORCH_TAR = {"pickle", "storages", "sys_info", "tensors"}
 _MSGPACK_MAPS, _MSGPACK_TEXTS = (*range(0x81, 0x90), 0xDE, 0xDF), (*range(0xA0, 0xC0), 0xD9, 0xDA)
@@ -83,7 +84,7 @@ def _container(path: Location, file: Opened, head: bytes) -> str | None:
     if head.startswith(b"PK\3\4"):
         _check_zip(path, file, head)
         return "torch"
-    if head[:1] == b"\x80" and head[1:2] <= b"\x05" and _TORCH_MAGIC in head[:32]:
+    if is_legacy(head):
         return "torch"
     if head[257:262] == b"ustar" and head[:100].partition(b"\0")[0].decode("latin-1").rstrip("/") in _TORCH_TAR:
         return "torch"  # from before 2017: the reader says what to do
@@ -103,6 +104,8 @@ def _check_zip(path: Location, file: Opened, head: bytes) -> None:
     inside = first.split("/")
     if len(inside) > 1 and _TORCH_ENTRY.fullmatch(inside[1]):
         return
+    if len(inside) > 1 and inside[1] in ("archive_format", "serialized_exported_program.json"):
+        raise foreign(path, "a program that torch.export wrote", "")
     if isinstance(path, RemotePath) or _lists_torch_entries(path):
         return  # what is wrong in it says the reader
     raise foreign(path, f"a zip archive, with {first[:200]!r} in it", "zip")
@@ -150,7 +153,7 @@ def _refuse_foreign(path: Location, file: Opened, head: bytes, size: int, *, tex
     if head[257:262] == b"ustar":
         raise foreign(path, "a NeMo archive (tar)" if path.suffix == ".nemo" else "a tar archive", "tar")
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
-        raise foreign(path, "a pickle that torch.save did not write", "pickle")
+        raise foreign(path, describe_pickle(path, file, size), "pickle")
     if head[0] in _MSGPACK_MAPS and len(head) > 1 and {*head[1:6]} & {*_MSGPACK_TEXTS} and path.suffix in (".msgpack", ""):
         raise foreign(path, "MessagePack (Flax)", "flax")
     if message := _protobuf(path, head):

@@ -6,7 +6,6 @@ torch 1.6 it was a row of pickles followed by the storages. Reading does not nee
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import shlex
@@ -18,7 +17,7 @@ from typing import Any
 
 from streamconv.digests import Checksum, combine, places_of
 from streamconv.dtypes import DTYPES, TensorSpec
-from streamconv.errors import FormatError, StreamconvError, UsageError
+from streamconv.errors import FormatError, UsageError
 from streamconv.formats import AnyNode, Contents, Extent, FileLayout, Source, torchscript
 from streamconv.formats.files import (
     Explain,
@@ -43,12 +42,23 @@ from streamconv.formats.files import (
     unexplained,
     variant_stem,
 )
-from streamconv.formats.foreign import READS
-from streamconv.formats.pickles import NAMES, Storages, Tensor, unpickle
-from streamconv.formats.roots import count_tensors, describe, find, follow, keys_of, kinds, leaves, maker_of, training_parts
+from streamconv.formats.foreign import READS, foreign
+from streamconv.formats.pickles import MAGIC, NAMES, Storages, Tensor, is_legacy, unpickle
+from streamconv.formats.roots import (
+    count_tensors,
+    describe,
+    describe_pickle,
+    find,
+    follow,
+    keys_of,
+    kinds,
+    leaves,
+    maker_of,
+    training_parts,
+)
 from streamconv.formats.selection import Selection, find_files
 from streamconv.formats.unpickling import Budget
-from streamconv.formats.zips import MAX_DIRECTORY, Archive, Section, names, read_archive, rezip
+from streamconv.formats.zips import MAX_DIRECTORY, Archive, names, open_section, read_archive, rezip
 from streamconv.graph import extents
 from streamconv.interrupts import Unwinding
 from streamconv.staging import staging
@@ -73,9 +83,6 @@ INDEX = KIND.index
 MAX_REPEATED = 1 << 40  # bytes that a view makes of fewer stored ones
 
 MAX_PICKLE = 256 << 20  # bytes of a pickle that is compressed
-_PROGRAM = "serialized_exported_program.json"
-_MAGIC = 0x1950A86A20F9469CFC6C
-_HEAD = 32  # bytes of a file in which that number is
 
 
 @dataclass(slots=True)
@@ -94,8 +101,6 @@ _Places = dict[str, tuple[int, int]]  # key of a storage -> start, nbytes
 def _open_zip(path: Location, file: Opened) -> tuple[Any, _Places]:
     """What the pickle describes, and where each storage lies."""
     archive = read_archive(path, file)
-    if _PROGRAM in archive.entries and "data.pkl" not in archive.entries:
-        raise FormatError(f"{show(path)}: a program that torch.export wrote: save its state_dict with torch.save, and give that")
     storages: Storages = {}
     tree = unpickle(path, archive.open("data.pkl", MAX_PICKLE), storages, Budget())
     scripted = "constants.pkl" in archive.entries
@@ -115,12 +120,12 @@ def _open_zip(path: Location, file: Opened) -> tuple[Any, _Places]:
 
 def _open_legacy(path: Location, file: Opened, size: int) -> tuple[Any, _Places]:
     """The same of a file from before torch 1.6: five pickles, then for each storage its count of elements and its bytes."""
-    reader = io.BufferedReader(Section(file, 0, size))
+    reader = open_section(file, 0, size)
     storages: Storages = {}
     budget = Budget()
     magic, _, system, tree, keys = (unpickle(path, reader, storages, budget) for _ in range(5))
     listed = type(keys) is list and NAMES.issuperset(map(type, keys)) and len(keys) == len(storages)
-    if magic != _MAGIC or not listed or {*map(str, keys)} != storages.keys():
+    if magic != MAGIC or not listed or {*map(str, keys)} != storages.keys():
         raise damaged(path, f"its list of storages is not that of its {len(storages)} storages: {short.repr(keys)}")
     if type(system) is not dict or system.get("little_endian") is not True:
         raise FormatError(f"{show(path)}: it is not little-endian, and only such files are read: {_rewrite(path, safe=False)}")
@@ -137,47 +142,15 @@ def _open_legacy(path: Location, file: Opened, size: int) -> tuple[Any, _Places]
     return tree, places
 
 
-def _refuse_pickle(path: Location, file: Opened, size: int) -> None:
-    """Says what is in a pickle that torch.save did not write, if it is one."""
-    try:
-        tree = unpickle(path, io.BufferedReader(Section(file, 0, size)), {}, Budget())
-    except FormatError:
-        return
-    old, _ = names(path)
-    new = f"{old.removesuffix(path.suffix)}.new.pt"
-    change = "lambda v: torch.as_tensor(v) if isinstance(v, numpy.ndarray) else v"
-    code = f"import pickle, numpy, torch; d = pickle.load(open({old!r}, 'rb')); "
-    code += f"torch.save(torch.utils._pytree.tree_map({change}, d), {new!r})"
-    raise FormatError(
-        f"{show(path)}: a pickle that torch.save did not write: {describe(tree)}: if you trust who made it, write its arrays and tensors "
-        f"again with: python -c {shlex.quote(code)}"
-    )
-
-
-def wrote(path: Location) -> bool:
-    """Whether a file begins as those of torch.save do, whatever it is called."""
-    try:
-        with opened(path, KIND.noun) as file:
-            head = file.read(_HEAD)
-    except StreamconvError:
-        return False  # reading it says what is wrong
-    return head.startswith(b"PK\3\4") or _is_legacy(head)
-
-
-def _is_legacy(head: bytes) -> bool:
-    """Whether a file starts with the number that the older format does, in whichever pickle protocol."""
-    return _MAGIC.to_bytes(10, "little") in head[:_HEAD] or head.startswith(b"L%dL\n" % _MAGIC)
-
-
 def _open(path: Location) -> tuple[Any, _Places]:
     with opened(path, KIND.noun) as file:
         head, size = pread(file, 512, 0), size_of(file)
         if head.startswith(b"PK\3\4"):
             return _open_zip(path, file)
-        if _is_legacy(head):
+        if is_legacy(head):
             return _open_legacy(path, file, size)
         if head[:1] == b"\x80":
-            _refuse_pickle(path, file, size)
+            raise foreign(path, describe_pickle(path, file, size), "pickle")
     if head.startswith(b"version https://git-lfs"):
         raise lfs_pointer(path)
     if head[257:262] == b"ustar":

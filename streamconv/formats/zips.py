@@ -65,14 +65,14 @@ class Archive:
         entry = self.entries.get(name)
         if entry is None:
             raise damaged(self.path, f"expected a {name} in the zip, found {short.repr(list(self.entries))}")
-        part: io.RawIOBase = Section(self.file, entry.start, entry.nbytes)
-        if entry.deflated:
-            if entry.size > limit:
-                raise FormatError(
-                    f"{show(self.path)}: zip entry {short.repr(name)} is compressed and takes {entry.size} bytes inflated, at most {limit} "
-                    f"are: {rezip(self.path)}"
-                )
-            part = _Inflated(part, entry.size)
+        if not entry.deflated:
+            return open_section(self.file, entry.start, entry.nbytes)
+        if entry.size > limit:
+            raise FormatError(
+                f"{show(self.path)}: zip entry {short.repr(name)} is compressed and takes {entry.size} bytes inflated, at most {limit} "
+                f"are: {rezip(self.path)}"
+            )
+        part = _Inflated(_Section(self.file, entry.start, entry.nbytes), entry.size)
         return cast("BinaryIO", io.BufferedReader(part, _BUFFER))
 
     def read(self, name: str, limit: int) -> bytes:
@@ -86,7 +86,12 @@ class Archive:
         return data
 
 
-class Section(io.RawIOBase):
+def open_section(file: Opened, start: int, nbytes: int) -> BinaryIO:
+    """A range of an open file, as a file; it tells where in the whole file it is."""
+    return cast("BinaryIO", io.BufferedReader(_Section(file, start, nbytes), _BUFFER))
+
+
+class _Section(io.RawIOBase):
     """A range of an open file, as a file."""
 
     def __init__(self, file: Opened, start: int, nbytes: int) -> None:
