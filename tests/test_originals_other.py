@@ -344,6 +344,33 @@ def test_vipllava_by_the_reference_rules(vocabulary, rows, dtype, tmp_path):
     assert "_name_or_path" not in config["text_config"]
 
 
+@pytest.mark.parametrize(
+    ("modules", "says"),
+    [
+        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), {"attention_bias": True}),
+        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), {"attention_bias": True}),
+        (("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), {"mlp_bias": True}),
+        (("input_layernorm", "post_attention_layernorm"), {}),
+    ],
+)
+def test_vipllava_passes_biases_of_the_text_model_through(tmp_path, modules, says):
+    biases = numbered({f"model.layers.{i}.{module}.bias": (8,) for i in range(2) for module in modules}, torch.float16)
+    given = vipllava() | biases
+    lost = [name for name in given if name.endswith("inv_freq")]
+    found = there_and_back(tmp_path, "vipllava-original2hf", given, config=TEXT, lost=lost)
+    assert_same({hf_name(name): found[hf_name(name)] for name in biases}, {hf_name(name): tensor for name, tensor in biases.items()})
+    text = json.loads((tmp_path / "hf" / "config.json").read_text())["text_config"]
+    assert {key: text[key] for key in ("attention_bias", "mlp_bias") if key in text} == says
+
+
+def test_a_bias_that_one_layer_of_vipllava_lacks_is_refused(tmp_path, capsys):
+    given = vipllava() | numbered({f"model.layers.{i}.self_attn.{part}_proj.bias": (8,) for i in range(2) for part in "qkv"}, torch.float16)
+    del given["model.layers.1.self_attn.k_proj.bias"]
+    source = original(tmp_path / "source", given, config=TEXT)
+    line = refusal(capsys, "convert", source, tmp_path / "hf", "--recipe", "vipllava-original2hf")
+    assert "model.layers.1.self_attn.k_proj.bias" in line
+
+
 def test_vipllava_from_the_row_that_the_reference_has(tmp_path):
     given = vipllava()
     source = original(tmp_path / "source", given, config=TEXT)

@@ -24,6 +24,20 @@ _EMBEDDINGS = "{class_embedding,patch_embedding.weight,position_embedding.weight
 _TOWER = "{part:embeddings,encoder,pre_layrnorm,post_layernorm}.{rest*}"  # transformers 5 has no vision_model around it
 
 
+_BIASED = (
+    "{self_attn.q_proj,self_attn.k_proj,self_attn.v_proj}",
+    "self_attn.o_proj",
+    "{mlp.gate_proj,mlp.up_proj,mlp.down_proj}",
+    "{input_layernorm,post_attention_layernorm}",
+)
+"""Modules of the text model that have biases together, or none has: the script passes what it has no name for through."""
+
+
+def _biases(modules: str) -> Rule:
+    left = f"model.layers.{{i}}.{modules}.bias"
+    return Rule(left, f"language_model.{left}", optional=True, complete=True)
+
+
 def _grown(left: str, right: str, stream: int) -> Rule:
     """New rows at the end, like those of the embedding; the way back cuts them off."""
     return Rule(
@@ -41,6 +55,7 @@ _VIPLLAVA = Recipe(
         _grown(_EMBEDDING, _HF_EMBEDDING, 0),
         _grown("lm_head.weight", "language_model.lm_head.weight", 1),
         Rule(f"model.layers.{{i}}.{_LAYER}.weight", f"language_model.model.layers.{{i}}.{_LAYER}.weight", complete=True),
+        *(_biases(modules) for modules in _BIASED),
         Rule("model.norm.weight", "language_model.model.norm.weight"),
         Rule(f"{_FROM}.embeddings.{_EMBEDDINGS}", f"{_TO}.embeddings.{_EMBEDDINGS}", complete=True),
         Rule(f"{_FROM}.{{pre_layrnorm,post_layernorm}}.{_KIND}", f"{_TO}.{{pre_layrnorm,post_layernorm}}.{_KIND}", complete=True),
@@ -131,6 +146,8 @@ def hf_files(model: Model) -> dict[str, Any]:
         "num_hidden_layers": len(layers),
         "vocab_size": rows,
     }
+    if text["model_type"] == "llama":
+        text |= {key: True for key, module in (("attention_bias", "q_proj"), ("mlp_bias", "up_proj")) if _has_bias(model, module)}
     config = {
         "architectures": ["VipLlavaForConditionalGeneration"],
         "model_type": "vipllava",
@@ -149,6 +166,11 @@ def hf_files(model: Model) -> dict[str, Any]:
     tokens = {key: text[key] for key in ("bos_token_id", "eos_token_id") if key in text}
     generation = {**(model.read("generation_config.json") or {"_from_model_config": True, **tokens}), "pad_token_id": pad}
     return {**made, "config.json": config, "generation_config.json": generation}
+
+
+def _has_bias(model: Model, module: str) -> bool:
+    """Whether a projection of the text model has one."""
+    return any(name.startswith("language_model.model.layers.") and name.endswith(f".{module}.bias") for name in model.targets)
 
 
 def _vision(model: Model, given: Any) -> dict[str, Any]:
