@@ -117,6 +117,7 @@ def conclude(
     dropped: Mapping[str, str] | None = None,
     tied: Iterable[str] = (),
     replicas: Iterable[Replica] = (),
+    notes: Iterable[str] = (),
 ) -> Conversion:
     """A conversion of ``nodes`` into those ``made``; each target takes the place of its first source."""
     names = {id(source): name for name, node in nodes.items() for source in sources(node)}
@@ -135,6 +136,7 @@ def conclude(
         {row.target: node for _, row, node in outputs},
         [row for _, row, _ in outputs],
         [*lost, *(name for name in tied if name in rows)],
+        notes=list(notes),
         replicas=list(replicas),
         reasons=lost,
         tied=list(tied),

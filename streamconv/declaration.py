@@ -132,7 +132,7 @@ TEXTS = Value(_is_texts, "a list of texts", _LIST)
 VALUES: dict[str, Value] = {
     **dict.fromkeys(("optional", "fallback", "complete", "partial", "firm", "required", "flipped"), FLAG),
     **dict.fromkeys(("dims", "copies", "offset", "at", "op", "undo"), SIZES),
-    **dict.fromkeys(("choices", "ranks", "files", "expects"), TEXTS),
+    **dict.fromkeys(("choices", "ranks", "files", "expects", "also"), TEXTS),
     "shards": Value(lambda value: type(value) is int and value >= 0, "a whole number", {"type": "integer", "minimum": 0}),
     "default": Value(
         lambda value: value is None or isinstance(value, int | str),

@@ -142,7 +142,7 @@ Fact = Rule | Drop | Tie
 class Option:
     """What ``--set`` accepts: its type follows from ``default``, an expression where it is a string in ``{}``; None: from nowhere.
 
-    One that is ``required`` must get a value.
+    One that is ``required`` must get a value; ``also`` are other names that it goes by.
     """
 
     help: str
@@ -150,6 +150,7 @@ class Option:
     choices: tuple[str, ...] = ()
     kind: str = ""
     required: bool = False
+    also: tuple[str, ...] = ()
 
     def read(self, name: str, text: object) -> Any:
         """The value of ``--set name=text``. Raises UsageError."""

@@ -8,8 +8,9 @@ for each expert, as it does for the library's fused ones.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +20,20 @@ from streamconv.bridge import LibraryModel, conclude
 from streamconv.errors import CoverageError, UsageError
 from streamconv.facts import Option, Side
 from streamconv.graph import AnyNode
+from streamconv.heads import Heads, find_heads, head_size
 from streamconv.recipe import Recipe
 from streamconv.steps import take
 
 if TYPE_CHECKING:
     from streamconv.lazy import LazyTensor
 
+Pair = tuple["LazyTensor", "LazyTensor", int, int]
+"""Tensors of two ranks, whose numbers follow, that must be the same."""
 RANKS = Side(ranks=("model{r}-mp{n}.safetensors",))
 FILE = "model{rank}-mp{size}.safetensors"
 _RANKED = re.compile(r"model(\d+)-mp(\d+)\.safetensors/(.+)", re.DOTALL)
 MOST_RANKS = 4096
+_WORDS = re.compile(r"embed|lm_head|wte|\bhead\b|output")
 _MAX_PLAN = 4 << 20  # bytes
 
 
@@ -41,14 +46,18 @@ class Style:
         bias: whether those called ``bias`` are, too.
         blocks: relative sizes of the blocks along the axis, each of which is divided.
         experts: a tensor for each expert goes to one rank, as a row of a fused tensor of experts does.
-        heads: how many heads there are along the axis, where ranks beyond that repeat them; 0: heads are divided too.
+        heads: of each block how many heads there are along the axis, where ranks beyond that repeat them; none: blocks are divided.
     """
 
     axis: int | None = None
     bias: bool = True
     blocks: tuple[int, ...] = (1,)
     experts: bool = False
-    heads: int = 0
+    heads: tuple[int, ...] = ()
+
+    def copies(self, size: int) -> tuple[int, ...]:
+        """Of each block, how many ranks that follow each other have the same part."""
+        return tuple(max(1, size // count) if count else 1 for count in self.heads) or (1,) * len(self.blocks)
 
 
 _WHOLE = (
@@ -81,7 +90,7 @@ class TensorParallel(Recipe):
 
     merge: bool = False
     own: Mapping[str, str] = field(default_factory=dict)
-    number: str = "size"
+    number: str = "model_parallel"
     even: bool = False
 
     def make(
@@ -102,6 +111,9 @@ class TensorParallel(Recipe):
             size = values[self.number]
             if not 1 <= size <= MOST_RANKS:
                 raise UsageError(f"--set {self.number}={size}: expected a number of ranks from 1 to {MOST_RANKS}")
+            if self.number not in scope["given"]:
+                plan.notes.append(f"{size} ranks, which --set {self.number}=N changes")
+            plan.check({name: node.spec.shape for name, node in nodes.items()}, size)
             made, how = {}, {}
             for name, node in nodes.items():
                 for rank, tensor in enumerate(plan.split(name, LazyTensor(node), size)):
@@ -110,7 +122,7 @@ class TensorParallel(Recipe):
                         made[target] = tensor.node
                         if tensor.node is not node:
                             how[target] = f"part {rank} of {size}"
-            return conclude(nodes, rows, made, how, recast)
+            return conclude(nodes, rows, made, how, recast, notes=plan.notes)
         groups, size = _group(nodes, title)
         plan = Plan(self._read_plan(values), config, list(groups), values, title)
         replicas: list[Replica] = []
@@ -122,10 +134,9 @@ class TensorParallel(Recipe):
                 rank = min(odd)
                 what = "must not be there by the plan" if rank in ranks else f"is missing, while rank {min(ranks)} has it"
                 raise CoverageError(f"{title}: {FILE.format(rank=rank, size=size)}/{name} {what}")
-            copies = plan.copies(name, dims, len(stored))
-            pairs = [(stored[k - k % copies], other) for k, other in enumerate(stored) if k % copies]
-            replicas += [(nodes[first], nodes[other], (first, other)) for first, other in pairs]
-            whole[name] = plan.join(name, [LazyTensor(nodes[one]) for one in stored]).node
+            joined, pairs = plan.join(name, [LazyTensor(nodes[one]) for one in stored])
+            replicas += [(first.node, other.node, (stored[a], stored[b])) for first, other, a, b in pairs]
+            whole[name] = joined.node
             if whole[name] is not nodes[stored[0]]:
                 how[name] = f"{len(stored)} parts"
         return conclude(nodes, rows, whole, how, recast, replicas=replicas)
@@ -164,7 +175,8 @@ class Plan:
         even: bool = False,
     ) -> None:
         self.title, self._values, self._even = title, values, even
-        self._config = config.get("text_config") or config
+        self._whole, self._config = config, config.get("text_config") or config
+        self.notes: list[str] = []
         library = None if plan else LibraryModel(config, title)
         self._plan = {name: _read_style(text, title) for name, text in (plan or _plan_of(library, title)).items()}
         self._places: dict[str, tuple[str, bool]] = {}
@@ -183,37 +195,86 @@ class Plan:
         general = re.sub(r"\.\d+(\.|$)", r".*\1", name)
         return next((known for known in (general, general.rpartition(".")[0]) if known in self._plan), None)
 
-    def style(self, name: str, dims: int) -> Style:
-        """How a tensor of so many axes is divided."""
+    def style(self, name: str, shape: Sequence[int], size: int, *, part: bool = False) -> Style:
+        """How a tensor of that shape, or of whose parts each has it, is divided among so many ranks."""
+        dims = len(shape)
         target, alone = self._places.get(name, (name, False))
         rule = self._rule(target)
         style = self._plan[rule] if rule else Style()
         if (alone or (dims == 1 and self._places)) and len(set(style.blocks)) == 1:  # the library has no blocks in biases
             style = replace(style, blocks=(1,))
-        heads = self._config.get("num_key_value_heads")
-        if self._values.get("kv_heads") == "replicate" and heads and re.search(r"\.[kv]_proj\.(weight|bias)$", name):
-            style = replace(style, heads=heads)
-        return style
+        axis = _axis(style, name, dims)
+        heads = find_heads(name, self._whole) if axis is not None else None
+        if heads is None or axis is None:
+            return style
+        by_block = (0, *heads.each[1:]) if len(style.blocks) == len(heads.each) else ()
+        repeated = (heads.count,) if heads.repeatable else by_block
+        if not any(count and size > count for count in repeated):
+            return style
+        asked = self._values.get("kv_heads")
+        if asked == "divide" or (not asked and part and self._is_cut(heads, shape[axis], size)):
+            return style
+        return replace(style, heads=repeated)
+
+    def _is_cut(self, heads: Heads, count: int, size: int) -> bool:
+        """Whether the parts of ``count`` elements of so many ranks are those of heads that were divided, not repeated."""
+        return count * size == head_size(self._whole) * (sum(heads.each) or heads.count)
+
+    def check(self, shapes: Mapping[str, Sequence[int]], size: int) -> None:
+        """Raises CoverageError where heads, experts or words cannot be shared among so many ranks; notes what ranks repeat."""
+        found: dict[Heads, str] = {}
+        for name, shape in shapes.items():
+            for units in self._units(name, shape, size):
+                found.setdefault(units, name)
+        if any(not units.fit(size) for units in found):
+            units, name = next((units, name) for units, name in found.items() if not units.fit(size))
+            fitting = [n for n in range(1, max(units.count for units in found) + 1) if all(units.fit(n) for units in found)]
+            known = f"{', '.join(map(str, fitting[:-1]))} or {fitting[-1]}" if fitting[1:] else "1 only"
+            raise CoverageError(
+                f"{self.title}: {units.count} {units.what} cannot be divided among {size} ranks ({name}): model_parallel can be {known}"
+            )
+        self.notes += [
+            f"{units.count} {units.what} for {size} ranks: {size // units.count} ranks in a row hold the same"
+            for units in found
+            if units.repeatable and size > units.count
+        ]
+
+    def _units(self, name: str, shape: Sequence[int], size: int) -> Iterator[Heads]:
+        """What must not be cut where a tensor is divided."""
+        style = self.style(name, shape, size)
+        axis = _axis(style, name, len(shape))
+        if style.experts:
+            if len(shape) < 3:
+                self._expert(name)
+            yield Heads("experts", self._count_experts() if len(shape) < 3 else shape[0])
+        elif axis is not None:
+            heads = find_heads(name, self._whole)
+            words = self._config.get("vocab_size")
+            if heads and shape[axis] % heads.count == 0:
+                yield from self._heads(heads, style)
+            elif shape[axis] == words and axis == len(shape) - 2 and _WORDS.search(name) and not self._values.get("pad_vocab"):
+                yield Heads("words (--set pad_vocab=N fills them up)", shape[axis])
+
+    def _heads(self, heads: Heads, style: Style) -> Iterator[Heads]:
+        """The heads of a tensor, of each of its blocks where it is divided block by block."""
+        if len(heads.each) == len(style.blocks):
+            yield Heads("heads", heads.each[0])
+            yield Heads("heads of keys and values", heads.each[1], repeatable=self._values.get("kv_heads") != "divide")
+        else:
+            yield replace(heads, each=(), repeatable=heads.repeatable and self._values.get("kv_heads") != "divide")
 
     def holders(self, name: str, dims: int, size: int) -> Sequence[int]:
         """The ranks that have a tensor, or a part of it."""
-        if not self.style(name, dims).experts or dims > 2:
+        if not self.style(name, (0,) * dims, size).experts or dims > 2:
             return range(size)
         number, count = self._expert(name), self._count_experts()
         if count % size:
             raise CoverageError(f"{self.title}: {count} experts cannot be divided among {size} ranks")
         return [number * size // count]
 
-    def copies(self, name: str, dims: int, size: int) -> int:
-        """How many ranks that follow each other have the same part of a tensor."""
-        style = self.style(name, dims)
-        if _axis(style, name, dims) is None:
-            return size
-        return max(1, size // style.heads) if style.heads else 1
-
     def split(self, name: str, tensor: LazyTensor, size: int) -> Sequence[LazyTensor | None]:
         """The tensor of each rank; None where it has none."""
-        style = self.style(name, tensor.dim())
+        style = self.style(name, tensor.shape, size)
         axis = _axis(style, name, tensor.dim())
         if style.experts and tensor.dim() < 3:
             holders = self.holders(name, tensor.dim(), size)
@@ -223,24 +284,30 @@ class Plan:
         tensor = self._padded(tensor, axis, size)
         even = self._even or len(set(style.blocks)) > 1
         what = f"{self.title}: {name}"
-        parts = [_chunks(block, size, axis, style.heads, what, even=even) for block in self._blocks(name, tensor, style, axis)]
+        blocks = self._blocks(name, tensor, style.blocks, axis)
+        heads = style.heads or (0,) * len(blocks)
+        parts = [_chunks(block, size, axis, count, what, even=even) for block, count in zip(blocks, heads, strict=True)]
         return [_join([part[rank] for part in parts], axis) for rank in range(size)]
 
-    def join(self, name: str, tensors: Sequence[LazyTensor]) -> LazyTensor:
-        """The whole tensor of those of all ranks."""
-        style, size = self.style(name, tensors[0].dim()), len(tensors)
+    def join(self, name: str, tensors: Sequence[LazyTensor]) -> tuple[LazyTensor, list[Pair]]:
+        """The whole tensor of those of all ranks, and what of them must be the same."""
+        size = len(tensors)
+        style = self.style(name, tensors[0].shape, size, part=True)
         axis = _axis(style, name, tensors[0].dim())
         if axis is None or (style.experts and tensors[0].dim() < 3):
-            return tensors[0]
-        copies = self.copies(name, tensors[0].dim(), size)
-        blocks = [self._blocks(name, tensor, style, axis) for tensor in tensors[::copies]]
-        whole = _join([_join([rank[k] for rank in blocks], axis) for k in range(len(style.blocks))], axis)
+            return tensors[0], [(tensors[0], other, 0, k) for k, other in enumerate(tensors) if k]
+        copies = style.copies(size)
+        shares = [part * count for part, count in zip(style.blocks, copies, strict=True)]
+        shares = [share // math.gcd(*shares) for share in shares]
+        ranks = [self._blocks(name, tensor, shares, axis) for tensor in tensors]
+        whole = _join([_join([rank[k] for rank in ranks[::count]], axis) for k, count in enumerate(copies)], axis)
+        pairs = [(ranks[r - r % count][k], rank[k], r - r % count, r) for k, count in enumerate(copies) for r, rank in enumerate(ranks)]
         rows, most = self._config.get("vocab_size") or 0, (self._values.get("pad_vocab") or 0) * size
         if most and axis == whole.dim() - 2 and rows < whole.shape[axis] <= _up(rows, most):
             from streamconv.lazy import LazyTensor
 
             whole = LazyTensor(take("rows", [whole.node], {"stop": rows}, {}))
-        return whole
+        return whole, [pair for pair in pairs if pair[2] != pair[3]]
 
     def _padded(self, tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
         """A tensor with a row for each word, filled up so that ranks get the same number."""
@@ -251,12 +318,12 @@ class Plan:
 
         return LazyTensor(take("pad", [tensor.node], {"rows": _up(rows, self._values["pad_vocab"] * size)}, {}))
 
-    def _blocks(self, name: str, tensor: LazyTensor, style: Style, axis: int) -> Sequence[LazyTensor]:
-        total = sum(style.blocks)
+    def _blocks(self, name: str, tensor: LazyTensor, shares: Sequence[int], axis: int) -> Sequence[LazyTensor]:
+        total = sum(shares)
         if tensor.shape[axis] % total:
-            raise CoverageError(f"{self.title}: {name}: {tensor.shape[axis]} elements are not in proportion {style.blocks}")
+            raise CoverageError(f"{self.title}: {name}: {tensor.shape[axis]} elements are not in proportion {shares}")
         unit = tensor.shape[axis] // total
-        return tensor.split([unit * part for part in style.blocks], dim=axis)  # type: ignore[no-untyped-call,no-any-return]
+        return tensor.split([unit * part for part in shares], dim=axis)  # type: ignore[no-untyped-call,no-any-return]
 
     def _expert(self, name: str) -> int:
         found = re.search(r"\.experts\.(\d+)\.", name)
@@ -334,7 +401,9 @@ def _plan_of(library: LibraryModel | None, title: str) -> Mapping[str, str]:
 
 _OPTIONS = {
     "plan": Option("a JSON file of names and styles, instead of the model's own plan"),
-    "kv_heads": Option("of fewer heads than ranks: divide them, as transformers does, or replicate", "divide", ("divide", "replicate")),
+    "kv_heads": Option(
+        "of fewer heads of keys and values than ranks: replicate them; divide: refuse, as no head is cut", None, ("divide", "replicate")
+    ),
     "pad_vocab": Option("fill the vocabulary up to this multiple for each rank; 0: as it is", 0),
 }
 _SUMMARY = "one checkpoint for each tensor-parallel rank, by transformers' plan for the model or one of your own"
@@ -342,7 +411,7 @@ SPLIT = TensorParallel(
     "tp-split",
     _SUMMARY,
     (),
-    options={"size": Option("how many ranks", 2), **_OPTIONS},
+    options={"model_parallel": Option("how many ranks", kind="int", required=True, also=("size",)), **_OPTIONS},
     right=RANKS,
     reference="transformers 5.23 distributed/tensor_parallel.py and the models' base_model_tp_plan",
 )

@@ -188,6 +188,17 @@ class Recipe:
         ]
         return drops + casts + steps_ + copies
 
+    def _named(self, given: Mapping[str, object]) -> dict[str, object]:
+        """What is given under the options' own names. Raises UsageError where one is given under two."""
+        own = {other: name for name, option in self.settings.items() for other in option.also}
+        found: dict[str, object] = {}
+        for key, value in given.items():
+            name = own.get(key, key)
+            if name in found:
+                raise UsageError(f"--set {key}: it is {name} by another name, which is given too: leave one out")
+            found[name] = value
+        return found
+
     def read_options(self, given: Mapping[str, object], scope: Mapping[str, Any]) -> dict[str, Any]:
         """The options' values: those given, else their defaults in ``scope``, where options that come before count.
 
@@ -207,7 +218,8 @@ class Recipe:
             else:
                 values[name] = default
             if option.required and values[name] is None:
-                raise CoverageError(f"recipe {self.name}: no value for {name} ({option.help}): give --set {name}=..., or that file")
+                where = ", or that file" if option.default else ""
+                raise CoverageError(f"recipe {self.name}: no value for {name} ({option.help}): give --set {name}=...{where}")
         return values
 
     def apply(
@@ -235,7 +247,7 @@ class Recipe:
         names = canonical(entries, self.source.aliases)
         nodes: Mapping[str, AnyNode] = {name: entries[stored] for name, stored in names.items()}
         rows = {name: Row(name, (stored,), "", entries[stored].spec) for name, stored in names.items()}
-        given = options or {}
+        given = self._named(options or {})
         scope = {**(config or {}), "config": config or {}, "sidecar": sidecar or {}, "given": list(given)}
         resizing = {key for key in vocabulary.OPTIONS if key not in self.settings} if "resize_vocab" in given else set()
         values = self.read_options({key: value for key, value in given.items() if key not in resizing}, scope_of(nodes, scope))

@@ -53,7 +53,7 @@ def split(src, folder, size, *options):
     """What tp-split makes of a checkpoint, after checking that tp-merge brings it back."""
     own = [text for option in options for text in ("--set", option)]
     out, back = folder / f"ranks{size}", folder / f"back{size}"
-    assert run("convert", src, out, "--recipe", "tp-split", "--set", f"size={size}", *own, "--quiet") == 0
+    assert run("convert", src, out, "--recipe", "tp-split", "--set", f"model_parallel={size}", *own, "--quiet") == 0
     assert run("convert", out, back, "--recipe", "tp-merge", *own, "--quiet") == 0
     assert_same(read(back), read(src))
     assert (back / "config.json").read_bytes() == (out / "config.json").read_bytes() == (src / "config.json").read_bytes()
@@ -93,15 +93,121 @@ def test_ranks_of_both_layouts_hold_the_same_experts(checkpoints, tmp_path, kind
 # Options ---------------------------------------------------------------------------------------------------------------
 
 
-def test_heads_fewer_than_ranks_are_divided_or_replicated(checkpoints, tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
+@pytest.mark.parametrize("options", [(), ("kv_heads=replicate",)])
+def test_heads_fewer_than_ranks_are_repeated_never_cut(checkpoints, tmp_path, capsys, options):
     src, name = checkpoints / "llama" / "hub", "model.layers.1.self_attn.k_proj.weight"
     whole = read(src)[name]
-    divided = split(src, tmp_path / "a", 8)
-    assert all(torch.equal(rank[name], part) for rank, part in zip(divided, whole.chunk(8), strict=True))
-    replicated = split(src, tmp_path / "b", 8, "kv_heads=replicate")
-    assert all(torch.equal(rank[name], whole.chunk(2)[number // 4]) for number, rank in enumerate(replicated))
+    repeated = split(src, tmp_path, 8, *options)
+    assert all(torch.equal(rank[name], whole.chunk(2)[number // 4]) for number, rank in enumerate(repeated))
+    divide = ("--recipe", "tp-split", "--set", "model_parallel=8", "--set", "kv_heads=divide")
+    line = refusal(capsys, "convert", src, tmp_path / "out", *divide)
+    assert "2 heads of keys and values cannot be divided among 8 ranks" in line
+    assert "model_parallel can be 1 or 2" in line
+
+
+def test_ranks_whose_heads_were_cut_are_still_merged(checkpoints, tmp_path):
+    src = checkpoints / "llama" / "hub"
+    whole = read(src)
+    split(src, tmp_path, 8)
+    for rank in range(8):
+        file = tmp_path / "ranks8" / f"model{rank}-mp8.safetensors"
+        cut = {name: whole[name].chunk(8)[rank] for name in whole if ".k_proj." in name or ".v_proj." in name}
+        _put(file, {name: tensor.contiguous() for name, tensor in (load_file(file) | cut).items()})
+    assert run("convert", tmp_path / "ranks8", tmp_path / "again", "--recipe", "tp-merge", "--quiet") == 0
+    assert_same(read(tmp_path / "again"), whole)
+
+
+def fused(heads, groups, size=4, **others):
+    """A plan, and a checkpoint with q, k and v in one tensor, each head all of one number."""
+    counts = {"q": heads, "k": groups, "v": groups}
+    rows = [torch.full((size, 6), float(100 * k + n)) for k, part in enumerate(counts) for n in range(counts[part])]
+    name = "model.layers.0.self_attn.qkv_proj"
+    tensors = {f"{name}.weight": torch.cat(rows), f"{name}.bias": torch.cat([row[:, 0] for row in rows])}
+    config = {"num_attention_heads": heads, "num_key_value_heads": groups, "hidden_size": heads * size, **others}
+    return {"model.layers.*.self_attn.qkv_proj": f"packed_colwise:{heads},{groups},{groups}"}, tensors, config
+
+
+@pytest.mark.parametrize(("heads", "groups", "size"), [(8, 2, 2), (8, 2, 4), (8, 2, 8), (6, 3, 3), (4, 4, 4), (8, 1, 4)])
+def test_heads_of_a_fused_tensor_are_shared_whole(tmp_path, heads, groups, size):
+    plan, tensors, config = fused(heads, groups)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    src = write(tmp_path / "x", tensors, config=config)
+    found = split(src, tmp_path, size, f"plan={tmp_path / 'plan.json'}")
+    for rank, mine in enumerate(found):
+        has = mine["model.layers.0.self_attn.qkv_proj.weight"][::4, 0].tolist()
+        assert has == mine["model.layers.0.self_attn.qkv_proj.bias"][::4].tolist()
+        queries = [float(n) for n in range(heads * rank // size, heads * (rank + 1) // size)]
+        keys = [float(n) for n in range(groups * rank // size, max(groups * (rank + 1) // size, groups * rank // size + 1))]
+        assert has == [*queries, *(100 + n for n in keys), *(200 + n for n in keys)]
+
+
+def test_replicas_within_a_fused_tensor_must_be_equal(tmp_path, capsys):
+    plan, tensors, config = fused(8, 2)
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    src, own = write(tmp_path / "x", tensors, config=config), ("--set", f"plan={tmp_path / 'plan.json'}")
+    split(src, tmp_path, 4, own[1])
+    file = tmp_path / "ranks4" / "model1-mp4.safetensors"
+    mine = load_file(file)
+    mine["model.layers.0.self_attn.qkv_proj.weight"][-1] += 1
+    _put(file, mine)
+    line = refusal(capsys, "convert", tmp_path / "ranks4", tmp_path / "out", "--recipe", "tp-merge", *own)
+    assert "model1-mp4.safetensors/model.layers.0.self_attn.qkv_proj.weight" in line
+
+
+ATTENTION = {f"model.layers.*.self_attn.{part}_proj": "rowwise" if part == "o" else "colwise" for part in "qkvo"}
+WORDS = {"model.embed_tokens": "embedding_rowwise", "lm_head": "colwise"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "shapes", "config", "size", "told"),
+    [
+        (ATTENTION, {"model.layers.0.self_attn.q_proj.weight": (96, 8)}, {"num_attention_heads": 8}, 3, ["8 heads", "1, 2, 4 or 8"]),
+        (ATTENTION, {"model.layers.0.self_attn.o_proj.weight": (8, 96)}, {"num_attention_heads": 8}, 6, ["8 heads", "1, 2, 4 or 8"]),
+        (ATTENTION, {"model.layers.0.self_attn.q_proj.bias": (96,)}, {"n_head": 8}, 12, ["8 heads", "12 ranks"]),
+        (
+            ATTENTION,
+            {"model.layers.0.self_attn.q_proj.weight": (96, 8), "model.layers.0.self_attn.k_proj.weight": (36, 8)},
+            {"num_attention_heads": 12, "num_key_value_heads": 3},
+            4,
+            ["3 heads of keys and values", "1, 3, 6 or 12"],
+        ),
+        (ATTENTION, {"model.layers.0.self_attn.q_proj.weight": (12, 8)}, {"text_config": {"num_attention_heads": 3}}, 2, ["1 or 3"]),
+        ({"h.*.attn.qkv": "colwise"}, {"h.0.attn.qkv.weight": (96, 8)}, {"num_attention_heads": 8}, 16, ["24 heads of queries"]),
+        (
+            {"h.*.attn.query_key_value": "colwise"},
+            {"h.0.attn.query_key_value.weight": (48, 8)},
+            {"num_attention_heads": 8, "num_key_value_heads": 2},
+            4,
+            ["2 groups of heads", "1 or 2"],
+        ),
+        (WORDS, {"model.embed_tokens.weight": (90, 8), "lm_head.weight": (90, 8)}, {"vocab_size": 90}, 4, ["90 words", "pad_vocab"]),
+        (
+            {"layers.*.experts.w": "grouped_gemm"},
+            {"layers.0.experts.w": (6, 8, 8)},
+            {},
+            4,
+            ["6 experts", "model_parallel can be 1, 2, 3 or 6"],
+        ),
+    ],
+)
+def test_what_would_be_cut_is_refused_with_the_sizes_that_fit(tmp_path, capsys, plan, shapes, config, size, told):
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    src = write(tmp_path / "x", numbered(shapes), config=config)
+    own = ("--recipe", "tp-split", "--set", f"plan={tmp_path / 'plan.json'}", "--set", f"model_parallel={size}")
+    line = refusal(capsys, "convert", src, tmp_path / "out", *own)
+    assert all(text in line for text in told), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_many_ranks_must_be_said_and_has_one_name(tmp_path, capsys):
+    (tmp_path / "plan.json").write_text('{"a": "colwise"}')
+    src = write(tmp_path / "x", numbered({"a.weight": (12, 4)}), config={})
+    own = ("convert", src, tmp_path / "out", "--recipe", "tp-split", "--set", f"plan={tmp_path / 'plan.json'}")
+    assert "--set model_parallel=..." in refusal(capsys, *own)
+    assert "leave one out" in refusal(capsys, *own, "--set", "size=2", "--set", "model_parallel=2")
+    for name in ("size", "model_parallel"):
+        assert run(*own, "--set", f"{name}=3", "--overwrite", "--quiet") == 0
+        assert len(ranks(tmp_path / "out", 3)) == 3
 
 
 def test_replicated_heads_that_differ_are_refused(checkpoints, tmp_path, capsys):
@@ -189,7 +295,7 @@ def test_experts_go_to_ranks_whole(checkpoints, tmp_path, layout):
         ('{"a": 3}', (), "expected a JSON object of names and styles"),
         ("[", (), "cannot be read as JSON"),
         ('{"elsewhere": "colwise"}', (), "names none of these tensors"),
-        ('{"a": "colwise"}', ("size=0",), "size=0"),
+        ('{"a": "colwise"}', ("size=0",), "model_parallel=0"),
         ('{"a": "colwise"}', ("size=7",), "a.weight: 12 elements cannot be divided among 7 ranks"),
         ('{"a": "packed_colwise:8,2,1"}', (), "not in proportion"),
         ('{"a": "packed_colwise:3,1"}', ("size=4",), "cannot be divided among 4 ranks"),
@@ -200,7 +306,7 @@ def test_experts_go_to_ranks_whole(checkpoints, tmp_path, layout):
 def test_plans_that_do_not_fit_are_refused(tmp_path, capsys, plan, options, told):
     (tmp_path / "plan.json").write_text(plan)
     src = write(tmp_path / "x", numbered({"a.weight": (12, 4), "layers.0.experts.0.w.weight": (4, 4)}), config={})
-    own = [text for option in (f"plan={tmp_path / 'plan.json'}", *options) for text in ("--set", option)]
+    own = [text for option in (f"plan={tmp_path / 'plan.json'}", *(options or ("size=2",))) for text in ("--set", option)]
     assert told in refusal(capsys, "convert", src, tmp_path / "out", "--recipe", "tp-split", *own)
     assert not (tmp_path / "out").exists()
 
@@ -288,6 +394,17 @@ def test_deepseeks_own_layout_is_that_of_its_script(tmp_path, size, form):
         assert_same(found, wanted)
     assert run("convert", tmp_path / "mp", tmp_path / "back", "--recipe", "deepseek3-mp2hf", "--quiet") == 0
     assert_same(read(tmp_path / "back"), {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.2.")})
+
+
+def test_a_number_of_ranks_that_was_not_given_is_noted_and_cuts_no_heads(tmp_path, capsys):
+    tensors, config = deepseek(predicts=False, fp8=False)
+    src = write(tmp_path / "x", tensors, config={**config, "num_attention_heads": 4})
+    made = streamconv.plan(src, tmp_path / "mp", recipe="deepseek3-hf2mp", options={"model_parallel": 4}, max_memory="4GB")
+    assert not made.notes
+    assert "4 heads cannot be divided among 8 ranks" in refusal(capsys, "plan", src, tmp_path / "mp", "--recipe", "deepseek3-hf2mp")
+    src = write(tmp_path / "y", tensors, config={**config, "num_attention_heads": 8})
+    made = streamconv.plan(src, tmp_path / "mp", recipe="deepseek3-hf2mp", max_memory="4GB")
+    assert made.notes == ("8 ranks, which --set model_parallel=N changes",)
 
 
 def test_the_account_tells_parts_from_names(tmp_path):
