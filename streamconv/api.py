@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from streamconv.doctor import Examination, examine
 from streamconv.dtypes import dtype_name
 from streamconv.engine.direct import LEAST, shares_extents
 from streamconv.engine.io import BLOCK
-from streamconv.engine.journal import journal_path, read_journal
+from streamconv.engine.journal import forget_overwrite, journal_path, note_overwrite, read_journal
 from streamconv.engine.readers import BACKENDS
 from streamconv.engine.reclaim import Reclaim
 from streamconv.engine.streams import staged_bytes
@@ -335,35 +335,37 @@ def convert(
     if reference is not None:
         import ml_dtypes  # noqa: F401 - loaded first, with numpy, so that the plan counts what measuring differences takes
     target = target_of(dst, format, create_pr=create_pr)
-    made = _find_begun(src, target, reclaim_source=reclaim_source) if resume else None
-    if made is None:
-        try:
-            made = plan(src, dst, reclaim_source=reclaim_source, **settings)
-        except (FormatError, UsageError) as error:
-            if not (reclaim_source and resume) or (finished := _find_finished(target, error)) is None:
-                raise
-            return Result(finished, 0.0, memory.peak(), memory.anonymous())
-    compared = _local_files(reference) if reference else []
-    if reclaim_source and not {identify(path) for path in compared}.isdisjoint(identify(Path(path)) for path in Reclaim(made).files):
-        raise UsageError(f"--compare {compare_with}: will be gone with --reclaim-source: give another reference")
-    check_sources_stay(made, compared, overwrite=overwrite)
-    if report is not None:
-        check_report("--report", Path(report), made, compared)
-    if reference is not None:
-        made = _with_comparison(made, parse_size(max_memory))
-    result = run(
-        made,
-        overwrite=overwrite,
-        resume=resume,
-        verify=verify,
-        checksum=checksum,
-        reclaim_source=reclaim_source,
-        progress=progress,
-        settings=_describe(src, settings),
-        create_pr=create_pr,
-        engine=engine,
-        ray_address=ray_address,
-    )
+    described = _describe(src, settings)
+    with _noted(target, described, overwrite=overwrite):
+        made = _find_begun(src, target, reclaim_source=reclaim_source) if resume else None
+        if made is None:
+            try:
+                made = plan(src, dst, reclaim_source=reclaim_source, **settings)
+            except (FormatError, UsageError) as error:
+                if not (reclaim_source and resume) or (finished := _find_finished(target, error)) is None:
+                    raise
+                return Result(finished, 0.0, memory.peak(), memory.anonymous())
+        compared = _local_files(reference) if reference else []
+        if reclaim_source and not {identify(path) for path in compared}.isdisjoint(identify(Path(path)) for path in Reclaim(made).files):
+            raise UsageError(f"--compare {compare_with}: will be gone with --reclaim-source: give another reference")
+        check_sources_stay(made, compared, overwrite=overwrite)
+        if report is not None:
+            check_report("--report", Path(report), made, compared)
+        if reference is not None:
+            made = _with_comparison(made, parse_size(max_memory))
+        result = run(
+            made,
+            overwrite=overwrite,
+            resume=resume,
+            verify=verify,
+            checksum=checksum,
+            reclaim_source=reclaim_source,
+            progress=progress,
+            settings=described,
+            create_pr=create_pr,
+            engine=engine,
+            ray_address=ray_address,
+        )
     if reference is None:
         return result
     done = open_checkpoint(result.place or made.destination)
@@ -375,6 +377,23 @@ def convert(
         read_backend=made.read_backend,
     )
     return replace(result, comparison=comparison, peak_rss=memory.peak())
+
+
+@contextmanager
+def _noted(target: Target | RemoteTarget, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
+    """Has an overwrite that is killed before its journal is begun be gone on with by resuming; one that is refused leaves nothing."""
+    if not overwrite or isinstance(target, RemoteTarget):
+        yield
+        return
+    path = journal_path(target.root, target.file)
+    note_overwrite(path, settings)
+    try:
+        yield
+    except StreamconvError as error:
+        if error.exit_code == UsageError.exit_code:
+            forget_overwrite(path)
+        raise
+    forget_overwrite(path)
 
 
 def _local_files(checkpoint: Checkpoint) -> list[Path]:

@@ -206,7 +206,7 @@ def _check_files(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], na
                 f"it is in {' and '.join(files)}", tensor, "which one counts depends on the loader", "remove the files that do not belong"
             )
     yield from _check_numbers(names, kind)
-    for rest in (file for file in names if file.endswith((".partial", ".streamconv.json"))):
+    for rest in (file for file in names if file.endswith((".partial", ".streamconv.json", ".streamconv.json.new"))):
         yield Finding("it is what an interrupted conversion left", rest, "the checkpoint is not complete", _read_advice(path / rest))
 
 

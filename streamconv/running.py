@@ -16,7 +16,7 @@ from streamconv.apart import Apart
 from streamconv.destination import Target, check_room, clear, old_files, prepare
 from streamconv.engine.check import check_replicas
 from streamconv.engine.io import describe_os_error
-from streamconv.engine.journal import Journal, journal_path, read_journal
+from streamconv.engine.journal import Journal, is_overwrite_noted, journal_path, read_journal
 from streamconv.engine.local import SUMS, LocalEngine, check_sources
 from streamconv.engine.reclaim import Reclaim
 from streamconv.errors import DestinationError, Interrupted, UsageError
@@ -91,6 +91,8 @@ def run(
         return apart.run(progress)
     started = time.perf_counter()
     root = Path(plan.root)
+    if resume and is_overwrite_noted(journal_path(root, plan.single), settings or {}):
+        overwrite, resume = True, False  # as it would have gone on, had it not been killed before its journal was begun
     check_sources_stay(plan, overwrite=overwrite)
     if checksum:  # the source's own, if it has one, is of other files
         plan = replace(plan, files=tuple(file for file in plan.files if file.path != SUMS))

@@ -204,6 +204,43 @@ def test_old_files_go_even_if_the_run_that_was_to_remove_them_died(source, tmp_p
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"model.safetensors", "config.json"}
 
 
+@pytest.mark.parametrize("at", [(api, "plan"), (running, "prepare")])
+def test_an_overwrite_that_is_killed_before_its_journal_is_begun_is_gone_on_with(source, tmp_path, capsys, monkeypatch, at):
+    dst = tmp_path / "dst"
+    write(dst, {"old": random_tensor(4)})
+    before = read_tree(dst)
+    if not (pid := os.fork()):
+        monkeypatch.setattr(*at, lambda *_, **__: os._exit(9))
+        run("convert", source, dst, *SMALL, "--overwrite")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert {name: data for name, data in read_tree(dst).items() if name != f"{JOURNAL}.new"} == before
+    assert "not empty" in refusal(capsys, "convert", source, dst, "--resume")  # another conversion
+    assert run("convert", source, dst, *SMALL, "--resume") == 0
+    assert run("convert", source, tmp_path / "whole", *SMALL) == 0
+    assert read_tree(dst) == read_tree(tmp_path / "whole")
+
+
+def test_an_overwrite_that_is_refused_leaves_no_note(source, tmp_path, capsys):
+    dst = tmp_path / "dst"
+    write(dst, {"old": random_tensor(4)})
+    before = read_tree(dst)
+    refusal(capsys, "convert", source, dst, "--overwrite", "--recipe", "gemma-hf2custom")
+    assert read_tree(dst) == before
+
+
+def test_sources_that_cannot_be_read_for_the_journal_are_no_others(source, tmp_path, monkeypatch):
+    """Else what resumes would find that they are not those of before."""
+
+    def fail(_: object) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_read_ends", fail)
+        assert run("convert", source, tmp_path / "dst", *SMALL) == 3
+    assert not (tmp_path / "dst" / JOURNAL).exists()
+    assert not list((tmp_path / "dst").iterdir())
+
+
 # The lock ----------------------------------------------------------------------------------------------------------
 
 HOLDER = """

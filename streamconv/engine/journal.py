@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ MOST = 256 << 20  # bytes of a journal
 ONLY_COPY = "holds the only copy of tensors whose source was given back (--reclaim-source)"
 IN_PARTS = "its files are made in parts: make the others with 'streamconv run PLAN --part I/N', then 'streamconv run PLAN --finish'"
 _OWN = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_STRANGE = {errno.ELOOP, errno.EISDIR, errno.ENXIO}  # what opening a link, a folder or a device says
 _NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
@@ -123,9 +125,11 @@ class Journal(Ledger):
         try:
             self._create(draft)
         except BaseException as error:
-            if isinstance(error, DestinationError):
+            with suppress(OSError):
                 draft.unlink(missing_ok=True)
             self.close()
+            if self.overwrites and not isinstance(error, DestinationError):
+                note_overwrite(self.path, self._settings)
             raise
 
     def end(self) -> None:
@@ -239,6 +243,8 @@ class Journal(Ledger):
             except FileNotFoundError:
                 return -1
             except OSError as error:
+                if error.errno not in _STRANGE:
+                    raise
                 raise _describe_stranger(path, error) from error
             try:
                 check_whole(fd, MOST)
@@ -261,6 +267,36 @@ class Journal(Ledger):
 def _describe_stranger(path: Path, error: OSError) -> DestinationError:
     """What is said of something in a journal's place that cannot be one."""
     return DestinationError(f"{path}: is in the place of this output's journal and {error.strerror}: remove it, or give another DST")
+
+
+def note_overwrite(path: Path, settings: Mapping[str, Any]) -> None:
+    """Notes beside an output, if there is one, that a conversion will replace it: one that resumes then does, if this one is killed.
+
+    Args:
+        path: of the journal to come.
+        settings: what decides which conversion it is.
+    """
+    line: Line = {"state": "not begun", "advice": "rerun the same command, or with --resume", "overwrite": True, "settings": dict(settings)}
+    with suppress(OSError):  # what cannot be noted is said when DST is written to
+        fd = os.open(path.with_name(f"{path.name}{DRAFT}"), os.O_RDWR | os.O_CREAT | os.O_APPEND | _OWN, 0o666)
+        try:
+            if _lock(fd):  # else another run is at it, which is said later
+                os.ftruncate(fd, 0)
+                os.write(fd, codec.encode(line) + b"\n")
+        finally:
+            os.close(fd)
+
+
+def is_overwrite_noted(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether `note_overwrite` has noted this conversion, whose journal was not begun."""
+    first = read_journal(path.with_name(f"{path.name}{DRAFT}"))[0]
+    return first.get("overwrite") is True and first.get("settings") == dict(settings)
+
+
+def forget_overwrite(path: Path) -> None:
+    """Takes back what `note_overwrite` has noted."""
+    with suppress(OSError):
+        path.with_name(f"{path.name}{DRAFT}").unlink(missing_ok=True)
 
 
 def is_only_copy(path: Path) -> bool:
@@ -362,7 +398,7 @@ def _read_ends(source: SourceFile) -> str:
             found.update(file.read(HEAD))
             file.seek(max(HEAD, source.size - TAIL))
             found.update(file.read(TAIL))
-    except OSError:
+    except FileNotFoundError:
         return ""
     return found.hexdigest()
 
