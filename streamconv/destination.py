@@ -26,6 +26,7 @@ from streamconv.plan import Plan
 from streamconv.stems import CHOSEN
 from streamconv.storage import is_url
 from streamconv.storage.addresses import public
+from streamconv.storage.remote import walk
 from streamconv.storage.sinks import Sink, open_sink
 from streamconv.text import did_you_mean
 from streamconv.units import format_size
@@ -99,9 +100,10 @@ class Target:
 def _folders_in(folder: Path) -> set[Identity]:
     """A folder and those below it, but for hidden ones."""
     found = {identify(folder)}
-    for here, folders, _ in os.walk(folder):
+    for here, folders, _ in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found |= {identify(Path(here, name)) for name in folders if not Path(here, name).is_symlink()}
+        inside = [Path(str(here), name) for name in folders]
+        found |= {identify(inner) for inner in inside if not inner.is_symlink()}
     return {known for known in found if known is not None}
 
 

@@ -17,7 +17,7 @@ from checkpoint_files import ROOMY, random_tensor, run, write
 
 from streamconv import running
 from streamconv.engine import direct, local
-from tools import crash, make_checkpoint, measure
+from tools import crash, faults, make_checkpoint, measure
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -52,6 +52,26 @@ def test_the_harness_sees_a_result_that_differs(tmp_path, monkeypatch):
     monkeypatch.setattr(crash, "start", lambda *_: os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "0.01"))
     with pytest.raises(crash.CrashError, match="a differ after a resumed run"):
         crash.crash("reshard", 1, tmp_path, crash.random.Random(0))
+
+
+@pytest.mark.skipif(
+    not shutil.which("cc") or sys.platform != "linux", reason="what has calls fail is compiled, and loaded before the C library"
+)
+def test_whatever_call_of_the_system_fails_nothing_is_lost(tmp_path):
+    command = [sys.executable, "-m", "tools.faults", "--kind", "reshard", "--kind", "torch", "--count", "12", "--dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=Path(crash.__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["reshard", "12"], ["torch", "12"]]
+
+
+def test_the_faults_see_bytes_that_differ(tmp_path, monkeypatch):
+    monkeypatch.setitem(faults.KINDS, "reshard", [])
+    bench = faults.Bench("reshard", tmp_path)
+    (tmp_path / "src").mkdir()
+    monkeypatch.setattr(bench, "run", lambda *_: faults.Outcome(0, "", {}))
+    bench.wanted = {"a": b"1"}
+    with pytest.raises(faults.FaultError, match=r"reshard: convert: read 1 is short: a differ with exit code 0"):
+        bench.suffer(0, faults.Fault("read", 1, faults.SHORT))
 
 
 # System calls ------------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ KINDS = {
     "mindspore": ["--max-shard-size", str(SHARD), "--format", "mindspore"],
     "sat": ["--recipe", "llama-hf2sat", "--set", "model_parallel=2"],
     "checksum": ["--max-shard-size", str(SHARD), "--checksum"],
+    "overwrite": ["--max-shard-size", str(SHARD), "--format", "torch", "--overwrite"],
     "reclaim": ["--max-shard-size", str(SHARD), "--reclaim-source", "--yes"],
     "reclaim-fuse": ["--max-shard-size", str(SHARD), "--recipe", "{src}/../fuse.yaml", "--reclaim-source", "--yes"],
     "parts": ["--max-shard-size", str(SHARD // 2)],
@@ -141,6 +142,7 @@ def start(arguments: list[str], log: Path) -> int:
     try:
         os.dup2(os.open(log.with_suffix(".err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        tempfile.tempdir = str(log.with_name("tmp"))
         _slow_down(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), PAUSE * (6 if arguments[0] == "run" else 1))
         code = cli.main([*arguments, "--quiet", *(["-j", str(WORKERS), "--max-memory", "4GB"] if arguments[0] != "run" else [])])
     finally:
@@ -192,6 +194,15 @@ def crash(kind: str, kills: int, folder: Path, chance: random.Random) -> Count:
     def clean() -> None:
         shutil.rmtree(folder / kind, ignore_errors=True)
         shutil.copytree(original, src)
+        log.with_name("tmp").mkdir()
+        if kind == "overwrite":
+            dst.mkdir()
+            shutil.copy(next(original.glob("*.safetensors")), dst / "model.safetensors")
+
+    def go_on() -> list[str]:
+        """What resumes: of an overwrite that was killed before it noted anything, the same command."""
+        begun = kind != "overwrite" or any(dst.glob(".streamconv.json*")) or not (dst / "model.safetensors").exists()
+        return [*(text for text in arguments if text != "--overwrite"), "--resume"] if begun else arguments
 
     clean()
     began = time.monotonic()
@@ -204,7 +215,7 @@ def crash(kind: str, kills: int, folder: Path, chance: random.Random) -> Count:
         clean()
         hits, resumed = 0, False
         for again in range(1 + (chance.random() < 0.3)):
-            pid = start([*arguments, "--resume"] if again else arguments, log)
+            pid = start(go_on() if again else arguments, log)
             time.sleep(chance.uniform(0, length))
             os.kill(pid, signal.SIGKILL)
             code = finish(pid)
@@ -212,11 +223,13 @@ def crash(kind: str, kills: int, folder: Path, chance: random.Random) -> Count:
             resumed = bool(again)
             if code > 0:
                 raise CrashError(f"{kind}: {'resumed, ' if resumed else ''}exit code {code}: {log.with_suffix('.err').read_text()}")
-        if code := finish(start([*arguments, "--resume"], log)):
+        if code := finish(start(go_on(), log)):
             raise CrashError(f"{kind}: resumed, exit code {code}: {log.with_suffix('.err').read_text()}; left in {folder / kind}")
         if (found := read_tree(dst)) != wanted:
             differing = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
             raise CrashError(f"{kind}: {', '.join(differing)} differ after a resumed run; left in {folder / kind}")
+        if left := [path.name for path in log.with_name("tmp").iterdir()]:
+            raise CrashError(f"{kind}: {left} left among temporary files; left in {folder / kind}")
         twice = (written(log) - payload) // max(1, hits)
         if twice > allowed:
             raise CrashError(f"{kind}: {twice} bytes written twice, {allowed} allowed; left in {folder / kind}")
@@ -237,7 +250,7 @@ def crash_parts(kind: str, rounds: int, folder: Path, chance: random.Random) -> 
     if not original.exists():
         make_source(original)
     plan = folder / kind / "plan.json"
-    plan.parent.mkdir()
+    log.with_name("tmp").mkdir(parents=True)
     given = [text.format(src=original) for text in KINDS[kind]]
 
     def complete(*arguments: str) -> None:

@@ -40,6 +40,7 @@ ONLY_COPY = "holds the only copy of tensors whose source was given back (--recla
 IN_PARTS = "its files are made in parts: make the others with 'streamconv run PLAN --part I/N', then 'streamconv run PLAN --finish'"
 _OWN = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _STRANGE = {errno.ELOOP, errno.EISDIR, errno.ENXIO}  # what opening a link, a folder or a device says
+ATTEMPTS = 3  # to remove what must not be left, where the system fails now and then
 _NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
@@ -121,12 +122,12 @@ class Journal(Ledger):
             self._take_up()
             return
         draft = self.path.with_name(f"{self.path.name}{DRAFT}")
-        self._fd = self._take(draft, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
+            self._fd = self._take(draft, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             self._create(draft)
         except BaseException as error:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
+            if self._fd >= 0 or (isinstance(error, OSError) and _is_empty(draft)):  # else it is another run's
+                _discard(draft)
             self.close()
             if self.overwrites and not isinstance(error, DestinationError):
                 note_overwrite(self.path, self._settings)
@@ -251,7 +252,7 @@ class Journal(Ledger):
             except OSError as error:
                 os.close(fd)
                 raise _describe_stranger(path, error) from error
-            if not _lock(fd):
+            if not _lock_or_close(fd):
                 holder = _last(_read_lines(fd)[0], "holder") or {}
                 os.close(fd)
                 who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
@@ -295,8 +296,21 @@ def is_overwrite_noted(path: Path, settings: Mapping[str, Any]) -> bool:
 
 def forget_overwrite(path: Path) -> None:
     """Takes back what `note_overwrite` has noted."""
-    with suppress(OSError):
-        path.with_name(f"{path.name}{DRAFT}").unlink(missing_ok=True)
+    _discard(path.with_name(f"{path.name}{DRAFT}"))
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return path.stat().st_size == 0
+    except OSError:
+        return False
+
+
+def _discard(draft: Path) -> None:
+    for _ in range(ATTEMPTS):
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+            return
 
 
 def is_only_copy(path: Path) -> bool:
@@ -349,11 +363,22 @@ def _lock(fd: int) -> bool:
         if fcntl is not None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
+    except BlockingIOError:
+        return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            return False
+            raise
     holder = _last(_read_lines(fd)[0], "holder")
     return holder is None or not _is_alive(holder)
+
+
+def _lock_or_close(fd: int) -> bool:
+    """`_lock`; a descriptor that cannot be locked for another reason is closed."""
+    try:
+        return _lock(fd)
+    except OSError:
+        os.close(fd)
+        raise
 
 
 def _is_alive(holder: Holder) -> bool:

@@ -21,6 +21,7 @@ from streamconv.graph import sources
 from streamconv.places import Identity, identify
 from streamconv.plan import Copy, FilePlan, Plan
 from streamconv.storage import is_url
+from streamconv.storage.remote import walk
 
 Range = tuple[int, int]
 _FOLDERS = 1000  # of a checkpoint, at most; a file in somebody's home directory has more beside it
@@ -149,8 +150,8 @@ class Reclaim:
 def _links(folders: Iterable[Path]) -> Iterator[Path]:
     """The links in these folders and below them, in the first `_FOLDERS` of each."""
     for folder in folders:
-        for here, inner, names in itertools.islice(os.walk(folder), _FOLDERS):
-            yield from (Path(here, name) for name in (*inner, *names) if Path(here, name).is_symlink())
+        for here, inner, names in itertools.islice(walk(folder), _FOLDERS):
+            yield from (Path(str(here), name) for name in (*inner, *names) if Path(str(here), name).is_symlink())
 
 
 _punching: dict[Path, bool] = {}

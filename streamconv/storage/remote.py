@@ -345,11 +345,20 @@ def names_in(path: Location) -> list[str]:
 
 
 def walk(path: Location) -> Iterator[tuple[Location, list[str], list[str]]]:
-    """As `os.walk`, from above."""
+    """As `os.walk`, from above; what this user may not look into is left out.
+
+    Raises:
+        OSError: a folder cannot be read for another reason.
+    """
     if isinstance(path, RemotePath):
         yield from path.walk()
     else:
-        yield from ((Path(folder), folders, files) for folder, folders, files in os.walk(path))
+        yield from ((Path(folder), folders, files) for folder, folders, files in os.walk(path, onerror=_unless_forbidden))
+
+
+def _unless_forbidden(error: OSError) -> None:
+    if not isinstance(error, PermissionError):
+        raise error
 
 
 def relative(path: Location, root: Location) -> str:
