@@ -54,9 +54,7 @@ def test_the_harness_sees_a_result_that_differs(tmp_path, monkeypatch):
         crash.crash("reshard", 1, tmp_path, crash.random.Random(0))
 
 
-@pytest.mark.skipif(
-    not shutil.which("cc") or sys.platform != "linux", reason="what has calls fail is compiled, and loaded before the C library"
-)
+@pytest.mark.skipif(not shutil.which("cc") or sys.platform != "linux", reason="calls fail by a library that is compiled")
 def test_whatever_call_of_the_system_fails_nothing_is_lost(tmp_path):
     command = [sys.executable, "-m", "tools.faults", "--kind", "reshard", "--kind", "torch", "--count", "12", "--dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=Path(crash.__file__).parent.parent)

@@ -345,19 +345,19 @@ def names_in(path: Location) -> list[str]:
 
 
 def walk(path: Location) -> Iterator[tuple[Location, list[str], list[str]]]:
-    """As `os.walk`, from above; what this user may not look into is left out.
+    """As `os.walk`, from above.
 
     Raises:
-        OSError: a folder cannot be read for another reason.
+        OSError: a folder cannot be read.
     """
     if isinstance(path, RemotePath):
         yield from path.walk()
     else:
-        yield from ((Path(folder), folders, files) for folder, folders, files in os.walk(path, onerror=_unless_forbidden))
+        yield from ((Path(folder), folders, files) for folder, folders, files in os.walk(path, onerror=_fail))
 
 
-def _unless_forbidden(error: OSError) -> None:
-    if not isinstance(error, PermissionError):
+def _fail(error: OSError) -> None:
+    if not str(error.filename).endswith("lost+found"):  # which file systems have, and nobody may read
         raise error
 
 
