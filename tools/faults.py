@@ -68,7 +68,10 @@ KINDS = {
 }
 """What to convert how; the source is always the same."""
 TRANSPOSE = {
-    "rules": [{"rule": "{rest*}_proj.weight", "right": "{rest*}_proj.t", "layout": "a b -> b a"}, {"rule": "{r*}", "right": "{r*}"}]
+    "rules": [
+        {"rule": "{rest*}_proj.weight", "right": "{rest*}_proj.t", "layout": "a b -> b a"},
+        {"rule": "{rest*}", "right": "{rest*}", "fallback": True},
+    ]
 }
 
 
