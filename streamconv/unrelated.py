@@ -44,7 +44,7 @@ KINDS = {  # patterns of names of files and, with a slash, of folders; capitals 
 UNSAID = {  # the same, of what nobody misses
     "hidden": (".*", ".*/"),
     "what Python left": ("__pycache__/", "*.pyc"),
-    "what streamconv wrote of another set of files": ("*.streamconv.json", "sha256sums"),
+    "what streamconv wrote of another set of files": ("*.streamconv.json", "*.streamconv.json.new", "sha256sums"),
 }
 
 TOKENIZERS = (
