@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import __version__, api, interrupts, matching, recipes, report, running
-from streamconv.checkpoint import open_checkpoint
 from streamconv.console import Console, StdoutError
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError
 from streamconv.kept import check_replaceable, check_report
 from streamconv.plan import BEGINNING, Plan
 from streamconv.progress import Progress
+from streamconv.ranks import open_with_ranks
 from streamconv.reading import read_whole
 from streamconv.recipe import IDENTITY_OPTIONS
 from streamconv.results import Result
@@ -410,7 +410,11 @@ def _run(args: argparse.Namespace, out: Console) -> int:
 
 
 def _inspect(args: argparse.Namespace, out: Console) -> int:
-    checkpoint = open_checkpoint(args.src)
+    checkpoint, ranks = open_with_ranks(args.src)
+    if ranks:
+        merging = matching.suggest_merging(checkpoint.path)
+        does = f": --recipe {merging[0]} merges them" if merging else ""
+        checkpoint.contents.notes.append(f"{len(ranks.files)} ranks of one model, each with its part of the tensors{does}")
     if args.filter:
         checkpoint = report.select(checkpoint, args.filter)
     if args.json:
@@ -485,14 +489,18 @@ def _recipes(args: argparse.Namespace, out: Console) -> int:
 
 def _print_matches(args: argparse.Namespace, out: Console) -> None:
     """The recipes that fit, and in words, where none does, those that come nearest."""
-    matches = matching.rank_recipes(args.match)
+    matches = matching.rank_recipes(args.match, library=True)
     fitting = [match for match in matches if match.fits]
+    untried = [match for match in matches if match.needs and not match.fits]
     if args.json:
-        out.say_json([{**report.describe_recipe(match.recipe), "named": match.named} for match in fitting])
+        rows = [(match, {"named": match.named, "needs": match.needs, "tried": match.fits}) for match in (*fitting, *untried)]
+        out.say_json([{**report.describe_recipe(match.recipe), **more} for match, more in rows])
         return
-    for match in fitting:
-        out.say(f"{match.recipe.name}  {one_line(match.recipe.summary)}{'  (named by config.json)' if match.named else ''}")
-    if fitting:
+    for match in (*fitting, *untried):
+        remark = "  (named by config.json)" if match.named else f"  (takes {match.needs})" if match.fits and match.needs else ""
+        remark = remark or (f"  (takes {match.needs}, which is not installed: not tried)" if match.needs else "")
+        out.say(f"{match.recipe.name}  {one_line(match.recipe.summary)}{remark}")
+    if fitting or untried:
         return
     near = [match for match in matches if match.tensors * match.rules >= NEAR][:3]
     out.say("no recipe fits" + ("; the nearest are" if near else ""))

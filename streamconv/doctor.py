@@ -6,44 +6,32 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from streamconv.checkpoint import CONFIG, CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
+from streamconv.checkpoint import CONFIG, CONTAINERS, Checkpoint, detect_format, find_checkpoint, read_config
+from streamconv.contradictions import Stated, check_config, check_layers, check_types
 from streamconv.dtypes import TensorSpec
 from streamconv.engine.lines import read_line
 from streamconv.errors import FormatError, StreamconvError
+from streamconv.findings import Finding
 from streamconv.folder import find_pointers, find_weighted, look_beside, within
-from streamconv.formats.files import read_bytes
+from streamconv.formats.files import MAX_JSON, read_bytes
 from streamconv.graph import AnyNode
-from streamconv.storage.remote import Location, each, names_in
-from streamconv.text import join_lines
+from streamconv.matching import suggest_merging
+from streamconv.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
+from streamconv.storage.remote import Location, each, exists, names_in
+from streamconv.text import join_lines, one_line
 from streamconv.units import format_size
 
 FIRST_LINE = 1 << 20  # bytes of a journal in which its advice stands
 PIECE = 8 << 20  # bytes of a tensor that are looked at together
+_OTHER_CONFIGS = ("params.json", "model_config.json", "adapter_config.json")
+_TRANSFORMERS = {"model_type", "architectures", "transformers_version", "auto_map"}  # keys of its configs
+_CLASS = "_class_name"  # the key of diffusers' configs
+_VOCABULARY = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
-_CONVENTIONAL = re.compile(
-    r"(llama|mistral|ministral|mixtral|qwen[23]|gemma[23]?|cohere2?|olmo[23e]?|granite|glm4?|internlm[23]?|yi|deepseek_v[23]|starcoder2|smollm3)"
-    r"(_moe)?(_text)?"
-)
-_TEXT_LAYERS = re.compile(r"((model|language_model|text_model|transformer|decoder|gpt_neox|backbone|base_model)\.)*(layers|h|blocks)")
-_LAYER = re.compile(r"^(.*?\b(?:layers?|h|blocks?))\.(\d+)\.(.+)$")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong, where, why it matters, and what to do. ``problem`` is false for what is only worth knowing."""
-
-    what: str
-    where: str
-    why: str
-    do: str
-    problem: bool = True
-
-    def __str__(self) -> str:
-        return f"{'problem' if self.problem else 'note'}: {self.where}: {self.what}. {self.why}; {self.do}."
 
 
 @dataclass
@@ -109,30 +97,47 @@ def _check_pointers(path: Location) -> Iterator[Finding]:
 
 def _examine_component(path: Location, *, data: bool, is_component: bool) -> Examination:
     """Looks at one component of a checkpoint, which may be all of it; ``is_component``: what the whole says it need not say."""
-    name = detect_format(path)
+    called = find_ranks(path)
+    name = _detect_format(path, called)
     found = Examination(str(path), name)
     tables: dict[str, Mapping[str, AnyNode]] = {}
     checkpoint: Checkpoint | None = None
     if path.is_dir():
-        tables = _read_files(path, name, found)
+        tables = _read_files(path, name, called, found)
+    ranks = next((one for one in called if one.holds(tables)), None)
     try:
-        checkpoint = open_checkpoint(path, components=False)
+        checkpoint, known = open_with_ranks(path, components=False)
     except FormatError as error:
-        if not found.findings:
+        if not found.findings and ranks is None:
             found.findings.append(Finding(_short(error, path), str(path), "nothing can read it", "download or write it again"))
         entries = {tensor: entry for table in tables.values() for tensor, entry in table.items()}
     else:
-        entries, found.format = dict(checkpoint.contents.entries), checkpoint.format
-        tables = tables or {path.name: entries}
+        entries, found.format, ranks = dict(checkpoint.contents.entries), checkpoint.format, known or ranks
+        if not tables:
+            tables = dict(by_file(entries, known)) if known else {path.name: entries}
     found.dtypes = dict(Counter(entry.spec.dtype.name for entry in entries.values()).most_common())
     found.tensors, found.nbytes = len(entries), sum(entry.spec.nbytes for entry in entries.values())
+    found.findings += _check_files(path, tables, found.format, ranks.files if ranks else ()) if path.is_dir() else []
+    if ranks is not None:
+        found.findings += check_ranks({file: tables[file] for file in ranks.files if file in tables}, ranks, lambda: suggest_merging(path))
+        entries = dict(next((tables[file] for file in ranks.files if file in tables), {}))  # one stands for all
     specs = {tensor: entry.spec for tensor, entry in entries.items()}
-    found.findings += _check_files(path, tables, found.format) if path.is_dir() else []
-    found.findings += _check_layers(specs)
-    found.findings += _check_quantities(path if path.is_dir() else path.parent, specs, checkpoint, is_component=is_component)
+    found.findings += check_layers(specs)
+    folder, by_rank = path if path.is_dir() else path.parent, ranks is not None
+    found.findings += _check_quantities(folder, specs, checkpoint, is_component=is_component, by_rank=by_rank)
     if data and checkpoint:
         found.findings += _check_data(checkpoint)
     return found
+
+
+def _detect_format(path: Location, called: Sequence[RankSet]) -> str:
+    """The container that a path holds; folders of ranks hold torch's files."""
+    try:
+        return detect_format(path)
+    except FormatError:
+        if not any("/" in file for ranks in called for file in ranks.files):
+            raise
+        return "torch"
 
 
 def _short(error: Exception, path: Location) -> str:
@@ -144,21 +149,23 @@ def _short(error: Exception, path: Location) -> str:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_files(path: Location, name: str, found: Examination) -> dict[str, Mapping[str, AnyNode]]:
+def _read_files(path: Location, name: str, called: Sequence[RankSet], found: Examination) -> dict[str, Mapping[str, AnyNode]]:
     """The tensors of each weight file by itself, so that one damaged file does not hide the others."""
     kind = CONTAINERS[name].names
     tables: dict[str, Mapping[str, AnyNode]] = {}
-    files = [
-        path / file
+    names = [
+        file
         for file in sorted(names_in(path))
         if file.endswith(kind.suffixes) and not re.fullmatch(kind.others, file) and not file.startswith(".")
     ]
-    for file, read in zip(files, each(files, lambda file: _read_file(file, name)), strict=True):
+    names += [file for ranks in called for file in ranks.files if "/" in file]
+    files = [path / file for file in names]
+    for file, read in zip(names, each(files, lambda file: _read_file(file, name)), strict=True):
         if isinstance(read, StreamconvError):
             again = "download it again, or write it again from its source"
-            found.findings.append(Finding(_short(read, file.absolute()), file.name, "its tensors cannot be trusted", again))
+            found.findings.append(Finding(_short(read, (path / file).absolute()), file, "its tensors cannot be trusted", again))
         else:
-            tables[file.name] = read
+            tables[file] = read
     return tables
 
 
@@ -170,18 +177,23 @@ def _read_file(file: Location, name: str) -> Mapping[str, AnyNode] | StreamconvE
         return error
 
 
-def _check_files(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], name: str) -> Iterator[Finding]:
+def _check_files(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], name: str, ranks: Sequence[str]) -> Iterator[Finding]:
     kind = CONTAINERS[name].names
     names = sorted(entry.name for entry in path.iterdir())
     weight_map: dict[str, str] = {}
     for index in filter(kind.is_index, names):
         try:
-            raw = json.loads((path / index).read_text(encoding="utf-8"))
+            raw = json.loads(read_bytes(path / index, 0, MAX_JSON, "an index")[0])
             weight_map = raw["weight_map"]
             stated = (raw.get("metadata") or {}).get("total_size")
             listed = set(map(str.lower, weight_map.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            yield Finding(f"it cannot be read ({error})", index, "loaders find tensors by it", "write it again, for instance by a re-shard")
+        except (StreamconvError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            yield Finding(
+                f"it cannot be read ({one_line(error)[:200]})",
+                index,
+                "loaders find tensors by it",
+                "write it again, for instance by a re-shard",
+            )
             weight_map = {}
             continue
         yield from _check_index(index, weight_map, tables, names)
@@ -195,7 +207,7 @@ def _check_files(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], na
             yield Finding(what, index, "loaders take the single file and ignore the index", "remove the one that is stale")
     places: defaultdict[str, list[str]] = defaultdict(list)
     for file, table in tables.items():
-        for tensor in table:
+        for tensor in table if file not in ranks else ():
             places[tensor].append(file)
         if not table:
             yield Finding("it holds no tensor", file, "a shard without tensors is a sign of a failed write", "remove it, or write it again")
@@ -258,188 +270,40 @@ def _check_numbers(names: list[str], kind: Any) -> Iterator[Finding]:
 # Config --------------------------------------------------------------------------------------------------------------
 
 
-def _check_layers(specs: Mapping[str, TensorSpec]) -> Iterator[Finding]:
-    """Layers that are missing, or lack what the others have."""
-    layers: defaultdict[str, defaultdict[int, dict[str, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
-    for name, spec in specs.items():
-        if match := _LAYER.match(name):
-            layers[match[1]][int(match[2])][match[3]] = spec
-    for stem, found in layers.items():
-        numbers = sorted(found)
-        # Layers share names of modules; what does not is a sequence of unlike modules, of which some have no tensor.
-        if len(found) < 3 or not any("." in rest for rest in set.intersection(*map(set, found.values()))):
-            continue
-        gap = next((k for k in range(numbers[-1]) if k not in found), None)
-        if gap is not None:
-            yield Finding(f"layer {gap} is missing, {numbers[-1]} is there", stem, "the model cannot run", "find the file that has it")
-        kinds = Counter(frozenset((rest, spec.shape) for rest, spec in layer.items()) for layer in found.values())
-        usual, count = kinds.most_common(1)[0]
-        if count <= max(2, len(found) // 2):
-            continue
-        for k in numbers[1:-1]:  # the first and the last are often special
-            here = frozenset((rest, spec.shape) for rest, spec in found[k].items())
-            lost = [rest for rest, _ in usual - here]
-            if len(lost) != 1 or len(here - usual) > 1:
-                continue  # a kind of its own
-            if lost[0] not in found[k]:
-                what = "it is missing, all other layers have it"
-                yield Finding(what, f"{stem}.{k}.{lost[0]}", "a loader would make it up", "find the file that has it")
-            else:
-                what = f"it has shape {found[k][lost[0]].shape}, the others {dict(usual)[lost[0]]}"
-                yield Finding(what, f"{stem}.{k}.{lost[0]}", "it cannot be of this model", "get that file again")
-
-
 def _check_quantities(
-    folder: Location, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None, *, is_component: bool
+    folder: Location, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None, *, is_component: bool, by_rank: bool
 ) -> Iterator[Finding]:
-    """What config.json says, against the tensors."""
+    """What config.json says, by itself and against the tensors.
+
+    Args:
+        folder: that it lies in.
+        specs: the tensors.
+        checkpoint: they are of, if that can be opened.
+        is_component: it need not say what the whole says.
+        by_rank: the tensors are parts.
+    """
     try:
-        whole = read_config(folder)
+        whole = Stated(read_config(folder))
     except FormatError as error:
         yield Finding(_short(error, folder / CONFIG), CONFIG, "no library can build the model", "mend it, or get it again")
         return
-    if not whole:
-        yield Finding(
-            "it is missing", CONFIG, "no library knows what model this is", "get it from where the weights come from", problem=False
-        )
+    if not whole.table:
+        if not any(exists(folder / name) for name in _OTHER_CONFIGS):
+            why, do = "no library knows what model this is", "get it from where the weights come from"
+            yield Finding("it is missing", CONFIG, why, do, problem=False)
         return
-    text = whole.get("text_config") if isinstance(whole.get("text_config"), dict) else whole
-    assert text is not None
-    yield from _check_embedding(whole, text, specs, checkpoint)
-    yield from _check_shapes(text, specs)
-    yield from _check_types(whole, specs)
-    if not is_component and (not whole.get("architectures") or not whole.get("model_type")):
-        yield Finding("it lacks model_type or architectures", CONFIG, "libraries choose the model's class by them", "add them")
-    for code in sorted(
-        {str(value).split(".")[0].split("--")[-1] for value in (whole.get("auto_map") or {}).values() if isinstance(value, str)}
-    ):
-        if not (folder / f"{code}.py").exists() and "--" not in str(whole.get("auto_map")):
-            yield Finding(
-                f"auto_map names {code}.py, which is not there", CONFIG, "the model's own code is missing", "get it from its repository"
-            )
-    vocabulary = any(re.search(r"(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$", name) for name in specs)
-    if vocabulary and not is_component and not any((folder / name).exists() for name in _TOKENIZERS):
-        yield Finding("no tokenizer file is there", str(folder), "text cannot be encoded", "copy the tokenizer's files here")
-
-
-def _is_conventional(text: Mapping[str, Any]) -> bool:
-    """Whether the keys of a config mean what they do for Llama; other families have heads and words of further kinds."""
-    return bool(_CONVENTIONAL.fullmatch(str(text.get("model_type"))))
-
-
-def _embedding(specs: Mapping[str, TensorSpec]) -> str | None:
-    found = (name for name in specs if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$", name))
-    return next((name for name in found if "visual" not in name and "vision" not in name), None)
-
-
-def _check_embedding(
-    whole: Mapping[str, Any], text: Mapping[str, Any], specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None
-) -> Iterator[Finding]:
-    name = _embedding(specs)
-    if name is None or len(specs[name].shape) != 2:
-        return
-    rows, columns = specs[name].shape
-    vocabulary, hidden = text.get("vocab_size"), text.get("hidden_size") or text.get("n_embd") or text.get("d_model")
-    if isinstance(vocabulary, int) and rows < vocabulary:
-        what = f"it has {rows} rows, vocab_size says {vocabulary}"
-        yield Finding(
-            what, name, "tokens beyond its rows have no embedding", "set vocab_size to the rows, or resize it (--set resize_vocab)"
-        )
-    elif isinstance(vocabulary, int) and rows != vocabulary and _is_conventional(text):
-        what = f"it has {rows} rows, vocab_size says {vocabulary}"
-        yield Finding(what, name, "loaders refuse the shape", "set vocab_size to the rows")
-    if isinstance(hidden, int) and columns != hidden and (_is_conventional(text) or columns not in text.values()):
-        yield Finding(
-            f"it has {columns} columns, hidden_size says {hidden}", name, "loaders refuse the shape", "use the config of this model"
-        )
-    head = next(
-        (other for other in specs if re.search(r"^((model|language_model|text_model|transformer)\.)*(lm_head|output)\.weight$", other)),
-        None,
-    )
-    tied = whole.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-    generates = any(
-        str(kind).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for kind in whole.get("architectures") or []
-    )
-    known = checkpoint.ties if checkpoint else {}
-    if head and tied is True and specs[head].shape != specs[name].shape:
-        yield Finding(f"{specs[head]}, tied to {name}, {specs[name]}", head, "tied tensors are one", "set tie_word_embeddings to false")
-    elif head and tied is True:
-        what = f"it is stored beside {name}, and config.json ties the two"
-        yield Finding(what, head, "loaders take one of them for both", "keep it only if they differ on purpose", problem=False)
-    elif tied is False and head is None and generates and _is_conventional(text) and not any("lm_head" in other for other in known):
-        what = "there is no head, and tie_word_embeddings is false"
-        yield Finding(
-            what, "lm_head.weight", "loaders would make one up at random", "set tie_word_embeddings to true if the embedding is the head"
-        )
-
-
-def _check_shapes(text: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Iterator[Finding]:
-    """Layers, heads and widths."""
-    stems = Counter(match[1] for name in specs if (match := _LAYER.match(name)) and _TEXT_LAYERS.fullmatch(match[1]))
-    layers = text.get("num_hidden_layers") or text.get("n_layer")
-    if stems and isinstance(layers, int):
-        stem = stems.most_common(1)[0][0]
-        present = 1 + max(int(match[2]) for name in specs if (match := _LAYER.match(name)) and match[1] == stem)
-        extra = text.get("num_nextn_predict_layers") or 0
-        if not layers <= present <= layers + extra and (_is_conventional(text) or present not in text.values()):
-            yield Finding(
-                f"{present} layers are there, config.json says {layers}", stem, "layers would be missing or ignored", "use the right config"
-            )
-    if not _is_conventional(text):
-        return
-    experts = text.get("num_local_experts") or text.get("n_routed_experts") or text.get("num_experts")
-    numbers = [int(match[1]) for name in specs if (match := re.search(r"\.experts\.(\d+)\.", name))]
-    if numbers and isinstance(experts, int) and max(numbers) + 1 != experts:
-        what = f"{max(numbers) + 1} experts are there, config.json says {experts}"
-        yield Finding(what, "experts", "experts would be missing or ignored", "use the right config")
-    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
-    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1 or text.get("qk_nope_head_dim"):
-        return
-    size = text.get("head_dim") or hidden // heads
-    groups = text.get("num_key_value_heads") or heads
-    width = text.get("intermediate_size")
-    wanted = {
-        r"layers\.\d+\.self_attn\.q_proj\.weight": (heads * size, "num_attention_heads"),
-        r"layers\.\d+\.self_attn\.[kv]_proj\.weight": (groups * size, "num_key_value_heads"),
-        r"layers\.\d+\.mlp\.(gate|up)_proj\.weight": (width, "intermediate_size"),
-    }
-    for pattern, (rows, key) in wanted.items():
-        fitting = (match for name in specs if (match := _LAYER.match(name)) and _TEXT_LAYERS.fullmatch(match[1]))
-        name = next((match.string for match in fitting if re.search(pattern, match.string)), None)
-        if name and isinstance(rows, int) and specs[name].shape[:1] not in ((rows,), (2 * rows,)):
-            what = f"it has {specs[name].shape[0]} rows, {rows} follow from {key}"
-            yield Finding(what, name, "loaders refuse the shape", "use the config of this model")
-
-
-def _check_types(whole: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Iterator[Finding]:
-    """Dtypes against what config.json says of them."""
-    kinds = Counter(spec.dtype.name for spec in specs.values() if len(spec.shape) > 1)
-    floating = {kind: count for kind, count in kinds.items() if "float" in kind and not kind.startswith(("float8", "float4", "float6"))}
-    stated = str(whole.get("dtype") or whole.get("torch_dtype") or "").removeprefix("torch.")
-    method = str((whole.get("quantization_config") or {}).get("quant_method", ""))
-    narrow = [name for name, spec in specs.items() if spec.dtype.name.startswith(("float8", "float4"))]
-    if stated and floating and stated not in floating and stated in ("float32", "float16", "bfloat16") and not method:
-        most = max(floating, key=lambda kind: floating[kind])
-        yield Finding(
-            f"it says {stated}, the tensors are {most}", CONFIG, "loading casts them, or takes twice the memory", f"set dtype to {most}"
-        )
-    if narrow and not method:
-        yield Finding(
-            f"{narrow[0]} is {specs[narrow[0]].dtype}, and no quantization_config is there",
-            CONFIG,
-            "it would be read as plain numbers",
-            "add it",
-        )
-    if method == "fp8" and not narrow:
-        what = "quantization_config says fp8, and no tensor is"
-        yield Finding(what, CONFIG, "loaders would look for scales", "remove quantization_config")
-    for name in narrow:
-        if method == "fp8" and name.endswith(".weight") and f"{name}_scale_inv" not in specs and f"{name}_scale" not in specs:
-            yield Finding("it has no scale beside it", name, "its values cannot be told", "find the file with its weight_scale_inv")
-            break
-    if len(floating) > 1:
-        census = ", ".join(f"{count} {kind}" for kind, count in floating.items())
-        yield Finding(f"matrices of {census}", "dtypes", "mixed precision is sometimes meant", "use --dtype for one", problem=False)
+    yield from check_types(whole, specs) if by_rank else check_config(whole, specs, checkpoint)
+    names = set(names_in(folder))
+    if not is_component and _CLASS not in whole.table and not (whole.texts("architectures") and whole.text("model_type")):
+        what, why = "it lacks model_type or architectures", "libraries choose the model's class by them"
+        yield Finding(what, CONFIG, why, "add them", problem=not whole.table.keys().isdisjoint(_TRANSFORMERS))
+    code = [value.split(".")[0] for value in whole.texts("auto_map") if "--" not in value]
+    for module in sorted(set(code)):
+        if f"{module}.py" not in names:
+            what = f"auto_map names {module}.py, which is not there"
+            yield Finding(what, CONFIG, "the model's own code is missing", "get it from its repository")
+    if not is_component and any(_VOCABULARY.search(name) for name in specs) and names.isdisjoint(_TOKENIZERS):
+        yield Finding("no tokenizer file is there", str(folder), "text cannot be encoded", "copy the tokenizer's files here", problem=False)
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from streamconv.units import format_size
 
 PIECE = 1 << 20  # bytes of a tensor at a time
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+RANK = re.compile(r"^.*\.(?:safetensors|pth|pt|bin|ckpt)/")
 LAYER = re.compile(r"\.[0-9]+(?=\.)")
 
 
@@ -181,7 +182,11 @@ def _draw_tree(checkpoint: Checkpoint, *, stats: bool) -> Iterator[str]:
 
 
 def module_of(name: str, stems: Collection[str] = ()) -> str:
-    """The module that holds a tensor: what a list of layers stands in, else the longest of ``stems``, else its name's first part."""
+    """The module that holds a tensor: what a list of layers stands in, else the longest of ``stems``, else its name's first part.
+
+    The file of a rank, which stands before its names, is no part of them.
+    """
+    name = RANK.sub("", name)
     parts = name.split(".")
     if found := LAYER.search(name):
         return ".".join(name[: found.start()].split(".")[:-1])

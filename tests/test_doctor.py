@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import random_tensor, run, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from streamconv.doctor import examine
+from streamconv.text import one_line
 
 CONFIG = {
     "model_type": "llama",
@@ -155,7 +158,7 @@ DEFECTS = {
     "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     "a config without model_type": (lambda f: edit_json(f / "config.json", model_type=None), "lacks model_type"),
     "code that is not there": (lambda f: edit_json(f / "config.json", auto_map={"AutoModel": "modeling_x.X"}), "modeling_x.py"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer file"),
+    "sizes that are no numbers": (lambda f: edit_json(f / "config.json", hidden_size="8"), "hidden_size is '8', not a whole number"),
 }
 
 
@@ -206,6 +209,70 @@ def test_a_tied_model_is_healthy(healthy):
     no_head(healthy)
     edit_json(healthy / "config.json", tie_word_embeddings=True)
     assert examine(healthy).healthy
+
+
+def test_no_tokenizer_is_worth_a_note(healthy, capsys):
+    (healthy / "tokenizer.json").unlink()
+    (note,) = examine(healthy).findings
+    assert (note.what, note.problem) == ("no tokenizer file is there", False)
+    assert run("doctor", healthy) == 0
+    assert "no tokenizer file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["unet", "2_Dense", "timm"])
+def test_configs_of_other_libraries_name_no_class(name, tmp_path):
+    config = {
+        "unet": {"_class_name": "UNet2DModel", "_diffusers_version": "0.30"},
+        "2_Dense": {"in_features": 8, "out_features": 8, "activation_function": "torch.nn.modules.activation.Tanh"},
+        "timm": {"architecture": "resnet18", "num_classes": 10},
+    }[name]
+    assert examine(write(tmp_path / name, {"linear.weight": torch.ones(8, 8)}, config=config)).healthy
+
+
+# A config may say anything -------------------------------------------------------------------------------------------
+
+KEYS = (
+    "model_type", "architectures", "text_config", "auto_map", "vocab_size", "hidden_size", "n_embd", "d_model", "num_hidden_layers",
+    "n_layer", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "num_local_experts", "n_routed_experts",
+    "num_experts", "qk_nope_head_dim", "num_nextn_predict_layers", "tie_word_embeddings", "dtype", "torch_dtype", "quantization_config",
+    "compression_config", "quantization",
+)  # fmt: skip
+NUMBERS = st.integers() | st.sampled_from([0, -1, 2**63, 10**400, 0.5]) | st.floats(allow_nan=False, allow_infinity=False)
+TEXTS = st.sampled_from(["", "llama", "8", "\x1b[2J", "a" * 5000, "x\0y"]) | st.text(max_size=5)
+odd = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "quant_method", "AutoModel"]), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=st.dictionaries(st.sampled_from(KEYS), odd, max_size=6))
+def test_a_config_may_say_anything(config, healthy):
+    (healthy / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    for finding in examine(healthy).findings:
+        assert one_line(finding).isprintable()
+
+
+@pytest.mark.parametrize("value", ["[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900])
+@pytest.mark.parametrize("key", KEYS)
+def test_a_config_may_be_deep(key, value, healthy):
+    (healthy / "config.json").write_text(json.dumps({**CONFIG, key: "VALUE"}).replace('"VALUE"', value))
+    examine(healthy)
+
+
+def test_an_index_may_say_anything(healthy):
+    for change in (
+        {"metadata": 5},
+        {"metadata": {"total_size": [1]}},
+        {"metadata": {"total_size": "9"}},
+        {"weight_map": 3},
+        {"weight_map": {"a": 1}},
+    ):
+        before = (healthy / INDEX).read_text()
+        (healthy / INDEX).write_text(json.dumps({**json.loads(before), **change}))
+        examine(healthy)
+        (healthy / INDEX).write_text(before)
 
 
 def test_one_file(healthy, tmp_path):
