@@ -239,6 +239,7 @@ def open_checkpoint(
         UsageError: not there, or not readable.
     """
     where, notes = find_checkpoint(path)
+    where = where.absolute()  # a plan may be run elsewhere
     if folders := find_weighted(where) if components else []:
 
         def open_component(folder: str) -> Contents:
@@ -248,7 +249,7 @@ def open_checkpoint(
         opened = {folder: open_component(folder) for folder in folders}
         joined = join_components(opened)
         joined.notes[:0] = notes
-        return Checkpoint(where.absolute(), joined, config, opened)
+        return Checkpoint(where, joined, config, opened)
     chosen, ranked = choose_files(where, ranks, files)
     by_rank = by_rank or ranked
     name, found = _choose(where, chosen, by_rank=by_rank)
@@ -261,7 +262,7 @@ def open_checkpoint(
         given["explain"] = lambda tensor, present: explain_absent(tensor, present, untied=_is_untied(folder))
     contents = CONTAINERS[name].read(where, by_rank=by_rank, **given)
     contents.notes[:0] = notes
-    return Checkpoint(folder.absolute(), contents, config)
+    return Checkpoint(folder, contents, config)
 
 
 def find_checkpoint(given: str | os.PathLike[str]) -> tuple[Location, list[str]]:

@@ -496,12 +496,17 @@ def _print_matches(args: argparse.Namespace, out: Console) -> None:
         rows = [(match, {"named": match.named, "needs": match.needs, "tried": match.fits}) for match in (*fitting, *untried)]
         out.say_json([{**report.describe_recipe(match.recipe), **more} for match, more in rows])
         return
-    for match in (*fitting, *untried):
-        remark = "  (named by config.json)" if match.named else f"  (takes {match.needs})" if match.fits and match.needs else ""
-        remark = remark or (f"  (takes {match.needs}, which is not installed: not tried)" if match.needs else "")
+    for match in fitting:
+        remark = "  (named by config.json)" if match.named else f"  (takes {match.needs})" if match.needs else ""
         out.say(f"{match.recipe.name}  {one_line(match.recipe.summary)}{remark}")
-    if fitting or untried:
-        return
+    if not fitting:
+        _print_nearest(matches, out)
+    for match in untried:
+        remark = f"(takes {match.needs}, which is not installed: not tried)"
+        out.say(f"{match.recipe.name}  {one_line(match.recipe.summary)}  {remark}")
+
+
+def _print_nearest(matches: Sequence[matching.Match], out: Console) -> None:
     near = [match for match in matches if match.tensors * match.rules >= NEAR][:3]
     out.say("no recipe fits" + ("; the nearest are" if near else ""))
     for match in near:

@@ -13,6 +13,7 @@ import torch
 from checkpoint_files import numbered, run, write, write_bin, write_ckpt
 from test_doctor import CONFIG, healthy, llama  # noqa: F401 - the fixture
 
+from streamconv import bridge, matching, parallel
 from streamconv.cli import EXAMPLES, _build_parser
 from streamconv.doctor import examine
 from streamconv.matching import rank_recipes, suggest_recipes
@@ -136,17 +137,32 @@ def test_recipes_that_fit_come_in_the_order_of_likelihood(healthy, capsys):  # n
     assert named == sorted(named, reverse=True)
     assert run("recipes", "--match", healthy) == 0
     rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in rows] == fitting
+    assert [row.split()[0] for row in rows][: len(fitting)] == fitting
     assert rows[0].endswith("(named by config.json)")
     assert run("recipes", "--match", healthy, "--json") == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == fitting
+    assert [row["name"] for row in json.loads(capsys.readouterr().out) if not row["needs"]] == fitting
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_recipes_that_ask_transformers_are_named_too(installed, healthy, monkeypatch, capsys):  # noqa: F811
+    """Tried where it is there, and else said to be not tried."""
+    monkeypatch.setattr(matching, "find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr(bridge.Bridge, "apply", lambda *_, **__: None)
+    monkeypatch.setattr(parallel.TensorParallel, "apply", lambda *_, **__: pytest.fail("no such model"))
+    assert run("recipes", "--match", healthy, "--json") == 0
+    rows = {row["name"]: row["tried"] for row in json.loads(capsys.readouterr().out) if row["needs"] == "transformers"}
+    bridges = {"transformers-hub2native": installed, "transformers-native2hub": installed}
+    assert rows == bridges if installed else rows == {**bridges, "tp-split": False}
+    assert run("recipes", "--match", healthy) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("transformers-hub2native"))
+    assert line.endswith("(takes transformers)" if installed else "(takes transformers, which is not installed: not tried)")
 
 
 def test_where_none_fits_the_nearest_are_shown(tmp_path, capsys):
     tensors = llama() | {"model.layers.0.adapter.weight": torch.zeros(2)}
     src = write(tmp_path / "odd", tensors, config=CONFIG)
     assert run("recipes", "--match", src) == 0
-    first, *near = capsys.readouterr().out.splitlines()
+    first, *near = (line for line in capsys.readouterr().out.splitlines() if "(takes transformers" not in line)
     assert first == "no recipe fits; the nearest are"
     assert 1 <= len(near) <= 3
     assert "a rule for 98.0% of the tensors" in near[0]
