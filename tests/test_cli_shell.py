@@ -16,6 +16,7 @@ from test_doctor import CONFIG, healthy, llama  # noqa: F401 - the fixture
 from streamconv import bridge, matching, parallel
 from streamconv.cli import EXAMPLES, _build_parser
 from streamconv.doctor import examine
+from streamconv.errors import CoverageError
 from streamconv.matching import rank_recipes, suggest_recipes
 from streamconv.recipes import registry
 
@@ -148,7 +149,11 @@ def test_recipes_that_ask_transformers_are_named_too(installed, healthy, monkeyp
     """Tried where it is there, and else said to be not tried."""
     monkeypatch.setattr(matching, "find_spec", lambda _: object() if installed else None)
     monkeypatch.setattr(bridge.Bridge, "apply", lambda *_, **__: None)
-    monkeypatch.setattr(parallel.TensorParallel, "apply", lambda *_, **__: pytest.fail("no such model"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise CoverageError("no such model")
+
+    monkeypatch.setattr(parallel.TensorParallel, "apply", refuse)
     assert run("recipes", "--match", healthy, "--json") == 0
     rows = {row["name"]: row["tried"] for row in json.loads(capsys.readouterr().out) if row["needs"] == "transformers"}
     bridges = {"transformers-hub2native": installed, "transformers-native2hub": installed}
