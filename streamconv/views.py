@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import lru_cache
 from types import EllipsisType
 from typing import Any
 
@@ -33,7 +34,13 @@ def stored_view(spec: TensorSpec, strides: Sequence[int], path: str, offset: int
         return Source(spec, (Extent(path, offset, spec.nbytes),))
     numel = span(spec.shape, steps)
     flat = Source(TensorSpec(spec.dtype, (numel,)), (Extent(path, offset, numel * spec.dtype.itemsize),))
-    return apply(Strided(spec.shape, steps), flat)
+    return apply(_strided(spec.shape, steps), flat)
+
+
+@lru_cache(maxsize=4096)
+def _strided(shape: tuple[int, ...], strides: tuple[int, ...]) -> Strided:
+    """One op for all tensors that are stored alike."""
+    return Strided(shape, strides)
 
 
 Index = int | slice | EllipsisType | None | tuple[int | slice | EllipsisType | None, ...]

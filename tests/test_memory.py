@@ -223,11 +223,11 @@ def test_strided_tensors_of_any_size_keep_to_their_bound(convert, process, tmp_p
         "steps": torch.ones(2000, 10_000, dtype=torch.bfloat16)[:, ::2],
     }
     torch.save(tensors, tmp_path / "x.bin")
-    done = convert(tmp_path / "x.bin", "--verify", max_memory=60 * MB)
-    assert done.peak <= 60 * MB
+    done = convert(tmp_path / "x.bin", "--verify", max_memory=70 * MB)
+    assert done.peak <= 70 * MB
     assert "torch" not in done.modules
-    found = process("verify", tmp_path / "x.bin", tmp_path / "x.bin", "--max-memory", 60 * MB)
-    assert (found.code, found.peak <= 60 * MB) == (0, True), found.error
+    found = process("verify", tmp_path / "x.bin", tmp_path / "x.bin", "--max-memory", 70 * MB)
+    assert (found.code, found.peak <= 70 * MB) == (0, True), found.error
 
 
 def compare_sizes(convert, recipes, small: Path, large: Path) -> None:
