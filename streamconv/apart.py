@@ -17,7 +17,7 @@ from streamconv.engine.check import OutputCheck, check_replicas
 from streamconv.engine.io import describe_os_error
 from streamconv.engine.local import check_sources, holds
 from streamconv.engine.order import tasks_in_order
-from streamconv.errors import DestinationError, Interrupted, RunError, UsageError
+from streamconv.errors import DestinationError, Interrupted, RunError, UsageError, writing
 from streamconv.interrupts import Unwinding
 from streamconv.kept import check_sources_stay
 from streamconv.plan import Plan
@@ -167,7 +167,7 @@ class Apart:
         return waiting
 
     def _write(self, make: Callable[..., Counter[str] | None], numbers: Sequence[int], progress: bool | Progress) -> None:
-        with bar(sum(self._plan.files[k].size for k in numbers), "converting", show=progress) as tell:
+        with writing(), bar(sum(self._plan.files[k].size for k in numbers), "converting", show=progress) as tell:
             found = make(self._plan, numbers, tell)
         if found is not None:  # Ray's tasks do not say
             self._overflowed += found

@@ -24,7 +24,7 @@ from streamconv.engine.journal import forget_overwrite, journal_path, note_overw
 from streamconv.engine.readers import BACKENDS
 from streamconv.engine.reclaim import Reclaim
 from streamconv.engine.streams import staged_bytes
-from streamconv.errors import BudgetError, DestinationError, FormatError, StreamconvError, UsageError
+from streamconv.errors import BudgetError, DestinationError, FormatError, StreamconvError, UsageError, writing
 from streamconv.fitting import Budget, check_workers
 from streamconv.folder import within
 from streamconv.formats import FileLayout
@@ -368,14 +368,15 @@ def convert(
         )
     if reference is None:
         return result
-    done = open_checkpoint(result.place or made.destination)
-    comparison = compare(
-        dict(_with_ties(done)),
-        _with_ties(reference),
-        workers=made.workers,
-        max_memory=parse_size(max_memory) if isinstance(target, RemoteTarget) else made.peak_memory,
-        read_backend=made.read_backend,
-    )
+    with writing():
+        done = open_checkpoint(result.place or made.destination)
+        comparison = compare(
+            dict(_with_ties(done)),
+            _with_ties(reference),
+            workers=made.workers,
+            max_memory=parse_size(max_memory) if isinstance(target, RemoteTarget) else made.peak_memory,
+            read_backend=made.read_backend,
+        )
     return replace(result, comparison=comparison, peak_rss=memory.peak())
 
 

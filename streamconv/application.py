@@ -260,11 +260,11 @@ class Application:
             fixed = {axis: size for axis in layout.axes if (size := self.sizes.dim(rule, axis, chosen, firm=True)) is not None}
             sizes = layout.solve(shapes, lambda axis: self.sizes.dim(rule, axis, chosen), where, fixed)
             leading = len(binding.right_counts)
-            parts = range(math.prod(sizes[name] for name in binding.right_counts))
-            if len(parts) > MOST_PARTS:
-                raise CoverageError(f"{where}{rule.right!r} would make {len(parts)} tensors of it, which no model has")
+            parts = math.prod(sizes[name] for name in binding.right_counts)
+            if parts > MOST_PARTS:
+                raise CoverageError(f"{where}{rule.right!r} would make {parts} tensors of it, which no model has")
             self._cache[key] = [
-                Rearrange(str(layout), sizes, stacks, output, leading, part) for output in range(len(layout.right)) for part in parts
+                Rearrange(str(layout), sizes, stacks, output, leading, part) for output in range(len(layout.right)) for part in range(parts)
             ]
         return self._cache[key]
 
@@ -301,7 +301,10 @@ class Application:
         ranges = []
         for name in missing:
             first = self.sizes.number(fact, fact.offset.get(name, 0), f"offset of {name}")
-            ranges.append(range(first, first + self.sizes.number(fact, self.sizes.dim(fact, name), f"number of {name}")))
+            count = self.sizes.number(fact, self.sizes.dim(fact, name), f"number of {name}")
+            ranges.append(range(first, first + min(count, MOST_PARTS + 1)))
+        if math.prod(map(len, ranges)) > MOST_PARTS:
+            raise CoverageError(f"{self.title}: {pattern.text!r} would be more than {MOST_PARTS} tensors, which no model has")
         for numbers in itertools.product(*ranges):
             yield pattern.format({**values, **dict(zip(missing, numbers, strict=True))})
 

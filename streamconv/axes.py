@@ -24,6 +24,7 @@ from streamconv.errors import CoverageError, NotationError
 ELLIPSIS = "..."
 MOST_PARTS = 4096  # alternatives on a side; sums side by side multiply them
 _DEEPEST = 50  # parentheses inside each other
+_MOST_AXES = 100  # side by side
 _TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z_0-9]*)|(?P<one>\d+)|(?P<dots>\.\.\.)|(?P<mark>[()+,]))")
 
 
@@ -251,6 +252,9 @@ class _Parser:
                 raise self.error("an axis is a name or 1; give its size in dims")
             else:
                 factors.append(word)
+            if len(factors) > _MOST_AXES:
+                self.at = start
+                raise self.error(f"more than {_MOST_AXES} axes side by side")
         return Product(tuple(factors))
 
     def sum(self, start: int) -> Sum:

@@ -15,7 +15,7 @@ from typing import Any
 from streamconv import __version__, api, interrupts, matching, recipes, report, running
 from streamconv.console import Console, StdoutError
 from streamconv.engine.readers import BACKENDS
-from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError
+from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError, writing
 from streamconv.kept import check_replaceable, check_report
 from streamconv.plan import BEGINNING, Plan
 from streamconv.progress import Progress
@@ -314,7 +314,8 @@ def _convert(args: argparse.Namespace, out: Console) -> int:
     if args.report:
         from streamconv import report_page
 
-        report_page.write(args.report, report_page.describe_conversion(result, args, progress))
+        with writing():
+            report_page.write(args.report, report_page.describe_conversion(result, args, progress))
     _print_result(args, out, result)
     _suggest(args, out)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple
 from streamconv.errors import RecipeError
 from streamconv.facts import Drop, Fact, Option, Rule, Tie
 
+MOST = 4096  # items of a list or mapping in a recipe file; nobody has written a tenth of that
+LARGEST = 2**63  # whole numbers stay below it
+MOST_SHARDS = 100_000
 KINDS: dict[str, type[Fact]] = {"rule": Rule, "drop": Drop, "tie": Tie}
 
 
@@ -32,9 +36,9 @@ def mapping(data: object, where: str) -> Mapping[str, Any]:
 
 def facts(rows: object, where: str) -> tuple[Fact, ...]:
     """The facts in a list of mappings. Raises RecipeError."""
-    if not isinstance(rows, list) or not rows:
+    if not isinstance(rows, list) or not 1 <= len(rows) <= MOST:
         with within("rules"):
-            raise RecipeError(f"{where}: 'rules' must be a list of at least one rule")
+            raise RecipeError(f"{where}: 'rules' must be a list of 1 to {MOST} rules")
     found = []
     for number, row in enumerate(rows, 1):
         with within("rules", number - 1):
@@ -46,7 +50,8 @@ def _fact(row: object, where: str) -> Fact:
     fact = dict(mapping(row, where))
     kind = next((kind for kind in KINDS if kind in fact), None)
     if kind is None:
-        raise RecipeError(f"{where}: expected one of {', '.join(KINDS)}, found {', '.join(map(str, fact)) or 'nothing'}")
+        found = ", ".join(map(str, fact))[:200] or "nothing"
+        raise RecipeError(f"{where}: expected one of {', '.join(KINDS)}, found {found}")
     if "left" in fact:
         raise RecipeError(f"{where}: unknown field 'left'; the left side stands after {kind!r}")
     fact["left"] = fact.pop(kind)
@@ -74,7 +79,10 @@ def build(kind: type[Any], data: object, where: str) -> Any:
         wanted = VALUES.get(name, TEXT)
         if not (dataclasses.is_dataclass(value) or wanted.fits(value)):
             with within(name):
-                raise RecipeError(f"{where}: {name} must be {wanted.expected}, found {value!r}")
+                raise RecipeError(f"{where}: {name} must be {wanted.expected}, found {reprlib.repr(value)}")
+        if isinstance(value, list | tuple | dict) and len(value) > MOST:
+            with within(name):
+                raise RecipeError(f"{where}: {name} has {len(value)} items, {MOST} at most")
     required = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in values]:
         raise RecipeError(f"{where}: missing {', '.join(missing)}")
@@ -99,8 +107,12 @@ def _frozen(value: Any) -> Any:
 def _is_dims(value: object) -> bool:
     sizes = value.values() if isinstance(value, dict) else ()
     return isinstance(value, dict) and all(
-        type(size) in {int, str} or (isinstance(size, dict) and all(type(n) in {int, str} for n in size.values())) for size in sizes
+        _is_size(size) or (isinstance(size, dict) and len(size) <= MOST and all(map(_is_size, size.values()))) for size in sizes
     )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, str) or (type(value) is int and abs(value) < LARGEST)
 
 
 def _is_texts(value: object) -> bool:
@@ -133,7 +145,11 @@ VALUES: dict[str, Value] = {
     **dict.fromkeys(("optional", "fallback", "complete", "partial", "firm", "required", "flipped"), FLAG),
     **dict.fromkeys(("dims", "copies", "offset", "at", "op", "undo"), SIZES),
     **dict.fromkeys(("choices", "ranks", "files", "expects", "also"), TEXTS),
-    "shards": Value(lambda value: type(value) is int and value >= 0, "a whole number", {"type": "integer", "minimum": 0}),
+    "shards": Value(
+        lambda value: type(value) is int and 0 <= value <= MOST_SHARDS,
+        f"a whole number of at most {MOST_SHARDS}",
+        {"type": "integer", "minimum": 0, "maximum": MOST_SHARDS},
+    ),
     "default": Value(
         lambda value: value is None or isinstance(value, int | str),
         "text, a whole number, true or false",

@@ -1,6 +1,6 @@
 """Every error this package raises on purpose, one class per remedy.
 
-    StreamconvError                 exit code 2 unless said otherwise
+    StreamconvError                 exit code 2 unless said otherwise; 3 once something was written (`writing`)
     |-- UsageError                  change the command line or the call
     |   `-- OutOfBounds             ... an index that a tensor does not have; an IndexError, too
     |-- DestinationError            choose another DST, or say --overwrite / --resume
@@ -19,6 +19,9 @@ A message is one line: what, where, found, expected, what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "BudgetError",
     "CoverageError",
@@ -33,6 +36,7 @@ __all__ = [
     "SpaceError",
     "StreamconvError",
     "UsageError",
+    "writing",
 ]
 
 
@@ -94,6 +98,17 @@ class RunError(StreamconvError):
     """An I/O error, a full disk or the like while bytes were moving."""
 
     exit_code = 3
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Something is written in the block, or was before: an error in it has no exit code that says that nothing is."""
+    try:
+        yield
+    except StreamconvError as error:
+        if error.exit_code == StreamconvError.exit_code:
+            error.exit_code = RunError.exit_code
+        raise
 
 
 class SourceChanged(RunError):

@@ -42,11 +42,14 @@ _COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
     ast.NotIn: lambda a, b: b is None or a not in b,
 }
 _LARGEST = 2**63
+_LONGEST = 4096  # characters of an expression
 _KNOWN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.List, ast.Tuple, ast.BinOp, ast.BoolOp, ast.UnaryOp)
 
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> ast.expr:
+    if len(text) > _LONGEST:
+        raise NotationError(f"an expression of {len(text)} characters, {_LONGEST} at most", text, _LONGEST)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Python has to say of "1and 2"

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -160,12 +161,12 @@ class Option:
             if given.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
                 return given.lower() in ("true", "1", "yes", "on")
         elif kind == "int":
-            if given.lstrip("-").isdigit():
+            if re.fullmatch(r"[+-]?[0-9]{1,18}", given):
                 return int(given)
         elif not self.choices or given in self.choices:
             return given
         expected = f"one of {', '.join(self.choices)}" if self.choices else {"bool": "true or false", "int": "a whole number"}[kind]
-        raise UsageError(f"--set {name}={given}: expected {expected} ({self.help})")
+        raise UsageError(f"--set {name}={given[:100]}: expected {expected} ({self.help})")
 
 
 def from_config(**keys: str) -> dict[str, Option]:

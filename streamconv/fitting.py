@@ -9,6 +9,7 @@ from streamconv import memory
 from streamconv.errors import BudgetError, UsageError
 from streamconv.graph import AnyNode, Node, trace
 from streamconv.plan import Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile
+from streamconv.proof import MOST_WORKERS
 from streamconv.runs import region
 from streamconv.storage import is_url
 from streamconv.storage.objects import stream_bytes, takes_streams
@@ -190,8 +191,8 @@ def check_workers(workers: int | None, *, remote: bool = False) -> int:
     """The number asked for, or the default.
 
     Raises:
-        UsageError: not a positive number.
+        UsageError: not a number of workers that there can be.
     """
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers {workers}: give at least 1")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"--workers {workers}: give 1 to {MOST_WORKERS}")
     return workers or (REMOTE_WORKERS if remote else WORKERS)

@@ -38,6 +38,8 @@ _BODY = re.compile(
 _DIGITS = "0123456789"
 _NO_DIGITS = dict.fromkeys(map(ord, _DIGITS))
 _MAX_DIGITS = 18
+MOST_CAPTURES = 32  # in a pattern
+LONGEST = 8192  # characters of a pattern
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def parse(text: str) -> Pattern:
     """Parse a pattern; NotationError points at the character that does not fit."""
     if not text:
         raise NotationError("a pattern cannot be empty", text, 0)
+    if len(text) > LONGEST:
+        raise NotationError(f"a pattern of {len(text)} characters, {LONGEST} at most", text, LONGEST)
     atoms: list[str | Capture] = []
     seen: dict[str, Capture] = {}
     expression, at, lists = "", 0, 0
@@ -152,6 +156,8 @@ def parse(text: str) -> Pattern:
             lists += capture.name == f"list{lists}"
             if capture.kind == "rest" and any(other.kind == "rest" for other in seen.values()):
                 raise NotationError("a second '*' capture: a pattern has one at most", text, at)
+            if len(seen) >= MOST_CAPTURES and capture.name not in seen:
+                raise NotationError(f"a pattern has at most {MOST_CAPTURES} captures", text, at)
             if seen.setdefault(capture.name, capture) != capture:
                 raise NotationError(f"{capture.name!r} was written differently before", text, at)
             expression += f"(?P={capture.name})" if capture in atoms else f"(?P<{capture.name}>{capture.expression})"

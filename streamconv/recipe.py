@@ -16,10 +16,10 @@ from typing import Any
 from streamconv import declaration, expressions, steps, vocabulary
 from streamconv.application import Application, Conversion, Recast, Row, Stage, canonical, identity, keep_dtype
 from streamconv.dtypes import TensorSpec, parse_dtype
-from streamconv.errors import CoverageError, RecipeError, UsageError
+from streamconv.errors import CoverageError, NotationError, RecipeError, UsageError
 from streamconv.facts import ALL, PLAIN, Dim, Drop, Fact, Option, Rule, Side, Tie, from_config
 from streamconv.graph import AnyNode
-from streamconv.names import Matcher
+from streamconv.names import LONGEST, Matcher
 from streamconv.names import parse as parse_names
 from streamconv.sizes import scope_of
 from streamconv.text import did_you_mean
@@ -132,7 +132,7 @@ class Recipe:
                 try:
                     _check_fact(fact)
                 except (RecipeError, UsageError) as error:
-                    raise RecipeError(f"recipe {self.name}, rule {fact.left!r}: {error}") from error
+                    raise RecipeError(f"recipe {self.name}, rule {fact.left[:200]!r}: {error}") from error
 
     @property
     def stages(self) -> list[Recipe]:
@@ -356,6 +356,8 @@ def _check_fact(fact: Fact) -> None:
     _check_sizes(fact.dims)
     steps.check(fact.op)
     if isinstance(fact, Rule):
+        if fact.layout and len(fact.layout) > LONGEST:
+            raise NotationError(f"a layout of {len(fact.layout)} characters, {LONGEST} at most", fact.layout, LONGEST)
         _ = fact.binding
         _check_sizes({name: size for name, size in fact.copies.items() if size != ALL} | dict(fact.offset) | dict(fact.at))
         steps.check(fact.undo)

@@ -13,13 +13,15 @@ from typing import Any
 
 from streamconv import memory
 from streamconv.apart import Apart
+from streamconv.checkpoint import CONTAINERS
 from streamconv.destination import Target, check_room, clear, old_files, prepare
 from streamconv.engine.check import check_replicas
 from streamconv.engine.io import describe_os_error
 from streamconv.engine.journal import Journal, is_overwrite_noted, journal_path, read_journal
 from streamconv.engine.local import SUMS, LocalEngine, check_sources
+from streamconv.engine.readers import BACKENDS
 from streamconv.engine.reclaim import Reclaim
-from streamconv.errors import DestinationError, Interrupted, UsageError
+from streamconv.errors import DestinationError, FormatError, Interrupted, UsageError, writing
 from streamconv.interrupts import Unwinding
 from streamconv.kept import check_sources_stay
 from streamconv.plan import Plan
@@ -83,6 +85,7 @@ def run(
     progress = how_to_show(progress)
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}: known are {', '.join(ENGINES)}")
+    _check_known(plan)
     if part or finish or engine != "local" or is_url(plan.root):
         if reclaim_source:
             raise UsageError("--reclaim-source: goes with files that this process alone makes, below a path: leave it out")
@@ -122,6 +125,16 @@ def run(
     return Result(plan, time.perf_counter() - started, memory.peak(), figures["anonymous"], verified, overflow=overflow)
 
 
+def _check_known(plan: Plan) -> None:
+    """Refuses a plan that makes nothing, or that names what there is not. Raises FormatError."""
+    if not plan.files:
+        raise FormatError("the plan makes no file: make it again")
+    if plan.format not in CONTAINERS or plan.read_backend not in BACKENDS:
+        raise FormatError(
+            f"the plan names a container or a read backend that is unknown: {plan.format}, {plan.read_backend}; make it again"
+        )
+
+
 def _write(
     plan: Plan, journal: Journal, *, overwrite: bool, resume: bool, checksum: bool, reclaim: Reclaim | None, progress: bool | Progress
 ) -> Mapping[str, int]:
@@ -132,14 +145,15 @@ def _write(
     try:
         journal.begin(resume=goes_on)
         if journal.overwrites:
-            clear(plan, root, journal)
+            with writing():
+                clear(plan, root, journal)
         elif not goes_on:  # another run may have finished in between
             try:
                 Target(root, plan.single, plan.format).check_empty()
             except DestinationError:
                 journal.end()
                 raise
-        with bar(plan.totals.bytes_written, "converting", show=progress) as tell:
+        with writing(), bar(plan.totals.bytes_written, "converting", show=progress) as tell:
             engine = LocalEngine(plan, journal, tell, checksum=checksum, reclaim=reclaim)
             engine.run()
             return engine.overflowed

@@ -13,6 +13,8 @@ from streamconv.facts import ALL, Dim, Drop, Fact, Rule
 from streamconv.graph import AnyNode
 from streamconv.names import parse as parse_names
 
+MOST_COPIES = 100_000  # of a tensor
+
 
 def scope_of(entries: Mapping[str, AnyNode], scope: Mapping[str, Any]) -> dict[str, Any]:
     """``scope`` with what expressions can ask of the tensors: ``has``, ``count`` and ``shape`` of a name pattern; and ``max``, ``min``."""
@@ -64,7 +66,10 @@ class Sizes:
     def copies(self, rule: Rule | Drop, name: str) -> int:
         """How many numbers of a capture that follow each other hold the same tensor."""
         given = rule.copies.get(name, 1) if isinstance(rule, Rule) else 1
-        return 1 if given == ALL else self.number(rule, given, f"copies of {name}")
+        count = 1 if given == ALL else self.number(rule, given, f"copies of {name}")
+        if count > MOST_COPIES:
+            raise CoverageError(f"{self.title}: {count} copies of {name} ({rule.left!r}): no model has more than {MOST_COPIES}")
+        return count
 
     def number(self, rule: Rule | Drop, given: Dim | None, what: str) -> int:
         """What a size in a fact comes to; ``what`` says it in a message, and is 1 at least unless it begins with "offset"."""

@@ -13,6 +13,7 @@ inv_freq  dim, base, like                   made of nothing: base^(-2j/dim) for 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from streamconv.dtypes import parse_dtype
 from streamconv.errors import CoverageError, RecipeError
 from streamconv.graph import AnyNode, apply
 from streamconv.ops import Cast, Dequantize, InvFreq, MergeLora, Rearrange, Rows, SampleRows, Zeros
+from streamconv.text import did_you_mean
 
 Lookup = Mapping[str, AnyNode]
 
@@ -46,9 +48,18 @@ def describe(name: str, given: Mapping[str, Any]) -> str:
 
 
 def check(op: Mapping[str, Any]) -> None:
-    """Raises RecipeError where a fact's ``op`` names no step."""
-    if op and op.get("op") not in _STEPS:
-        raise RecipeError(f"op {op.get('op')!r} is unknown; known are {', '.join(_STEPS)}")
+    """Raises RecipeError where a fact's ``op`` names no step, or does not give what the step takes."""
+    if not op:
+        return
+    name = op.get("op")
+    if not isinstance(name, str) or name not in _STEPS:
+        raise RecipeError(f"op {name!r} is unknown{did_you_mean(str(name), _STEPS)}; known are {', '.join(_STEPS)}")
+    takes = {key: known for key, known in inspect.signature(_STEPS[name]).parameters.items() if known.kind is known.KEYWORD_ONLY}
+    given = op.keys() - {"op"}
+    if unknown := sorted(given - takes.keys()):
+        raise RecipeError(f"op {name} has no {unknown[0]!r}{did_you_mean(unknown[0], takes)}; it takes {', '.join(takes)}")
+    if missing := [key for key, known in takes.items() if known.default is known.empty and key not in given]:
+        raise RecipeError(f"op {name} needs {', '.join(missing)}")
 
 
 def _rows(nodes: Sequence[AnyNode], _entries: Lookup, *, stop: int, start: int = 0) -> AnyNode:

@@ -8,6 +8,7 @@ from typing import Any
 
 from streamconv import steps
 from streamconv.application import Conversion
+from streamconv.axes import MOST_PARTS
 from streamconv.errors import CoverageError
 from streamconv.facts import Option
 from streamconv.graph import AnyNode, Node, made_of
@@ -17,6 +18,7 @@ OPTIONS = {
     "resize_vocab": Option("rows of the input embedding and the output head; new ones are sampled like the old ones", kind="int"),
     "seed": Option("which random numbers new rows are made of", 0),
 }
+MOST_NEW = (MOST_PARTS - 1) * SampleRows.MOST  # rows that are added: one op for so many, and all of them are parts of one layout
 _EMBEDDINGS = (
     "embed_tokens.weight", "word_embeddings.weight", "wte.weight", "embed_in.weight", "shared.weight", "tok_embeddings.weight",
     "token_embedding.weight", "tok_embeddings.embedding_weight", "embedding_table",
@@ -50,6 +52,8 @@ def resize_vocab(conversion: Conversion, options: Mapping[str, Any]) -> Conversi
         raise CoverageError(f"resize_vocab: {odd} is {conversion.outputs[odd].spec}, {names[0]} has {count} rows: which is the vocabulary?")
     if rows < 1:
         raise CoverageError(f"resize_vocab={rows}: give at least 1")
+    if rows - count > MOST_NEW:
+        raise CoverageError(f"resize_vocab={rows}: at most {MOST_NEW} rows are added to {count}: give at most {count + MOST_NEW}")
     made: dict[object, tuple[AnyNode, str]] = {}
     outputs, told = dict(conversion.outputs), {}
     for name in names:

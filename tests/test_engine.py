@@ -15,7 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from checkpoint_files import write
 
+import streamconv
 from streamconv.compiler import compile_plan
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine import check, direct, io, local, order
@@ -344,3 +347,13 @@ def test_a_map_that_ends_meanwhile_is_an_error_and_no_signal(tmp_path, length):
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "file", str(length)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert f"file: ends at byte {length}, " in done.stderr
+
+
+def test_a_task_looks_at_its_own_source_and_no_other(tmp_path, monkeypatch):
+    """With as many sources as tasks, a look at all of them for each task would take the square."""
+    write(tmp_path / "src", {f"w{k}": torch.ones(8) for k in range(30)}, shards=30)
+    looked: list[str] = []
+    real = local.fingerprint
+    monkeypatch.setattr(local, "fingerprint", lambda path: looked.append(path) or real(path))
+    streamconv.convert(tmp_path / "src", tmp_path / "dst")
+    assert len(looked) <= 5 * 30

@@ -41,7 +41,7 @@ from streamconv.engine.reclaim import Reclaim, find_reads
 from streamconv.engine.threads import run_threads
 from streamconv.engine.worker import FileWorker
 from streamconv.errors import DestinationError, Interrupted, RunError, SourceChanged, StreamconvError, UsageError
-from streamconv.plan import Compute, Copy, Plan, Segment
+from streamconv.plan import Compute, Copy, Plan, Segment, SourceFile
 from streamconv.runs import Move
 from streamconv.storage import is_url
 from streamconv.storage.ranges import fingerprint, fingerprints
@@ -62,18 +62,22 @@ def partial(path: Path, suffix: str = PARTIAL) -> Path:
     return path.with_name(f"{path.name}{suffix}")
 
 
-def check_sources(plan: Plan, paths: Container[str] | None = None, *, given_back: Container[str] = ()) -> None:
+def check_sources(plan: Plan, *, given_back: Container[str] = ()) -> None:
     """Refuses sources that are not what was planned with.
 
     Args:
         plan: whose sources they are.
-        paths: those to look at; all unless given.
         given_back: those that this conversion itself may have punched or removed.
 
     Raises:
         SourceChanged: size or modification time differ.
     """
-    wanted = [source for source in plan.sources if source.path not in given_back and (paths is None or source.path in paths)]
+    check_files(source for source in plan.sources if source.path not in given_back)
+
+
+def check_files(planned: Iterable[SourceFile]) -> None:
+    """Refuses source files that are not what was planned with. Raises SourceChanged."""
+    wanted = list(planned)
     remote = fingerprints(source.path for source in wanted if is_url(source.path))
     for source in wanted:
         try:
@@ -109,6 +113,7 @@ class LocalEngine:
         self._plan, self._journal, self._progress = plan, journal, progress
         self._checksum, self._reclaim, self._suffix = checksum, reclaim, suffix
         self._root = Path(plan.root)
+        self._sources = {source.path: source for source in plan.sources}
         self._workers, self._descriptors = share_descriptors(plan.workers)
         self._targets = Files(os.O_RDWR | NOFOLLOW, min(16, self._workers))
         self._is_direct = plan.read_backend == "auto" and not shares_extents(self._root)
@@ -160,9 +165,12 @@ class LocalEngine:
                 if self._plan.files[number].path not in self._journal.finished and not self._is_commit(number):
                     self._finish(number)
 
-    def _check_sources(self, paths: Container[str] | None = None) -> None:
+    def _check_sources(self, paths: Iterable[str] | None = None) -> None:
+        """Looks at these sources, or at all; not at those that may have been given back."""
+        given_back = self._reclaim.touched(self._journal.finished) if self._reclaim else ()
+        wanted = self._sources if paths is None else paths
         try:
-            check_sources(self._plan, paths, given_back=self._reclaim.touched(self._journal.finished) if self._reclaim else ())
+            check_files(self._sources[path] for path in wanted if path not in given_back)
         except UsageError as error:  # access that has expired meanwhile
             raise RunError(f"{error}, then rerun the same command with --resume") from error
 

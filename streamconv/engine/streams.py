@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from streamconv.engine.io import CHUNK, describe_os_error, share_descriptors
 from streamconv.engine.journal import Ledger
-from streamconv.engine.local import LocalEngine, Progress, check_sources
+from streamconv.engine.local import LocalEngine, Progress, check_files
 from streamconv.engine.order import place_of
 from streamconv.engine.readers import known_urls
 from streamconv.engine.reclaim import find_reads
@@ -135,7 +135,8 @@ class _Streams:
                         write(piece)
                         done += len(piece)
                         self._report(len(piece))
-                    check_sources(self._plan, set(find_reads(self._plan, file)))
+                    reads = find_reads(self._plan, file)
+                    check_files(source for source in self._plan.sources if source.path in reads)
             except Failed:
                 self._report(-done)
                 raise

@@ -6,6 +6,7 @@ A module here is declarations only: a tuple ``RECIPES``. Another package adds re
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -20,11 +21,14 @@ from typing import Any
 from streamconv.declaration import KINDS
 from streamconv.errors import NotationError, RecipeError, UsageError
 from streamconv.names import nearest
+from streamconv.reading import read_whole
 from streamconv.recipe import Recipe, find_writer
 
 GROUP = "streamconv.recipes"
 INVERSE = ":inverse"
 _MAX_FILE = 4 << 20  # bytes of a recipe file
+_DEEPEST = 32  # lists and mappings in each other
+_MOST = 200_000  # texts, numbers, lists and mappings
 
 
 @cache
@@ -119,10 +123,10 @@ def load(path: Path) -> Recipe:
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > _MAX_FILE:
-            raise RecipeError(f"{path}: larger than {_MAX_FILE} bytes, which no recipe is")
-        return path.read_text(encoding="utf-8")
+        return read_whole(path, _MAX_FILE).decode()
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise RecipeError(f"{path}: larger than {_MAX_FILE} bytes, which no recipe is") from error
         raise UsageError(f"{path}: cannot be read: {error.strerror}; give the path of a recipe file") from error
     except ValueError as error:
         raise RecipeError(f"{path}: not UTF-8 text") from error
@@ -134,6 +138,7 @@ def _parse(text: str, *, json_only: bool) -> tuple[Any, Any]:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
+        _check_extent(yaml, loader, text.replace("\t", " ") if json_only else text)
         data = json.loads(text) if json_only else None
         reader = loader(text.replace("\t", " ") if json_only else text)  # JSON may be indented by tabs, YAML may not
         node = reader.get_single_node()
@@ -144,6 +149,32 @@ def _parse(text: str, *, json_only: bool) -> tuple[Any, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise RecipeError(f"{_place(mark)}: cannot be parsed: {error.problem or error.context}") from error
+
+
+def _check_extent(yaml: Any, loader: Any, text: str) -> None:
+    """Refuses what would grow: YAML that is nested deeply, or that says things many times by its aliases.
+
+    It is looked at piece by piece, before anything is made of it.
+    """
+    depth = count = 0
+    sizes: dict[str, int] = {}  # how many pieces an anchor stands for
+    begun: list[tuple[str | None, int]] = []
+    for event in yaml.parse(text, Loader=loader):
+        count += 1
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in (name for name, _ in begun):
+                raise RecipeError(f"{_place(event.start_mark)}: *{event.anchor} lies in itself; write it out")
+            count += sizes.get(event.anchor, 0)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            begun.append((event.anchor, count))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, start = begun.pop()
+            if name is not None:
+                sizes[name] = count - start
+        depth = len(begun)
+        if depth > _DEEPEST or count > _MOST:
+            problem = f"nested more than {_DEEPEST} deep" if depth > _DEEPEST else f"more than {_MOST} items, those of aliases counted"
+            raise RecipeError(f"{_place(event.start_mark)}: {problem}, which no recipe has")
 
 
 def _check_keys(node: Any, seen: set[int]) -> None:
