@@ -39,6 +39,8 @@ class Apart:
             raise UsageError(f"--part {part[0]}/{part[1]}: expected I/N with I from 0 or 1 up to N, such as 3/16")
         if part and checksum:
             raise UsageError("--checksum goes with --finish: leave it out of --part")
+        if part and overwrite and resume:
+            raise UsageError("--part: --overwrite is not allowed with --resume: parts always go on with what is begun")
         if finish and overwrite:
             raise UsageError("--overwrite goes with --part: --finish has nothing to overwrite")
         self._plan, self._part, self._is_all = plan, part, not part and not finish
@@ -77,6 +79,8 @@ class Apart:
     def run(self, progress: bool | Progress) -> Result:
         """Makes what is not there, and ends what is to be ended."""
         started, plan, waiting = time.perf_counter(), self._plan, list[int]()
+        if self._overwrite and self._resume:
+            self._overwrite = not self._claim.exists()
         check_sources_stay(plan, overwrite=self._overwrite)
         check_sources(plan.for_files(self._numbers))
         with Unwinding(), watch() as figures:

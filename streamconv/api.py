@@ -336,7 +336,7 @@ def convert(
         import ml_dtypes  # noqa: F401 - loaded first, with numpy, so that the plan counts what measuring differences takes
     target = target_of(dst, format, create_pr=create_pr)
     described = _describe(src, settings)
-    with _noted(target, described, overwrite=overwrite):
+    with _noted(target, described, overwrite=overwrite and not resume):
         made = _find_begun(src, target, reclaim_source=reclaim_source) if resume else None
         if made is None:
             try:

@@ -14,6 +14,7 @@ from typing import Any
 
 from streamconv import __version__, api, interrupts, matching, recipes, report, running
 from streamconv.console import Console, StdoutError
+from streamconv.engine.io import name_in
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError, writing
 from streamconv.kept import check_replaceable, check_report
@@ -147,6 +148,11 @@ def _pull_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--create-pr", action="store_true", help="upload to the Hub as a pull request; DST may then be SRC's repository")
 
 
+def _again(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="remove weight and index files in DST first")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run; with --overwrite too: if one has begun")
+
+
 def _conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="a checkpoint: a directory, a file, or a URL (https, hf, s3, gs)")
     parser.add_argument("dst", metavar="DST", help="a file if it ends in the container's suffix, else a directory; or a URL (hf, s3, gs)")
@@ -160,9 +166,7 @@ def _conversion(parser: argparse.ArgumentParser) -> None:
     )
     _engine(parser)
     _pull_request(parser)
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument("--overwrite", action="store_true", help="remove weight and index files in DST first")
-    again.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    _again(parser)
     parser.add_argument("--verify", action="store_true", help="read everything back and compare after writing")
     parser.add_argument("--checksum", action="store_true", help="write SHA256SUMS, too, for 'sha256sum --check'")
     parser.add_argument(
@@ -212,9 +216,7 @@ def _build_parser() -> _Parser:
     run.add_argument("plan", metavar="FILE", help="the plan; it holds no credentials: those of the environment are used")
     _engine(run)
     _pull_request(run)
-    again = run.add_mutually_exclusive_group()
-    again.add_argument("--overwrite", action="store_true", help="remove weight and index files in DST first")
-    again.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    _again(run)
     run.add_argument("--verify", action="store_true", help="read everything back and compare after writing")
     run.add_argument("--checksum", action="store_true", help="write SHA256SUMS, too")
     share = run.add_mutually_exclusive_group()
@@ -589,7 +591,7 @@ def _execute(given: Sequence[str], out: Console, *, is_process: bool) -> int:
     except MemoryError as error:
         return out.fail(f"out of memory ({error}); use a smaller --max-memory or fewer --workers", 3, verbose=verbose)
     except OSError as error:
-        return out.fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 3, verbose=verbose)
+        return out.fail(f"{name_in(error) or ' '.join(given[:3])}: {error.strerror or error}", 3, verbose=verbose)
     except Exception as error:
         if not is_process:
             raise

@@ -76,8 +76,6 @@ class Target:
         path = self.path
         if isinstance(checkpoint.path, Path):
             self._check_source(checkpoint.path, [Path(str(file)) for file in checkpoint.contents.files])
-        if overwrite and resume:
-            raise UsageError("--overwrite and --resume exclude each other: start afresh, or continue")
         if path.exists() and not path.is_dir() and not self.file:
             raise DestinationError(f"{path}: exists and is not a directory: give another DST")
         above = next((parent for parent in self.root.parents if parent.exists() or parent.is_symlink()), None)
@@ -132,8 +130,6 @@ class RemoteTarget:
     def check(self, checkpoint: Checkpoint, *, overwrite: bool, resume: bool) -> None:
         """Refuses a DST that is, holds or lies in SRC, or that has something in it, as far as its store tells."""
         path, src, sink = self.path, str(checkpoint.path), open_sink(self.root, create_pr=self.create_pr)
-        if overwrite and resume:
-            raise UsageError("--overwrite and --resume exclude each other: start afresh, or continue")
         if self.create_pr:
             return
         if path == src or sink.holds(src):

@@ -66,7 +66,7 @@ def run(
     Args:
         plan: what `plan` made; its sources must not have changed since.
         overwrite: remove weight and index files that are in the way first, nothing else.
-        resume: keep what an interrupted run of the same plan has finished.
+        resume: keep what an interrupted run of the same plan has finished; with ``overwrite``, too: where one has begun.
         verify: read everything back and compare.
         checksum: write ``SHA256SUMS``, too, which ``sha256sum --check`` reads.
         reclaim_source: DELETE the source: give the space of its weight files back as soon as what was made of them is durable and checked.
@@ -96,6 +96,9 @@ def run(
     root = Path(plan.root)
     if resume and is_overwrite_noted(journal_path(root, plan.single), settings or {}):
         overwrite, resume = True, False  # as it would have gone on, had it not been killed before its journal was begun
+    elif overwrite and resume:
+        resume = journal_path(root, plan.single).exists() or _is_complete(plan)
+        overwrite = not resume
     check_sources_stay(plan, overwrite=overwrite)
     if checksum:  # the source's own, if it has one, is of other files
         plan = replace(plan, files=tuple(file for file in plan.files if file.path != SUMS))

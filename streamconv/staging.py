@@ -91,7 +91,8 @@ def _clear(prefix: str) -> None:
 
 def _remove(folder: Path) -> None:
     for _ in range(_ATTEMPTS):
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # which it raises all the same where it cannot close a folder
+            shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
 

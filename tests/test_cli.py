@@ -1072,7 +1072,6 @@ REFUSED = {
     "DST a URL": (["convert", "{src}", "s3://bucket/dst"], "s3://bucket/dst"),
     "DST name too long": (["convert", "{src}", "{tmp}/" + "n" * 300], "too long"),
     "DST file name too long": (["convert", "{src}", "{tmp}/" + "n" * 300 + ".safetensors"], "too long"),
-    "overwrite and resume": (["convert", "{src}", "{dst}", "--overwrite", "--resume"], "not allowed with"),
     "recipe unknown": (["convert", "{src}", "{dst}", "--recipe", "internvl"], "unknown recipe 'internvl'"),
     "recipe file missing": (["convert", "{src}", "{dst}", "--recipe", "{tmp}/none.yaml"], "none.yaml"),
     "recipe file a directory": (["convert", "{src}", "{dst}", "--recipe", "{tmp}/folder.yaml"], "folder.yaml"),

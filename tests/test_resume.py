@@ -220,6 +220,21 @@ def test_an_overwrite_that_is_killed_before_its_journal_is_begun_is_gone_on_with
     assert read_tree(dst) == read_tree(tmp_path / "whole")
 
 
+def test_the_same_command_with_resume_goes_on_with_an_overwrite(source, tmp_path, monkeypatch):
+    dst = tmp_path / "dst"
+    write(dst, {"old": random_tensor(4)})
+    monkeypatch.setattr(journal, "note_overwrite", lambda *_: None)
+    interrupt(monkeypatch, source, dst, "--overwrite")
+    begun = go_on(monkeypatch, source, dst, "--overwrite")
+    assert len(begun) < 28
+    assert not go_on(monkeypatch, source, dst, "--overwrite")  # complete
+    write(dst, {"old": random_tensor(4)})  # over the index of that: nothing is to be gone on with
+    next(dst.glob("model-*.safetensors")).unlink()
+    assert go_on(monkeypatch, source, dst, "--overwrite")
+    assert run("convert", source, tmp_path / "whole", *SMALL) == 0
+    assert read_tree(dst) == read_tree(tmp_path / "whole")
+
+
 def test_an_overwrite_that_is_refused_leaves_no_note(source, tmp_path, capsys):
     dst = tmp_path / "dst"
     write(dst, {"old": random_tensor(4)})

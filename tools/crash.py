@@ -199,11 +199,6 @@ def crash(kind: str, kills: int, folder: Path, chance: random.Random) -> Count:
             dst.mkdir()
             shutil.copy(next(original.glob("*.safetensors")), dst / "model.safetensors")
 
-    def go_on() -> list[str]:
-        """What resumes: of an overwrite that was killed before it noted anything, the same command."""
-        begun = kind != "overwrite" or any(dst.glob(".streamconv.json*")) or not (dst / "model.safetensors").exists()
-        return [*(text for text in arguments if text != "--overwrite"), "--resume"] if begun else arguments
-
     clean()
     began = time.monotonic()
     if code := finish(start(arguments, log)):
@@ -215,7 +210,7 @@ def crash(kind: str, kills: int, folder: Path, chance: random.Random) -> Count:
         clean()
         hits, resumed = 0, False
         for again in range(1 + (chance.random() < 0.3)):
-            pid = start(go_on() if again else arguments, log)
+            pid = start([*arguments, "--resume"] if again else arguments, log)
             time.sleep(chance.uniform(0, length))
             os.kill(pid, signal.SIGKILL)
             code = finish(pid)
@@ -223,7 +218,7 @@ def crash(kind: str, kills: int, folder: Path, chance: random.Random) -> Count:
             resumed = bool(again)
             if code > 0:
                 raise CrashError(f"{kind}: {'resumed, ' if resumed else ''}exit code {code}: {log.with_suffix('.err').read_text()}")
-        if code := finish(start(go_on(), log)):
+        if code := finish(start([*arguments, "--resume"], log)):
             raise CrashError(f"{kind}: resumed, exit code {code}: {log.with_suffix('.err').read_text()}; left in {folder / kind}")
         if (found := read_tree(dst)) != wanted:
             differing = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]

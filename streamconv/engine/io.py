@@ -180,7 +180,7 @@ def located(path: str, offset: int) -> Iterator[None]:
 
 def locate(error: OSError, path: str, offset: int) -> OSError:
     """The error with the byte of the file at which it came, unless it names a file already."""
-    return error if error.filename is not None else OSError(error.errno, error.strerror or str(error), f"{path}, byte {offset}")
+    return error if name_in(error) else OSError(error.errno, error.strerror or str(error), f"{path}, byte {offset}")
 
 
 _seek_lock = threading.Lock()
@@ -337,8 +337,13 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
+def name_in(error: OSError) -> str:
+    """The file that an error names, or nothing; of one that came by a descriptor, Python gives the number."""
+    return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+
+
 def describe_os_error(error: OSError, path: str) -> RunError:
     """An operating system's error as one of ours."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(f"{path}: no room left on the disk; free some and rerun the same command with --resume")
-    return RunError(f"{error.filename or path}: {error.strerror or error}; mend that and rerun the same command with --resume")
+    return RunError(f"{name_in(error) or path}: {error.strerror or error}; mend that and rerun the same command with --resume")

@@ -39,7 +39,7 @@ MOST = 256 << 20  # bytes of a journal
 ONLY_COPY = "holds the only copy of tensors whose source was given back (--reclaim-source)"
 IN_PARTS = "its files are made in parts: make the others with 'streamconv run PLAN --part I/N', then 'streamconv run PLAN --finish'"
 _OWN = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
-_STRANGE = {errno.ELOOP, errno.EISDIR, errno.ENXIO}  # what opening a link, a folder or a device says
+_STRANGE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL, errno.EFBIG}  # what links, folders, devices and large files say
 ATTEMPTS = 3  # to remove what must not be left, where the system fails now and then
 _NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
@@ -251,6 +251,8 @@ class Journal(Ledger):
                 check_whole(fd, MOST)
             except OSError as error:
                 os.close(fd)
+                if error.errno not in _STRANGE:
+                    raise
                 raise _describe_stranger(path, error) from error
             if not _lock_or_close(fd):
                 holder = _last(_read_lines(fd)[0], "holder") or {}
