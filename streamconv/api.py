@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv import memory, recipes
 from streamconv.bridge import choose_kept
 from streamconv.casting import Casting
-from streamconv.checkpoint import CONTAINERS, Checkpoint, open_checkpoint, read_config
+from streamconv.checkpoint import CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.compiler import compile_plan
 from streamconv.destination import RemoteTarget, Target, check_folders, check_names, target_of
 from streamconv.doctor import Examination, examine
@@ -99,8 +99,9 @@ def plan(
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     target = target_of(dst, format, chosen.target.format if chosen else "safetensors", create_pr=create_pr)
-    own = read_identity_options(options or {}) if chosen is None else {}
-    checkpoint = open_side(src, chosen.source if chosen else Side(), root=own.get("root"))
+    root, options = _take_root(chosen, options)
+    own = read_identity_options(options) if chosen is None else {}
+    checkpoint = open_side(src, chosen.source if chosen else Side(), root)
     left: list[str] = []
     if target.file or chosen:
         checkpoint, left = _own_component(checkpoint, target)
@@ -111,7 +112,7 @@ def plan(
     beside = _beside(sidecars_from)
     if beside is not None and not beside.is_dir():
         raise UsageError(f"--sidecars-from {beside}: not a directory")
-    conversion = _convert_names(checkpoint, chosen, options or {}, Casting(dtype, keep_dtype), beside)
+    conversion = _convert_names(checkpoint, chosen, options, Casting(dtype, keep_dtype), beside)
     container = CONTAINERS[target.format]
     keeps = container.stores_ties_once and own.get("tied", "keep") == "keep"
     tied = _ties(checkpoint.others if chosen else checkpoint, conversion) if keeps else {}
@@ -491,17 +492,38 @@ def _with_comparison(made: Plan, limit: int) -> Plan:
     return replace(made, peak_memory=peak)
 
 
-def doctor(path: AnyPath, *, data: bool = False) -> Examination:
+def _take_root(chosen: Recipe | None, options: Mapping[str, object] | None) -> tuple[str | None, dict[str, object]]:
+    """Where the tensors are in a file that torch.save wrote, which can be said with any recipe, and the other options."""
+    others = dict(options or {})
+    root = None if chosen is not None and "root" in chosen.options else others.pop("root", None)
+    return None if root is None else str(root), others
+
+
+def _open_both(a: AnyPath, b: AnyPath, chosen: Recipe | None, root: str | None) -> tuple[Checkpoint, Checkpoint]:
+    """Two checkpoints to compare; the root is that of the first, and of the second if it has one or the first cannot have any."""
+    sides = (chosen.source, chosen.target) if chosen else (Side(), Side())
+    nests = [detect_format(find_checkpoint(path)[0]) == "torch" for path in (a, b)] if root is not None else []
+    if nests == [False, True]:
+        return open_side(a, sides[0]), open_side(b, sides[1], root)
+    left = open_side(a, sides[0], root)
+    if nests == [True, True]:
+        with suppress(UsageError):
+            return left, open_side(b, sides[1], root)
+    return left, open_side(b, sides[1])
+
+
+def doctor(path: AnyPath, *, data: bool = False, root: str | None = None) -> Examination:
     """Looks for damage and contradictions in a checkpoint, and for the recipes that fit it.
 
     Args:
         path: a directory, a file or a URL.
         data: look at the numbers, too: NaN, Inf, constant tensors.
+        root: the key of the dict of tensors in a file that torch.save wrote.
 
     Raises:
         StreamconvError: there is nothing at ``path`` that could be a checkpoint.
     """
-    found = examine(path, data=data)
+    found = examine(path, data=data, root=root)
     with suppress(StreamconvError):
         found.recipes = match_recipes(path)
     return found
@@ -530,11 +552,10 @@ def verify(
     if read_backend not in BACKENDS:
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    own = read_identity_options(options or {}) if chosen is None else {}
-    sides = (chosen.source, chosen.target) if chosen else (Side(), Side())
-    left, right = open_side(a, sides[0], own.get("root")), open_side(b, sides[1])
+    root, options = _take_root(chosen, options)
+    left, right = _open_both(a, b, chosen, root)
     beside = _beside(sidecars_from)
-    made = _convert_names(left, chosen, options or {}, Casting(dtype, keep_dtype), beside)
+    made = _convert_names(left, chosen, options, Casting(dtype, keep_dtype), beside)
     found = right.contents.entries if chosen else _with_ties(right)
     total = sum(entry.spec.nbytes for entry in found.values())
     with bar(total, "comparing", show=progress) as tell:

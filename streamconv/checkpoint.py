@@ -252,7 +252,7 @@ def open_checkpoint(
         return Checkpoint(where, joined, config, opened)
     chosen, ranked = choose_files(where, ranks, files)
     by_rank = by_rank or ranked
-    name, found = _choose(where, chosen, by_rank=by_rank)
+    name, found = _choose(where.absolute(), chosen, by_rank=by_rank)
     if root is not None and name != "torch":
         raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
     given: dict[str, Any] = {} if root is None else {"root": root}

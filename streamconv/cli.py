@@ -116,6 +116,11 @@ class _Parser(argparse.ArgumentParser):
         own.error(f"unknown option {unknown}{did_you_mean(unknown, known[command])}")
 
 
+def _root(parser: argparse.ArgumentParser) -> None:
+    text = f"root=KEY: {IDENTITY_OPTIONS['root'].help}"
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
+
+
 def _memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-memory", metavar="SIZE", default=api.MAX_MEMORY, help="bound on the process's peak resident memory (1GB)")
     parser.add_argument("-j", "--workers", metavar="N", type=int, help="concurrent copies and tiles")
@@ -224,12 +229,12 @@ def _build_parser() -> _Parser:
         "--part", metavar="I/N", type=_read_part, help="make the files of part I of N only; anywhere, in any order, also again"
     )
     share.add_argument("--finish", action="store_true", help="check what the parts have made, and write the index")
-    inspect = add("inspect", "List names, dtypes, shapes, files and sizes, from headers only.")
+    inspect = add("inspect", "List names, dtypes, shapes, files and sizes, from headers only.", _root)
     inspect.add_argument("src", metavar="SRC", help="a directory, a file, or a URL")
     inspect.add_argument("--filter", metavar="PATTERN", help="only tensors of such names: a name pattern, a glob, or a part of the name")
     inspect.add_argument("--stats", action="store_true", help="min, max, mean and norm, from the data")
     inspect.add_argument("--all", action="store_true", help="a line for each tensor, with its file")
-    doctor = add("doctor", "Look for damage and contradictions, from headers, index and config.")
+    doctor = add("doctor", "Look for damage and contradictions, from headers, index and config.", _root)
     doctor.add_argument("src", metavar="SRC", help="a directory, a file, or a URL")
     doctor.add_argument("--data", action="store_true", help="look at the numbers too: NaN, Inf, constant tensors")
     verify = add("verify", "Compare two checkpoints tensor by tensor, or a recipe's result with B.", _recipe, _memory)
@@ -279,6 +284,14 @@ def _options(given: Sequence[str]) -> dict[str, object]:
             raise UsageError(f"--set {key}: given twice")
         values[key] = value
     return values
+
+
+def _root_of(args: argparse.Namespace) -> str | None:
+    """The one option of commands that only read."""
+    given = _options(args.set)
+    if other := next((key for key in given if key != "root"), None):
+        raise UsageError(f"--set {other}: {args.command} takes root=KEY and no other option: leave it out")
+    return None if (root := given.get("root")) is None else str(root)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -413,7 +426,7 @@ def _run(args: argparse.Namespace, out: Console) -> int:
 
 
 def _inspect(args: argparse.Namespace, out: Console) -> int:
-    checkpoint, ranks = open_with_ranks(args.src)
+    checkpoint, ranks = open_with_ranks(args.src, root=_root_of(args))
     if ranks:
         merging = matching.suggest_merging(checkpoint.path)
         does = f": --recipe {merging[0]} merges them" if merging else ""
@@ -429,7 +442,7 @@ def _inspect(args: argparse.Namespace, out: Console) -> int:
 
 
 def _doctor(args: argparse.Namespace, out: Console) -> int:
-    found = api.doctor(locate(args.src), data=args.data)
+    found = api.doctor(locate(args.src), data=args.data, root=_root_of(args))
     if args.json:
         out.say_json(found.summary())
     elif not args.quiet:

@@ -62,7 +62,7 @@ class Examination:
         return join_lines([*lines, (f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")])
 
 
-def examine(path: str | os.PathLike[str], *, data: bool = False) -> Examination:
+def examine(path: str | os.PathLike[str], *, data: bool = False, root: str | None = None) -> Examination:
     """Looks at a checkpoint, with its components in folders.
 
     Raises:
@@ -76,7 +76,7 @@ def examine(path: str | os.PathLike[str], *, data: bool = False) -> Examination:
         whole.findings.append(Finding(_short(error, path), str(path), "components of the model are not found", "mend it, or get it again"))
         folders = []
     for folder in folders or [""]:
-        found = _examine_component(within(path, folder), data=data, is_component=folder != "")
+        found = _examine_component(within(path, folder), None if folder else root, data=data, is_component=folder != "")
         whole.format = whole.format or found.format
         whole.findings += (replace(finding, where=f"{folder}: {finding.where}") if folder else finding for finding in found.findings)
         whole.dtypes = dict((Counter(whole.dtypes) + Counter(found.dtypes)).most_common())
@@ -95,7 +95,7 @@ def _check_pointers(path: Location) -> Iterator[Finding]:
         yield Finding("it is a Git LFS pointer, not the file", name, "what needs the file fails", "fetch it: git lfs pull")
 
 
-def _examine_component(path: Location, *, data: bool, is_component: bool) -> Examination:
+def _examine_component(path: Location, root: str | None, *, data: bool, is_component: bool) -> Examination:
     """Looks at one component of a checkpoint, which may be all of it; ``is_component``: what the whole says it need not say."""
     called = find_ranks(path)
     name = _detect_format(path, called)
@@ -103,10 +103,10 @@ def _examine_component(path: Location, *, data: bool, is_component: bool) -> Exa
     tables: dict[str, Mapping[str, AnyNode]] = {}
     checkpoint: Checkpoint | None = None
     if path.is_dir():
-        tables = _read_files(path, name, called, found)
+        tables = _read_files(path, name, root, called, found)
     ranks = next((one for one in called if one.holds(tables)), None)
     try:
-        checkpoint, known = open_with_ranks(path, components=False)
+        checkpoint, known = open_with_ranks(path, root=root, components=False)
     except FormatError as error:
         if not found.findings and ranks is None:
             found.findings.append(Finding(_short(error, path), str(path), "nothing can read it", "download or write it again"))
@@ -149,7 +149,9 @@ def _short(error: Exception, path: Location) -> str:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_files(path: Location, name: str, called: Sequence[RankSet], found: Examination) -> dict[str, Mapping[str, AnyNode]]:
+def _read_files(
+    path: Location, name: str, root: str | None, called: Sequence[RankSet], found: Examination
+) -> dict[str, Mapping[str, AnyNode]]:
     """The tensors of each weight file by itself, so that one damaged file does not hide the others."""
     kind = CONTAINERS[name].names
     tables: dict[str, Mapping[str, AnyNode]] = {}
@@ -160,7 +162,7 @@ def _read_files(path: Location, name: str, called: Sequence[RankSet], found: Exa
     ]
     names += [file for ranks in called for file in ranks.files if "/" in file]
     files = [path / file for file in names]
-    for file, read in zip(names, each(files, lambda file: _read_file(file, name)), strict=True):
+    for file, read in zip(names, each(files, lambda file: _read_file(file, name, root)), strict=True):
         if isinstance(read, StreamconvError):
             again = "download it again, or write it again from its source"
             found.findings.append(Finding(_short(read, (path / file).absolute()), file, "its tensors cannot be trusted", again))
@@ -169,10 +171,11 @@ def _read_files(path: Location, name: str, called: Sequence[RankSet], found: Exa
     return tables
 
 
-def _read_file(file: Location, name: str) -> Mapping[str, AnyNode] | StreamconvError:
+def _read_file(file: Location, name: str, root: str | None) -> Mapping[str, AnyNode] | StreamconvError:
     try:
         own = detect_format(file) if name == "mindspore" else name  # whose files are called as many of torch.save are
-        return CONTAINERS[own].read(file).entries
+        given = {"root": root} if own == "torch" else {}
+        return CONTAINERS[own].read(file, **given).entries
     except StreamconvError as error:
         return error
 

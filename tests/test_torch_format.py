@@ -452,7 +452,7 @@ HOSTILE = {
     "an instance opcode": (lambda p: forge(p, b"\x80\x02(ios\nsystem\n."), "objects of os.system"),
     "ends early": (lambda p: forge(p, b"\x80\x02}"), "EOFError"),
     "empty stack": (lambda p: forge(p, b"\x80\x02R."), "IndexError"),
-    "a huge memo": (lambda p: forge(p, b"\x80\x02}r\xff\xff\xff\xff."), "take more than 448 MiB"),
+    "a huge memo": (lambda p: forge(p, b"\x80\x02}r\xff\xff\xff\xff."), "remembers something as 4294967295"),
     "a huge string": (lambda p: forge(p, b"\x80\x02X\xff\xff\xff\xff."), "ends too early"),
     "a deep key": (lambda p: forge(p, nested_key()), "no tensor in it"),
     "items into a type": (lambda p: forge(p, b"\x80\x02ctorch\nSize\nNNs."), "puts items into"),

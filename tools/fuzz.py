@@ -62,8 +62,10 @@ def mindspore_seeds() -> list[bytes]:
 
 
 def torch_seeds() -> list[bytes]:
-    """Files as torch.save writes them, new and old."""
+    """Files as torch.save writes them, new and old, of tables and modules, and one of torch.jit.save."""
     import io
+    import itertools
+    import warnings
 
     import torch
 
@@ -72,13 +74,18 @@ def torch_seeds() -> list[bytes]:
         {"a": torch.ones(2, 3), "b": {"c": shared[:4], "d": shared[4:].view(2, 4).t()}, "n": 3, "s": "text"},
         {"state_dict": {"w": torch.ones(2, dtype=torch.bfloat16), "p": torch.nn.Parameter(torch.ones(1))}, "epoch": [1, 2]},
     ]
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    tables.append({"model": model, "args": argparse.Namespace(lr=0.1), "ids": {1, 2}, "optimizer": torch.optim.SGD(model.parameters())})
     found = []
-    for table in tables:
-        for zipped in (True, False):
-            buffer = io.BytesIO()
-            torch.save(table, buffer, _use_new_zipfile_serialization=zipped)
-            found.append(buffer.getvalue())
-    return found
+    for table, zipped, protocol in itertools.product(tables, (True, False), (2, 4)):
+        buffer = io.BytesIO()
+        torch.save(table, buffer, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
+        found.append(buffer.getvalue())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        buffer = io.BytesIO()
+        torch.jit.save(torch.jit.script(model), buffer)
+    return [*found, buffer.getvalue()]
 
 
 def recipe_seeds() -> list[bytes]:

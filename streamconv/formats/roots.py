@@ -241,7 +241,8 @@ def find(path: Location, tree: Any) -> Candidate:
     """The part of a tree that is the weights.
 
     Raises:
-        FormatError: there is none, or there are several.
+        FormatError: there is none.
+        UsageError: there are several, or only the state of a trainer.
     """
     if _is_tensor(tree):
         return Candidate((), tree, named=False)
@@ -251,12 +252,12 @@ def find(path: Location, tree: Any) -> Candidate:
     if found:
         listed = ", ".join(f"{short.repr(one.root)} ({count_tensors([one.node])} tensors)" for one in found[:8])
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        raise FormatError(
+        raise UsageError(
             f"{show(path)}: several parts hold weights: {listed}{more}: say which with --set root={found[0].root} or another of them "
             "(--set root= takes all)"
         )
     if count := count_tensors([tree]):
-        raise FormatError(
+        raise UsageError(
             f"{show(path)}: none of its {count} tensors is a model's, they are the state of an optimizer or a trainer; found "
             f"{describe(tree)}: "
             "give another file, or --set root=KEY for a part of this one"

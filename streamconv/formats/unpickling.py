@@ -18,6 +18,7 @@ _MAX_STEPS = 1 << 24  # opcodes
 _MAX_TEXT = 64 << 10  # bytes of a text that is kept: names are shorter
 MAX_BYTES = 1 << 10  # the same of raw bytes
 _MAX_LINE = 64 << 10
+_MAX_GAP = 1 << 20  # numbers in the memo that pickletools.optimize may have left out
 _MAX_INTEGER = 1 << 10  # bytes of a number
 _PIECE = 1 << 20
 _NEWEST = 5
@@ -187,7 +188,10 @@ class Machine:
             self._above_mark()
 
     def _put(self, index: int) -> None:
-        self._spend(9 * max(1, index + 1 - len(self._memo)))
+        more = max(1, index + 1 - len(self._memo))
+        if more > _MAX_GAP:
+            raise Refused(f"it remembers something as {index}, and nothing since {len(self._memo)}")
+        self._spend(9 * more)
         self._memo += [_ABSENT] * (index + 1 - len(self._memo))
         self._memo[index] = self._stack[-1]
 
