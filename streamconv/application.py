@@ -279,8 +279,14 @@ class Application:
 
     def _given(self, fact: Rule | Drop, values: Values) -> dict[str, Any]:
         """What a fact's ``op`` takes."""
-        scope = {**self.scope, **values}
-        return {key: expressions.evaluate(text, scope) if isinstance(text, str) else text for key, text in fact.op.items() if key != "op"}
+        scope, found = {**self.scope, **values}, {}
+        for key, text in fact.op.items():
+            if key == "op":
+                continue
+            found[key] = expressions.evaluate(text, scope) if isinstance(text, str) else text
+            if found[key] is None:
+                raise CoverageError(f"{fact.op['op']}: no value for {key}, which is {text!r}: give it with --set, or in config.json")
+        return found
 
     def _one_dtype(self, rule: Rule, target: str, nodes: list[AnyNode]) -> Iterator[AnyNode]:
         """The inputs, cast to what the target shall have where they differ among themselves."""

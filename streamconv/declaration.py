@@ -55,8 +55,17 @@ def _fact(row: object, where: str) -> Fact:
     if "left" in fact:
         raise RecipeError(f"{where}: unknown field 'left'; the left side stands after {kind!r}")
     fact["left"] = fact.pop(kind)
+    for key in ("op", "undo"):
+        fact |= {key: _spelt_out(fact[key])} if key in fact else {}
     made: Fact = build(KINDS[kind], fact, where)
     return made
+
+
+def _spelt_out(step: object) -> object:
+    """A step; ``{add: 1}`` is short for ``{op: add, value: 1}``."""
+    if isinstance(step, dict) and len(step) == 1 and (name := next(iter(step))) in ("add", "scale"):
+        return {"op": name, "value": step[name]}
+    return step
 
 
 def options(rows: object, where: str) -> dict[str, Option]:
@@ -115,6 +124,10 @@ def _is_size(value: object) -> bool:
     return isinstance(value, str) or (type(value) is int and abs(value) < LARGEST)
 
 
+def _is_step(value: object) -> bool:
+    return isinstance(value, dict) and all(_is_size(one) or isinstance(one, float) for one in value.values())
+
+
 def _is_texts(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
 
@@ -140,10 +153,16 @@ SIZES = Value(
     "a mapping of axes to numbers, expressions, or one of these for each alternative",
     {"type": "object", "additionalProperties": {"anyOf": [_SIZE, {"type": "object", "additionalProperties": _SIZE}]}},
 )
+STEP = Value(
+    _is_step,
+    "a mapping of op: its name, and of what it takes: numbers or expressions",
+    {"type": "object", "additionalProperties": {"type": ["number", "string"]}},
+)
 TEXTS = Value(_is_texts, "a list of texts", _LIST)
 VALUES: dict[str, Value] = {
     **dict.fromkeys(("optional", "fallback", "complete", "partial", "firm", "required", "flipped"), FLAG),
-    **dict.fromkeys(("dims", "copies", "offset", "at", "op", "undo"), SIZES),
+    **dict.fromkeys(("dims", "copies", "offset", "at"), SIZES),
+    **dict.fromkeys(("op", "undo"), STEP),
     **dict.fromkeys(("choices", "ranks", "files", "expects", "also"), TEXTS),
     "shards": Value(
         lambda value: type(value) is int and 0 <= value <= MOST_SHARDS,

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from streamconv.checkpoint import open_checkpoint
-from streamconv.errors import CoverageError, UsageError
+from streamconv.dtypes import DTYPES, TensorSpec
+from streamconv.errors import CoverageError, StreamconvError, UsageError
+from streamconv.graph import Source
 from streamconv.names import natural_key
 from streamconv.recipe import Recipe
 
@@ -70,13 +72,14 @@ class Line:
 
 @dataclass
 class Draft:
-    """A recipe file's text, and the numbers of the lines that are guesses."""
+    """A recipe file's text, the numbers of the lines that are guesses, and why its inverse does not bring the source back, if so."""
 
     text: str
     guesses: dict[int, str] = field(default_factory=dict)
     rules: int = 0
     unmade: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    back: str = ""
 
     @property
     def account(self) -> str:
@@ -84,12 +87,20 @@ class Draft:
         lines = [f"{self.rules} rules, {len(self.guesses)} of them guessed"]
         lines += [f"  line {number}: {why}" for number, why in self.guesses.items()]
         lines += [f"  nothing makes {name}" for name in self.unmade] + [f"  nothing takes {name}" for name in self.unused]
+        lines += [f"  no way back: {self.back}"] if self.back else []
         return "\n".join(lines)
 
     def summary(self) -> dict[str, Any]:
         """What ``recipes --new --json`` prints."""
         guesses = [{"line": line, "why": why} for line, why in self.guesses.items()]
-        return {"recipe": self.text, "rules": self.rules, "guesses": guesses, "unmade": self.unmade, "unused": self.unused}
+        return {
+            "recipe": self.text,
+            "rules": self.rules,
+            "guesses": guesses,
+            "unmade": self.unmade,
+            "unused": self.unused,
+            "no_way_back": self.back,
+        }
 
 
 def read_shapes(path: str) -> dict[str, Shape]:
@@ -153,8 +164,22 @@ def draft(source: Mapping[str, Shape], target: Mapping[str, Shape], name: str, a
     made.unused = [_named(folded) for folded in matching.sources if not _BUFFER.search(_named(folded))]
     import yaml
 
-    Recipe.from_dict(yaml.safe_load(made.text), name)
+    recipe = Recipe.from_dict(yaml.safe_load(made.text), name)
+    if not made.unused:
+        made.back = _why_not_back(recipe, source, target)
     return made
+
+
+def _why_not_back(recipe: Recipe, source: Mapping[str, Shape], target: Mapping[str, Shape]) -> str:
+    """What keeps a draft's inverse from making the source's names and shapes of the target's; "": nothing."""
+    entries = {name: Source(TensorSpec(DTYPES["float32"], shape), ()) for name, shape in target.items()}
+    try:
+        outputs = recipe.inverse(f"{recipe.name}-back").apply(entries).outputs
+    except StreamconvError as error:
+        return str(error)
+    found = {name: node.spec.shape for name, node in outputs.items()}
+    lost = [name for name, shape in source.items() if found.get(name) != shape and not _BUFFER.search(name)]
+    return f"{lost[0]} is not made again{f', nor are {len(lost) - 1} more' if lost[1:] else ''}" if lost else ""
 
 
 def _named(folded: Folded) -> str:
@@ -231,7 +256,7 @@ class _Matching:
         other = whole.pattern(_captures(whole.numbers))
         names, layouts = ((other, pattern), layout[::-1]) if flipped else ((pattern, other), layout)
         fields: dict[str, Any] = {"rule": names[0], "right": names[1], "layout": " -> ".join(layouts)}
-        if flipped and len(parts) > 1:
+        if len(parts) > 1:  # which the way back, or this one, cannot tell from shapes
             fields["dims"] = {_AXES[k]: part.shape[0] for k, part in enumerate(parts)}
         how = ["stacked"] * (len(parts[0].numbers) > len(whole.numbers))
         how += ["fused in this order, not interleaved"] if len(parts) > 1 else []

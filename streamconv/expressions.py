@@ -68,6 +68,14 @@ def check(text: str) -> None:
     _parse(text)
 
 
+def find_names(text: str) -> list[str]:
+    """The names whose own values an expression takes, not those of what has members or is called."""
+    tree = _parse(text)
+    others = [node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Subscript)]
+    others += [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node not in others]
+
+
 def evaluate(text: str, scope: Scope) -> Any:
     """The value of ``text`` in ``scope``.
 

@@ -20,6 +20,7 @@ from streamconv.errors import RecipeError, UsageError
 from streamconv.filenames import find_fault
 from streamconv.names import Capture, Pattern
 from streamconv.names import parse as parse_names
+from streamconv.steps import undo
 
 ALL = "all"  # of `Rule.copies`: every number holds the same tensor
 Dim = int | str | Mapping[str, "int | str"]
@@ -54,7 +55,7 @@ class Rule:
         offset: for a for-each number, by how much the left one is larger than the right one.
         at: for a number on one side that counts nothing, the one for which the rule holds.
         op: what is done to the left tensors beyond a layout: its name under ``op``, and what it takes (see `steps`).
-        undo: the same for the way back.
+        undo: the same for the way back; arithmetic needs none.
     """
 
     left: str
@@ -79,6 +80,8 @@ class Rule:
     def __post_init__(self) -> None:
         if self.cast is not None:  # a dtype of torch or numpy will do
             object.__setattr__(self, "cast", dtype_name(self.cast))
+        if not self.undo and (back := undo(self.op)):
+            object.__setattr__(self, "undo", back)
 
     def flip(self) -> Rule:
         layout = str(parse_layout(self.layout).flip()) if self.layout else None

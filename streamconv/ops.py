@@ -295,6 +295,55 @@ class Cast(Elementwise):
 
 
 @dataclass(frozen=True)
+class Add(Elementwise):
+    """Every value plus a number, in the dtype of the tensor: as torch adds one, in float32 for narrower ones, and rounded once."""
+
+    kind: ClassVar[str] = "add"
+
+    value: float
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        if inputs[0].dtype.name not in CASTABLE:
+            raise CoverageError(f"{self.kind} is for tensors of {', '.join(CASTABLE)}, not for {inputs[0]}")
+        return inputs[0]
+
+    def prepare(self, inputs: Sequence[TensorSpec]) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        given = torch.full((64,), math.nan, dtype=getattr(torch, inputs[0].dtype.name))
+        self._change(given)
+        _settle_nans(given)
+
+    def _change(self, values: Any) -> None:
+        values.add_(self.value)
+
+    def compute(self, parts: Sequence[Array], specs: Sequence[TensorSpec], move: Move, out: Array, spec: TensorSpec) -> int:
+        given = as_torch(parts[0], spec.dtype).view(move.sizes)
+        made = as_torch(out, spec.dtype).as_strided(move.sizes, move.dst_strides, move.dst).copy_(given)
+        self._change(made)
+        low, high = made.aminmax()
+        if low.isnan():
+            _settle_nans(made)
+        return 0 if low.isfinite() and high.isfinite() else _count_overflows(given, made)
+
+
+@dataclass(frozen=True)
+class Scale(Add):
+    """Every value times a number, or divided by it, in the dtype of the tensor, as torch does that; see `Add`."""
+
+    kind: ClassVar[str] = "scale"
+
+    divide: bool = False
+
+    def _change(self, values: Any) -> None:
+        if self.divide:
+            values.div_(self.value)
+        else:
+            values.mul_(self.value)
+
+
+@dataclass(frozen=True)
 class Dequantize(Elementwise):
     """Matrices of one-byte floats times the scale of each of their blocks, both as float32, rounded once; NaNs as those of `Cast`.
 

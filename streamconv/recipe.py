@@ -181,6 +181,11 @@ class Recipe:
             for fact in facts
             if isinstance(fact, Rule) and fact.flipped and fact.undo and not fact.op
         ]
+        steps_ += [
+            f"{fact.left}: {fact.undo['op']} of the other direction is undone up to rounding"
+            for fact in facts
+            if isinstance(fact, Rule) and fact.flipped and fact.undo.get("op") in steps.ARITHMETIC and not steps.is_exact(fact.undo)
+        ]
         copies = [
             f"{fact.right}: all are as the first was, which the other direction takes for all"
             for fact in facts

@@ -1,5 +1,7 @@
 """What a recipe's ``op`` can do beyond layouts, by name. Each step turns the nodes of a rule's left tensors into one node.
 
+add       value                             every value plus a number, in the tensor's dtype as torch adds; the way back subtracts it
+scale     value                             every value times a number; the way back divides by it. ``inverse``: 1: these are the way back
 rows      start, stop                       some rows of a tensor
 pad       rows                              zero rows at the end, up to ``rows``
 grow      rows, first, seed, stream, like   new rows from ``first`` on, sampled like those of ``like``, or its own (see `ops.SampleRows`)
@@ -21,7 +23,7 @@ from typing import Any
 from streamconv.dtypes import parse_dtype
 from streamconv.errors import CoverageError, RecipeError
 from streamconv.graph import AnyNode, apply
-from streamconv.ops import Cast, Dequantize, InvFreq, MergeLora, Rearrange, Rows, SampleRows, Zeros
+from streamconv.ops import Add, Cast, Dequantize, InvFreq, MergeLora, Rearrange, Rows, SampleRows, Scale, Zeros
 from streamconv.text import did_you_mean
 
 Lookup = Mapping[str, AnyNode]
@@ -60,6 +62,52 @@ def check(op: Mapping[str, Any]) -> None:
         raise RecipeError(f"op {name} has no {unknown[0]!r}{did_you_mean(unknown[0], takes)}; it takes {', '.join(takes)}")
     if missing := [key for key, known in takes.items() if known.default is known.empty and key not in given]:
         raise RecipeError(f"op {name} needs {', '.join(missing)}")
+    if name in ARITHMETIC:
+        _check_number(name, op["value"])
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        return  # an expression
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or (name == "scale" and not value):
+        raise RecipeError(f"op {name}: value is {value!r}: expected a number{' other than 0' if name == 'scale' else ''}")
+
+
+ARITHMETIC = ("add", "scale")
+
+
+def undo(op: Mapping[str, Any]) -> dict[str, Any]:
+    """The step that undoes arithmetic, up to rounding; nothing for others."""
+    if op.get("op") not in ARITHMETIC:
+        return {}
+    if "inverse" in op:
+        return {key: value for key, value in op.items() if key != "inverse"}
+    return {**op, "inverse": 1}
+
+
+def is_exact(op: Mapping[str, Any]) -> bool:
+    """Whether arithmetic and its undoing give every value back: a factor that is a power of two does, unless values leave the range."""
+    value = op.get("value")
+    return op.get("op") == "scale" and isinstance(value, int | float) and abs(math.frexp(value)[0]) == 0.5
+
+
+def _add(nodes: Sequence[AnyNode], _entries: Lookup, *, value: float, inverse: int = 0) -> AnyNode:
+    (node,) = nodes
+    _check_value("add", value)
+    return apply(Add(float(-value if inverse else value)), node)
+
+
+def _scale(nodes: Sequence[AnyNode], _entries: Lookup, *, value: float, inverse: int = 0) -> AnyNode:
+    (node,) = nodes
+    _check_value("scale", value)
+    return apply(Scale(float(value), bool(inverse)), node)
+
+
+def _check_value(name: str, value: Any) -> None:
+    try:
+        _check_number(name, None if isinstance(value, str) else value)
+    except RecipeError as error:
+        raise CoverageError(str(error)) from error
 
 
 def _rows(nodes: Sequence[AnyNode], _entries: Lookup, *, stop: int, start: int = 0) -> AnyNode:
@@ -154,6 +202,8 @@ def _dequantize(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: int, column
 
 
 _STEPS: dict[str, Callable[..., AnyNode]] = {
+    "add": _add,
+    "scale": _scale,
     "rows": _rows,
     "pad": _pad,
     "grow": _grow,

@@ -129,6 +129,41 @@ def test_transposes_and_axes_of_one():
     assert {rule["right"]: rule["layout"] for rule in rules} == {"dense.kernel": "a b -> b a", "cls_token": "1 1 a -> a"}
 
 
+FUSED = {
+    "experts": (
+        {f"l.{i}.experts.{e}.{w}": (6, 4) if w != "w2" else (4, 6) for i in range(2) for e in range(3) for w in ("w1", "w2", "w3")},
+        {f"l.{i}.{name}": shape for i in range(2) for name, shape in (("gate_up_proj", (3, 12, 4)), ("down_proj", (3, 4, 6)))},
+    ),
+    "qkv": (
+        {f"h.{i}.attn.{p}.weight": (8 if p == "q" else 4, 8) for i in range(3) for p in "qkv"},
+        {f"l.{i}.attn.qkv.weight": (16, 8) for i in range(3)},
+    ),
+    "stack": ({f"h.{i}.w": (3, 4) for i in range(5)}, {"w": (5, 4, 3)}),
+    "moved": ({"fc.weight": (3, 5), "cls": (1, 1, 7)}, {"dense.kernel": (5, 3), "cls_token": (7,)}),
+    "names": (hf(), {meta_name(name): shape for name, shape in hf().items()}),
+}
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("kind", FUSED)
+def test_drafts_lead_back(tmp_path, kind, there):
+    source, target = FUSED[kind] if there else FUSED[kind][::-1]
+    found = draft(source, target, "mine")
+    assert not found.back
+    save(tmp_path / "mine.yaml", found.text)
+    src = write(tmp_path / "x", numbered(source))
+    assert run("convert", src, tmp_path / "out", "--recipe", tmp_path / "mine.yaml", "--quiet") == 0
+    assert run("convert", tmp_path / "out", tmp_path / "back", "--recipe", f"{tmp_path / 'mine.yaml'}:inverse", "--quiet") == 0
+    assert_same(read(tmp_path / "back"), read(src))
+
+
+def test_a_draft_says_why_it_does_not_lead_back():
+    found = draft({"b.w": (3, 4)}, {"a.w": (3, 4), "a.more": (2,)}, "x")
+    assert "a.more" in found.back
+    assert "no way back" in found.account
+    assert found.summary()["no_way_back"] == found.back
+
+
 def test_what_cannot_be_drafted(tmp_path, capsys):
     with pytest.raises(CoverageError, match="no tensor of the one"):
         draft({"a": (3,)}, {"b": (5,)}, "x")

@@ -51,6 +51,7 @@ STOREYS = [
         "vocabulary",
         "recipe",
         "fp8",
+        "settable",
         "heads",
         "quantization",
         "casting",

@@ -23,6 +23,7 @@ from streamconv.errors import NotationError, RecipeError, UsageError
 from streamconv.names import nearest
 from streamconv.reading import read_whole
 from streamconv.recipe import Recipe, find_writer
+from streamconv.settable import with_sizes
 
 GROUP = "streamconv.recipes"
 INVERSE = ":inverse"
@@ -115,6 +116,7 @@ def load(path: Path) -> Recipe:
     try:
         recipe = Recipe.from_dict(data, str(path))
         _check_code(recipe, path)
+        recipe = with_sizes(recipe)
     except RecipeError as error:
         said = str(error).removeprefix(str(path)).lstrip(":, ")
         raise RecipeError(f"{path}:{_where(node, error)}: {said}") from error
@@ -257,4 +259,4 @@ def _run(path: Path, wanted: str | None) -> Recipe:
     fitting = [recipe for recipe in recipes if wanted in (None, recipe.name)]
     if len(fitting) != 1:
         raise UsageError(f"{path}: name one of its recipes: {', '.join(f'{path}:{recipe.name}' for recipe in recipes)}")
-    return fitting[0]
+    return with_sizes(fitting[0])
