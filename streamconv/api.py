@@ -101,7 +101,8 @@ def plan(
     target = target_of(dst, format, chosen.target.format if chosen else "safetensors", create_pr=create_pr)
     root, options = _take_root(chosen, options)
     own = read_identity_options(options) if chosen is None else {}
-    checkpoint = open_side(src, chosen.source if chosen else Side(), root)
+    with memory.bounded(parse_size(max_memory)):
+        checkpoint = open_side(src, chosen.source if chosen else Side(), root)
     left: list[str] = []
     if target.file or chosen:
         checkpoint, left = _own_component(checkpoint, target)
@@ -553,7 +554,8 @@ def verify(
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     root, options = _take_root(chosen, options)
-    left, right = _open_both(a, b, chosen, root)
+    with memory.bounded(parse_size(max_memory)):
+        left, right = _open_both(a, b, chosen, root)
     beside = _beside(sidecars_from)
     made = _convert_names(left, chosen, options, Casting(dtype, keep_dtype), beside)
     found = right.contents.entries if chosen else _with_ties(right)

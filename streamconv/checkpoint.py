@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
@@ -17,21 +16,22 @@ from streamconv.errors import FormatError, UsageError
 from streamconv.folder import Beside, find_components, find_weighted, look_beside, within
 from streamconv.formats import Contents, FileLayout, mindspore, safetensors, sat
 from streamconv.formats import torch as torch_files
-from streamconv.formats.files import Names, read_index, show, unreadable
+from streamconv.formats.files import Names, show, unreadable
 from streamconv.formats.foreign import READS
+from streamconv.formats.indexes import read_index
+from streamconv.formats.json_text import MAX_CONFIG, read_json
 from streamconv.formats.selection import Selection, find_files, find_unnamed, is_index, one_checkpoint
 from streamconv.formats.signatures import holds_checkpoint, recognize
 from streamconv.names import natural_key, nearest, select
 from streamconv.names import parse as parse_names
 from streamconv.notebook import SHOWN, table
 from streamconv.storage import hub_cache
-from streamconv.storage.remote import Location, RemotePath, is_dir, locate, names_in
+from streamconv.storage.remote import Location, RemotePath, exists, is_dir, locate, names_in
 from streamconv.text import one_line
 from streamconv.ties import Choice, explain_absent, find_ties, says_tie
 from streamconv.units import format_size
 
 CONFIG = "config.json"
-_MAX_CONFIG = 64 << 20
 
 
 class MissingTensor(KeyError):
@@ -175,14 +175,9 @@ def read_config(directory: Location, name: str = CONFIG) -> dict[str, Any]:
         FormatError: it is not a JSON object.
     """
     path = directory / name
-    if not path.is_file():
+    if not exists(path):
         return {}
-    if path.stat().st_size > _MAX_CONFIG:
-        raise FormatError(f"{path}: larger than {_MAX_CONFIG >> 20} MiB, which no config is; mend it")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: cannot be read as JSON: {str(error)[:200]}; mend it") from error
+    found = read_json(path, MAX_CONFIG, "a config")
     if not isinstance(found, dict):
         raise FormatError(f"{path}: expected a JSON object, found a {type(found).__name__}; mend it")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -17,12 +16,13 @@ from streamconv.engine.lines import read_line
 from streamconv.errors import FormatError, StreamconvError
 from streamconv.findings import Finding
 from streamconv.folder import find_pointers, find_weighted, look_beside, within
-from streamconv.formats.files import MAX_JSON, read_bytes
+from streamconv.formats.files import read_bytes
+from streamconv.formats.json_text import MAX_JSON, read_json
 from streamconv.graph import AnyNode
 from streamconv.matching import suggest_merging
 from streamconv.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
 from streamconv.storage.remote import Location, each, exists, names_in
-from streamconv.text import join_lines, one_line
+from streamconv.text import join_lines
 from streamconv.units import format_size
 
 FIRST_LINE = 1 << 20  # bytes of a journal in which its advice stands
@@ -186,13 +186,13 @@ def _check_files(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], na
     weight_map: dict[str, str] = {}
     for index in filter(kind.is_index, names):
         try:
-            raw = json.loads(read_bytes(path / index, 0, MAX_JSON, "an index")[0])
+            raw = read_json(path / index, MAX_JSON, "an index")
             weight_map = raw["weight_map"]
             stated = (raw.get("metadata") or {}).get("total_size")
             listed = set(map(str.lower, weight_map.values()))
-        except (StreamconvError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (StreamconvError, KeyError, TypeError, AttributeError) as error:
             yield Finding(
-                f"it cannot be read ({one_line(error)[:200]})",
+                f"it cannot be read ({_short(error, path / index)})",
                 index,
                 "loaders find tensors by it",
                 "write it again, for instance by a re-shard",

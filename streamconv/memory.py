@@ -5,9 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from streamconv.errors import BudgetError
+from streamconv.units import format_size
+
+READING = 1_000_000_000  # what reading one thing may take where nobody said how much memory there is to be
 _STATUS = Path("/proc/self/status")
 
 
@@ -53,3 +58,36 @@ def trim() -> None:
     """Gives the system back what is free in the C library's heaps, where that library can be asked to (glibc's)."""
     with suppress(OSError, TypeError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+_bound: int | None = None  # of this process, as memory is
+
+
+@contextmanager
+def bounded(limit: int) -> Iterator[None]:
+    """Has `claim` keep the process below ``limit`` for the block."""
+    global _bound  # noqa: PLW0603
+    before, _bound = _bound, limit
+    try:
+        yield
+    finally:
+        _bound = before
+
+
+def claim(nbytes: int, what: str) -> None:
+    """Refuses to take so much more, before it is taken; ``what`` begins the line.
+
+    Raises:
+        BudgetError: it would be more than `bounded` says, or than `READING`.
+    """
+    if nbytes < 1 << 20:
+        return
+    taken = 0 if _bound is None else resident()
+    limit = READING if _bound is None else _bound
+    if taken + nbytes > limit:
+        needed = -(-(taken + nbytes) // 10**6) * 10**6
+        beside = f" beside the {format_size(taken)} of the process" if taken else ""
+        remedy = f"use --max-memory {needed // 10**6}MB" if taken else "give a checkpoint of smaller files"
+        raise BudgetError(
+            f"{what} may take {format_size(nbytes)} to read{beside}, more than the {format_size(limit)} there are: {remedy}", needed
+        )

@@ -195,7 +195,7 @@ def test_no_config_and_a_huge_one(opened):
     path = checkpoint.path / "config.json"
     with path.open("wb") as file:
         file.truncate(100 << 20)
-    with pytest.raises(FormatError, match="larger than 64 MiB"):
+    with pytest.raises(FormatError, match="larger than 8 MiB, which a config never is"):
         _ = checkpoint.config
     path.unlink()
     assert streamconv.open(checkpoint.path).config == {}

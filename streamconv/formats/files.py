@@ -9,20 +9,17 @@ import os
 import re
 import reprlib
 import stat
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
-from streamconv.filenames import find_fault
 from streamconv.formats import AnyNode, FileLayout
 from streamconv.storage.remote import Location, RemoteFile, RemotePath
 from streamconv.text import one_line
 
-MAX_JSON = 100_000_000  # safetensors' own limit for a header; an index is held to the same
 _MAX_COUNT = 2**63 - 1
 
 short = reprlib.Repr()  # what a damaged file says may be long, or hold newlines
@@ -147,49 +144,6 @@ def _gather(read: Callable[[int, int], bytes], nbytes: int) -> bytes:
     return b"".join(pieces)
 
 
-class Repeated(dict[str, Any]):
-    """A JSON object that says a key twice; refused where it is used, since only there its place is known."""
-
-    key: str
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) == len(pairs):
-        return table
-    repeated = Repeated()
-    repeated.key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-    return repeated
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _parse_int(text: str) -> int:
-    return -1 if text == "-0" else int(text)  # as the reference library has it, -0 is no count
-
-
-def parse_object(path: Location, raw: bytes, what: str) -> dict[str, Any]:
-    """A JSON object; one in it that says a key twice is a `Repeated`."""
-    hook = _parse_int if b"-0" in raw else None  # None is much faster
-    try:
-        found = json.loads(raw.decode(), object_pairs_hook=_object, parse_int=hook, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        problem = f"its {what} is not UTF-8 at byte {error.start}"
-    except json.JSONDecodeError as error:
-        problem = f"its {what} is not JSON: {error.msg} at character {error.pos}"
-    except (ValueError, RecursionError) as error:
-        problem = f"its {what} is not JSON that can be read: {short.repr(str(error))}"
-    else:
-        if type(found) is dict:
-            return found
-        if type(found) is not Repeated:
-            raise damaged(path, f"its {what} must be a JSON object and is a {type(found).__name__}")
-        problem = f"its {what} names {short.repr(found.key)} twice"
-    raise damaged(path, problem)
-
-
 def check_unicode(path: Location, *groups: Iterable[str]) -> None:
     """Refuses lone surrogates, which JSON can escape but no file can hold."""
     for group in groups:
@@ -207,80 +161,6 @@ def countable(shape: Sequence[int]) -> bool:
         if size < 0 or count > _MAX_COUNT:
             return False
     return True
-
-
-# Indexes -------------------------------------------------------------------------------------------------------
-
-
-def read_index(path: Location, kind: Names) -> dict[str, str]:
-    """The weight map of an index: tensor -> file, which is a plain path below the index's directory. Raises FormatError."""
-    raw, size = read_bytes(path, 0, MAX_JSON, kind.noun)
-    if size > MAX_JSON:
-        raise damaged(path, f"it has {size} bytes, an index at most {MAX_JSON}")
-    table = parse_object(path, raw, "text")
-    weight_map = table.get("weight_map", table if path.name == kind.other_index else None)
-    if type(weight_map) is Repeated:
-        raise damaged(path, f"its weight_map names {short.repr(weight_map.key)} twice")
-    if type(weight_map) is not dict or not weight_map:
-        raise damaged(path, f"it must have a weight_map of tensor names to file names, found {short.repr(weight_map)}")
-    for name, shard in weight_map.items():
-        if type(shard) is not str or not _is_inside(shard, kind):
-            raise damaged(path, f"expected a *{', *'.join(kind.suffixes)} file below this directory, found {short.repr(shard)}", name)
-    return weight_map
-
-
-def _is_inside(shard: str, kind: Names) -> bool:
-    """Whether a file name in an index is a plain relative path that cannot leave the directory. Links in it may."""
-    return not find_fault(shard) and shard.endswith(kind.suffixes)
-
-
-Explain = Callable[[str, Collection[str]], str | None]
-"""The name of a tensor that an index names and no file holds, and what files hold -> why it need be in none, or None: it is lost."""
-
-
-def unexplained(_name: str, _present: Collection[str]) -> None:
-    """The `Explain` that has no tensor missing."""
-
-
-def check_index(
-    index: Location, weight_map: Mapping[str, str], tables: Mapping[str, Mapping[str, AnyNode]], explain: Explain = unexplained
-) -> list[str]:
-    """What an index does not name and its files hold counts all the same, as it does for transformers; notes tell of it.
-
-    Args:
-        index: its path.
-        weight_map: what it says.
-        tables: what its files hold.
-        explain: says which tensors may be in no file.
-
-    Raises:
-        FormatError: a tensor is in another file than the index says, or in none without a reason.
-    """
-    place: dict[str, str] = {}
-    for file, table in tables.items():
-        place |= dict.fromkeys(table, file)
-    listed = set(weight_map.values())
-    extra = [name for name, file in place.items() if name not in weight_map and file in listed]
-    absent = {name: explain(name, place) for name in weight_map if name not in place}
-    wrong = {name: f"is in {short.repr(file)}" for name, file in place.items() if weight_map.get(name, file) != file}
-    wrong = wrong or {name: "is in no file" for name, why in absent.items() if why is None}
-    if wrong:
-        name, what = next(iter(wrong.items()))
-        raise FormatError(
-            f"{show(index)}: index and files differ in {len(wrong)} tensors: {short.repr(name)} {what}, the index says "
-            f"{short.repr(weight_map[name])}; download or write the index and the files again"
-        )
-    notes = []
-    if absent:
-        name, why = next(iter(absent.items()))
-        notes.append(f"{_count(absent)} that {one_line(index.name)} names in no file, such as {short.repr(name)}, {why}: left out")
-    if extra:
-        notes.append(f"{_count(extra)} that {one_line(index.name)} does not name, such as {short.repr(extra[0])}: read all the same")
-    return notes
-
-
-def _count(names: Sized) -> str:
-    return f"{len(names)} tensor{'s' * (len(names) != 1)}"
 
 
 def merge(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], *, by_rank: bool) -> Table:

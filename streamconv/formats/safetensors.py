@@ -11,16 +11,13 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
+from streamconv import memory
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
 from streamconv.formats import Contents, Extent, FileLayout, Source
 from streamconv.formats.files import (
-    MAX_JSON,
-    Explain,
     Names,
-    Repeated,
     Table,
-    check_index,
     check_unicode,
     countable,
     damaged,
@@ -30,13 +27,14 @@ from streamconv.formats.files import (
     map_layout,
     merge,
     opened,
-    parse_object,
     short,
+    show,
     size_of,
     split_into_shards,
-    unexplained,
     variant_stem,
 )
+from streamconv.formats.indexes import Explain, check_index, unexplained
+from streamconv.formats.json_text import MAX_JSON, Repeated, parse_object
 from streamconv.formats.selection import Selection, find_files
 from streamconv.storage.remote import Location, read_each
 
@@ -85,7 +83,8 @@ CODES: dict[str, str] = {
 _CODE_OF = {name: code for code, name in CODES.items()}
 _RANK = {name: rank for rank, name in enumerate(CODES.values())}
 
-_FIELDS = {"dtype", "shape", "data_offsets"}
+_FIELDS = dict.fromkeys(("dtype", "shape", "data_offsets"))
+_BLANKS = b" \t\r\n"
 _METADATA = "__metadata__"
 _INTEGERS = {int}
 
@@ -138,12 +137,16 @@ def read_file(path: Location) -> tuple[Table, dict[str, str]]:
 
 def _read_file(path: Location, specs: _Specs) -> tuple[Table, dict[str, str]]:
     header, data_start, size = _read_header(path)
-    metadata = header.pop(_METADATA, {})
+    metadata = header.pop(_METADATA, None)
+    metadata = {} if metadata is None else metadata  # null is none for the reference library, too
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
         raise damaged(path, f"{_METADATA} must map strings to strings, without repeating one, and is {short.repr(metadata)}")
     check_unicode(path, header, metadata, metadata.values())
 
-    rows = [(*_offsets(path, name, info), name, _spec(path, name, info, specs)) for name, info in header.items()]
+    rows = []
+    for name, entry in header.items():
+        info = _fields(path, name, entry)
+        rows.append((*_offsets(path, name, info), name, _spec(path, name, info, specs)))
     rows.sort(key=itemgetter(0, 1))
     where, position = str(path), 0
     entries: Table = {}
@@ -175,20 +178,29 @@ def _read_header(path: Location) -> tuple[dict[str, Any], int, int]:
             raise damaged(path, f"it announces a header of {length} bytes, the format allows {MAX_JSON}")
         if length > size - 8:
             raise damaged(path, f"it announces a header of {length} bytes, and only {size - 8} follow")
+        memory.claim(2 * length, f"{show(path)}: its header of {length} bytes")
         raw = file.read(length)
-    if not raw.startswith(b"{"):
+    if not raw.lstrip(_BLANKS).startswith(b"{"):
         raise damaged(path, f"its header must start with '{{' and starts with {raw[:8]!r}")
     return parse_object(path, raw, "header"), 8 + length, size
 
 
-def _offsets(path: Location, name: str, info: object) -> tuple[int, int]:
-    """The data_offsets of one tensor's entry, whose fields are checked first."""
-    if type(info) is Repeated:
-        raise damaged(path, f"its entry says {short.repr(info.key)} twice", name)
-    if type(info) is not dict:
+def _fields(path: Location, name: str, info: object) -> dict[str, Any]:
+    """The fields of one tensor's entry; others, and a list of the three, are as the reference library has them."""
+    if type(info) is list and len(info) == len(_FIELDS):
+        return dict(zip(_FIELDS, info, strict=True))
+    if not isinstance(info, dict):
         raise damaged(path, f"its entry must be a JSON object and is {short.repr(info)}", name)
-    if info.keys() != _FIELDS:
+    twice = [key for key in info.keys_said_twice if key in _FIELDS] if isinstance(info, Repeated) else []
+    if twice:
+        raise damaged(path, f"its entry says {short.repr(twice[0])} twice", name)
+    if not _FIELDS.keys() <= info.keys():
         raise damaged(path, f"its entry must have the fields dtype, shape, data_offsets and has {short.repr(list(info))}", name)
+    return info
+
+
+def _offsets(path: Location, name: str, info: dict[str, Any]) -> tuple[int, int]:
+    """The data_offsets of one tensor's entry."""
     offsets = info["data_offsets"]
     if type(offsets) is list and len(offsets) == 2:
         begin, end = offsets

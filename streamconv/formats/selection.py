@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.errors import FormatError
-from streamconv.formats.files import Names, read_index, short, show, unreadable
+from streamconv.formats.files import Names, short, show, unreadable
+from streamconv.formats.indexes import read_index
 from streamconv.formats.signatures import holds_checkpoint, recognize
 from streamconv.storage.remote import Location, exists, is_dir, names_in
 from streamconv.text import one_line

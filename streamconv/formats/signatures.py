@@ -7,8 +7,9 @@ import zipfile
 from pathlib import PurePath
 
 from streamconv.errors import FormatError, StreamconvError
-from streamconv.formats.files import MAX_JSON, Opened, lfs_pointer, opened, pread, show, size_of
+from streamconv.formats.files import Opened, lfs_pointer, opened, pread, show, size_of
 from streamconv.formats.foreign import READS, foreign
+from streamconv.formats.json_text import MAX_JSON
 from streamconv.formats.pickles import is_legacy
 from streamconv.formats.roots import describe_pickle
 from streamconv.storage.remote import Location, RemotePath, exists
@@ -79,7 +80,7 @@ def holds_checkpoint(path: Location) -> bool:
 
 
 def _container(path: Location, file: Opened, head: bytes) -> str | None:
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_JSON:
+    if head[8:].lstrip(b" \t\r\n").startswith(b"{") and int.from_bytes(head[:8], "little") <= MAX_JSON:
         return "safetensors"
     if head.startswith(b"PK\3\4"):
         _check_zip(path, file, head)

@@ -20,12 +20,10 @@ from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import AnyNode, Contents, Extent, FileLayout, Source, torchscript
 from streamconv.formats.files import (
-    Explain,
     Names,
     Opened,
     PlainFile,
     Table,
-    check_index,
     check_unicode,
     countable,
     damaged,
@@ -39,10 +37,10 @@ from streamconv.formats.files import (
     show,
     size_of,
     split_into_shards,
-    unexplained,
     variant_stem,
 )
 from streamconv.formats.foreign import READS, foreign
+from streamconv.formats.indexes import Explain, check_index, unexplained
 from streamconv.formats.pickles import MAGIC, NAMES, Storages, Tensor, is_legacy, unpickle
 from streamconv.formats.roots import (
     count_tensors,
