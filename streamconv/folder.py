@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 from streamconv.errors import FormatError
 from streamconv.filenames import find_fault
 from streamconv.formats.files import short, show, unreadable
+from streamconv.formats.json_text import read_json
 from streamconv.storage.remote import Location, RemotePath, exists, is_dir, names_in, relative, walk
 from streamconv.unrelated import UNSAID, is_weights, kind_of
 
-_MAX_LIST = 16 << 20  # bytes of a file that lists components
+_MAX_LIST = 8 << 20  # bytes of a file that lists components
 _MAX_COMPONENTS = 256
 _MODELS = ("config.json", "adapter_config.json")  # a folder with weights and one of these is a model of its own
 _POINTER, _POINTER_BEGINS = 1024, b"version https://git-lfs"  # bytes that one has at most, and its first
@@ -92,11 +92,10 @@ def find_components(root: Location) -> list[str]:
 
 
 def _read_list(path: Location, read: Callable[[Any], Iterator[Any]]) -> list[str]:
-    if path.stat().st_size > _MAX_LIST:
-        raise FormatError(f"{show(path)}: larger than {_MAX_LIST >> 20} MiB, which no list of a model's components is; mend it")
+    table = read_json(path, _MAX_LIST, "a list of a model's components")
     try:
-        parts = list(read(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
+        parts = list(read(table))
+    except (TypeError, AttributeError, LookupError) as error:
         what = short.repr(str(error))
         raise FormatError(
             f"{show(path)}: cannot be read as the list of a model's components ({type(error).__name__}: {what}): mend it"

@@ -15,9 +15,9 @@ from streamconv.storage.remote import Location, exists, is_dir, names_in
 from streamconv.text import one_line
 
 _FORMS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|keras|msgpack|ot|tflite|mlmodel|pdparams|npz|th|tar|pkl)|.*\.index(\.[^.]+)?\.json",
+    r".*\.(safetensors|bin|pt|pth|ckpt|th|tar|pkl)|.*\.index(\.[^.]+)?\.json",
     re.DOTALL | re.IGNORECASE,
-)  # what may be weights, for a word on what is not read
+)  # other forms of the same, or another model: told of, where they are not read
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)
 _TEXTS = re.compile(
     r".*\.(c|cfg|cpp|css|csv|git\w+|h|html|ini|ipynb|jinja|jpe?g|js|jsonl?|lock|log|md|mp4|pdf|png|pyc?|rst|sh|svg|toml|tsv|txt|wav|xml|ya?ml)",
