@@ -17,7 +17,7 @@ from streamconv.grouping import Group, Grouping, Values, grid
 from streamconv.names import Matcher, Pattern
 from streamconv.names import parse as parse_names
 from streamconv.ops import Cast, Rearrange
-from streamconv.sizes import Sizes, scope_of
+from streamconv.sizes import Sizes, near_keys, scope_of
 
 MOST_PARTS = 1_000_000  # tensors that one tensor can be taken apart into
 
@@ -120,7 +120,7 @@ class Application:
         self.dropped += self.reasons
         for condition, problem in self.requires.items():
             if not expressions.evaluate(condition, self.scope):
-                raise CoverageError(f"{self.title}: {problem.format_map(self.scope)}")
+                raise CoverageError(f"{self.title}: {problem.format_map(self.scope)}{near_keys(condition, self.scope)}")
         for rule, instances in matched:
             for group in instances.values():
                 self._build(rule, group)
@@ -258,7 +258,10 @@ class Application:
         if key not in self._cache:
             layout = binding.layout.spread([len(shape) for shape in shapes])
             fixed = {axis: size for axis in layout.axes if (size := self.sizes.dim(rule, axis, chosen, firm=True)) is not None}
-            sizes = layout.solve(shapes, lambda axis: self.sizes.dim(rule, axis, chosen), where, fixed)
+            try:
+                sizes = layout.solve(shapes, lambda axis: self.sizes.dim(rule, axis, chosen), where, fixed)
+            except CoverageError as error:
+                raise CoverageError(f"{error}{self.sizes.near(rule)}") from error
             leading = len(binding.right_counts)
             parts = math.prod(sizes[name] for name in binding.right_counts)
             if parts > MOST_PARTS:

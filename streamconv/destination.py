@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -31,6 +32,11 @@ from streamconv.storage.sinks import Sink, open_sink
 from streamconv.text import did_you_mean
 from streamconv.units import format_size
 from streamconv.unrelated import is_weights
+
+_FOREIGN = (
+    ".gguf", ".ggml", ".onnx", ".h5", ".hdf5", ".keras", ".msgpack", ".ot", ".npz", ".npy", ".pkl", ".pickle", ".pb", ".tflite", ".mlmodel",
+    ".mlpackage", ".nemo", ".tar", ".zip", ".gz", ".json", ".yaml", ".yml", ".txt", ".html", ".index", ".model", ".th", ".t7", ".joblib",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,9 +174,22 @@ def target_of(
 def _read_format(path: PurePath, format: str | None, *, is_one: bool) -> str | None:  # noqa: A002
     """The container of the one file that a path names; None where it names a directory."""
     found = FORMAT_OF.get(path.suffix) if is_one else None
+    if is_one and not found:
+        _check_suffix(path)
     if found and format and format != found:
         raise UsageError(f"{path}: ends in {path.suffix}, which is not --format {format}")
     return found
+
+
+def _check_suffix(path: PurePath) -> None:
+    """Refuses a name that means a file, of a kind that is not written: it would become a directory."""
+    suffix = path.suffix.lower()
+    near = did_you_mean(suffix, FORMAT_OF) if re.fullmatch(r"\.[a-z]{2,}", suffix) else ""
+    if suffix in _FOREIGN or near:
+        raise UsageError(
+            f"{path}: {path.suffix} files are not written, and it would be a directory{near}; give a file in {', '.join(FORMAT_OF)}, "
+            "or a directory of another name"
+        )
 
 
 def _check_empty(sink: Sink, single: str | None) -> None:

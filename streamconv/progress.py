@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from streamconv import memory
 from streamconv.storage.pace import find_longest_wait
+from streamconv.text import one_line
 from streamconv.units import format_size
 
 if TYPE_CHECKING:
@@ -180,6 +181,9 @@ class _Lines(logging.StreamHandler[IO[str]]):
     def __init__(self, shown: tqdm[Any] | None) -> None:
         super().__init__(sys.stderr)
         self._shown = shown
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._shown is None:

@@ -21,7 +21,7 @@ from streamconv.facts import ALL, PLAIN, Dim, Drop, Fact, Option, Rule, Side, Ti
 from streamconv.graph import AnyNode
 from streamconv.names import LONGEST, Matcher
 from streamconv.names import parse as parse_names
-from streamconv.sizes import scope_of
+from streamconv.sizes import near_keys, scope_of
 from streamconv.text import did_you_mean
 from streamconv.vocabulary import resize_vocab
 
@@ -224,7 +224,9 @@ class Recipe:
                 values[name] = default
             if option.required and values[name] is None:
                 where = ", or that file" if option.default else ""
-                raise CoverageError(f"recipe {self.name}: no value for {name} ({option.help}): give --set {name}=...{where}")
+                raise CoverageError(
+                    f"recipe {self.name}: no value for {name} ({option.help}): give --set {name}=...{where}{near_keys(default, scope)}"
+                )
         return values
 
     def apply(

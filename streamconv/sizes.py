@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +39,16 @@ def scope_of(entries: Mapping[str, AnyNode], scope: Mapping[str, Any]) -> dict[s
     }
 
 
+def near_keys(given: object, scope: Mapping[str, Any]) -> str:
+    """``; config.json has KEY``, for keys that are spelt like those that an expression asks for and that are not there."""
+    if not isinstance(given, str):
+        return ""
+    config = scope.get("config") or {}
+    wanted = [name for name in re.findall(r"[A-Za-z_]\w*", given) if scope.get(name) is None]
+    found = {match for name in wanted for match in difflib.get_close_matches(name, config, 1, cutoff=0.85)}
+    return f"; config.json has {', '.join(sorted(found))}" if found else ""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes that the facts of one stage have in ``scope``: ``dims`` are those of the stage, ``title`` begins messages.
@@ -47,6 +59,14 @@ class Sizes:
     title: str
     dims: Mapping[str, Dim]
     scope: Mapping[str, Any]
+
+    def near(self, rule: Rule | Drop) -> str:
+        """See `near_keys`, of all that says the size of an axis."""
+        texts: list[str] = []
+        for dim in (*self.dims.values(), *rule.dims.values()):
+            sizes = dim.values() if isinstance(dim, Mapping) else [dim]
+            texts += (size for size in sizes if isinstance(size, str))
+        return near_keys(" ".join(texts), self.scope)
 
     def dim(self, rule: Rule | Drop, axis: str, chosen: tuple[str, ...] = (), *, firm: bool = False) -> int | None:
         """The size of an axis, in distinct tensors where it counts copies too; None where nothing says it, ``firm``: before shapes do."""
@@ -75,7 +95,8 @@ class Sizes:
         """What a size in a fact comes to; ``what`` says it in a message, and is 1 at least unless it begins with "offset"."""
         value = expressions.evaluate(given, self.scope) if isinstance(given, str) else given
         if not isinstance(value, int) or isinstance(value, bool) or value < (0 if what.startswith("offset") else 1):
-            raise CoverageError(f"{self.title}: {what} ({rule.left!r}), {given!r}, is {value!r}: give it with --set or in config.json")
+            how = f"give it with --set or in config.json{near_keys(given, self.scope)}"
+            raise CoverageError(f"{self.title}: {what} ({rule.left!r}), {given!r}, is {value!r}: {how}")
         return value
 
     def offsets(self, fact: Fact) -> dict[str, int]:

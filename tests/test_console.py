@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import ROOMY, run, write
+from checkpoint_files import ROOMY, refusal, run, write
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from test_doctor import CONFIG, llama
 
+import streamconv
 from streamconv.cli import main
 from streamconv.console import Console
 from streamconv.text import did_you_mean, join_lines, one_line, without_secrets
@@ -145,7 +149,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(hostile, tmp_path, capsys):
         ("plan", hostile, dst),
         ("plan", hostile, dst, "--recipe", recipe),
         ("plan", hostile, dst, "--recipe", "llama-hf2meta"),
-        ("convert", hostile, dst, "--max-memory", ROOMY, "--report", page, "-v", "--no-progress"),
+        ("convert", hostile, dst, "--max-memory", ROOMY, "--report", page, "-v"),
         ("convert", hostile, dst, "--max-memory", ROOMY),
         ("convert", hostile, dst, "--max-memory", ROOMY, "--resume"),
         ("convert", hostile, tmp_path / "fp", "--dtype", IN_NAMES),
@@ -224,6 +228,56 @@ def test_what_comes_near(tmp_path, capsys):
         assert near in line, line
         assert len(line) < 500, line
     assert did_you_mean("nothing like it", ["abc"]) == ""
+    checkpoint = streamconv.open(src)
+    with pytest.raises(KeyError) as caught:
+        checkpoint["lm_head.weigth"]
+    assert str(caught.value).endswith("no tensor 'lm_head.weigth' among 1; did you mean 'lm_head.weight'?")
+    assert checkpoint.get("lm_head.weigth") is None
+    assert "lm_head.weigth" not in checkpoint
+
+
+def test_a_misspelt_key_of_a_config_is_named(tmp_path, capsys):
+    config = {key.replace("attention", "atention"): value for key, value in CONFIG.items()}
+    src = write(tmp_path / "src", llama(), config=config)
+    assert "; config.json has num_atention_heads" in refusal(capsys, "plan", src, tmp_path / "dst", "--recipe", "llama-hf2meta")
+    recipe = tmp_path / "mine.json"
+    dropped = (
+        "model.layers.{i}.mlp.{r*}",
+        "model.layers.{i}.{input,post_attention}_layernorm.weight",
+        "model.layers.{i}.self_attn.o_proj.weight",
+        "model.{embed_tokens,norm}.weight",
+        "lm_head.weight",
+    )
+    rules: list[dict[str, str]] = [{"drop": name, "reason": "not here"} for name in dropped]
+    layout = {"rule": "model.layers.{i}.self_attn.{q,k,v}_proj.weight", "right": "a.{i}.{q,k,v}", "layout": "(h d) c -> (d h) c"}
+    recipe.write_text(json.dumps({"name": "mine", "dims": {"h": "num_attention_heads"}, "rules": [layout, *rules]}))
+    assert "; config.json has num_atention_heads" in refusal(capsys, "plan", src, tmp_path / "dst", "--recipe", recipe)
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x.onnx", "x.h5", "x.safetensor", "x.pkl", "X.GGUF"])
+def test_a_dst_called_like_a_file_that_is_not_written_is_no_folder(name, tmp_path, capsys):
+    src = write(tmp_path / "src", {"w": torch.ones(2)})
+    assert "files are not written" in refusal(capsys, "convert", src, tmp_path / name)
+    assert not (tmp_path / name).exists()
+    for fine in ("Llama-3.1-8B", "out.v2", "x.d"):
+        assert run("plan", src, tmp_path / fine, "--quiet") == 0
+
+
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="no sha256sum")
+def test_checksums_of_names_that_are_no_text(tmp_path):
+    src = write(tmp_path / "src", {"w": torch.ones(2)})
+    (src / os.fsdecode(b"oddÿ
+.txt")).write_text("x")
+    assert run("convert", src, tmp_path / "dst", "--checksum", "--max-memory", ROOMY, "--quiet") == 0
+    check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    subprocess.run(check, cwd=tmp_path / "dst", check=True, timeout=60)
+    (tmp_path / "SHA256SUMS").write_bytes(b"0" * 64 + b"  ÿ
+")
+    assert run("convert", src, tmp_path / "one.safetensors", "--checksum", "--max-memory", ROOMY, "--quiet") == 0
+    first, second, _ = (tmp_path / "SHA256SUMS").read_bytes().split(b"
+")
+    assert first == b"0" * 64 + b"  ÿ"
+    assert second.endswith(b"  one.safetensors")
 
 
 # Ctrl-C --------------------------------------------------------------------------------------------------------------

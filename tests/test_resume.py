@@ -428,7 +428,7 @@ def test_names_that_must_be_escaped(tmp_path):
     names = ["a", "b c", "back\\slash", "new\nline", "*star"]
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
-    (tmp_path / "SHA256SUMS").write_text(format_sums({name: hashlib.sha256(name.encode()).hexdigest() for name in names}))
+    (tmp_path / "SHA256SUMS").write_bytes(format_sums({name: hashlib.sha256(name.encode()).hexdigest() for name in names}))
     assert len(check_sums(tmp_path)) == len(names)
 
 

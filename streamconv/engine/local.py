@@ -322,10 +322,10 @@ class LocalEngine:
         known = {name: digest for name, digest in digests.items() if not digest.startswith(Crc32.PREFIX)}
         sums = {file.path: known.get(file.path) or self._read_digest(k, self._path(k)) for k, file in enumerate(self._plan.files)}
         path = self._root / SUMS
-        kept = path.read_text() if self._plan.single and path.exists() else ""
+        kept = path.read_bytes() if self._plan.single and path.exists() else b""
         temporary = partial(path, self._suffix)
         temporary.unlink(missing_ok=True)
-        with temporary.open("x") as file:
+        with temporary.open("xb") as file:
             file.write(format_sums(sums, kept))
             file.flush()
             os.fsync(file.fileno())
