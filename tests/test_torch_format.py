@@ -470,7 +470,7 @@ HOSTILE = {
     "offset beyond": (lambda p: forge(p, tensor_pickle(1, offset=1), DATA), "ends at byte 8 of a storage of 4"),
     "uncountable": (lambda p: forge(p, tensor_pickle(1, (2**62, 2**62), (0, 0)), DATA), "2\\*\\*63"),
     "uncountably empty": (lambda p: forge(p, tensor_pickle(1, (2**62, 2**62, 0), (0, 0, 0)), DATA), "2\\*\\*63"),
-    "one element, huge": (lambda p: forge(p, tensor_pickle(1, (2**60,), (0,)), DATA), "repeats what is stored in 4 bytes"),
+    "one element, huge": (lambda p: forge(p, tensor_pickle(1, (2**60,), (0,)), DATA), "a view that repeats 4 stored bytes until"),
     "leaves its folder": (lambda p: with_entry(p, "x/../../etc/passwd"), "outside the folder"),
     "another folder": (lambda p: with_entry(p, "y/data/1"), "outside the folder"),
     "absolute": (lambda p: with_entry(p, "/etc/passwd"), "outside the folder"),

@@ -175,7 +175,8 @@ def _source(path: Location, name: str, tensor: Tensor, place: tuple[int, int]) -
     if end > nbytes:
         raise damaged(path, f"{spec}, strides {short.repr(tensor.stride)}, ends at byte {end} of a storage of {nbytes}", name)
     if spec.nbytes > max(MAX_REPEATED, nbytes):
-        raise damaged(path, f"it repeats what is stored in {nbytes} bytes to {spec.nbytes}, at most {MAX_REPEATED} are made", name)
+        told = f"a view that repeats {nbytes} stored bytes until it has {spec.nbytes}, of at most {MAX_REPEATED}: save what it repeats"
+        raise FormatError(f"{show(path)}: tensor {short.repr(name)}: {told}")
     return stored_view(spec, tensor.stride, str(path), start + offset)
 
 
