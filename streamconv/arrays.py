@@ -21,7 +21,11 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     try:
         return np.dtype(name)
     except TypeError:
+        pass
+    try:
         import ml_dtypes
+    except ImportError:
+        raise UsageError(f"numpy has no type for {name}: install ml_dtypes, or use .torch()") from None
     found = getattr(ml_dtypes, name, None)
     if found is None:
         raise UsageError(f"numpy has no type for {name}, nor has ml_dtypes: use torch, or copy such tensors with streamconv convert")
