@@ -220,6 +220,23 @@ def test_an_overwrite_that_is_killed_before_its_journal_is_begun_is_gone_on_with
     assert read_tree(dst) == read_tree(tmp_path / "whole")
 
 
+def test_a_journal_that_cannot_be_read_now_is_not_taken_for_none(source, tmp_path, capsys, monkeypatch):
+    interrupt(monkeypatch, source, tmp_path / "dst")
+    before = read_tree(tmp_path / "dst")
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "read_whole", fail)
+        for option in ("--overwrite", "--resume", "--quiet"):
+            capsys.readouterr()
+            assert run("convert", source, tmp_path / "dst", *SMALL, option) in {2, 3}
+            assert os.strerror(errno.EIO) in capsys.readouterr().err
+    found = read_tree(tmp_path / "dst")
+    assert {name: data for name, data in found.items() if name != f"{JOURNAL}.new"} == before
+
+
 def test_the_same_command_with_resume_goes_on_with_an_overwrite(source, tmp_path, monkeypatch):
     dst = tmp_path / "dst"
     write(dst, {"old": random_tensor(4)})

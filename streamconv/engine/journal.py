@@ -41,6 +41,7 @@ IN_PARTS = "its files are made in parts: make the others with 'streamconv run PL
 _OWN = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _STRANGE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL, errno.EFBIG}  # what links, folders, devices and large files say
 ATTEMPTS = 3  # to remove what must not be left, where the system fails now and then
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
 _NO_LOCKS = {errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 
 
@@ -320,20 +321,27 @@ def is_only_copy(path: Path) -> bool:
     first, finished = read_journal(path)
     if first:
         return "reclaim" in first and bool(finished)
-    try:
-        return b'"reclaim":' in read_whole(path, MOST)
-    except OSError:
-        return False
+    return b'"reclaim":' in _read_if_there(path)
 
 
 def read_journal(path: Path) -> tuple[Line, dict[str, str]]:
-    """A journal's first line and its finished files; nothing where there is none."""
-    try:
-        lines, _, _ = _split_lines(read_whole(path, MOST))
-    except OSError:
-        return {}, {}
+    """A journal's first line and its finished files; nothing where there is none, or something that cannot be one.
+
+    Raises:
+        OSError: it cannot be read now.
+    """
+    lines, _, _ = _split_lines(_read_if_there(path))
     found = {line["finished"]: line.get("digest", "") for line in lines if "finished" in line}
     return (lines[0] if lines else {}), found
+
+
+def _read_if_there(path: Path) -> bytes:
+    try:
+        return read_whole(path, MOST)
+    except OSError as error:
+        if error.errno in _ABSENT | _STRANGE:
+            return b""
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _read_lines(fd: int) -> tuple[list[Line], int, bytes]:
