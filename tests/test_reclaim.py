@@ -9,7 +9,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from checkpoint_files import ROOMY, random_tensor, refusal, run, write
+from checkpoint_files import ROOMY, failure, random_tensor, refusal, run, write
 
 import streamconv
 from streamconv import api
@@ -147,7 +147,7 @@ def test_an_only_copy_that_is_damaged_is_told(source, tmp_path, monkeypatch, cap
     with damaged.open("r+b") as file:
         file.seek(-3, os.SEEK_END)
         file.write(b"???")
-    assert f"{damaged.name}: is damaged" in refusal(capsys, "convert", source, tmp_path / "dst", *RECLAIM, "--resume")
+    assert f"{damaged.name}: is damaged" in failure(capsys, 3, "convert", source, tmp_path / "dst", *RECLAIM, "--resume")
 
 
 def test_a_source_still_needed_must_not_change(source, tmp_path, monkeypatch, capsys):
