@@ -40,7 +40,7 @@ from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_
 from streamconv.results import Result
 from streamconv.running import run, with_reclaim
 from streamconv.sidecars import make_sidecars
-from streamconv.sides import Wanted, lay_out_components, open_side
+from streamconv.sides import Wanted, lay_out_components, open_other, open_side
 from streamconv.storage import is_url
 from streamconv.storage.remote import Location, locate, relative, shown
 from streamconv.units import format_size, parse_size
@@ -76,6 +76,7 @@ def plan(
     max_memory: str | int = MAX_MEMORY,
     workers: int | None = None,
     read_backend: str = "auto",
+    variant: str | None = None,
     sidecars_from: AnyPath | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -102,7 +103,7 @@ def plan(
     root, options = _take_root(chosen, options)
     own = read_identity_options(options) if chosen is None else {}
     with memory.bounded(parse_size(max_memory)):
-        checkpoint = open_side(src, chosen.source if chosen else Side(), root)
+        checkpoint = open_side(src, chosen.source if chosen else Side(), root, variant)
     left: list[str] = []
     if target.file or chosen:
         checkpoint, left = _own_component(checkpoint, target)
@@ -263,6 +264,7 @@ def convert(
     max_memory: str | int = MAX_MEMORY,
     workers: int | None = None,
     read_backend: str = "auto",
+    variant: str | None = None,
     sidecars_from: AnyPath | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -292,6 +294,7 @@ def convert(
         max_memory: bytes that the process may take in all, or ``1GB``.
         workers: threads, at most.
         read_backend: how sources are read: ``auto``, ``pread`` or ``mmap``.
+        variant: which variant of the weights (``model.VARIANT.safetensors``) is read, and written under the same name.
         sidecars_from: a folder from which the config and the tokenizer's files come instead.
         overwrite: remove weight and index files in ``dst`` first, nothing else.
         resume: go on with an interrupted run.
@@ -326,6 +329,7 @@ def convert(
         "max_memory": max_memory,
         "workers": workers,
         "read_backend": read_backend,
+        "variant": variant,
         "sidecars_from": sidecars_from,
         "overwrite": overwrite,
         "resume": resume,
@@ -333,7 +337,7 @@ def convert(
         "create_pr": create_pr,
         "engine": engine,
     }
-    reference = open_checkpoint(compare_with) if compare_with is not None else None
+    reference = open_other(compare_with, Side(), variant) if compare_with is not None else None
     if reference is not None:
         import ml_dtypes  # noqa: F401 - loaded first, with numpy, so that the plan counts what measuring differences takes
     target = target_of(dst, format, create_pr=create_pr)
@@ -371,7 +375,7 @@ def convert(
     if reference is None:
         return result
     with writing():
-        done = open_checkpoint(result.place or made.destination)
+        done = open_other(result.place or made.destination, Side(), variant)
         comparison = compare(
             dict(_with_ties(done)),
             _with_ties(reference),
@@ -411,7 +415,7 @@ def _name_of(src: AnyPath) -> str:
 
 def _describe(src: AnyPath, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What decides which conversion it is, in JSON's terms."""
-    names = ("recipe", "options", "format", "dtype", "keep_dtype", "max_shard_size", "single_file", "sidecars_from", "align")
+    names = ("recipe", "options", "format", "dtype", "keep_dtype", "max_shard_size", "single_file", "sidecars_from", "align", "variant")
     found = {name: settings[name] for name in names if settings.get(name)}
     shard = parse_size(found.get("max_shard_size", MAX_SHARD_SIZE))
     recipe = getattr(found.get("recipe"), "name", found.get("recipe"))
@@ -500,31 +504,32 @@ def _take_root(chosen: Recipe | None, options: Mapping[str, object] | None) -> t
     return None if root is None else str(root), others
 
 
-def _open_both(a: AnyPath, b: AnyPath, chosen: Recipe | None, root: str | None) -> tuple[Checkpoint, Checkpoint]:
+def _open_both(a: AnyPath, b: AnyPath, chosen: Recipe | None, root: str | None, variant: str | None) -> tuple[Checkpoint, Checkpoint]:
     """Two checkpoints to compare; the root is that of the first, and of the second if it has one or the first cannot have any."""
     sides = (chosen.source, chosen.target) if chosen else (Side(), Side())
     nests = [detect_format(find_checkpoint(path)[0]) == "torch" for path in (a, b)] if root is not None else []
     if nests == [False, True]:
-        return open_side(a, sides[0]), open_side(b, sides[1], root)
-    left = open_side(a, sides[0], root)
+        return open_side(a, sides[0], None, variant), open_other(b, sides[1], variant, root)
+    left = open_side(a, sides[0], root, variant)
     if nests == [True, True]:
         with suppress(UsageError):
-            return left, open_side(b, sides[1], root)
-    return left, open_side(b, sides[1])
+            return left, open_other(b, sides[1], variant, root)
+    return left, open_other(b, sides[1], variant)
 
 
-def doctor(path: AnyPath, *, data: bool = False, root: str | None = None) -> Examination:
+def doctor(path: AnyPath, *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
     """Looks for damage and contradictions in a checkpoint, and for the recipes that fit it.
 
     Args:
         path: a directory, a file or a URL.
         data: look at the numbers, too: NaN, Inf, constant tensors.
         root: the key of the dict of tensors in a file that torch.save wrote.
+        variant: which variant of the weights is looked at.
 
     Raises:
         StreamconvError: there is nothing at ``path`` that could be a checkpoint.
     """
-    found = examine(path, data=data, root=root)
+    found = examine(path, data=data, root=root, variant=variant)
     with suppress(StreamconvError):
         found.recipes = match_recipes(path)
     return found
@@ -541,6 +546,7 @@ def verify(
     max_memory: str | int = MAX_MEMORY,
     workers: int | None = None,
     read_backend: str = "auto",
+    variant: str | None = None,
     sidecars_from: AnyPath | None = None,
     progress: Shown = False,
 ) -> Comparison:
@@ -555,7 +561,7 @@ def verify(
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
     root, options = _take_root(chosen, options)
     with memory.bounded(parse_size(max_memory)):
-        left, right = _open_both(a, b, chosen, root)
+        left, right = _open_both(a, b, chosen, root, variant)
     beside = _beside(sidecars_from)
     made = _convert_names(left, chosen, options, Casting(dtype, keep_dtype), beside)
     found = right.contents.entries if chosen else _with_ties(right)

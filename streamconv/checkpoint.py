@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from streamconv.formats.indexes import read_index
 from streamconv.formats.json_text import MAX_CONFIG, read_json
 from streamconv.formats.selection import Selection, find_files, find_unnamed, is_index, one_checkpoint
 from streamconv.formats.signatures import holds_checkpoint, recognize
+from streamconv.formats.variants import check_variant, of_variant, variant_of
 from streamconv.names import natural_key, nearest, select
 from streamconv.names import parse as parse_names
 from streamconv.notebook import SHOWN, table
@@ -59,11 +60,19 @@ class Checkpoint(Mapping[str, TensorEntry]):
     (2,)
     """
 
-    def __init__(self, path: Location, contents: Contents, config: str = CONFIG, components: Mapping[str, Contents] | None = None) -> None:
+    def __init__(
+        self,
+        path: Location,
+        contents: Contents,
+        config: str = CONFIG,
+        components: Mapping[str, Contents] | None = None,
+        variant: str | None = None,
+    ) -> None:
         """``contents``: of all components; these by folder, where there are others than the checkpoint's own, ""."""
         self.path = path
         self.contents = contents
         self.components = {"": contents} if components is None else components
+        self.variant = variant
         self._config = config
 
     def __getitem__(self, name: str) -> TensorEntry:
@@ -144,7 +153,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def select(self, folders: Collection[str]) -> Checkpoint:
         """The checkpoint with some of its components only."""
         components = {folder: contents for folder, contents in self.components.items() if folder in folders}
-        return Checkpoint(self.path, join_components(components), self._config, components)
+        return Checkpoint(self.path, join_components(components), self._config, components, self.variant)
 
     @cached_property
     def sidecars(self) -> list[str]:
@@ -217,6 +226,7 @@ def open_checkpoint(
     files: Sequence[str] = (),
     config: str = CONFIG,
     components: bool = True,
+    variant: str | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint: one file, or a directory with or without index, with its components in folders. No tensor data is read.
 
@@ -228,26 +238,30 @@ def open_checkpoint(
         files: the same for files that do not repeat names, where there are none by rank.
         config: the name of the file with the model's config.
         components: whether folders that a list names as such are read, too; their tensors are ``<folder>/<name>``.
+        variant: which variant of the weights is read (``model.VARIANT.safetensors``); of components without it, those of none.
 
     Raises:
         FormatError: damaged or not a checkpoint.
         UsageError: not there, or not readable.
     """
+    if variant is not None:
+        check_variant(variant)
     where, notes = find_checkpoint(path)
     where = where.absolute()  # a plan may be run elsewhere
     if folders := find_weighted(where) if components else []:
 
         def open_component(folder: str) -> Contents:
             own: dict[str, Any] = {} if folder else {"by_rank": by_rank, "root": root, "ranks": ranks, "files": files}
-            return open_checkpoint(within(where, folder), components=False, **own).contents
+            return open_checkpoint(within(where, folder), components=False, variant=variant, **own).contents
 
         opened = {folder: open_component(folder) for folder in folders}
         joined = join_components(opened)
         joined.notes[:0] = notes
-        return Checkpoint(where, joined, config, opened)
+        _check_has(where, opened, variant)
+        return Checkpoint(where, joined, config, opened, variant)
     chosen, ranked = choose_files(where, ranks, files)
     by_rank = by_rank or ranked
-    name, found = _choose(where.absolute(), chosen, by_rank=by_rank)
+    name, found = _choose(where, chosen, by_rank=by_rank, variant=variant)
     if root is not None and name != "torch":
         raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
     given: dict[str, Any] = {} if root is None else {"root": root}
@@ -257,7 +271,16 @@ def open_checkpoint(
         given["explain"] = lambda tensor, present: explain_absent(tensor, present, untied=_is_untied(folder))
     contents = CONTAINERS[name].read(where, by_rank=by_rank, **given)
     contents.notes[:0] = notes
-    return Checkpoint(folder, contents, config)
+    if components:
+        _check_has(where, {"": contents}, variant)
+    return Checkpoint(folder, contents, config, variant=variant)
+
+
+def _check_has(path: Location, components: Mapping[str, Contents], variant: str | None) -> None:
+    """Raises UsageError where a variant is asked for, and no component has it."""
+    files = [variant_of(file.name, CONTAINERS[part.format].names) for part in components.values() for file in part.files]
+    if variant and variant not in files:
+        raise UsageError(f"--variant {variant}: {show(path)} has no weights called so, as in model.{variant}.safetensors: leave it out")
 
 
 def find_checkpoint(given: str | os.PathLike[str]) -> tuple[Location, list[str]]:
@@ -292,17 +315,18 @@ def _is_untied(folder: Location) -> bool:
     return config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None) is False
 
 
-def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool) -> tuple[str, Selection | None]:
+def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool, variant: str | None) -> tuple[str, Selection | None]:
     """The container of a checkpoint, and its files; None for a container that finds them itself.
 
     Args:
         path: a file, an index or a directory.
         chosen: names of the directory's files that a recipe asks for.
         by_rank: see `find_files`.
+        variant: the same.
     """
     if not is_dir(path) and not is_index(path.name):
         return container_of(path), Selection({path.name: path})
-    name = detect_format(path)
+    name = detect_format(path, variant)
     if not chosen and is_dir(path) and CONTAINERS[name].by_rank:
         return name, None
     kind = CONTAINERS[name].names
@@ -312,7 +336,7 @@ def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool) -> tuple[st
         names = one_checkpoint(path, find_unnamed(path, names_in(path)), kind)
         found = find_files(path, kind, names)
     else:
-        found = find_files(path, kind, by_rank=by_rank)
+        found = find_files(path, kind, by_rank=by_rank, variant=variant)
     first = next(iter(found.files.values()))
     return container_of(first), found
 
@@ -349,8 +373,8 @@ def container_of(path: Location) -> str:
     return found
 
 
-def detect_format(path: Location) -> str:
-    """The container that a path holds: by a file's first bytes, or by what is in a directory.
+def detect_format(path: Location, variant: str | None = None) -> str:
+    """The container that a path holds: by a file's first bytes, or by what is in a directory, of a variant first if one is asked for.
 
     Raises:
         FormatError: there is none.
@@ -362,7 +386,12 @@ def detect_format(path: Location) -> str:
         names = [name for name in names_in(path) if not name.startswith(".")]
     except OSError as error:
         raise unreadable(path, error, "a checkpoint") from error
-    parts = {name: list(filter(container.names.is_part, names)) for name, container in CONTAINERS.items()}
+    for chosen in dict.fromkeys((variant, None)):
+        parts = {name: _parts(names, container.names, chosen) for name, container in CONTAINERS.items()}
+        if any(parts.values()):
+            break
+    else:
+        parts = {name: list(filter(container.names.is_part, names)) for name, container in CONTAINERS.items()}
     found = [name for name in parts if parts[name]]
     if len(found) > 1:  # a suffix alone says little: .bin is anything
         found = [name for name in found if _is_certain(path, CONTAINERS[name].names, parts[name])] or found
@@ -371,6 +400,11 @@ def detect_format(path: Location) -> str:
     if unnamed := find_unnamed(path, names):
         return container_of(path / unnamed[0])
     raise FormatError(f"{show(path)}: no *{', *'.join(FORMAT_OF)} file in it: give the path of a checkpoint")
+
+
+def _parts(names: Iterable[str], kind: Names, variant: str | None) -> list[str]:
+    """What is called as files of a kind, of that variant or of none."""
+    return [name for name in of_variant(names, kind, variant) if kind.is_part(name) or (variant and name.endswith(".json"))]
 
 
 def _is_certain(directory: Location, kind: Names, names: Sequence[str]) -> bool:

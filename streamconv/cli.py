@@ -127,6 +127,12 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--read-backend", choices=list(BACKENDS), default="auto", help="how source bytes are read")
 
 
+def _variant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--variant", metavar="NAME", help="read the weights called so, as in model.NAME.safetensors; written under the same name"
+    )
+
+
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="FILE", help="write a page about it to this .html file")
 
@@ -162,6 +168,7 @@ def _conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", metavar="SRC", help="a checkpoint: a directory, a file, or a URL (https, hf, s3, gs)")
     parser.add_argument("dst", metavar="DST", help="a file if it ends in the container's suffix, else a directory; or a URL (hf, s3, gs)")
     _recipe(parser)
+    _variant(parser)
     _memory(parser)
     parser.add_argument("--format", metavar="NAME", help="container of DST (by its suffix, else the recipe's, else safetensors)")
     parser.add_argument("--max-shard-size", metavar="SIZE", default=api.MAX_SHARD_SIZE, help="5GB is decimal, 5GiB binary (5GB)")
@@ -229,15 +236,15 @@ def _build_parser() -> _Parser:
         "--part", metavar="I/N", type=_read_part, help="make the files of part I of N only; anywhere, in any order, also again"
     )
     share.add_argument("--finish", action="store_true", help="check what the parts have made, and write the index")
-    inspect = add("inspect", "List names, dtypes, shapes, files and sizes, from headers only.", _root)
+    inspect = add("inspect", "List names, dtypes, shapes, files and sizes, from headers only.", _root, _variant)
     inspect.add_argument("src", metavar="SRC", help="a directory, a file, or a URL")
     inspect.add_argument("--filter", metavar="PATTERN", help="only tensors of such names: a name pattern, a glob, or a part of the name")
     inspect.add_argument("--stats", action="store_true", help="min, max, mean and norm, from the data")
     inspect.add_argument("--all", action="store_true", help="a line for each tensor, with its file")
-    doctor = add("doctor", "Look for damage and contradictions, from headers, index and config.", _root)
+    doctor = add("doctor", "Look for damage and contradictions, from headers, index and config.", _root, _variant)
     doctor.add_argument("src", metavar="SRC", help="a directory, a file, or a URL")
     doctor.add_argument("--data", action="store_true", help="look at the numbers too: NaN, Inf, constant tensors")
-    verify = add("verify", "Compare two checkpoints tensor by tensor, or a recipe's result with B.", _recipe, _memory)
+    verify = add("verify", "Compare two checkpoints tensor by tensor, or a recipe's result with B.", _recipe, _variant, _memory)
     _report(verify)
     verify.add_argument("a", metavar="A", help="a directory, a file, or a URL")
     verify.add_argument("b", metavar="B", help="what it is compared with")
@@ -296,7 +303,7 @@ def _root_of(args: argparse.Namespace) -> str | None:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `api.plan` from those of the command line."""
-    names = ("recipe", "format", "dtype", "keep_dtype", "max_shard_size", "single_file", "max_memory", "workers", "read_backend")
+    names = ("recipe", "format", "dtype", "keep_dtype", "max_shard_size", "single_file", "max_memory", "workers", "read_backend", "variant")
     found = {
         name: getattr(args, name)
         for name in (*names, "sidecars_from", "overwrite", "resume", "align", "reclaim_source", "create_pr", "engine")
@@ -426,7 +433,7 @@ def _run(args: argparse.Namespace, out: Console) -> int:
 
 
 def _inspect(args: argparse.Namespace, out: Console) -> int:
-    checkpoint, ranks = open_with_ranks(args.src, root=_root_of(args))
+    checkpoint, ranks = open_with_ranks(args.src, root=_root_of(args), variant=args.variant)
     if ranks:
         merging = matching.suggest_merging(checkpoint.path)
         does = f": --recipe {merging[0]} merges them" if merging else ""
@@ -442,7 +449,7 @@ def _inspect(args: argparse.Namespace, out: Console) -> int:
 
 
 def _doctor(args: argparse.Namespace, out: Console) -> int:
-    found = api.doctor(locate(args.src), data=args.data, root=_root_of(args))
+    found = api.doctor(locate(args.src), data=args.data, root=_root_of(args), variant=args.variant)
     if args.json:
         out.say_json(found.summary())
     elif not args.quiet:
@@ -451,7 +458,7 @@ def _doctor(args: argparse.Namespace, out: Console) -> int:
 
 
 def _verify(args: argparse.Namespace, out: Console) -> int:
-    names = ("recipe", "dtype", "keep_dtype", "max_memory", "workers", "read_backend", "sidecars_from")
+    names = ("recipe", "dtype", "keep_dtype", "max_memory", "workers", "read_backend", "sidecars_from", "variant")
     settings = {name: getattr(args, name) for name in names}
     progress = _progress(args)
     found = api.verify(args.a, args.b, options=_options(args.set), progress=progress, **settings)

@@ -6,18 +6,20 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from streamconv.checkpoint import CONFIG, CONTAINERS, Checkpoint, detect_format, find_checkpoint, read_config
+from streamconv.checkpoint import CONFIG, CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.contradictions import Stated, check_config, check_layers, check_types
 from streamconv.dtypes import TensorSpec
 from streamconv.engine.lines import read_line
 from streamconv.errors import FormatError, StreamconvError
 from streamconv.findings import Finding
 from streamconv.folder import find_pointers, find_weighted, look_beside, within
-from streamconv.formats.files import read_bytes
+from streamconv.formats.files import Names, read_bytes
 from streamconv.formats.json_text import MAX_JSON, read_json
+from streamconv.formats.selection import choose_variant
 from streamconv.graph import AnyNode
 from streamconv.matching import suggest_merging
 from streamconv.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
@@ -62,13 +64,16 @@ class Examination:
         return join_lines([*lines, (f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")])
 
 
-def examine(path: str | os.PathLike[str], *, data: bool = False, root: str | None = None) -> Examination:
-    """Looks at a checkpoint, with its components in folders.
+def examine(path: str | os.PathLike[str], *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
+    """Looks at a checkpoint, with its components in folders; of weights that have variants, at one of these or at those that are of none.
 
     Raises:
         StreamconvError: there is nothing at ``path`` that could be one.
     """
     path, _ = find_checkpoint(path)
+    if variant is not None:
+        with suppress(FormatError):  # which is looked into below
+            open_checkpoint(path, root=root, variant=variant)
     whole = Examination(str(path), "")
     try:
         folders = find_weighted(path)
@@ -76,7 +81,8 @@ def examine(path: str | os.PathLike[str], *, data: bool = False, root: str | Non
         whole.findings.append(Finding(_short(error, path), str(path), "components of the model are not found", "mend it, or get it again"))
         folders = []
     for folder in folders or [""]:
-        found = _examine_component(within(path, folder), None if folder else root, data=data, is_component=folder != "")
+        own = None if folder else root
+        found = _examine_component(within(path, folder), own, data=data, is_component=folder != "", variant=variant)
         whole.format = whole.format or found.format
         whole.findings += (replace(finding, where=f"{folder}: {finding.where}") if folder else finding for finding in found.findings)
         whole.dtypes = dict((Counter(whole.dtypes) + Counter(found.dtypes)).most_common())
@@ -95,18 +101,18 @@ def _check_pointers(path: Location) -> Iterator[Finding]:
         yield Finding("it is a Git LFS pointer, not the file", name, "what needs the file fails", "fetch it: git lfs pull")
 
 
-def _examine_component(path: Location, root: str | None, *, data: bool, is_component: bool) -> Examination:
+def _examine_component(path: Location, root: str | None, *, data: bool, is_component: bool, variant: str | None) -> Examination:
     """Looks at one component of a checkpoint, which may be all of it; ``is_component``: what the whole says it need not say."""
     called = find_ranks(path)
-    name = _detect_format(path, called)
+    name = _detect_format(path, called, variant)
     found = Examination(str(path), name)
     tables: dict[str, Mapping[str, AnyNode]] = {}
     checkpoint: Checkpoint | None = None
     if path.is_dir():
-        tables = _read_files(path, name, root, called, found)
+        tables = _read_files(path, name, root, called, found, variant)
     ranks = next((one for one in called if one.holds(tables)), None)
     try:
-        checkpoint, known = open_with_ranks(path, root=root, components=False)
+        checkpoint, known = open_with_ranks(path, root=root, components=False, variant=variant)
     except FormatError as error:
         if not found.findings and ranks is None:
             found.findings.append(Finding(_short(error, path), str(path), "nothing can read it", "download or write it again"))
@@ -117,7 +123,7 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
             tables = dict(by_file(entries, known)) if known else {path.name: entries}
     found.dtypes = dict(Counter(entry.spec.dtype.name for entry in entries.values()).most_common())
     found.tensors, found.nbytes = len(entries), sum(entry.spec.nbytes for entry in entries.values())
-    found.findings += _check_files(path, tables, found.format, ranks.files if ranks else ()) if path.is_dir() else []
+    found.findings += _check_files(path, tables, found.format, ranks.files if ranks else (), variant) if path.is_dir() else []
     if ranks is not None:
         found.findings += check_ranks({file: tables[file] for file in ranks.files if file in tables}, ranks, lambda: suggest_merging(path))
         entries = dict(next((tables[file] for file in ranks.files if file in tables), {}))  # one stands for all
@@ -130,10 +136,10 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
     return found
 
 
-def _detect_format(path: Location, called: Sequence[RankSet]) -> str:
+def _detect_format(path: Location, called: Sequence[RankSet], variant: str | None) -> str:
     """The container that a path holds; folders of ranks hold torch's files."""
     try:
-        return detect_format(path)
+        return detect_format(path, variant)
     except FormatError:
         if not any("/" in file for ranks in called for file in ranks.files):
             raise
@@ -150,14 +156,14 @@ def _short(error: Exception, path: Location) -> str:
 
 
 def _read_files(
-    path: Location, name: str, root: str | None, called: Sequence[RankSet], found: Examination
+    path: Location, name: str, root: str | None, called: Sequence[RankSet], found: Examination, variant: str | None
 ) -> dict[str, Mapping[str, AnyNode]]:
     """The tensors of each weight file by itself, so that one damaged file does not hide the others."""
     kind = CONTAINERS[name].names
     tables: dict[str, Mapping[str, AnyNode]] = {}
     names = [
         file
-        for file in sorted(names_in(path))
+        for file in _names(path, kind, variant)
         if file.endswith(kind.suffixes) and not re.fullmatch(kind.others, file) and not file.startswith(".")
     ]
     names += [file for ranks in called for file in ranks.files if "/" in file]
@@ -171,6 +177,15 @@ def _read_files(
     return tables
 
 
+def _names(path: Location, kind: Names, variant: str | None) -> list[str]:
+    """What lies in a folder, without files of other variants of the weights."""
+    names = sorted(names_in(path))
+    try:
+        return sorted(choose_variant(path, names, kind, variant)[1])
+    except FormatError:
+        return names  # opening it says what is wrong
+
+
 def _read_file(file: Location, name: str, root: str | None) -> Mapping[str, AnyNode] | StreamconvError:
     try:
         own = detect_format(file) if name == "mindspore" else name  # whose files are called as many of torch.save are
@@ -180,9 +195,11 @@ def _read_file(file: Location, name: str, root: str | None) -> Mapping[str, AnyN
         return error
 
 
-def _check_files(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], name: str, ranks: Sequence[str]) -> Iterator[Finding]:
+def _check_files(
+    path: Location, tables: Mapping[str, Mapping[str, AnyNode]], name: str, ranks: Sequence[str], variant: str | None
+) -> Iterator[Finding]:
     kind = CONTAINERS[name].names
-    names = sorted(entry.name for entry in path.iterdir())
+    names = _names(path, kind, variant)
     weight_map: dict[str, str] = {}
     for index in filter(kind.is_index, names):
         try:

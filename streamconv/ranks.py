@@ -85,13 +85,16 @@ def _stage(file: str) -> str:
     return match["set"] if match else ""
 
 
-def open_with_ranks(path: Location | str, root: str | None = None, *, components: bool = True) -> tuple[Checkpoint, RankSet | None]:
+def open_with_ranks(
+    path: Location | str, root: str | None = None, *, components: bool = True, variant: str | None = None
+) -> tuple[Checkpoint, RankSet | None]:
     """A checkpoint as it lies: where its files are ranks, by rank; and which those are.
 
     Args:
         path: where it is.
         root: the key of the dict of tensors in a file that nests them.
         components: see `open_checkpoint`.
+        variant: the same.
 
     Raises:
         FormatError: damaged or not a checkpoint.
@@ -99,7 +102,7 @@ def open_with_ranks(path: Location | str, root: str | None = None, *, components
     """
     where = locate(path)
     try:
-        found = open_checkpoint(where, root=root, components=components)
+        found = open_checkpoint(where, root=root, components=components, variant=variant)
     except StreamconvError:
         for ranks in find_ranks(where):
             if (checkpoint := _open_ranks(where, ranks, root)) is not None:

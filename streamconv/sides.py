@@ -17,12 +17,22 @@ from streamconv.formats import Contents, FileLayout
 from streamconv.names import Matcher
 from streamconv.names import parse as parse_names
 from streamconv.recipe import Conversion, Side
-from streamconv.stems import CHOSEN, stem_of
+from streamconv.stems import CHOSEN, stem_of, variant_read
 
 
-def open_side(path: str | os.PathLike[str], side: Side, root: str | None = None) -> Checkpoint:
+def open_side(path: str | os.PathLike[str], side: Side, root: str | None = None, variant: str | None = None) -> Checkpoint:
     """A checkpoint as one side of a recipe has them."""
-    return open_checkpoint(path, root=root, ranks=side.ranks, files=side.files, config=side.config)
+    return open_checkpoint(path, root=root, ranks=side.ranks, files=side.files, config=side.config, variant=variant)
+
+
+def open_other(path: str | os.PathLike[str], side: Side, variant: str | None, root: str | None = None) -> Checkpoint:
+    """A checkpoint to compare with, in that variant if it has it."""
+    try:
+        return open_side(path, side, root, variant)
+    except UsageError:
+        if variant is None:
+            raise
+        return open_side(path, side, root)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,10 @@ def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Sid
         format_ = _format_of(checkpoint, folder, side, wanted.target.format)
         own = side if side and not folder else Side(format_, stem=stem_of(checkpoint, folder, format_))
         target = replace(wanted.target, format=format_)
-        made = lay_out(specs, target, own, wanted.limit, _facts(checkpoint.components[folder], ties_in[folder], format_, wanted))
+        facts = _facts(checkpoint.components[folder], ties_in[folder], format_, wanted)
+        if format_ in CHOSEN and (variant := variant_read(checkpoint, folder)):
+            facts["variant"] = variant
+        made = lay_out(specs, target, own, wanted.limit, facts)
         layouts += [_in_folder(folder, layout) for layout in made]
     return layouts
 

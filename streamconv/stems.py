@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from streamconv.checkpoint import CONTAINERS, Checkpoint
 from streamconv.formats import Contents
+from streamconv.formats.variants import modern, variant_of, without_variant
 
 _PLAIN = ("model", "pytorch_model", "consolidated")  # stand for what the container's own files are called
 _KEPT = (  # what libraries look for; other names of single files are given by people
@@ -38,9 +39,17 @@ def stem_of(checkpoint: Checkpoint, folder: str, format: str) -> str | None:  # 
 def _stem_of_files(contents: Contents) -> str | None:
     """What the name of the one file, or of all numbered ones, starts with."""
     kind = CONTAINERS[contents.format].names
-    names = [path.name for path in contents.files]
+    names = [modern(path.name, kind) for path in contents.files]
     if len(names) == 1 and not kind.shard(names[0]):
         suffix = next((suffix for suffix in kind.suffixes if names[0].endswith(suffix)), "")
-        return names[0].removesuffix(suffix) if suffix else None
+        return without_variant(names[0].removesuffix(suffix), kind) if suffix else None
     stems = {match["stem"] if (match := kind.shard(name)) else "" for name in names}
-    return stems.pop() or None if len(stems) == 1 else None
+    return without_variant(stems.pop(), kind) or None if len(stems) == 1 else None
+
+
+def variant_read(checkpoint: Checkpoint, folder: str) -> str | None:
+    """The variant that was asked for, if a component's files are of it."""
+    contents = checkpoint.components[folder]
+    kind = CONTAINERS[contents.format].names
+    own = {variant_of(path.name, kind) for path in contents.files}
+    return checkpoint.variant if own == {checkpoint.variant} else None

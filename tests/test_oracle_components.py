@@ -140,3 +140,23 @@ def test_a_trainers_folder_gives_its_model(transformers, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
     found = transformers.LlamaForCausalLM.from_pretrained(str(tmp_path / "out"))
     same(found.state_dict(), model.state_dict(), lambda tensor: tensor.half())
+
+
+@pytest.mark.parametrize("options", [[], ["--max-shard-size", "300kB"]])
+def test_variants_of_diffusers(pipeline, tmp_path, options):
+    pipeline.save_pretrained(tmp_path / "in")
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "in", variant="fp16", max_shard_size="500kB")
+    for variant in ("fp16", None):
+        asked = ["--variant", variant] if variant else []
+        assert run("convert", tmp_path / "in", tmp_path / f"out{variant}", *asked, *options, "--quiet") == 0
+        made = load(tmp_path / f"out{variant}", variant=variant, torch_dtype=torch.float16)
+        for name, tensors in made.items():
+            same(tensors, getattr(pipeline, name).state_dict())
+
+
+@pytest.mark.parametrize("size", ["20kB", "5GB"])
+def test_variants_of_transformers(transformers, bert, tmp_path, size):
+    model = transformers.BertModel.from_pretrained(str(bert), dtype=torch.float16)
+    model.save_pretrained(bert, variant="half", max_shard_size="30kB")
+    assert run("convert", bert, tmp_path / "out", "--variant", "half", "--max-shard-size", size, "--quiet") == 0
+    same(transformers.BertModel.from_pretrained(str(tmp_path / "out"), variant="half").state_dict(), model.state_dict())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from streamconv.errors import FormatError
 from streamconv.formats.files import Names, short, show, unreadable
 from streamconv.formats.indexes import read_index
 from streamconv.formats.signatures import holds_checkpoint, recognize
+from streamconv.formats.variants import of_variant, variant_of
 from streamconv.storage.remote import Location, exists, is_dir, names_in
 from streamconv.text import one_line
 
@@ -34,6 +35,7 @@ class Selection:
     index: Location | None = None
     weight_map: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    variant: str | None = None
 
 
 def is_index(name: str) -> bool:
@@ -41,7 +43,14 @@ def is_index(name: str) -> bool:
     return _INDEX.fullmatch(name) is not None
 
 
-def find_files(path: Location, kind: Names, chosen: Sequence[str] | Selection | None = None, *, by_rank: bool = False) -> Selection:
+def find_files(
+    path: Location,
+    kind: Names,
+    chosen: Sequence[str] | Selection | None = None,
+    *,
+    by_rank: bool = False,
+    variant: str | None = None,
+) -> Selection:
     """The files of a checkpoint.
 
     Args:
@@ -49,6 +58,7 @@ def find_files(path: Location, kind: Names, chosen: Sequence[str] | Selection | 
         kind: how they are called.
         chosen: names of the files of the directory to take instead, or what was found before.
         by_rank: files repeat names, so that several belong together whatever they are called.
+        variant: which variant of the weights to take, where it is there; without one, those that are of none come first.
 
     Raises:
         FormatError: nothing there, files that are missing, or several checkpoints of which no library's rule chooses one.
@@ -59,7 +69,13 @@ def find_files(path: Location, kind: Names, chosen: Sequence[str] | Selection | 
         return _listed(path, kind, ()) if is_index(path.name) else Selection({path.name: path})
     if chosen is not None:
         return _present(path, Selection({name: path / name for name in chosen}))
-    names = _names(path, kind)
+    everything = _names(path, kind)
+    taken, names = choose_variant(path, everything, kind, variant)
+    if taken:
+        found = _find_variant(path, names, kind, taken)
+        if not variant:
+            return replace(found, notes=(f"only the variant {taken} of the weights is there: it is read",))
+        return _with_note(found, f"the variant {taken} is", everything, kind)
     read = next((name for name in kind.known if name in names), None) or _other_index(path, names, kind)
     if read is None:
         files = _choose(path, names, kind, by_rank=by_rank)
@@ -69,7 +85,31 @@ def find_files(path: Location, kind: Names, chosen: Sequence[str] | Selection | 
         found, said = _listed(path / read, kind, names), f"{one_line(read)} is"
     else:
         found, said = Selection({read: path / read}), f"{one_line(read)} is"
-    return _with_note(found, said, names, kind)
+    return _with_note(found, said, everything, kind)
+
+
+def choose_variant(path: Location, names: Sequence[str], kind: Names, asked: str | None) -> tuple[str | None, list[str]]:
+    """The variant to read, None for none, and the names among which its files are."""
+    chosen = of_variant(names, kind, asked) if asked else []
+    if chosen:
+        return asked, chosen
+    others = of_variant(names, kind, None)
+    there = sorted({variant for name in names if (variant := variant_of(name, kind))})
+    if not there or any(map(kind.is_part, others)):
+        return None, others
+    if len(there) > 1:
+        raise FormatError(f"{show(path)}: only variants of the weights are there, {', '.join(there)}: choose one with --variant")
+    return there[0], of_variant(names, kind, there[0])
+
+
+def _find_variant(path: Location, names: Sequence[str], kind: Names, variant: str) -> Selection:
+    """The files of a variant, which ``names`` are, by its index or by their numbers."""
+    single = next((name for name in names if name.endswith(kind.suffixes) and "-of-" not in name), None)
+    index = next((name for name in names if is_index(name)), None)
+    if single or not index:
+        files = [single] if single else one_checkpoint(path, names, kind)
+        return Selection({name: path / name for name in files}, variant=variant)
+    return replace(_listed(path / index, kind, names), variant=variant)
 
 
 def _names(path: Location, kind: Names) -> list[str]:
@@ -185,7 +225,7 @@ def _with_note(found: Selection, read: str, names: Iterable[str], kind: Names) -
     own = {*found.files, found.index.name if found.index else ""}
     rest = [name for name in names if name not in own and _FORMS.fullmatch(name) and not re.fullmatch(kind.others, name)]
     rest = [name for name in rest if "/" not in name]
-    return Selection(found.files, found.index, found.weight_map, (f"{read} read; not read: {listing(rest)}",)) if rest else found
+    return replace(found, notes=(*found.notes, f"{read} read; not read: {listing(rest)}")) if rest else found
 
 
 # Files that nothing is known of but their bytes ------------------------------------------------------------------------
