@@ -70,7 +70,7 @@ def make_checkpoints(folder: Path) -> None:
         (folder / name / "tokenizer.json").write_text("{}")
     last = folder / "broken" / "model-00003-of-00003.safetensors"
     last.write_bytes(last.read_bytes()[:-1000])
-    torch.save({**llama, "tied.weight": llama["lm_head.weight"]}, folder / "pytorch_model.bin")
+    torch.save({**llama, "lm_head.weight": llama["model.embed_tokens.weight"]}, folder / "pytorch_model.bin")
     (folder / "pickled").mkdir()
     torch.save(llama, folder / "pickled" / "pytorch_model.bin")
     (folder / "pickled" / "config.json").write_text(json.dumps(LLAMA))

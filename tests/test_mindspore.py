@@ -407,7 +407,7 @@ def test_detection_order(tmp_path):
     assert open_checkpoint(folder).format == "torch"
     write(folder, {"s": torch.ones(2)})
     assert list(open_checkpoint(folder)) == ["s"]
-    assert open_checkpoint(folder).sidecars == ["training_args.bin"]
+    assert open_checkpoint(folder).sidecars == []
     with pytest.raises(FormatError, match=r"\*\.safetensors, .*\.ckpt file in it"):
         open_checkpoint(FOLDER.parent)
 
