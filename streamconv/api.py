@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 MAX_MEMORY = "1GB"
 MAX_SHARD_SIZE = "5GB"
 AnyPath = str | os.PathLike[str]
+SHOWN = 5  # keys that a note names
 COMPARING = 24 << 20  # bytes that --compare takes beside its libraries
 
 
@@ -139,7 +140,15 @@ def plan(
         sidecars=sidecars,
         mapping=(Row(*row) for row in conversion.rows),
         dropped=conversion.dropped,
-        notes=[*checkpoint.contents.notes, *left, *told, *conversion.notes, *notes, *_may_share(checkpoint, target, layouts)],
+        notes=[
+            *checkpoint.contents.notes,
+            *left,
+            *told,
+            *conversion.notes,
+            *notes,
+            *_lost_metadata(checkpoint, target.format),
+            *_may_share(checkpoint, target, layouts),
+        ],
         replicas=conversion.replicas,
         read_backend=read_backend,
         reasons=conversion.reasons,
@@ -159,6 +168,14 @@ def _read_beside(checkpoint: Checkpoint, beside: Location | None, made: Plan) ->
     """Files of this machine that planning has read, or may have: those of the source, and in its folder what is called as outputs are."""
     folders = [folder for folder in (checkpoint.path, beside) if isinstance(folder, Path) and folder.is_dir()]
     return [*_local_files(checkpoint), *(folder / file.path for folder in folders for file in made.files)]
+
+
+def _lost_metadata(checkpoint: Checkpoint, format: str) -> Iterator[str]:  # noqa: A002 - the word of the command line
+    """Names the source's metadata where the new container has no place for it."""
+    lost = [key for key in checkpoint.metadata if key != "format" and key not in checkpoint.ties]
+    if lost and format != "safetensors":
+        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+        yield f"left out: metadata of the source, which {format} files have no place for: {', '.join(lost[:SHOWN])}{more}"
 
 
 def _beside(folder: AnyPath | None) -> Location | None:

@@ -25,6 +25,7 @@ KEYS = ("quantization_config", "compression_config")
 Block = tuple[int, int]
 
 _CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_USUAL = 128  # rows and columns of a block that nearly all checkpoints have
 _SCALE = re.compile(r"(?:_scale_inv|\.weight_scale|\.qscale_weight)$")
 _ACTIVATION = re.compile(r"\.(?:(?:input|output|activation)_scale|input_scale_ub|qscale_act|[qkv]_scale)$|_activation_scale$")
 
@@ -193,6 +194,14 @@ class _Blocks:
                     )
                 if count > 1:
                     found[axis] = size // count, name
+        for axis in (0, 1):
+            block, name = found[axis]
+            counts = [(weight.shape[axis - 2], scales.shape[axis - 2]) for weight, scales in unsaid.values()]
+            if block not in (0, _USUAL) and all(-(-size // _USUAL) == count for size, count in counts):
+                raise CoverageError(
+                    f"{self._title}: {name}: blocks of {block} {('rows', 'columns')[axis]} fit its scales, and so do blocks of {_USUAL}, "
+                    "the last cut off: which it is must stand in config.json (quantization_config.weight_block_size)"
+                )
         return {
             name: (self._along(weight, scales, 0, found), self._along(weight, scales, 1, found))
             for name, (weight, scales) in unsaid.items()

@@ -171,6 +171,7 @@ def test_where_no_config_says_it_a_division_without_a_rest_is_believed(tmp_path)
     [
         ({"a": ((576, 128), (5, 1))}, {}, ["a.weight", "576/5 rows", "weight_block_size"]),
         ({"a": ((192, 128), (2, 1)), "b": ((256, 128), (2, 1))}, {}, ["b.weight", "96 in a.weight", "weight_block_size"]),
+        ({"a": ((200, 128), (2, 1)), "b": ((300, 128), (3, 1))}, {}, ["blocks of 100 rows", "so do blocks of 128", "weight_block_size"]),
         ({"a": ((192, 128), (2, 1))}, {"weight_block_size": [64, 64]}, ["64 x 64", "[3, 2]", "[2, 1]"]),
         ({"a": ((192, 128), (2,))}, {"weight_block_size": [96, 128]}, ["96 x 128", "[2, 1]", "[2]"]),
         ({"a": ((64, 64), (3, 3, 3))}, {}, ["a.weight", "do not go together"]),

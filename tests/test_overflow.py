@@ -102,6 +102,21 @@ def test_parts_ranks_and_plans_say_it_too(tmp_path, capsys):
     assert set(plan.names) == {"a.weight", "b.weight", "c.weight", "d"}
 
 
+@pytest.mark.parametrize("name", ["out.bin", "out.ckpt", "out.pth", "out"])
+def test_metadata_that_a_container_has_no_place_for_is_noted(tmp_path, capsys, name):
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt", "licence": "mit", "modelspec.title": "x"}
+    save_file({"a": torch.ones(3)}, tmp_path / "x.safetensors", metadata)
+    assert run("convert", tmp_path / "x.safetensors", tmp_path / name) == 0
+    noted = "metadata of the source" in (told := capsys.readouterr().out)
+    assert noted == (name != "out")
+    assert not noted or ("licence" in told and "modelspec.title" in told)
+    assert noted or streamconv.open(tmp_path / name).metadata == metadata
+    save_file({"a": torch.ones(3)}, tmp_path / "y.safetensors", {"format": "pt"})
+    assert not streamconv.plan(tmp_path / "y.safetensors", tmp_path / f"again-{name}", max_memory="4GB").notes
+
+
 def test_what_an_earlier_run_made_is_not_spoken_of(tmp_path):
     src = checkpoint(tmp_path)
     settings = {"dtype": "float16", "max_memory": "4GB"}
