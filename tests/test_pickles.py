@@ -401,6 +401,7 @@ FOUND = {
     "only a scalar": ({"state_dict": {"scale": torch.tensor(0.9)}}, "state_dict"),
     "parts": ({"backbone": {"conv": {"weight": ONE}}, "head": {"weight": ONE}}, ""),
     "parts below a name": ({"model": {"trunk": weights(), "heads": weights()}, "epoch": 1}, "model"),
+    "parts called as a trainer's": ({"params": {"w": ONE, "scheduler": {"w": ONE}}}, "params"),
     "optimizer beside weights": ({"w": ONE, "optimizer": adam(), "scheduler": {"last": ONE}}, ""),
     "integers in a state dict": ({"bn.weight": ONE, "bn.num_batches_tracked": 3}, ""),
     "a list of tensors": ([ONE, torch.ones(2)], ""),

@@ -18,6 +18,7 @@ from streamconv.storage.remote import Location
 _MAX_NAMES = 1 << 27  # bytes that the names of a tree's leaves may take, with what is kept of each
 _MAX_DEPTH = 1 << 10
 _MAX_KEYS = 100  # of a root
+_MAX_KEY = 200  # characters of a key that is looked at for words
 _MAX_LOOKS = 100_000  # nodes that are looked at for a message
 _LEAF = 256
 _PLAIN = "set frozenset str bytes bytearray complex object dict list"
@@ -296,12 +297,12 @@ def _candidates(node: Any, keys: tuple[str, ...], *, objects: bool, seen: set[in
         return []
     tensors = [(name, value) for name, value in below if _is_tensor(value)]
     whole = Candidate(keys, node, named, real=any("." in name for name, _ in tensors), flat=bool(tensors))
-    holds = any(not _is_scalar(value) and not _TRAINING.fullmatch(name) for name, value in tensors)
+    holds = any(not _is_scalar(value) and not _is_trainers(name) for name, value in tensors)
     if whole.real or (holds and named):
         return [whole]
     found: list[Candidate] = []
     for name, value in below:
-        if not _TRAINING.fullmatch(name):
+        if not _is_trainers(name):
             found += _candidates(value, (*keys, name), objects=objects, seen=seen)
     if holds:  # what else could be the weights, if it does not say that it is
         return [one for one in found if one.named and one.real] or [whole]
@@ -324,7 +325,11 @@ def _choose(whole: Candidate, found: list[Candidate], *, alone: bool) -> list[Ca
 
 
 def _is_named(key: str) -> bool:
-    return "state_dict" in key.lower() or not _WEIGHTS.isdisjoint(word.lower() for word in _WORDS.split(key))
+    return len(key) <= _MAX_KEY and ("state_dict" in key.lower() or not _WEIGHTS.isdisjoint(word.lower() for word in _WORDS.split(key)))
+
+
+def _is_trainers(key: str) -> bool:
+    return len(key) <= _MAX_KEY and _TRAINING.fullmatch(key) is not None
 
 
 def _is_tensor(value: Any) -> bool:
@@ -352,14 +357,15 @@ def _is_training(node: Any) -> bool:
     return ("state" in node and "param_groups" in node) or any(_is_tensor(node.get(name)) for name in _SLOTS)
 
 
-def training_parts(node: Any) -> list[tuple[str, Any]]:
-    """What lies directly below a node and is a trainer's state."""
+def training_parts(node: Any, *, by_name: bool) -> list[tuple[str, Any]]:
+    """What lies directly below a node and is a trainer's state, by what it is made of and, with ``by_name``, by what it is called."""
     if is_module(node):
         return []
-    return [(name, value) for name, value in children(node) or () if _is_beside(name, value) and count_tensors([value])]
+    pairs = [(name, value) for name, value in children(node) or () if _is_training(value) or (by_name and _is_called_so(name, value))]
+    return [(name, value) for name, value in pairs if count_tensors([value])]
 
 
-def _is_beside(name: str, value: Any) -> bool:
+def _is_called_so(name: str, value: Any) -> bool:
     if type(value) is Tensor:
-        return value.dtype.name == "uint8" and "." not in name and _TRAINING.fullmatch(name) is not None
-    return children(value) is not None and not is_module(value) and (_TRAINING.fullmatch(name) is not None or _is_training(value))
+        return value.dtype.name == "uint8" and "." not in name and _is_trainers(name)
+    return _is_trainers(name) and children(value) is not None and not is_module(value)

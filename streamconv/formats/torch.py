@@ -196,7 +196,7 @@ def _read_file(path: Location, root: str | None) -> _Read:
     whole, places = _open(path)
     keys = find(path, whole).keys if root is None else keys_of(path, whole, root)
     tree, beside = follow(whole, keys)
-    trained = training_parts(tree) if root is None else []
+    trained = training_parts(tree, by_name=not keys) if root is None else []
     entries: Table = {}
     skipped: list[tuple[str, Any]] = []
     for name, leaf in leaves(path, tree, [name for name, _ in trained]):

@@ -374,7 +374,7 @@ def text_of(key: Any) -> str:
 
 
 _Step = Callable[[Machine], None]
-_M = Machine  # for the table, which goes by Python's own names and pickletools' order
+_M = Machine
 # Bytes that a step takes at most, with the place on the stack.
 _PLACE, _NUMBER, _TEXT, _TUPLE, _MARK, _LIST, _DICT, _RECORD, _NAME = 9, 41, 66, 73, 73, 73, 73, 105, 210
 _STEPS: dict[bytes, tuple[int, _Step]] = {
