@@ -181,9 +181,9 @@ def _check_shapes(text: Stated, specs: Mapping[str, TensorSpec]) -> Iterator[Fin
     size = text.number("head_dim") or hidden // heads
     groups = text.number("num_key_value_heads") or heads
     wanted = {
-        r"layers\.\d+\.self_attn\.q_proj\.weight": (heads * size, "num_attention_heads"),
-        r"layers\.\d+\.self_attn\.[kv]_proj\.weight": (groups * size, "num_key_value_heads"),
-        r"layers\.\d+\.mlp\.(gate|up)_proj\.weight": (text.number("intermediate_size"), "intermediate_size"),
+        r"layers\.\d+\.self_attn\.q_proj\.weight$": (heads * size, "num_attention_heads"),
+        r"layers\.\d+\.self_attn\.[kv]_proj\.weight$": (groups * size, "num_key_value_heads"),
+        r"layers\.\d+\.mlp\.(gate|up)_proj\.weight$": (text.number("intermediate_size"), "intermediate_size"),
     }
     for pattern, (rows, key) in wanted.items():
         name = next((match.string for match in found if re.search(pattern, match.string)), None)

@@ -31,6 +31,7 @@ FIRST_LINE = 1 << 20  # bytes of a journal in which its advice stands
 PIECE = 8 << 20  # bytes of a tensor that are looked at together
 _OTHER_CONFIGS = ("params.json", "model_config.json", "adapter_config.json")
 _TRANSFORMERS = {"model_type", "architectures", "transformers_version", "auto_map"}  # keys of its configs
+_MODELOPT = "hf_quant_config.json"  # where ModelOpt says how tensors are quantized
 _CLASS = "_class_name"  # the key of diffusers' configs
 _VOCABULARY = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
@@ -312,6 +313,8 @@ def _check_quantities(
             why, do = "no library knows what model this is", "get it from where the weights come from"
             yield Finding("it is missing", CONFIG, why, do, problem=False)
         return
+    if exists(folder / _MODELOPT):
+        whole = Stated({"quantization_config": {"quant_method": "modelopt"}, **whole.table})
     yield from check_types(whole, specs) if by_rank else check_config(whole, specs, checkpoint)
     names = set(names_in(folder))
     if not is_component and _CLASS not in whole.table and not (whole.texts("architectures") and whole.text("model_type")):

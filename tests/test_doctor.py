@@ -229,6 +229,32 @@ def test_configs_of_other_libraries_name_no_class(name, tmp_path):
     assert examine(write(tmp_path / name, {"linear.weight": torch.ones(8, 8)}, config=config)).healthy
 
 
+def quantized(method: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A matrix as the libraries of such a method store it."""
+    stem, rows = name.removesuffix("weight"), tensor.shape[0]
+    float8, words = tensor.to(torch.float8_e4m3fn), torch.zeros(2, rows, dtype=torch.int32)
+    stored = {
+        "bitsandbytes": {name: torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(1)},
+        "gptq": {f"{stem}qweight": words, f"{stem}scales": torch.ones(1, rows, dtype=torch.float16)},
+        "fp8": {name: float8, f"{name}_scale_inv": torch.ones(1, 1)},
+        "compressed-tensors": {name: float8, f"{name}_scale": torch.ones(rows, 1)},
+        "modelopt": {name: float8, f"{name}_scale": torch.ones(())},
+    }
+    return stored[method]
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8", "compressed-tensors", "modelopt"])
+def test_quantized_checkpoints_are_healthy(method, tmp_path):
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in llama().items():
+        tensors |= quantized(method, name, tensor) if "_proj" in name else {name: tensor}
+    config = CONFIG if method == "modelopt" else {**CONFIG, "quantization_config": {"quant_method": method}}
+    folder = write(tmp_path / "model", tensors, config=config)
+    if method == "modelopt":
+        (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    assert examine(folder).healthy, examine(folder).findings
+
+
 # A config may say anything -------------------------------------------------------------------------------------------
 
 KEYS = (
