@@ -88,19 +88,22 @@ def foreign(path: Location, what: str, way: str = "") -> FormatError:
 def _advice(path: Location, way: str) -> str:
     old = path.name if isinstance(path, RemotePath) else str(path)
     first = "download it, then " if isinstance(path, RemotePath) else ""
-    stem = old.removesuffix(path.suffix) if path.suffix else f"{old}.new"
-    if command := _UNPACKED.get(way):
-        if way in _STREAMS and path.suffix not in (".gz", ".bz2", ".xz", ".zst"):
-            stem = f"{old}.unpacked"
-        return f"; unpack it: {first}{command.replace('OLD', shlex.quote(old)).replace('NEW', shlex.quote(stem))}"
+    if way in _UNPACKED:
+        packed = path.suffix in (".gz", ".bz2", ".xz", ".zst") or way not in _STREAMS
+        new = old.removesuffix(path.suffix) if packed and path.suffix else f"{old}.unpacked"
+        return f"; unpack it: {first}{_put(_UNPACKED[way], shlex.quote(old), shlex.quote(new))}"
     if way not in _SCRIPTS:
         return ": get the model's weights in one of these"
     script = _SCRIPTS[way]
+    new = f"{old}{script.suffix}"  # which hardly is the name of another file already
     if way == "tensorflow":  # a checkpoint is called by what its files have in common
-        old = stem = _TENSORFLOW_PART.sub("", old)
-        if path.suffix == ".pb":
-            old, stem = old.removesuffix(path.name) + "variables/variables", stem.removesuffix(".pb")
-    new = f"{stem}{script.suffix}"
-    code = script.code.replace("OLD", json.dumps(old)).replace("NEW", json.dumps(new if new != old else f"{stem}.new{script.suffix}"))
+        saved = f"{old.removesuffix(path.name)}variables/variables"
+        old = saved if path.suffix == ".pb" else _TENSORFLOW_PART.sub("", old)
+    code = _put(script.code, json.dumps(old), json.dumps(new))
     needs = f"with pip install {script.packages}" if script.packages else "if you trust who made it"
     return f"; {needs}, {first}python -c {shlex.quote(code)} makes it readable"
+
+
+def _put(template: str, old: str, new: str) -> str:
+    """A template with the two files in it, whatever they are called."""
+    return re.sub("OLD|NEW", lambda found: old if found[0] == "OLD" else new, template)
