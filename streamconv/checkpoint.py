@@ -184,7 +184,8 @@ def read_config(directory: Location, name: str = CONFIG) -> dict[str, Any]:
         FormatError: it is not a JSON object.
     """
     path = directory / name
-    if not exists(path):
+    # Beside one file behind a URL there may be no listing: the file itself is asked for.
+    if not (path.is_file() if isinstance(path, RemotePath) else exists(path)):
         return {}
     found = read_json(path, MAX_CONFIG, "a config")
     if not isinstance(found, dict):
