@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Array = ndarray[Any, Any]
 
 _OPS: dict[str, type[Op]] = {}
+_LARGEST = 2**63
+_FOREIGN = ("streamconv.bridge:run_converter",)  # what `Foreign` may call
 _MASKED = 1 << 16  # elements: pieces in which NaNs are looked for
 _SCALED = 1 << 17  # elements: pieces in which blocks are scaled
 _SUMMED = 1 << 18  # elements of a matrix that are summed at once
@@ -103,12 +105,23 @@ def from_json(data: Mapping[str, Any]) -> Op:
     kind = given.pop("op", None)
     if not isinstance(kind, str) or kind not in _OPS:
         raise FormatError(f"there is no op {kind!r}; known are {', '.join(_OPS)}")
+    if any(abs(number) >= _LARGEST for number in _numbers(given)):
+        raise FormatError(f"op {kind}: whole numbers stay below 2**63")
     if unknown := sorted(given.keys() - {f.name for f in fields(_OPS[kind])}):  # type: ignore[arg-type]
         raise FormatError(f"op {kind} has no {unknown[0]!r}")
     try:
         return codec.convert(given, _OPS[kind])
     except FormatError as error:
         raise FormatError(f"op {kind}: {error}") from error
+
+
+def _numbers(value: object) -> Iterator[int]:
+    """All whole numbers in a value of JSON."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
 
 
 @dataclass(frozen=True)
@@ -137,9 +150,15 @@ class Rearrange(Op):
     @cached_property
     def _compiled(self) -> tuple[axes.Tree, list[axes.Place], list[int], int, list[int]]:
         layout = axes.parse(self.layout)
+        if not 0 <= self.output < len(layout.right) or min(self.sizes.values(), default=0) < 0 or self.sizes.get("1", 1) != 1:
+            raise CoverageError(f"layout {self.layout!r} has no output {self.output} of these sizes")
         right = layout.shapes("right", self.sizes)[self.output]
+        if not 0 <= self.leading <= len(right) or not 0 <= self.part < math.prod(right[: self.leading]):
+            raise CoverageError(f"layout {self.layout!r} makes no tensor {self.part} along {self.leading} leading axes of {list(right)}")
         numel = math.prod(right[self.leading :])
         left = [math.prod(shape) for shape in layout.shapes("left", self.sizes)]
+        if len(self.stacks) != len(left) or any(count < 1 or n % count for n, count in zip(left, self.stacks, strict=True)):
+            raise CoverageError(f"layout {self.layout!r} does not take {list(self.stacks)} tensors")
         firsts = [sum(self.stacks[:k]) for k in range(len(self.stacks))]
         return layout.tree(self.output, self.sizes), layout.places("left", self.sizes), left, numel, firsts
 
@@ -473,7 +492,7 @@ class SampleRows(Op):
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         spec = inputs[0]
-        if len(spec.shape) != 2 or not spec.numel or spec.dtype.name not in CASTABLE or self.dtype not in CASTABLE:
+        if self.rows < 1 or len(spec.shape) != 2 or not spec.numel or not {spec.dtype.name, self.dtype} <= {*CASTABLE}:
             raise CoverageError(f"rows are sampled from matrices of {', '.join(CASTABLE)}, not from {spec}")
         return TensorSpec(DTYPES[self.dtype], (self.rows, spec.shape[1]))
 
@@ -642,6 +661,8 @@ class Foreign(Op):
         return f"the conversion that makes {self.output}"
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        if self.code not in _FOREIGN or self.needs < 0:
+            raise CoverageError(f"{self.code} is no code that makes tensors: make the plan again")
         if tuple(spec.numel for spec in inputs) != self.numels:
             raise CoverageError(f"{self.output} is made of tensors of {self.numels} elements, not of {', '.join(map(str, inputs))}")
         return TensorSpec(DTYPES[self.dtype], self.shape)
@@ -691,7 +712,7 @@ class MergeLora(Op):
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         shapes = [(self.rows, self.columns), (self.rank, self.columns), (self.rows, self.rank)]
-        if [spec.shape for spec in inputs] != shapes or any(spec.dtype.name not in CASTABLE for spec in inputs):
+        if self.rank < 1 or [spec.shape for spec in inputs] != shapes or any(spec.dtype.name not in CASTABLE for spec in inputs):
             found = ", ".join(map(str, inputs))
             raise CoverageError(f"low-rank matrices are merged into a matrix of {', '.join(CASTABLE)} that they fit, found {found}")
         return inputs[0]
