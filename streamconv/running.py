@@ -156,7 +156,7 @@ def _write(
             except DestinationError:
                 journal.end()
                 raise
-        with writing(), bar(plan.totals.bytes_written, "converting", show=progress) as tell:
+        with bar(plan.totals.bytes_written, "converting", show=progress) as tell:
             engine = LocalEngine(plan, journal, tell, checksum=checksum, reclaim=reclaim)
             engine.run()
             return engine.overflowed

@@ -40,7 +40,7 @@ from streamconv.engine.readers import BACKENDS, known_urls
 from streamconv.engine.reclaim import Reclaim, find_reads
 from streamconv.engine.threads import run_threads
 from streamconv.engine.worker import FileWorker
-from streamconv.errors import DestinationError, Interrupted, RunError, SourceChanged, StreamconvError, UsageError
+from streamconv.errors import DestinationError, Interrupted, RunError, SourceChanged, StreamconvError, UsageError, writing
 from streamconv.plan import Compute, Copy, Plan, Segment, SourceFile
 from streamconv.runs import Move
 from streamconv.storage import is_url
@@ -142,13 +142,14 @@ class LocalEngine:
         self._check_sources()
         try:
             self._take_up()
-            if self._reclaim:
-                self._reclaim.release(self._journal.finished, self._journal.finished)
-                for number in range(len(self._plan.files)):
-                    self._make([number])
-            else:
-                self._make(range(len(self._plan.files)))
-            self._commit()
+            with writing():
+                if self._reclaim:
+                    self._reclaim.release(self._journal.finished, self._journal.finished)
+                    for number in range(len(self._plan.files)):
+                        self._make([number])
+                else:
+                    self._make(range(len(self._plan.files)))
+                self._commit()
         except OSError as error:
             raise describe_os_error(error, str(self._root)) from error
         finally:
