@@ -373,7 +373,7 @@ def test_a_dst_that_is_lost_to_another_ends_the_work(plan, tmp_path, monkeypatch
         (tmp_path / "dst" / CLAIM).write_text(json.dumps({"parts": 3, "old": {}, "plan": "x"}) + "\n")
 
     monkeypatch.setattr(local.LocalEngine, "run", lose)
-    assert "another plan" in refusal(capsys, "run", plan, "--part", "1/1")
+    assert "another plan" in failure(capsys, 3, "run", plan, "--part", "1/1")
 
 
 # What is left, what is wrong ---------------------------------------------------------------------------------------
