@@ -20,6 +20,7 @@ _MAX_DEPTH = 1 << 10
 _MAX_KEYS = 100  # of a root
 _MAX_KEY = 200  # characters of a key that is looked at for words
 _MAX_LOOKS = 100_000  # nodes that are looked at for a message
+_MAX_MEMBERS = 1 << 18  # of a list that is looked into
 _LEAF = 256
 _PLAIN = "set frozenset str bytes bytearray complex object dict list"
 _PLAIN_KINDS = {f"builtins.{name}" for name in _PLAIN.split()}
@@ -89,7 +90,7 @@ def children(node: Any) -> Pairs | None:
     if type(node) is dict:
         return node.items()
     if type(node) in (list, tuple):
-        return None if all(map(_is_plain, node)) else _Numbered(node)
+        return None if len(node) > _MAX_MEMBERS or all(map(_is_plain, node)) else _Numbered(node)
     if is_module(node):
         return _of_module(node)
     if type(node) is Inert and node.items is not None:
@@ -302,7 +303,7 @@ def _candidates(node: Any, keys: tuple[str, ...], *, objects: bool, seen: set[in
         return [whole]
     found: list[Candidate] = []
     for name, value in below:
-        if not _is_trainers(name):
+        if type(value) not in ATOMS and not _is_trainers(name):
             found += _candidates(value, (*keys, name), objects=objects, seen=seen)
     if holds:  # what else could be the weights, if it does not say that it is
         return [one for one in found if one.named and one.real] or [whole]
