@@ -41,9 +41,13 @@ __all__ = [
 
 
 class StreamconvError(Exception):
-    """Base of the tree; ``exit_code`` is what the command line returns for it."""
+    """Base of the tree; ``exit_code`` is what the command line returns for it.
+
+    ``nothing_written``: it is known that nothing was, though the writing had begun.
+    """
 
     exit_code = 2
+    nothing_written = False
 
 
 class UsageError(StreamconvError):
@@ -106,7 +110,7 @@ def writing() -> Iterator[None]:
     try:
         yield
     except StreamconvError as error:
-        if error.exit_code == StreamconvError.exit_code:
+        if error.exit_code == StreamconvError.exit_code and not error.nothing_written:
             error.exit_code = RunError.exit_code
         raise
 

@@ -53,9 +53,14 @@ def refit(plan: Plan, budget: Budget) -> Plan:
 
 
 def base_of(plan: Plan) -> int:
-    """Bytes that a plan counts for the process itself, before its workers."""
+    """Bytes that a plan counts for the process itself, before its workers and what is held of its segments."""
     stream = bytes_of_stream(plan.root, (file.size for file in plan.files))
-    return plan.peak_memory - RESERVE - plan.workers * _bytes_each(plan.arena, plan.sources, stream)
+    return plan.peak_memory - RESERVE - _bytes_held(plan.files) - plan.workers * _bytes_each(plan.arena, plan.sources, stream)
+
+
+def _bytes_held(files: Iterable[FilePlan]) -> int:
+    """What a run holds of the segments of these files."""
+    return sum(HELD_COPY if isinstance(segment, Copy) else HELD_COMPUTE for file in files for segment in file.segments)
 
 
 def _bytes_each(arena: int, files: Iterable[SourceFile], stream: int) -> int:
@@ -102,8 +107,7 @@ class Fitting:
 
             prepare(self._nodes)
         computed = [s for file in files for s in file.segments if isinstance(s, Compute)]
-        copies = sum(len(file.segments) for file in files) - len(computed)
-        base = budget.measure() + HELD_COMPUTE * len(computed) + HELD_COPY * copies
+        base = budget.measure() + _bytes_held(files)
         scattered = frozenset(self.in_order | {s.node for s in computed if not s.tile and self.tile(s, TILE).pieces > SCATTERED})
         tile = SCATTERED_TILE if scattered else TILE
         largest = max((self._nbytes(s) for s in computed if s.node in self.in_order), default=0)

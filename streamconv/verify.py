@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 REMOTE_STEP = 8 << 20  # bytes of a side that are compared at a time where something is computed from what is remote
 SHORT = 4 << 10  # bytes: pieces below which a tensor is not read front to back
 HELD = 240  # bytes: what is kept of a tensor that differs
-PIECE = 32 << 10  # elements: differences are taken in float32, in pieces this small, and added up in float64
+PIECE = 32 << 10  # elements: norms are taken as torch does, in float32, of pieces this small, and added up in float64
+LANES, REST = 8, 4  # sums that torch adds up beside each other, and squares that it rounds together behind these
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,25 @@ def _measure(ours: Array, theirs: Array, left: str, right: str) -> tuple[float, 
             difference = difference[finite]
         if difference.size:
             largest = max(largest, float(difference.max()))
-            wide = difference.astype(np.float64)  # the squares may leave the range of float32
-            squares += float(np.dot(wide, wide))
+            squares += _norm(difference) ** 2
     return squares, largest, nonfinite
+
+
+def _norm(values: Array) -> float:
+    """The L2 norm of float32 numbers, added up in float32 in the order in which torch does it: other tools print what torch says."""
+    import numpy as np
+
+    whole = len(values) // LANES * LANES
+    rounded = len(values) // REST * REST  # further squares are not rounded before they are added
+    with np.errstate(all="ignore"):
+        squares = values[:rounded] * values[:rounded]
+        lanes = np.add.reduce(squares[:whole].reshape(-1, LANES), axis=0)
+        total = lanes[0]
+        for part in (*lanes[1:], *squares[whole:]):
+            total = total + part
+        for value in values[rounded:].astype(np.float64):
+            total = np.float32(value * value + np.float64(total))
+        norm = float(np.sqrt(total))
+    if 1e-12 < norm < 1e12:
+        return norm
+    return float(np.linalg.norm(values.astype(np.float64)))  # the squares have left the range of float32

@@ -230,7 +230,7 @@ def test_the_reference_folder_gives_config_tokenizer_and_text(tmp_path):
 def test_an_unknown_option_lists_the_known(tmp_path, capsys):
     source = write(tmp_path / "hf", hf(), config=HF_CONFIG)
     message = refusal(capsys, "convert", source, tmp_path / "out", "--recipe", "internvl-hf2custom", "--set", "txt=llama")
-    assert message == "--set txt: recipe internvl-hf2custom has no such option; it has: text, tied"
+    assert message == "--set txt: recipe internvl-hf2custom has no such option; it has: text, tied; did you mean text?"
     message = refusal(capsys, "convert", source, tmp_path / "out", "--recipe", "internvl-hf2custom", "--set", "text=gpt")
     assert "expected one of llama, internlm2" in message
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 import streamconv
 from streamconv.errors import BudgetError
 from streamconv.recipe import Recipe, Rule
+from streamconv.verify import _norm
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 WHOLE = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
@@ -260,3 +262,12 @@ def test_any_two_tensors(data, dtypes, shape, tmp_path_factory):
     assert found.equal == same
     wanted = (0, 0, 0) if same else (l2, largest, nonfinite)
     assert (found.l2, found.max_abs, found.nonfinite) == (pytest.approx(wanted[0], rel=1e-5), *wanted[1:])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3000), st.integers(0, 2**31), st.sampled_from([1e-3, 1.0, 1e4]))
+def test_norms_are_those_of_torch(count, seed, scale):
+    """To the last bit, where torch is built so: InternVL's tool prints more digits than float32 has."""
+    values = torch.randn(count, generator=torch.Generator().manual_seed(seed)).abs() * scale
+    exact = platform.machine() == "x86_64"
+    assert _norm(values.numpy()) == pytest.approx(torch.linalg.vector_norm(values).item(), rel=0 if exact else 1e-6, abs=0)

@@ -141,7 +141,11 @@ def unwritable(url: str, said: object, *, begun: bool, instead: str = "give anot
     scheme = scheme_of(url)
     remedy = "set HF_TOKEN to a token that may write it" if scheme == "hf" else f"check its name, or {credentials(scheme)}"
     text = f"{url}: cannot be written ({said}): {remedy}"
-    return RunError(f"{text}, then rerun with --resume") if begun else DestinationError(f"{text}, or {instead}")
+    if begun:
+        return RunError(f"{text}, then rerun with --resume")
+    error = DestinationError(f"{text}, or {instead}")
+    error.nothing_written = True
+    return error
 
 
 def missing(scheme: str, error: ImportError) -> UsageError:
