@@ -555,7 +555,7 @@ def test_pickles_of_others_are_named_with_a_command_that_works(tmp_path):
             opening(tmp_path / "it's x.pkl")
     command = re.search(r"python (-c .*) makes it readable", str(caught.value))
     subprocess.run([sys.executable, *shlex.split(command[1])], check=True, timeout=600)
-    assert_holds(fmt.read(tmp_path / "it's x.pt"), {"w": torch.from_numpy(tree["model"]["w"])})
+    assert_holds(fmt.read(tmp_path / "it's x.pkl.pt"), {"w": torch.from_numpy(tree["model"]["w"])})
 
 
 def test_a_module_pickled_by_itself_is_named(tmp_path):

@@ -115,10 +115,10 @@ def test_two_plans_that_differ_have_two_digests(folder):
     ]
     source, recipe = folder / "src", str(folder / "mine.yaml")
     digests = [
-        streamconv.plan(source, folder / f"x{k}", recipe=recipe, max_memory="1GB", **more).digest() for k, more in enumerate(options)
+        streamconv.plan(source, folder / f"x{k}", recipe=recipe, max_memory="4GB", **more).digest() for k, more in enumerate(options)
     ]
     assert len(set(digests)) == len(digests)
-    again = streamconv.plan(source, folder / "elsewhere", recipe=recipe, workers=1, max_memory="600MB", read_backend="pread")
+    again = streamconv.plan(source, folder / "elsewhere", recipe=recipe, workers=1, max_memory="2GB", read_backend="pread")
     assert again.digest() == digests[0]
     assert Plan.from_json(again.to_json()).digest() == digests[0]
 

@@ -517,7 +517,7 @@ def test_another_source_is_noticed(checkpoints, library, tmp_path, capsys):
 
 def test_sources_are_looked_at_now_and_then(library, tmp_path, monkeypatch):
     looked: list[object] = []
-    monkeypatch.setattr(local, "check_sources", lambda *given, **_: looked.append(given[1:]))
+    monkeypatch.setattr(local, "check_files", looked.append)
     monkeypatch.setattr(order, "COPY_CHUNK", 64 * KB)
     monkeypatch.setattr(local, "LOOK_SECONDS", 1e9)
     made = api.plan(f"{library.url}/safetensors", tmp_path / "dst", max_memory="4GB")

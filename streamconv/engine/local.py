@@ -141,8 +141,8 @@ class LocalEngine:
         """
         self._check_sources()
         try:
-            self._take_up()
-            with writing():
+            with writing():  # by an earlier run, too
+                self._take_up()
                 if self._reclaim:
                     self._reclaim.release(self._journal.finished, self._journal.finished)
                     for number in range(len(self._plan.files)):
