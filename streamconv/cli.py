@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ def _output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="a line for each file; tracebacks with errors")
 
 
+@cache
 def _build_parser() -> _Parser:
     parser = _Parser(prog="streamconv", description="Converts model checkpoints bigger than the machine, in bounded memory.")
     parser.add_argument("--version", action="version", version=f"streamconv {__version__}")

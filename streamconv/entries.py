@@ -149,16 +149,19 @@ class TensorEntry:
         """All items of a node, in its order."""
         import numpy as np
 
-        from streamconv.evaluate import Arena, arena_bytes, evaluate
+        from streamconv.evaluate import Arena, arena_bytes, evaluate, read_bytes
 
         itemsize, numel = node.spec.dtype.itemsize, node.spec.numel
         try:
             out = np.empty(numel, f"u{itemsize}")
         except (MemoryError, ValueError) as error:
             raise UsageError(f"{self.name}: its {node.spec.nbytes} bytes do not fit into memory: take a part of it") from error
-        step = max(1, TILE // itemsize) if isinstance(node, Node) else numel
-        arena = Arena(arena_bytes(node, step * itemsize, scattered=True)) if isinstance(node, Node) else Arena(0)
         with self._reader() as read:
+            if not isinstance(node, Node):
+                read_bytes(node, 0, out.data.cast("B"), read)
+                return out
+            step = max(1, TILE // itemsize)
+            arena = Arena(arena_bytes(node, step * itemsize, scattered=True))
             for box in boxes(node, step):
                 here = Move(box.sizes, box.dst, box.dst_strides, box.dst, box.dst_strides)
                 with _asked_for(node, here):
