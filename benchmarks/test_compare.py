@@ -159,6 +159,7 @@ def test_an_image_that_cannot_be_mounted(tmp_path: Path, monkeypatch: pytest.Mon
         assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_comparison_in_a_cgroup(tmp_path: Path) -> None:
     given = ["--model", "minilm", "--size", "90MB", "--repeat", "1", "--cold", "none", "--interval", "0.02"]
     out = tmp_path / "out"

@@ -741,7 +741,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
 @pytest.mark.parametrize(
     ("options", "workers"),
     [
-        (["--max-shard-size", "2KB"], 1),
+        pytest.param(["--max-shard-size", "2KB"], 1, marks=pytest.mark.slow),
         (["--max-shard-size", "2KB"], 3),
         (["--max-shard-size", "2KB", "--dtype", "bf16"], 3),
         (["--single-file"], 1),

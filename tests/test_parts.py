@@ -108,7 +108,7 @@ def test_killed_parts_are_run_again_to_the_same_bytes(tmp_path, kind, kills):
     assert f"{kills:4} runs" in done.stdout
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_parts_at_once_as_processes(plan, tmp_path, wanted, rounds):
     """Over an old output of the same names and sizes, some of them twice; then the end, also twice, beside parts that are late."""
     dst, numbers = tmp_path / "dst", random.Random(0)
