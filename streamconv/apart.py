@@ -48,8 +48,8 @@ class Apart:
         self._numbers = parts.files_to_make(plan, part)
         self._sink: Sink | None = None
         self._claim = parts.Claim(plan, part[1] if part else 0)
-        self._make: Callable[..., Counter[str] | None] = partial(parts.make_files, check=self._claim.check)
-        self._join: Callable[[], AbstractContextManager[Callable[..., Counter[str] | None]]] = lambda: nullcontext(self._make)
+        self._make: Callable[..., Counter[str]] = partial(parts.make_files, check=self._claim.check)
+        self._join: Callable[[], AbstractContextManager[Callable[..., Counter[str]]]] = lambda: nullcontext(self._make)
         self._path_of: Callable[[str], Path | str] = Path(plan.root).joinpath
         self._overflowed: Counter[str] = Counter()
         self._seen = 0
@@ -170,12 +170,11 @@ class Apart:
         claim.make_way(waiting)
         return waiting
 
-    def _write(self, make: Callable[..., Counter[str] | None], numbers: Sequence[int], progress: bool | Progress) -> None:
+    def _write(self, make: Callable[..., Counter[str]], numbers: Sequence[int], progress: bool | Progress) -> None:
         with writing(), bar(sum(self._plan.files[k].size for k in numbers), "converting", show=progress) as tell:
             found = make(self._plan, numbers, tell)
-        if found is not None:  # Ray's tasks do not say
-            self._overflowed += found
-            self._seen += len(numbers)
+        self._overflowed += found
+        self._seen += len(numbers)
 
     def _find_different(self, numbers: Sequence[int], progress: bool | Progress) -> set[int]:
         """Those of these files that do not hold what the plan makes of the sources."""

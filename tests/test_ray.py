@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import servers
+import torch
 from checkpoint_files import ROOMY, random_tensor, refusal, write
 
 from streamconv import api, memory
@@ -158,13 +159,14 @@ def noting(log: Path, *, delay: float = 0.0, ballast: int = 0, threads: int = 0,
             os.write(fd, (" ".join(map(str, words)) + "\n").encode())
             os.close(fd)
 
-        def make_files(plan: Any, numbers: Any, tell: Any) -> None:
+        def make_files(plan: Any, numbers: Any, tell: Any) -> Any:
             node = ray.get_runtime_context().get_node_id()
             note("begun", plan.files[0].path, node, plan.workers)
             if log.read_text().count(f"begun {plan.files[0].path} ") <= deaths and plan.files[0].tensors:
                 os._exit(1)
-            make(plan, numbers, tell)
+            overflowed = make(plan, numbers, tell)
             note("done", plan.files[0].path, node, plan.workers)
+            return overflowed
 
         def slow_copy(engine: Any, number: int, segment: Any) -> int:
             held = b"x" * (ballast if engine._plan.workers > threads else 0)
@@ -210,6 +212,16 @@ def test_the_files_are_those_of_the_local_engine(cluster, source, tmp_path, opti
     assert figures["workers"] == (2 if "-j" in options else 1)
     assert figures["peak_rss"] < figures["peak_memory"]
     assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_values_that_overflow_at_nodes_are_counted(cluster, tmp_path):
+    tensors = {name: torch.full((count,), 1e6) for name, count in (("a", 300), ("b", 2))}
+    source = write(tmp_path / "large", tensors | {"c": torch.ones(5)}, shards=3)
+    done = convert(cluster, source, tmp_path / "dst", "--dtype", "float16", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)["overflowed"]
+    assert (told["tensors"], told["values"], told["complete"]) == (2, 302, True)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ LOOK = 0.1  # seconds between two looks at what a task's process takes
 PATIENCE = 10.0  # seconds that cancelled tasks have to clear up
 SHORT = "memory"  # the kind of a failure for want of it
 _log = logging.getLogger(__name__)
-MakeFiles = Callable[[Plan, Iterable[int], Progress], None]
+MakeFiles = Callable[[Plan, Iterable[int], Progress], Counter[str]]
 
 
 class _Failure(NamedTuple):
@@ -55,6 +55,10 @@ class _Failure(NamedTuple):
     kind: str
     message: str
     nbytes: int = 0
+
+
+_Said = str | int | dict[str, int] | _Failure
+"""What a task says, see `_make`."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,7 @@ class _Cluster:
         self._ray, self._plan = ray, plan
         self._mark, self._word = journal_path(Path(), plan.single).name, plan.digest()
         self._base = self._bound = 0
+        self._overflowed: Counter[str] = Counter()
         self._task = ray.remote(max_calls=TASKS, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")(_make)
 
     def check(self) -> None:
@@ -294,14 +299,15 @@ class _Cluster:
         declared = max(fitted.peak_memory, min(attempt.memory, room))
         return _Terms(fitted.workers, declared, fitted.peak_memory, self._mark, self._word)
 
-    def make_files(self, plan: Plan, numbers: Iterable[int], tell: Progress) -> None:
-        """Makes these files of the plan, as `parts.make_files` does.
+    def make_files(self, plan: Plan, numbers: Iterable[int], tell: Progress) -> Counter[str]:
+        """Makes these files of the plan, as `parts.make_files` does; what has overflowed in them.
 
         Raises:
             StreamconvError: what the first task that failed for good raised; others are cancelled, and finished files stay.
         """
         waiting = deque(_Attempt(number, plan.workers) for number in numbers)
         running: dict[Any, _Attempt] = {}
+        self._overflowed.clear()
         try:
             while waiting or running:
                 ahead = 4 + 2 * sum(int(node["Resources"]["CPU"]) for node in self._nodes())
@@ -319,6 +325,7 @@ class _Cluster:
                             waiting.appendleft(following)
         finally:
             self._cancel(running)
+        return self._overflowed
 
     def _start(self, attempt: _Attempt) -> Any:
         terms = self._agree(attempt)
@@ -356,8 +363,10 @@ class _Cluster:
             following.workers = max(1, attempt.workers // 2)
         return following
 
-    def _take(self, heard: str | int | _Failure, attempt: _Attempt, tell: Progress) -> _Attempt:
-        if isinstance(heard, str):
+    def _take(self, heard: _Said, attempt: _Attempt, tell: Progress) -> _Attempt:
+        if isinstance(heard, dict):
+            self._overflowed.update(heard)
+        elif isinstance(heard, str):
             attempt.node = next((_name(node) for node in self._nodes() if node["NodeID"] == heard), heard)
         elif isinstance(heard, int):
             tell(heard - attempt.done)
@@ -474,9 +483,13 @@ def _find_fault(plan: Plan, mark: str, word: str) -> str:
     return ""
 
 
-def _make(text: str, terms: _Terms) -> Iterator[str | int | _Failure]:
-    """A task: makes a plan's one file. Says at which node it runs, then how many bytes have come, and at last what went wrong, if so."""
+def _make(text: str, terms: _Terms) -> Iterator[_Said]:
+    """A task: makes a plan's one file.
+
+    Says at which node it runs, then how many bytes have come, and at last how many values overflowed, by target, or what went wrong.
+    """
     plan, failures, stop = Plan.from_json(text), list[_Failure](), threading.Event()
+    overflowed: dict[str, int] = {}
     over = threading.Event()  # an interrupted join() would take the thread for dead
     done = taken = 0
 
@@ -488,7 +501,7 @@ def _make(text: str, terms: _Terms) -> Iterator[str | int | _Failure]:
 
     def work() -> None:
         try:
-            failures.extend(_try_to_make(plan, terms, tell))
+            failures.extend(_try_to_make(plan, terms, tell, overflowed))
         finally:
             over.set()
 
@@ -510,10 +523,12 @@ def _make(text: str, terms: _Terms) -> Iterator[str | int | _Failure]:
         yield _Failure(SHORT, f"its task took {format_size(taken)} of memory", taken)
     elif failures:
         yield failures[0]
+    elif overflowed:
+        yield overflowed
 
 
-def _try_to_make(plan: Plan, terms: _Terms, tell: Progress) -> Iterator[_Failure]:
-    """Makes a plan's one file; yields why it could not."""
+def _try_to_make(plan: Plan, terms: _Terms, tell: Progress, overflowed: dict[str, int]) -> Iterator[_Failure]:
+    """Makes a plan's one file, and notes what has ``overflowed`` in it; yields why it could not."""
     memory.trim()
     path, left = plan.files[0].path, max(0, memory.resident() - _BASE[0]) if _BASE[0] else 0
     try:
@@ -525,9 +540,9 @@ def _try_to_make(plan: Plan, terms: _Terms, tell: Progress) -> Iterator[_Failure
         if is_url(plan.root):
             from streamconv.engine import streams
 
-            streams.make_files(fitted, [0], tell, sink=open_sink(plan.root))
+            overflowed |= streams.make_files(fitted, [0], tell, sink=open_sink(plan.root))
         else:
-            parts.make_files(fitted, [0], tell)
+            overflowed |= parts.make_files(fitted, [0], tell)
     except BudgetError as error:
         yield _Failure(SHORT, "its process takes more before it begins than was planned", error.needed)
     except StreamconvError as error:
