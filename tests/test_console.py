@@ -316,7 +316,7 @@ def _check_interrupts(tmp_path: Path, tries: int) -> None:
 
 
 def test_ctrl_c_is_one_line(tmp_path):
-    _check_interrupts(tmp_path, 2)
+    _check_interrupts(tmp_path, 1)
 
 
 @pytest.mark.slow

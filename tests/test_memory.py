@@ -232,7 +232,7 @@ def test_strided_tensors_of_any_size_keep_to_their_bound(convert, process, tmp_p
 
 def compare_sizes(convert, recipes, small: Path, large: Path) -> None:
     """The larger checkpoint takes the same memory. With two workers the small one keeps both busy too."""
-    for name in ("reshard", "transpose", "cast"):
+    for name in ("reshard", "transpose and cast"):
         options = [option.replace("{recipes}", str(recipes)) for option in OPERATIONS[name][1]]
         limit = (64 if name in COPIES else 300) * MB
         peaks = [convert(source, *options, "-j", 2, max_memory=limit).peak for source in (small, large)]
@@ -343,7 +343,7 @@ def test_no_run_of_any_setting_exceeds_its_plan(convert, operation, name):
             convert(source, *options, "--workers", workers, "--read-backend", backend, "--verify", max_memory=budget * MB)
 
 
-@pytest.mark.parametrize("budget", [64, 120, 300])
+@pytest.mark.parametrize("budget", [64, pytest.param(120, marks=pytest.mark.slow), 300])
 def test_comparing_keeps_to_the_budget(process, tmp_path, budget):
     write(tmp_path / "a", {"w": torch.zeros(1000, 1000), "v": torch.zeros(10, 10)})
     write(tmp_path / "b", {"w": torch.ones(1000, 1000), "v": torch.zeros(10, 10)})
@@ -352,7 +352,7 @@ def test_comparing_keeps_to_the_budget(process, tmp_path, budget):
     assert found.peak <= budget * MB
 
 
-@pytest.mark.parametrize("budget", [64, 300])
+@pytest.mark.parametrize("budget", [64, pytest.param(300, marks=pytest.mark.slow)])
 def test_comparing_equal_checkpoints_keeps_to_the_budget(process, dense, fused, tmp_path, budget):
     found = process("verify", dense, dense, "--max-memory", f"{budget}MB")
     assert (found.code, found.document["equal"]) == (0, True)
@@ -411,7 +411,7 @@ def shards(tmp_path_factory) -> Path:
     ("options", "files"),
     [
         (["--max-shard-size", "40KB", "-j", "4"], 130),
-        (["--single-file", "-j", "1", "--read-backend", "mmap"], 1),
+        pytest.param(["--single-file", "-j", "1", "--read-backend", "mmap"], 1, marks=pytest.mark.slow),
         (["--max-shard-size", "40KB", "--dtype", "float16", "-j", "4"], 65),
     ],
 )
@@ -421,7 +421,7 @@ def test_64_open_files_are_enough(process, shards, tmp_path, options, files):
     assert len(list((tmp_path / "dst").glob("*.safetensors"))) == files
 
 
-@pytest.mark.parametrize("workers", [16, 64])
+@pytest.mark.parametrize("workers", [pytest.param(16, marks=pytest.mark.slow), 64])
 def test_64_open_files_are_enough_for_many_workers(process, shards, tmp_path, workers):
     found = process("convert", shards, tmp_path / "dst", "--max-shard-size", "40KB", "-j", workers, files=64)
     assert found.code == 0, found.error

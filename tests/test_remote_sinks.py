@@ -146,7 +146,7 @@ def test_a_stream_holds_what_the_local_engine_writes(data: st.DataObject) -> Non
         sink.remove(made)
 
 
-@pytest.mark.parametrize("name", ["re-shard", "one file", "fuse", "to torch"])
+@pytest.mark.parametrize("name", ["re-shard", pytest.param("one file", marks=pytest.mark.slow), "fuse", "to torch"])
 def test_the_result_in_a_bucket_is_that_of_the_local_conversion(store: S3, checkpoints: Path, tmp_path: Path, name: str) -> None:
     given = options(name, checkpoints)
     assert run("convert", checkpoints / "safetensors", tmp_path / "local", *given) == 0
