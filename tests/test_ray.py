@@ -27,6 +27,7 @@ from streamconv.engine.journal import Ledger
 from streamconv.engine.local import LocalEngine
 from streamconv.errors import BudgetError, RunError, UsageError
 from streamconv.fitting import Budget, base_of, refit
+from streamconv.plan import Plan
 from streamconv.progress import Progress
 from streamconv.running import run
 from tools.crash import read_tree
@@ -84,6 +85,17 @@ def test_a_plan_for_another_process_makes_the_same_files(tmp_path, options):
         LocalEngine(small.for_files([number]), Ledger()).run()
     api.convert(source, tmp_path / "whole", max_memory=ROOMY, max_shard_size="2MB", **options)
     assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}])
+def test_what_a_node_is_asked_about_is_a_plan(tmp_path, options):
+    from streamconv.engine.ray import _question
+
+    source = write(tmp_path / "src", {"a": random_tensor(30, 8), "b": random_tensor(9)})
+    plan = api.plan(source, tmp_path / "dst", max_memory=ROOMY, **options)
+    asked = Plan.from_json(_question(plan).to_json())
+    assert [source.path for source in asked.sources] == [source.path for source in plan.sources]
+    assert len(asked.nodes) == min(1, len(plan.nodes))
 
 
 # On a cluster ----------------------------------------------------------------------------------------------------------

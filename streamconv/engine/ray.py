@@ -237,12 +237,7 @@ class _Cluster:
     def _ask(self, nodes: Sequence[dict[str, Any]], mark: str) -> Iterator[int]:
         """Bytes that a process takes at each node, where all can take part."""
         affinity = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
-        needed = self._plan.nodes
-        if needed:
-            from streamconv.evaluate import kinds
-
-            needed = tuple(kinds(needed))
-        asked = self._ray.put(replace(_bare(self._plan), nodes=needed, files=()).to_json())
+        asked = self._ray.put(_question(self._plan).to_json())
         look = self._ray.remote(num_cpus=0, max_retries=0)(_look)
         places = [affinity(node["NodeID"], soft=False) for node in nodes]
         answers = [look.options(scheduling_strategy=place).remote(asked, _version(), mark) for place in places]
@@ -423,6 +418,15 @@ class _Cluster:
 def _bare(plan: Plan) -> Plan:
     """A plan without what only speaks to users."""
     return replace(plan, checks=(), mapping=(), dropped=(), notes=())
+
+
+def _question(plan: Plan) -> Plan:
+    """What a node is asked about: the sources of a plan, and a node of each kind that there is to evaluate."""
+    if not plan.nodes:
+        return replace(_bare(plan), files=())
+    from streamconv.evaluate import kinds
+
+    return replace(_bare(plan), nodes=tuple(kinds(plan.nodes)), names=(), files=())
 
 
 def _find_least(plan: Plan, base: int) -> int:
