@@ -29,6 +29,8 @@ from streamconv.runs import identity, region
 from streamconv.tiles import choose_tile
 from tools.make_checkpoint import MODELS, make_checkpoint, write_shard
 
+pytestmark = pytest.mark.slow
+
 ROOMY = "8GB"  # the tests share one process, which holds torch and more
 RECIPES = Path(__file__).parent / "recipes"
 NAMES = 91_991  # of DeepSeek-V3, with the scales of its blocks

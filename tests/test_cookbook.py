@@ -144,6 +144,7 @@ def check_blocks(kind: str, least: int, folder: Path, servers: dict[str, str] | 
         )
 
 
+@pytest.mark.slow
 def test_every_command_with_urls_prints_what_is_shown(folder):
     with serve(folder) as servers:
         check_blocks("run with servers", 3, folder, servers)

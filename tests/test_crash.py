@@ -110,7 +110,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         ("fsync", errno.ENOSPC), ("fdatasync", errno.EIO), ("truncate", errno.ENOSPC), ("write", errno.ENOSPC),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("options", [[], ["--dtype", "bf16"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["--dtype", "bf16"], marks=pytest.mark.slow)])
 def test_a_system_call_that_fails(source, tmp_path, capsys, monkeypatch, way, call, number, after, options):
     options = [*SMALL, *options]
     assert run("convert", source, tmp_path / "whole", *options, "--quiet") == 0

@@ -427,6 +427,7 @@ def test_64_open_files_are_enough_for_many_workers(process, shards, tmp_path, wo
     assert found.code == 0, found.error
 
 
+@pytest.mark.slow
 def test_64_open_files_are_enough_where_outputs_interleave(process, shards, recipes, tmp_path):
     """Every source tensor has a part in every output file."""
     recipe = tmp_path / "slices.yaml"

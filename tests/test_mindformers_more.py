@@ -643,6 +643,7 @@ def test_any_region_is_dequantized_alike_within_its_arena(tmp_path, rows, column
         assert arena.mark == 0
 
 
+@pytest.mark.slow
 def test_tiles_of_any_size_give_the_same_bytes(tmp_path, monkeypatch):
     tensors, config = deepseek3(quantized=True, hidden_size=260, moe_intermediate_size=140, num_hidden_layers=2, n_routed_experts=5)
     source = write(tmp_path / "hf", tensors, config=config | {"quantization_config": {"weight_block_size": [128, 128]}} | {})

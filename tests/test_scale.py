@@ -173,6 +173,7 @@ def test_requests_and_bytes_are_counted_as_they_are_made(dtype, tmp_path):
     assert sum(output.requests for output in outputs) == len(asked)
 
 
+@pytest.mark.slow
 def test_the_readme_prints_what_the_program_does():
     found = scale.BLOCK.search(scale.README.read_text())
     assert found
