@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streamconv.checkpoint import CONTAINERS, Checkpoint
+from streamconv.folder import within
 from streamconv.formats import Contents
 from streamconv.formats.variants import modern, variant_of, without_variant
 
@@ -15,7 +16,6 @@ _KEPT = (  # what libraries look for; other names of single files are given by p
     "open_clip_model",  # OpenCLIP
 )
 _OF_TORCH = {"open_clip_model": "open_clip_pytorch_model"}  # where a library calls a pickle otherwise
-_BY_CONFIG = {"adapter_config.json": "adapter_model"}
 CHOSEN = ("safetensors", "torch")  # containers whose files' names can be chosen
 
 
@@ -23,17 +23,26 @@ def stem_of(checkpoint: Checkpoint, folder: str, format: str) -> str | None:  # 
     """How the names of files in that container start which hold a component of a checkpoint; None: as the container's own do."""
     if format not in CHOSEN:
         return None
-    contents = checkpoint.components[folder]
-    stem = _stem_of_files(contents)
-    whole = checkpoint.path.is_dir()
-    if stem is None or stem.startswith("consolidated") or stem in _PLAIN:
-        root = checkpoint.path / folder if folder else checkpoint.path
-        named = (other for config, other in _BY_CONFIG.items() if stem is None and whole and (root / config).is_file())
-        return next(named, None)
+    stem = _stem_of_files(checkpoint.components[folder])
     stem = next((ours for ours, torchs in _OF_TORCH.items() if stem == torchs), stem)
-    if not whole and stem not in _KEPT:
-        return None
+    if stem not in _KEPT:
+        if stem in _PLAIN or (stem or "").startswith("consolidated") or not checkpoint.path.is_dir():
+            return None
+        stem = _stem_by_config(checkpoint, folder) or stem
+        if stem is None or stem in _PLAIN:
+            return None
     return _OF_TORCH.get(stem, stem) if format == "torch" else stem
+
+
+def _stem_by_config(checkpoint: Checkpoint, folder: str) -> str | None:
+    """What the library looks for that a config beside the weights is of; None where there is none, and nobody but people knows a name."""
+    root = within(checkpoint.path, folder)
+    if (root / "adapter_config.json").is_file():
+        return "adapter_model"
+    config = checkpoint.config_of(folder)
+    if "_class_name" in config:
+        return "diffusion_pytorch_model"
+    return "model" if config else None
 
 
 def _stem_of_files(contents: Contents) -> str | None:

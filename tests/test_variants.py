@@ -156,6 +156,22 @@ def test_files_keep_their_stem(file, tmp_path):
         assert run("verify", source, tmp_path / container) == 0
 
 
+@pytest.mark.parametrize(
+    ("config", "content", "stem"),
+    [
+        ("config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "model"),
+        ("config.json", {"_class_name": "UNet2DConditionModel"}, "diffusion_pytorch_model"),
+        ("adapter_config.json", {"peft_type": "LORA"}, "adapter_model"),
+    ],
+)
+def test_a_stem_of_people_gives_way_to_the_one_that_the_configs_library_opens(config, content, stem, tmp_path):
+    for name in ("mine_s", "mine-00001-of-00001_s"):
+        source = put(tmp_path / name, **{name: PLAIN})
+        (source / config).write_text(json.dumps(content))
+        assert run("convert", source, tmp_path / f"out-{name}", "--quiet") == 0
+        assert names_in(tmp_path / f"out-{name}") == [config, f"{stem}.safetensors"]
+
+
 def test_shards_keep_it_too(tmp_path):
     source = put(tmp_path / "in", adapter_model_s=PLAIN)
     assert run("convert", source, tmp_path / "a", "--max-shard-size", "48", "--quiet") == 0
