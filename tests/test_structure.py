@@ -37,10 +37,10 @@ STOREYS = [
         "storage",
         "storage.*",
     ],
-    ["names", "axes", "expressions", "folding", "cover", "notebook"],
+    ["names", "axes", "expressions", "folding", "cover", "notebook", "unrelated"],
     ["arrays", "runs", "ops", "graph", "views", "evaluate", "tiles", "lazy"],
     ["formats", "formats.*"],
-    ["entries", "checkpoint", "ties", "stems", "folder", "unrelated"],
+    ["entries", "checkpoint", "ties", "stems", "folder"],
     [
         "facts",
         "declaration",

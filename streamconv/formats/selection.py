@@ -14,11 +14,8 @@ from streamconv.formats.signatures import holds_checkpoint, recognize
 from streamconv.formats.variants import of_variant, variant_of
 from streamconv.storage.remote import Location, exists, is_dir, names_in
 from streamconv.text import one_line
+from streamconv.unrelated import is_weights, kind_of
 
-_FORMS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|th|tar|pkl)|.*\.index(\.[^.]+)?\.json",
-    re.DOTALL | re.IGNORECASE,
-)  # other forms of the same, or another model: told of, where they are not read
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)
 _TEXTS = re.compile(
     r".*\.(c|cfg|cpp|css|csv|git\w+|h|html|ini|ipynb|jinja|jpe?g|js|jsonl?|lock|log|md|mp4|pdf|png|pyc?|rst|sh|svg|toml|tsv|txt|wav|xml|ya?ml)",
@@ -75,7 +72,7 @@ def find_files(
         found = _find_variant(path, names, kind, taken)
         if not variant:
             return replace(found, notes=(f"only the variant {taken} of the weights is there: it is read",))
-        return _with_note(found, f"the variant {taken} is", everything, kind)
+        return _with_note(found, f"the variant {taken} is", everything)
     read = next((name for name in kind.known if name in names), None) or _other_index(path, names, kind)
     if read is None:
         files = _choose(path, names, kind, by_rank=by_rank)
@@ -85,7 +82,7 @@ def find_files(
         found, said = _listed(path / read, kind, names), f"{one_line(read)} is"
     else:
         found, said = Selection({read: path / read}), f"{one_line(read)} is"
-    return _with_note(found, said, everything, kind)
+    return _with_note(found, said, everything)
 
 
 def choose_variant(path: Location, names: Sequence[str], kind: Names, asked: str | None) -> tuple[str | None, list[str]]:
@@ -220,11 +217,10 @@ def _check_counts(directory: Location, names: Iterable[str], kind: Names) -> Non
             raise FormatError(f"{show(directory)}: {count} of the {total} files {short.repr(stem)}-* are there: download the others")
 
 
-def _with_note(found: Selection, read: str, names: Iterable[str], kind: Names) -> Selection:
-    """The same, with a word on what else is there and not read."""
+def _with_note(found: Selection, read: str, names: Iterable[str]) -> Selection:
+    """The same, with a word on the weights that are there and not read; what is no part of a model is told with what goes along."""
     own = {*found.files, found.index.name if found.index else ""}
-    rest = [name for name in names if name not in own and _FORMS.fullmatch(name) and not re.fullmatch(kind.others, name)]
-    rest = [name for name in rest if "/" not in name]
+    rest = [name for name in names if name not in own and "/" not in name and is_weights(name) and not kind_of(name)]
     return replace(found, notes=(*found.notes, f"{read} read; not read: {listing(rest)}")) if rest else found
 
 
