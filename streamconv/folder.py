@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from streamconv.unrelated import UNSAID, is_weights, kind_of
 
 _MAX_LIST = 8 << 20  # bytes of a file that lists components
 _MAX_COMPONENTS = 256
-_MODELS = ("config.json", "adapter_config.json")  # a folder with weights and one of these is a model of its own
+_ADAPTER, _ADAPTERS_FILES = "adapter_config.json", "adapter_model"  # PEFT's, and how the names of its weights begin
+_MODELS = ("config.json", _ADAPTER)  # a folder with weights and one of these is a model of its own
 _POINTER, _POINTER_BEGINS = 1024, b"version https://git-lfs"  # bytes that one has at most, and its first
 OTHER_FOLDERS = "models in folders that nothing names as components"
 
@@ -170,11 +171,19 @@ def look_beside(root: Location, own: Iterable[Location] = (), components: Iterab
             elif is_weights(name):
                 if str(here) not in told:
                     leave("weights that are not read", path)
+            elif name == _ADAPTER and read and _is_unread_adapter(here, files, read):
+                leave("an adapter that is not read", path)  # without its weights it would keep libraries from opening the model
             elif not exists(path):
                 raise FormatError(f"{show(path)}: a link to a file that is not there: fetch the checkpoint again, or remove the link")
             else:
                 found.append(relative(path, root))
     return Beside(sorted(found), left)
+
+
+def _is_unread_adapter(folder: Location, files: Iterable[str], read: Collection[str]) -> bool:
+    """Whether a folder holds an adapter's weights, and others are read."""
+    own = [name for name in files if name.startswith(_ADAPTERS_FILES) and is_weights(name)]
+    return bool(own) and not any(str(folder / name) in read for name in own)
 
 
 def _is_model(files: Iterable[str]) -> bool:

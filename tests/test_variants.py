@@ -190,6 +190,21 @@ def test_one_file_gives_its_stem_where_a_library_looks_for_it(tmp_path):
         assert names_in(tmp_path / name) == [f"{made}.safetensors"]
 
 
+def test_an_adapter_beside_a_model_stays_behind_with_its_config(tmp_path, capsys):
+    """Whose presence alone has transformers look for the adapter and its base."""
+    source = put(tmp_path / "in", model_s=PLAIN, adapter_model_s=HALF)
+    for name in ("config.json", "adapter_config.json"):
+        (source / name).write_text("{}")
+    assert run("convert", source, tmp_path / "out") == 0
+    assert names_in(tmp_path / "out") == ["config.json", "model.safetensors"]
+    said = capsys.readouterr().out
+    assert "not read: adapter_model.safetensors" in said
+    assert "adapter_config.json (an adapter that is not read)" in said
+    (source / "model.safetensors").unlink()
+    assert run("convert", source, tmp_path / "adapter", "--quiet") == 0
+    assert names_in(tmp_path / "adapter") == ["adapter_config.json", "adapter_model.safetensors", "config.json"]
+
+
 def test_other_forms_stay_behind(tmp_path):
     source = put(tmp_path / "in", diffusion_pytorch_model_s=PLAIN, diffusion_pytorch_model_b=HALF, diffusion_pytorch_model__fp16_b=HALF)
     write(source / "other", PLAIN, config={})
