@@ -15,7 +15,7 @@ from streamconv.unrelated import UNSAID, is_weights, kind_of
 
 _MAX_LIST = 8 << 20  # bytes of a file that lists components
 _MAX_COMPONENTS = 256
-_ADAPTER, _ADAPTERS_FILES = "adapter_config.json", "adapter_model"  # PEFT's, and how the names of its weights begin
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model"  # PEFT's, and how the names of its weights begin
 _MODELS = ("config.json", _ADAPTER)  # a folder with weights and one of these is a model of its own
 _POINTER, _POINTER_BEGINS = 1024, b"version https://git-lfs"  # bytes that one has at most, and its first
 OTHER_FOLDERS = "models in folders that nothing names as components"
@@ -182,7 +182,7 @@ def look_beside(root: Location, own: Iterable[Location] = (), components: Iterab
 
 def _is_unread_adapter(folder: Location, files: Iterable[str], read: Collection[str]) -> bool:
     """Whether a folder holds an adapter's weights, and others are read."""
-    own = [name for name in files if name.startswith(_ADAPTERS_FILES) and is_weights(name)]
+    own = [name for name in files if name.startswith(_ADAPTER_WEIGHTS) and is_weights(name)]
     return bool(own) and not any(str(folder / name) in read for name in own)
 
 
