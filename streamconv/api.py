@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from streamconv import memory, recipes
@@ -41,6 +41,7 @@ from streamconv.results import Result
 from streamconv.running import run, with_reclaim
 from streamconv.sidecars import make_sidecars
 from streamconv.sides import Wanted, lay_out_components, open_other, open_side
+from streamconv.stems import reads_shards
 from streamconv.storage import is_url
 from streamconv.storage.remote import Location, locate, relative, shown
 from streamconv.units import format_size, parse_size
@@ -147,6 +148,7 @@ def plan(
             *conversion.notes,
             *notes,
             *_lost_metadata(checkpoint, target.format),
+            *_left_whole(layouts, limit),
             *_may_share(checkpoint, target, layouts),
         ],
         replicas=conversion.replicas,
@@ -176,6 +178,13 @@ def _lost_metadata(checkpoint: Checkpoint, format: str) -> Iterator[str]:  # noq
     if lost and format != "safetensors":
         more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
         yield f"left out: metadata of the source, which {format} files have no place for: {', '.join(lost[:SHOWN])}{more}"
+
+
+def _left_whole(layouts: Iterable[FileLayout], limit: int | None) -> Iterator[str]:
+    """Names files that are larger than shards were to be, since their library reads no shards."""
+    for layout in layouts:
+        if limit is not None and layout.size > limit and not reads_shards(PurePath(layout.path).stem.partition(".")[0]):
+            yield f"{layout.path}: one file, though larger than {format_size(limit)}: the library that looks for it reads no shards"
 
 
 def _beside(folder: AnyPath | None) -> Location | None:

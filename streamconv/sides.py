@@ -17,7 +17,7 @@ from streamconv.formats import Contents, FileLayout
 from streamconv.names import Matcher
 from streamconv.names import parse as parse_names
 from streamconv.recipe import Conversion, Side
-from streamconv.stems import CHOSEN, stem_of, variant_read
+from streamconv.stems import CHOSEN, reads_shards, stem_of, variant_read
 
 
 def open_side(path: str | os.PathLike[str], side: Side, root: str | None = None, variant: str | None = None) -> Checkpoint:
@@ -67,7 +67,7 @@ def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Sid
         facts = _facts(checkpoint.components[folder], ties_in[folder], format_, wanted)
         if format_ in CHOSEN and (variant := variant_read(checkpoint, folder)):
             facts["variant"] = variant
-        made = lay_out(specs, target, own, wanted.limit, facts)
+        made = lay_out(specs, target, own, wanted.limit if reads_shards(own.stem) else None, facts)
         layouts += [_in_folder(folder, layout) for layout in made]
     return layouts
 

@@ -15,6 +15,7 @@ _KEPT = (  # what libraries look for; other names of single files are given by p
     "adapter_model",  # PEFT
     "open_clip_model",  # OpenCLIP
 )
+_SHARDED = ("diffusion_pytorch_model",)  # of these, those whose library reads shards and an index
 _OF_TORCH = {"open_clip_model": "open_clip_pytorch_model"}  # where a library calls a pickle otherwise
 CHOSEN = ("safetensors", "torch")  # containers whose files' names can be chosen
 
@@ -32,6 +33,12 @@ def stem_of(checkpoint: Checkpoint, folder: str, format: str) -> str | None:  # 
         if stem is None or stem in _PLAIN:
             return None
     return _OF_TORCH.get(stem, stem) if format == "torch" else stem
+
+
+def reads_shards(stem: str | None) -> bool:
+    """Whether the library that looks for files of this name, without a suffix, reads several of them by an index, too."""
+    known = next((ours for ours, torchs in _OF_TORCH.items() if stem == torchs), stem)
+    return known not in _KEPT or known in _SHARDED
 
 
 def _stem_by_config(checkpoint: Checkpoint, folder: str) -> str | None:

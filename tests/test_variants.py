@@ -173,14 +173,24 @@ def test_a_stem_of_people_gives_way_to_the_one_that_the_configs_library_opens(co
 
 
 def test_shards_keep_it_too(tmp_path):
-    source = put(tmp_path / "in", adapter_model_s=PLAIN)
+    stem = "diffusion_pytorch_model"
+    source = put(tmp_path / "in", diffusion_pytorch_model_s=PLAIN)
     assert run("convert", source, tmp_path / "a", "--max-shard-size", "48", "--quiet") == 0
-    shards = [f"adapter_model-0000{k}-of-00002" for k in (1, 2)]
-    assert names_in(tmp_path / "a") == [*(f"{name}.safetensors" for name in shards), "adapter_model.safetensors.index.json"]
+    shards = [f"{stem}-0000{k}-of-00002" for k in (1, 2)]
+    assert names_in(tmp_path / "a") == [*(f"{name}.safetensors" for name in shards), f"{stem}.safetensors.index.json"]
     assert run("convert", tmp_path / "a", tmp_path / "b", "--format", "torch", "--max-shard-size", "48", "--quiet") == 0
-    assert names_in(tmp_path / "b") == [*(f"{name}.bin" for name in shards), "adapter_model.bin.index.json"]
+    assert names_in(tmp_path / "b") == [*(f"{name}.bin" for name in shards), f"{stem}.bin.index.json"]
     assert run("convert", tmp_path / "b", tmp_path / "c", "--quiet") == 0
-    assert names_in(tmp_path / "c") == ["adapter_model.safetensors"]
+    assert names_in(tmp_path / "c") == [f"{stem}.safetensors"]
+
+
+@pytest.mark.parametrize(("stem", "torchs"), [("adapter_model", "adapter_model"), ("open_clip_model", "open_clip_pytorch_model")])
+def test_what_no_library_reads_in_shards_is_one_file(stem, torchs, tmp_path, capsys):
+    source = put(tmp_path / "in", **{f"{stem}_s": PLAIN})
+    for container, name in (("safetensors", f"{stem}.safetensors"), ("torch", f"{torchs}.bin")):
+        assert run("convert", source, tmp_path / container, "--format", container, "--max-shard-size", "48") == 0
+        assert names_in(tmp_path / container) == [name]
+        assert f"note: {name}: one file, though larger than 48 B" in capsys.readouterr().out
 
 
 def test_one_file_gives_its_stem_where_a_library_looks_for_it(tmp_path):
