@@ -148,7 +148,7 @@ def plan(
             *conversion.notes,
             *notes,
             *_lost_metadata(checkpoint, target.format),
-            *_left_whole(layouts, limit),
+            *_left_whole(checkpoint, layouts, limit),
             *_may_share(checkpoint, target, layouts),
         ],
         replicas=conversion.replicas,
@@ -180,10 +180,11 @@ def _lost_metadata(checkpoint: Checkpoint, format: str) -> Iterator[str]:  # noq
         yield f"left out: metadata of the source, which {format} files have no place for: {', '.join(lost[:SHOWN])}{more}"
 
 
-def _left_whole(layouts: Iterable[FileLayout], limit: int | None) -> Iterator[str]:
+def _left_whole(checkpoint: Checkpoint, layouts: Iterable[FileLayout], limit: int | None) -> Iterator[str]:
     """Names files that are larger than shards were to be, since their library reads no shards."""
     for layout in layouts:
-        if limit is not None and layout.size > limit and not reads_shards(PurePath(layout.path).stem.partition(".")[0]):
+        folder, stem = checkpoint.component_of(layout.path)[0], PurePath(layout.path).stem.partition(".")[0]
+        if limit is not None and layout.size > limit and not reads_shards(checkpoint, folder, stem):
             yield f"{layout.path}: one file, though larger than {format_size(limit)}: the library that looks for it reads no shards"
 
 

@@ -67,7 +67,7 @@ def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Sid
         facts = _facts(checkpoint.components[folder], ties_in[folder], format_, wanted)
         if format_ in CHOSEN and (variant := variant_read(checkpoint, folder)):
             facts["variant"] = variant
-        made = lay_out(specs, target, own, wanted.limit if reads_shards(own.stem) else None, facts)
+        made = lay_out(specs, target, own, wanted.limit if reads_shards(checkpoint, folder, own.stem) else None, facts)
         layouts += [_in_folder(folder, layout) for layout in made]
     return layouts
 

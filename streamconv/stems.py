@@ -35,10 +35,15 @@ def stem_of(checkpoint: Checkpoint, folder: str, format: str) -> str | None:  # 
     return _OF_TORCH.get(stem, stem) if format == "torch" else stem
 
 
-def reads_shards(stem: str | None) -> bool:
-    """Whether the library that looks for files of this name, without a suffix, reads several of them by an index, too."""
+def reads_shards(checkpoint: Checkpoint, folder: str, stem: str | None) -> bool:
+    """Whether the library that looks for a component's files of this name, without a suffix, reads several of them by an index, too.
+
+    Models of transformers and diffusers are read so, and their configs say that they are such; other modules of sentence-transformers not.
+    """
     known = next((ours for ours, torchs in _OF_TORCH.items() if stem == torchs), stem)
-    return known not in _KEPT or known in _SHARDED
+    if known in _KEPT:
+        return known in _SHARDED
+    return not folder or any(key in checkpoint.config_of(folder) for key in ("model_type", "architectures", "_class_name"))
 
 
 def _stem_by_config(checkpoint: Checkpoint, folder: str) -> str | None:

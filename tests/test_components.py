@@ -188,3 +188,19 @@ def test_what_is_copied_is_listed_and_what_is_odd_is_said(sentences, tmp_path, c
     assert "vocab.txt: Git LFS pointers" in notes
     assert run("plan", sentences, tmp_path / "out") == 0
     assert "sidecars 1_Pooling/config.json, 2_Dense/config.json, config.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("container", ["safetensors", "torch"])
+def test_modules_whose_library_reads_no_shards_are_one_file(sentences, tmp_path, capsys, container):
+    """sentence-transformers looks for one file of each of its own modules; the model in front is transformers'."""
+    (sentences / "0_Text").mkdir()
+    save_file(numbered({"a": (6, 2), "b": (6, 2)}), sentences / "0_Text" / "model.safetensors", {"format": "pt"})
+    (sentences / "0_Text" / "config.json").write_text('{"model_type": "bert"}')
+    modules = json.loads((sentences / "modules.json").read_text())
+    (sentences / "modules.json").write_text(json.dumps([*modules, {"idx": 3, "path": "0_Text"}]))
+    assert run("convert", sentences, tmp_path / "out", "--format", container, "--max-shard-size", "50", "--verify") == 0
+    name, suffix = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}[container]
+    found = tree(tmp_path / "out")
+    assert {file for file in found if file.startswith("2_Dense/")} == {"2_Dense/config.json", f"2_Dense/{name}{suffix}"}
+    assert {f"0_Text/{name}-0000{k}-of-00002{suffix}" for k in (1, 2)} < found
+    assert f"note: 2_Dense/{name}{suffix}: one file, though larger than 50 B" in capsys.readouterr().out
