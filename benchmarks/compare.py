@@ -133,7 +133,7 @@ def _cp(job: Job) -> list[str] | None:
 
 
 def _streamconv(job: Job) -> list[str]:
-    command = [sys.executable, "-m", "streamconv.cli"]
+    command = [sys.executable, "-m", "streamconv"]
     memory = ["--max-memory", GROUP_MEMORY if job.operation == "cgroup" else job.max_memory]
     if job.operation == "verify":
         return [*command, "verify", str(job.source), str(job.other), *memory, "--no-progress"]
@@ -283,7 +283,7 @@ def run_once(name: str, job: Job, command: list[str], *, cold: str, interval: fl
 
 def check_output(job: Job) -> str:
     """Compares a tool's output with what streamconv computes from the source: "equal", or what is not."""
-    command = [sys.executable, "-m", "streamconv.cli", "verify", str(job.source), str(job.target), *_recipe(job), "--no-progress"]
+    command = [sys.executable, "-m", "streamconv", "verify", str(job.source), str(job.target), *_recipe(job), "--no-progress"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return "equal" if found.returncode == 0 else " ".join((found.stdout + found.stderr).split())[:300]
 

@@ -148,7 +148,7 @@ def _row(bench: Bench, work: str, origin: str, sink: str, memory: dict[str, int]
     source = bench.serve if origin == "https" else bench.store
     env: dict[str, str] = {}
     if sink == "s3":
-        sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+        sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "fixtures"))
         from servers import s3
 
         store = bench.stack.enter_context(s3())

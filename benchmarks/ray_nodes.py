@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from streamconv import api
 from streamconv.recipe import Recipe, Rule
-from streamconv.running import run
+from streamconv.running.run import run
 
 SIDE = 4096  # rows and columns of a weight
 MERGE = Recipe(

@@ -39,9 +39,9 @@ from benchmarks import costs as measuring
 from streamconv import memory
 from streamconv.engine.order import COPY_CHUNK
 from streamconv.engine.remote import join
-from streamconv.evaluate import reads
-from streamconv.plan import Compute, Copy, FilePlan, Plan
-from streamconv.runs import region
+from streamconv.graph.evaluate import reads
+from streamconv.graph.moves import region
+from streamconv.planning.plan import Compute, Copy, FilePlan, Plan
 from streamconv.storage.objects import part_size
 from streamconv.units import format_size, parse_size
 from tools import range_server

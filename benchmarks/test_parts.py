@@ -15,18 +15,18 @@ import torch
 
 import streamconv
 from streamconv import recipes
-from streamconv.compiler import compile_plan
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine.order import tasks_in_order, tile_pieces
-from streamconv.evaluate import Arena, arena_bytes, evaluate, prepare
-from streamconv.fitting import TILE, Budget
 from streamconv.formats import Extent, safetensors
-from streamconv.graph import AnyNode, Source, apply, rearrange, trace
-from streamconv.names import Matcher, parse
-from streamconv.ops import Cast, Rearrange, as_torch
+from streamconv.graph.evaluate import Arena, arena_bytes, evaluate, prepare
+from streamconv.graph.moves import identity, region
+from streamconv.graph.node import AnyNode, Source, apply, rearrange, trace
+from streamconv.graph.ops import Cast, Rearrange, as_torch
+from streamconv.graph.tiles import choose_tile
+from streamconv.notation.names import Matcher, parse
+from streamconv.planning.compiler import compile_plan
+from streamconv.planning.fitting import TILE, Budget
 from streamconv.recipe import identity as keep
-from streamconv.runs import identity, region
-from streamconv.tiles import choose_tile
 from tools.make_checkpoint import MODELS, make_checkpoint, write_shard
 
 pytestmark = pytest.mark.slow

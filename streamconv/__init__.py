@@ -7,10 +7,12 @@ declare a conversion; every error derives from `StreamconvError`. Paths may be U
 from __future__ import annotations
 
 from streamconv import interrupts, recipes  # noqa: F401 - the first one first: Ctrl-C may come while the others are imported
+from streamconv._version import __version__ as __version__
 from streamconv.api import convert, doctor, plan, verify
-from streamconv.checkpoint import Checkpoint
-from streamconv.checkpoint import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
-from streamconv.entries import TensorEntry
+from streamconv.checkpoint.entries import TensorEntry
+from streamconv.checkpoint.opening import Checkpoint
+from streamconv.checkpoint.opening import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
+from streamconv.engine.comparison import Comparison
 from streamconv.errors import (
     BudgetError,
     CoverageError,
@@ -26,13 +28,10 @@ from streamconv.errors import (
     StreamconvError,
     UsageError,
 )
-from streamconv.plan import Plan
+from streamconv.planning.plan import Plan
 from streamconv.recipe import Drop, Option, Recipe, Rule, Side, Tie
-from streamconv.results import Result
-from streamconv.running import run
-from streamconv.verify import Comparison
-
-__version__ = "0.1.0"
+from streamconv.running.results import Result
+from streamconv.running.run import run
 
 __all__ = [
     "BudgetError",

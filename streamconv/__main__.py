@@ -2,7 +2,7 @@
 
 import sys
 
-from streamconv.cli import main
+from streamconv.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

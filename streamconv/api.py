@@ -11,42 +11,42 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from streamconv import memory, recipes
-from streamconv.bridge import choose_kept
-from streamconv.casting import Casting
-from streamconv.checkpoint import CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
-from streamconv.compiler import compile_plan
-from streamconv.destination import RemoteTarget, Target, check_folders, check_names, target_of
-from streamconv.doctor import Examination, examine
+from streamconv.checkpoint.components import within
+from streamconv.checkpoint.opening import CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
+from streamconv.checkpoint.stems import reads_shards
+from streamconv.convert.casting import Casting
+from streamconv.convert.sidecars import make_sidecars
+from streamconv.convert.sides import Wanted, lay_out_components, open_other, open_side
+from streamconv.diagnose.doctor import Examination, examine
+from streamconv.diagnose.matching import match_recipes
 from streamconv.dtypes import dtype_name
+from streamconv.engine.comparison import Comparison, compare
 from streamconv.engine.direct import LEAST, shares_extents
 from streamconv.engine.io import BLOCK
-from streamconv.engine.journal import forget_overwrite, journal_path, note_overwrite, read_journal
 from streamconv.engine.readers import BACKENDS
-from streamconv.engine.reclaim import Reclaim
-from streamconv.engine.streams import staged_bytes
 from streamconv.errors import BudgetError, DestinationError, FormatError, StreamconvError, UsageError, writing
-from streamconv.fitting import Budget, check_workers
-from streamconv.folder import within
 from streamconv.formats import FileLayout
-from streamconv.graph import AnyNode, extents
-from streamconv.kept import check_report, check_sources_stay
-from streamconv.matching import match_recipes
-from streamconv.places import identify
-from streamconv.plan import VERSION, FilePlan, Plan, Totals
-from streamconv.plan import Mapping as Row
-from streamconv.progress import Shown, bar
-from streamconv.quantization import FILES
+from streamconv.graph.node import AnyNode, extents
+from streamconv.library.bridge import choose_kept
+from streamconv.planning.compiler import compile_plan
+from streamconv.planning.fitting import Budget, check_workers
+from streamconv.planning.plan import VERSION, FilePlan, Plan, Totals
+from streamconv.planning.plan import Mapping as Row
 from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_options
-from streamconv.results import Result
-from streamconv.running import run, with_reclaim
-from streamconv.sidecars import make_sidecars
-from streamconv.sides import Wanted, lay_out_components, open_other, open_side
-from streamconv.stems import reads_shards
+from streamconv.recipe.vocabulary import resize_vocab, sampling
+from streamconv.running.destination import RemoteTarget, Target, check_folders, check_names, target_of
+from streamconv.running.journal import forget_overwrite, journal_path, note_overwrite, read_journal
+from streamconv.running.kept import check_report, check_sources_stay
+from streamconv.running.progress import Shown, bar
+from streamconv.running.reclaim import Reclaim
+from streamconv.running.results import Result
+from streamconv.running.run import run, with_reclaim
+from streamconv.running.streams import staged_bytes
+from streamconv.schemes.detection import FILES
 from streamconv.storage import is_url
+from streamconv.storage.places import identify
 from streamconv.storage.remote import Location, locate, relative, shown
 from streamconv.units import format_size, parse_size
-from streamconv.verify import Comparison, compare
-from streamconv.vocabulary import resize_vocab, sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +94,7 @@ def plan(
     """
     floor, joined = memory.peak(), 0
     if engine == "ray":
-        from streamconv.engine import ray
+        from streamconv.running import ray
 
         joined, workers = ray.load(str(dst)), 1 if workers is None else workers
     dtype = None if dtype is None else dtype_name(dtype)

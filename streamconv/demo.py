@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import api
-from streamconv.destination import Target
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
 from streamconv.formats import safetensors
 from streamconv.interrupts import Unwinding
+from streamconv.running.destination import Target
 from streamconv.storage import is_url
 from streamconv.units import format_size
 

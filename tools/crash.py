@@ -27,8 +27,10 @@ import numpy as np
 import torch  # noqa: F401 - before the forks, so that their time is that of work
 import yaml
 
-from streamconv import cli, fitting
-from streamconv.engine import local, order, parts
+from streamconv.cli import command as cli
+from streamconv.engine import order
+from streamconv.planning import fitting
+from streamconv.running import local, parts
 
 WORKERS = 2
 SHARD = 1 << 20

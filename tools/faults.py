@@ -31,8 +31,11 @@ import numpy as np
 import torch  # noqa: F401 - before the forks, so that their time is that of work
 import yaml
 
-from streamconv import cli, fitting, staging
-from streamconv.engine import direct, local, order, parts
+from streamconv.cli import command as cli
+from streamconv.engine import direct, order
+from streamconv.planning import fitting
+from streamconv.running import local, parts
+from streamconv.storage import staging
 from tools import crash
 
 CALLS = (

@@ -18,7 +18,8 @@ from typing import Any
 import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from streamconv import cli, memory
+from streamconv import memory
+from streamconv.cli import command as cli
 
 SMALL = 1 << 20  # bytes of a file that is kept, so that what a run notes there can be read back
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import streamconv
-from streamconv.declaration import KINDS, TEXT, VALUES
-from streamconv.facts import Option, Side
 from streamconv.recipe import Recipe
+from streamconv.recipe.declaration import KINDS, TEXT, VALUES
+from streamconv.recipe.facts import Option, Side
 
 SCHEMA = Path(streamconv.__file__).parent / "recipe.schema.json"
 

@@ -15,7 +15,7 @@ from streamconv.engine.readers import Reader, known_urls, make_reader
 from streamconv.engine.threads import run_threads
 from streamconv.engine.worker import Worker
 from streamconv.errors import CoverageError, Interrupted
-from streamconv.plan import Copy, Plan
+from streamconv.planning.plan import Copy, Plan
 from streamconv.storage import Entry, is_url
 
 STEP = CHUNK // 2  # bytes of each side at a time
@@ -30,7 +30,7 @@ def check_replicas(plan: Plan) -> None:
     """
     if not plan.checks:
         return
-    from streamconv.evaluate import Arena, same_bytes
+    from streamconv.graph.evaluate import Arena, same_bytes
 
     arena, reader = Arena(plan.arena), make_reader(plan.read_backend, 8, known_urls(plan))
     try:

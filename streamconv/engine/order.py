@@ -6,8 +6,8 @@ import heapq
 from collections.abc import Iterable, Iterator
 
 from streamconv.engine.io import BLOCK
-from streamconv.plan import Copy, Plan, Segment
-from streamconv.runs import Move, region
+from streamconv.graph.moves import Move, region
+from streamconv.planning.plan import Copy, Plan, Segment
 
 COPY_CHUNK = 32 << 20  # bytes of one task of copying: between two looks at the stop flag
 

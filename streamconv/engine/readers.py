@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from streamconv.engine.direct import AVAILABLE, DirectReader
 from streamconv.engine.io import MappedReader, PositionedReader
-from streamconv.plan import Plan
+from streamconv.planning.plan import Plan
 from streamconv.storage import Entry, is_url
 
 Reader = PositionedReader

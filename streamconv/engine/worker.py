@@ -12,12 +12,12 @@ from streamconv.engine.io import CHUNK, Files, copy_range, data_ranges, located,
 from streamconv.engine.order import tile_pieces
 from streamconv.engine.readers import make_reader
 from streamconv.errors import Interrupted
-from streamconv.plan import Compute, Copy, Plan
-from streamconv.runs import Move, region
+from streamconv.graph.moves import Move, region
+from streamconv.planning.plan import Compute, Copy, Plan
 from streamconv.storage import Entry, is_url
 
 if TYPE_CHECKING:
-    from streamconv.evaluate import Arena
+    from streamconv.graph.evaluate import Arena
 
 
 class Worker:
@@ -46,7 +46,7 @@ class Worker:
 
     def evaluate(self, segment: Compute, tile: Move) -> memoryview:
         """The bytes of a tile, packed; good until the next is asked for."""
-        from streamconv.evaluate import Arena, evaluate, reads
+        from streamconv.graph.evaluate import Arena, evaluate, reads
 
         node = self._plan.nodes[segment.node]
         arena = self._arena = self._arena or Arena(self._plan.arena)

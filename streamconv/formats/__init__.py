@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from streamconv.digests import Checksum
-from streamconv.graph import AnyNode, Extent, Node, Source
+from streamconv.graph.node import AnyNode, Extent, Node, Source
 from streamconv.storage.remote import Location
 
 __all__ = ["AnyNode", "Contents", "Extent", "FileLayout", "Node", "Source"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sized
 
 from streamconv.errors import FormatError
-from streamconv.filenames import find_fault
 from streamconv.formats import AnyNode
 from streamconv.formats.files import Names, damaged, read_bytes, short, show
 from streamconv.formats.json_text import MAX_JSON, Repeated, parse_object
+from streamconv.storage.filenames import find_fault
 from streamconv.storage.remote import Location
 from streamconv.text import one_line
 

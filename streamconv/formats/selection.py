@@ -11,10 +11,10 @@ from streamconv.errors import FormatError
 from streamconv.formats.files import Names, short, show, unreadable
 from streamconv.formats.indexes import read_index
 from streamconv.formats.signatures import holds_checkpoint, recognize
+from streamconv.formats.unrelated import is_weights, kind_of
 from streamconv.formats.variants import of_variant, variant_of
 from streamconv.storage.remote import Location, exists, is_dir, names_in
 from streamconv.text import one_line
-from streamconv.unrelated import is_weights, kind_of
 
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)
 _TEXTS = re.compile(

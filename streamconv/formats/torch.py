@@ -57,11 +57,11 @@ from streamconv.formats.roots import (
 from streamconv.formats.selection import Selection, find_files
 from streamconv.formats.unpickling import Budget
 from streamconv.formats.zips import MAX_DIRECTORY, Archive, names, open_section, read_archive, rezip
-from streamconv.graph import extents
+from streamconv.graph.node import extents
+from streamconv.graph.views import span, stored_view
 from streamconv.interrupts import Unwinding
-from streamconv.staging import staging
 from streamconv.storage.remote import Location, RemoteFile, RemotePath, read_each
-from streamconv.views import span, stored_view
+from streamconv.storage.staging import staging
 
 KIND = Names(
     "a file that torch.save wrote",

@@ -18,12 +18,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from streamconv.declaration import KINDS
 from streamconv.errors import NotationError, RecipeError, UsageError
-from streamconv.names import nearest
-from streamconv.reading import read_whole
+from streamconv.notation.names import nearest
 from streamconv.recipe import Recipe, find_writer
-from streamconv.settable import with_sizes
+from streamconv.recipe.declaration import KINDS
+from streamconv.recipe.settable import with_sizes
+from streamconv.storage.reading import read_whole
 
 GROUP = "streamconv.recipes"
 INVERSE = ":inverse"
@@ -40,7 +40,8 @@ def registry() -> dict[str, Recipe]:
         RecipeError: two recipes have the same name, or an entry point does not give recipes.
     """
     found: dict[str, Recipe] = {}
-    given = [(name, importlib.import_module(f"{__name__}.{name}").RECIPES) for _, name, _ in pkgutil.iter_modules(__path__)]
+    modules = [importlib.import_module(info.name) for info in pkgutil.walk_packages(__path__, f"{__name__}.") if not info.ispkg]
+    given: list[tuple[str, Any]] = [(module.__name__, module.RECIPES) for module in modules]
     for entry in entry_points(group=GROUP):
         loaded = entry.load()
         given.append((entry.value, (loaded,) if isinstance(loaded, Recipe) else loaded))
@@ -92,7 +93,7 @@ def match(src: str | os.PathLike[str]) -> list[str]:
     Raises:
         StreamconvError: it cannot be read.
     """
-    matching = importlib.import_module("streamconv.matching")  # which stands above this, since it opens checkpoints
+    matching = importlib.import_module("streamconv.diagnose.matching")  # which stands above this, since it opens checkpoints
     names: list[str] = matching.match_recipes(src)
     return names
 

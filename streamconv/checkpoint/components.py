@@ -1,0 +1,209 @@
+"""A checkpoint's folder: which folders in it are components of the model, and which files go along with the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamconv.errors import FormatError
+from streamconv.formats.files import short, show, unreadable
+from streamconv.formats.json_text import read_json
+from streamconv.formats.unrelated import UNSAID, is_weights, kind_of
+from streamconv.storage.filenames import find_fault
+from streamconv.storage.remote import Location, RemotePath, exists, is_dir, names_in, relative, walk
+
+_MAX_LIST = 8 << 20  # bytes of a file that lists components
+_MAX_COMPONENTS = 256
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model"  # PEFT's, and how the names of its weights begin
+_MODELS = ("config.json", _ADAPTER)  # a folder with weights and one of these is a model of its own
+_POINTER, _POINTER_BEGINS = 1024, b"version https://git-lfs"  # bytes that one has at most, and its first
+OTHER_FOLDERS = "models in folders that nothing names as components"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside weights: ``files`` go along, sorted; what stays is in ``left`` by its kind. All are relative to the folder."""
+
+    files: list[str]
+    left: dict[str, list[str]]
+
+    @property
+    def note(self) -> str:
+        """What a user should know of that which stays; "" for nothing."""
+        told = [f"{shorten(names)} ({kind})" for kind, names in self.left.items() if kind not in UNSAID]
+        return f"not part of the model, and left behind: {'; '.join(told)}" if told else ""
+
+
+# Components ---------------------------------------------------------------------------------------------------------------
+
+
+def _modules(table: Any) -> Iterator[Any]:
+    """Folders of sentence-transformers' modules; "" is the folder itself."""
+    for module in table:
+        yield module["path"].rstrip("/")
+
+
+def _pipeline(table: Any) -> Iterator[Any]:
+    """Folders of diffusers' components, each with the library and class that load it."""
+    for name, value in table.items():
+        if isinstance(value, list) and len(value) > 1 and isinstance(value[1], str):
+            yield name
+
+
+def _routes(table: Any) -> Iterator[Any]:
+    """Folders of the modules among which one of sentence-transformers chooses."""
+    yield from table["types"]
+
+
+LISTS: dict[str, Callable[[Any], Iterator[Any]]] = {
+    "modules.json": _modules,
+    "router_config.json": _routes,
+    "model_index.json": _pipeline,
+    "modular_model_index.json": _pipeline,
+}
+"""Files that name folders as components of the model, and how they do. Components may have some of their own."""
+
+
+def find_components(root: Location) -> list[str]:
+    """Folders below ``root`` that are components of the model, as a list in it says, "" for ``root`` itself; none without such a list.
+
+    Raises:
+        FormatError: a list that cannot be read, or that names what does not lie below the folder.
+    """
+    found: list[str] = []
+    waiting = [""]
+    while waiting:
+        here = waiting.pop(0)
+        folder = within(root, here)
+        there = _names_in(folder)
+        for name, read in LISTS.items():
+            if name not in there or not (folder / name).is_file():
+                continue
+            for part in _read_list(folder / name, read):
+                path = "/".join(filter(None, (here, part)))
+                if path in found or not (path == here or is_dir(root / path)):
+                    continue
+                found.append(path)
+                if path != here:
+                    waiting.append(path)
+                if len(found) > _MAX_COMPONENTS:
+                    raise FormatError(f"{show(folder / name)}: names more than {_MAX_COMPONENTS} folders, which no model has: mend it")
+    return found
+
+
+def _read_list(path: Location, read: Callable[[Any], Iterator[Any]]) -> list[str]:
+    table = read_json(path, _MAX_LIST, "a list of a model's components")
+    try:
+        parts = list(read(table))
+    except (TypeError, AttributeError, LookupError) as error:
+        what = short.repr(str(error))
+        raise FormatError(
+            f"{show(path)}: cannot be read as the list of a model's components ({type(error).__name__}: {what}): mend it"
+        ) from error
+    for part in parts:
+        if not isinstance(part, str) or (part and find_fault(part)):
+            raise FormatError(f"{show(path)}: names {short.repr(part)}, expected a folder below its own: mend it")
+    return parts
+
+
+def find_weighted(root: Location) -> list[str]:
+    """Those of `find_components` that hold weights; none where ``root`` alone does."""
+    found = [part for part in find_components(root) if _has_weights(within(root, part))] if is_dir(root) else []
+    return found if any(found) else []
+
+
+def within(root: Location, folder: str) -> Location:
+    """Where a component lies."""
+    return root / folder if folder else root
+
+
+def _names_in(folder: Location) -> list[str]:
+    try:
+        return names_in(folder)
+    except OSError as error:
+        raise unreadable(folder, error, "a checkpoint") from error
+
+
+def _has_weights(folder: Location) -> bool:
+    return any(is_weights(name) and not kind_of(name) for name in _names_in(folder))
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def look_beside(root: Location, own: Iterable[Location] = (), components: Iterable[str] = ()) -> Beside:
+    """Every file below ``root`` that is no weights: what goes along, and what stays.
+
+    Args:
+        root: the checkpoint's folder.
+        own: files that are read.
+        components: folders that are such, so that nothing but weights stays behind in them.
+
+    Raises:
+        FormatError: a link to a file that is not there.
+    """
+    read = {str(path) for path in own}
+    named = list(components)
+    inside = {str(root / folder) for folder in named if folder}
+    told = {*inside, *([] if named and "" not in named else [str(root)])}  # of these, what reads them says what it does not
+    found: list[str] = []
+    left: dict[str, list[str]] = {}
+
+    def leave(kind: str, path: Location) -> None:
+        left.setdefault(kind, []).append(relative(path, root))
+
+    for here, folders, files in walk(root):
+        kinds = {name: kind_of(name, folder=True) for name in folders if str(here / name) not in inside}
+        for name in sorted(filter(kinds.get, kinds)):
+            leave(kinds[name], here / name)
+        folders[:] = sorted(name for name in folders if not kinds.get(name))
+        if here != root and str(here) not in inside and _is_model(files):
+            leave(OTHER_FOLDERS, here)
+            folders[:] = []
+            continue
+        for name in sorted(files):
+            path = here / name
+            if str(path) in read:
+                continue
+            if kind := kind_of(name):
+                leave(kind, path)
+            elif is_weights(name):
+                if str(here) not in told:
+                    leave("weights that are not read", path)
+            elif name == _ADAPTER and read and _is_unread_adapter(here, files, read):
+                leave("an adapter that is not read", path)  # without its weights it would keep libraries from opening the model
+            elif not exists(path):
+                raise FormatError(f"{show(path)}: a link to a file that is not there: fetch the checkpoint again, or remove the link")
+            else:
+                found.append(relative(path, root))
+    return Beside(sorted(found), left)
+
+
+def _is_unread_adapter(folder: Location, files: Iterable[str], read: Collection[str]) -> bool:
+    """Whether a folder holds an adapter's weights, and others are read."""
+    own = [name for name in files if name.startswith(_ADAPTER_WEIGHTS) and is_weights(name)]
+    return bool(own) and not any(str(folder / name) in read for name in own)
+
+
+def _is_model(files: Iterable[str]) -> bool:
+    names = set(files)
+    return any(config in names for config in _MODELS) and any(map(is_weights, names))
+
+
+def find_pointers(root: Location, names: Iterable[str]) -> list[str]:
+    """Those of the files below a folder of this machine that are Git LFS pointers."""
+    if isinstance(root, RemotePath):  # servers give the files themselves
+        return []
+    found = []
+    for name in names:
+        path = root / name
+        if path.is_file() and path.stat().st_size <= _POINTER:
+            with path.open("rb") as file:
+                found += [name] if file.read(len(_POINTER_BEGINS)) == _POINTER_BEGINS else []
+    return found
+
+
+def shorten(names: Sequence[str], most: int = 5) -> str:
+    """Names in a line, and how many more there are."""
+    return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"

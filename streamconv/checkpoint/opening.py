@@ -1,0 +1,458 @@
+"""A path to a mapping of names to stored tensors, whatever the container, plus its sidecar files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import PurePath
+from typing import Any
+
+from streamconv.checkpoint.components import Beside, find_components, find_weighted, look_beside, within
+from streamconv.checkpoint.entries import TensorEntry
+from streamconv.checkpoint.ties import Choice, explain_absent, find_ties, says_tie
+from streamconv.errors import FormatError, UsageError
+from streamconv.formats import Contents, FileLayout, mindspore, safetensors, sat
+from streamconv.formats import torch as torch_files
+from streamconv.formats.files import Names, show, unreadable
+from streamconv.formats.foreign import READS
+from streamconv.formats.indexes import read_index
+from streamconv.formats.json_text import MAX_CONFIG, read_json
+from streamconv.formats.selection import Selection, find_files, find_unnamed, is_index, one_checkpoint
+from streamconv.formats.signatures import holds_checkpoint, recognize
+from streamconv.formats.variants import check_variant, of_variant, variant_of
+from streamconv.notation.names import natural_key, nearest, select
+from streamconv.notation.names import parse as parse_names
+from streamconv.notebook import SHOWN, table
+from streamconv.storage import hub_cache
+from streamconv.storage.remote import Location, RemotePath, exists, is_dir, locate, names_in
+from streamconv.text import one_line
+from streamconv.units import format_size
+
+CONFIG = "config.json"
+
+
+class MissingTensor(KeyError):
+    """The error for a name that a checkpoint has no tensor of: the nearest ones are looked for when somebody reads it."""
+
+    def __init__(self, name: object, checkpoint: Checkpoint) -> None:
+        super().__init__(name)
+        self._name, self._checkpoint = name, checkpoint
+
+    def __str__(self) -> str:
+        near = nearest(self._name, self._checkpoint, 2) if isinstance(self._name, str) else []
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        return f"{one_line(self._checkpoint.path)}: no tensor {self._name!r} among {len(self._checkpoint)}{hint}"
+
+
+class Checkpoint(Mapping[str, TensorEntry]):
+    """An open checkpoint. Only headers have been read; iteration is in tensor order.
+
+    >>> checkpoint = streamconv.open("model")
+    >>> list(checkpoint)
+    ['layers.0.b', 'layers.1.b', 'w']
+    >>> list(checkpoint.keys("layers.{i}.b"))
+    ['layers.0.b', 'layers.1.b']
+    >>> checkpoint["layers.1.b"].shape
+    (2,)
+    """
+
+    def __init__(
+        self,
+        path: Location,
+        contents: Contents,
+        config: str = CONFIG,
+        components: Mapping[str, Contents] | None = None,
+        variant: str | None = None,
+    ) -> None:
+        """``contents``: of all components; these by folder, where there are others than the checkpoint's own, ""."""
+        self.path = path
+        self.contents = contents
+        self.components = {"": contents} if components is None else components
+        self.variant = variant
+        self._config = config
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        if name not in self.contents.entries:
+            raise MissingTensor(name, self)
+        return TensorEntry(name, self.contents.entries[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.contents.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.contents.entries)
+
+    def __len__(self) -> int:
+        return len(self.contents.entries)
+
+    def keys(self, pattern: str | None = None) -> KeysView[str]:
+        """The tensors' names: all, or those that a pattern or glob matches, or have ``pattern`` in them if it is neither."""
+        return super().keys() if pattern is None else dict.fromkeys(select(pattern, self)).keys()
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {one_line(self.path)}: {self.format}, {len(self)} tensors>"
+
+    def _repr_html_(self) -> str:
+        rows = ((name, entry.dtype, list(entry.shape), format_size(entry.nbytes)) for name, entry in islice(self.items(), SHOWN))
+        size = format_size(sum(node.spec.nbytes for node in self.contents.entries.values()))
+        title = f"{self.path}: {self.format}, {len(self)} tensors, {size}"
+        return table(title, ["name", "dtype", "shape", "size"], rows, more=max(0, len(self) - SHOWN))
+
+    @property
+    def format(self) -> str:
+        return self.contents.format
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self.contents.metadata
+
+    @cached_property
+    def ties(self) -> dict[str, str]:
+        """Names that stand for the data of another tensor, and the name of that.
+
+        Where files can hold a tensor under two names both are entries, and which is the other's their names tell (see `ties.find_ties`);
+        where they cannot, one is left out and their metadata says so.
+        """
+        return self.find_ties(lambda _: lambda _: None)
+
+    def find_ties(self, choice: Callable[[Mapping[str, Any]], Choice]) -> dict[str, str]:
+        """The same, where ``choice`` of a model's config chooses what names do not tell."""
+        found: dict[str, str] = {}
+        for folder, contents in self.components.items():
+            try:
+                config = self.config_of(folder)
+            except FormatError:
+                config = {}
+            own = ties(contents, config, choice(config))
+            found |= {prefixed(folder, name): prefixed(folder, kept) for name, kept in own.items()}
+        return found
+
+    def config_of(self, folder: str) -> dict[str, Any]:
+        """The config of a component. Raises as `config` does."""
+        return read_config(within(self.path, folder)) if folder else self.config
+
+    @property
+    def others(self) -> Checkpoint:
+        """Its components without its own."""
+        return self.select([folder for folder in self.components if folder])
+
+    def component_of(self, name: str) -> tuple[str, str]:
+        """The component that a tensor is of, and what it is called there."""
+        folder = next((folder for folder in self._folders if not folder or name.startswith(f"{folder}/")), "")
+        return folder, name.removeprefix(f"{folder}/") if folder else name
+
+    @cached_property
+    def _folders(self) -> list[str]:
+        """Those that lie in others first."""
+        return sorted(self.components, reverse=True)
+
+    def select(self, folders: Collection[str]) -> Checkpoint:
+        """The checkpoint with some of its components only."""
+        components = {folder: contents for folder, contents in self.components.items() if folder in folders}
+        return Checkpoint(self.path, join_components(components), self._config, components, self.variant)
+
+    @cached_property
+    def sidecars(self) -> list[str]:
+        """Paths, relative to the checkpoint, of the files beside the weights; none for a single file."""
+        return self.beside.files
+
+    @cached_property
+    def beside(self) -> Beside:
+        """What lies in the checkpoint's folder beside what is read; nothing for a single file."""
+        if not self.path.is_dir():
+            return Beside([], {})
+        return look_beside(self.path, (*self.contents.files, *self.contents.others), find_components(self.path))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's config.json, or what it has instead (beside it, for a single file), or an empty dict.
+
+        Raises:
+            FormatError: it is not a JSON object.
+        """
+        return read_config(self.path if self.path.is_dir() else self.path.parent, self._config)
+
+
+def read_config(directory: Location, name: str = CONFIG) -> dict[str, Any]:
+    """``config.json`` of a directory, or what is called ``name``, or an empty dict.
+
+    Raises:
+        FormatError: it is not a JSON object.
+    """
+    path = directory / name
+    # Beside one file behind a URL there may be no listing: the file itself is asked for.
+    if not (path.is_file() if isinstance(path, RemotePath) else exists(path)):
+        return {}
+    found = read_json(path, MAX_CONFIG, "a config")
+    if not isinstance(found, dict):
+        raise FormatError(f"{path}: expected a JSON object, found a {type(found).__name__}; mend it")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A kind of files: how they are called, read and laid out.
+
+    ``holds_ties``: a file can hold a tensor under two names; ``stores_ties_once``: and then has its data once; ``by_rank``: there is a file
+    for each rank, and tensors are ``<file>/<name>``.
+    """
+
+    names: Names
+    read: Callable[..., Contents]
+    lay_out: Callable[..., list[FileLayout]]
+    holds_ties: bool = False
+    stores_ties_once: bool = True
+    by_rank: bool = False
+
+
+CONTAINERS = {  # in the order in which they are looked for in a directory
+    "safetensors": Container(safetensors.KIND, safetensors.read, safetensors.lay_out),
+    "torch": Container(torch_files.KIND, torch_files.read, torch_files.lay_out, holds_ties=True),
+    "mindspore": Container(mindspore.KIND, mindspore.read, mindspore.lay_out, holds_ties=True, stores_ties_once=False),
+    "sat": Container(sat.KIND, sat.read, sat.lay_out, holds_ties=True, by_rank=True),
+}
+FORMAT_OF = {suffix: name for name, container in CONTAINERS.items() for suffix in container.names.suffixes}
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    by_rank: bool = False,
+    root: str | None = None,
+    ranks: Sequence[str] = (),
+    files: Sequence[str] = (),
+    config: str = CONFIG,
+    components: bool = True,
+    variant: str | None = None,
+) -> Checkpoint:
+    """Opens a checkpoint: one file, or a directory with or without index, with its components in folders. No tensor data is read.
+
+    Args:
+        path: where it is, on this machine or behind a URL.
+        by_rank: the files repeat names, as ranks do; tensors are presented as ``<file>/<name>``.
+        root: the key of the dict of tensors in a file that nests them.
+        ranks: patterns of file names; those that the first one with any matches are read instead, by rank.
+        files: the same for files that do not repeat names, where there are none by rank.
+        config: the name of the file with the model's config.
+        components: whether folders that a list names as such are read, too; their tensors are ``<folder>/<name>``.
+        variant: which variant of the weights is read (``model.VARIANT.safetensors``); of components without it, those of none.
+
+    Raises:
+        FormatError: damaged or not a checkpoint.
+        UsageError: not there, or not readable.
+    """
+    if variant is not None:
+        check_variant(variant)
+    where, notes = find_checkpoint(path)
+    where = where.absolute()  # a plan may be run elsewhere
+    if folders := find_weighted(where) if components else []:
+
+        def open_component(folder: str) -> Contents:
+            own: dict[str, Any] = {} if folder else {"by_rank": by_rank, "root": root, "ranks": ranks, "files": files}
+            return open_checkpoint(within(where, folder), components=False, variant=variant, **own).contents
+
+        opened = {folder: open_component(folder) for folder in folders}
+        joined = join_components(opened)
+        joined.notes[:0] = notes
+        _check_has(where, opened, variant)
+        return Checkpoint(where, joined, config, opened, variant)
+    chosen, ranked = choose_files(where, ranks, files)
+    by_rank = by_rank or ranked
+    name, found = _choose(where, chosen, by_rank=by_rank, variant=variant)
+    if root is not None and name != "torch":
+        raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
+    given: dict[str, Any] = {} if root is None else {"root": root}
+    given |= {} if found is None else {"files": found}
+    folder = where.parent if is_index(where.name) else where
+    if name in ("safetensors", "torch"):
+        given["explain"] = lambda tensor, present: explain_absent(tensor, present, untied=_is_untied(folder))
+    contents = CONTAINERS[name].read(where, by_rank=by_rank, **given)
+    contents.notes[:0] = notes
+    if components:
+        _check_has(where, {"": contents}, variant)
+    return Checkpoint(folder, contents, config, variant=variant)
+
+
+def _check_has(path: Location, components: Mapping[str, Contents], variant: str | None) -> None:
+    """Raises UsageError where a variant is asked for, and no component has it."""
+    files = [variant_of(file.name, CONTAINERS[part.format].names) for part in components.values() for file in part.files]
+    if variant and variant not in files:
+        raise UsageError(f"--variant {variant}: {show(path)} has no weights called so, as in model.{variant}.safetensors: leave it out")
+
+
+def find_checkpoint(given: str | os.PathLike[str]) -> tuple[Location, list[str]]:
+    """Where a checkpoint is: the path, or the snapshot that a folder of the Hub's cache stands for, with a note that says so.
+
+    Raises:
+        UsageError: it is not there, or not readable.
+    """
+    path = locate(given)
+    if isinstance(path, RemotePath):
+        return path, []
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        told = f"give the path of a checkpoint's file or its directory{hub_cache.hint(str(given))}"
+        raise UsageError(f"{show(path)}: no such file or directory: {told}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error, "a checkpoint") from error
+    snapshot = hub_cache.find_snapshot(path) if is_dir(path) else None
+    if snapshot is None:
+        return path, []
+    return snapshot, [f"{show(path)} is the Hub's cache: its snapshot {one_line(snapshot.name)} is read"]
+
+
+def _is_untied(folder: Location) -> bool:
+    """Whether config.json says that the head is not the embedding."""
+    try:
+        config = read_config(folder)
+    except FormatError:
+        return False
+    text = config.get("text_config")
+    return config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None) is False
+
+
+def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool, variant: str | None) -> tuple[str, Selection | None]:
+    """The container of a checkpoint, and its files; None for a container that finds them itself.
+
+    Args:
+        path: a file, an index or a directory.
+        chosen: names of the directory's files that a recipe asks for.
+        by_rank: see `find_files`.
+        variant: the same.
+    """
+    if not is_dir(path) and not is_index(path.name):
+        return container_of(path), Selection({path.name: path})
+    name = detect_format(path, variant)
+    if not chosen and is_dir(path) and CONTAINERS[name].by_rank:
+        return name, None
+    kind = CONTAINERS[name].names
+    if chosen:
+        found = find_files(path, kind, chosen)
+    elif is_dir(path) and not any(map(kind.is_part, names_in(path))):
+        names = one_checkpoint(path, find_unnamed(path, names_in(path)), kind)
+        found = find_files(path, kind, names)
+    else:
+        found = find_files(path, kind, by_rank=by_rank, variant=variant)
+    first = next(iter(found.files.values()))
+    return container_of(first), found
+
+
+def choose_files(path: Location, ranks: Sequence[str], files: Sequence[str]) -> tuple[list[str], bool]:
+    """The files of a directory that a pattern matches, in the order of their numbers, and whether they are ranks."""
+    if not is_dir(path):
+        return [], any(parse_names(pattern).match(path.name) is not None for pattern in ranks)
+    try:
+        names = sorted(names_in(path), key=natural_key)
+    except OSError as error:
+        raise unreadable(path, error, "a checkpoint") from error
+    for pattern in (*ranks, *files):
+        if pattern in names and pattern.endswith(".index.json"):
+            index = read_index(path / pattern, safetensors.KIND)
+            return sorted(set(index.values()), key=natural_key), False
+        matching = [name for name in names if parse_names(pattern).match(name) is not None and PurePath(name).suffix in FORMAT_OF]
+        if matching:
+            return matching, pattern in ranks
+    return [], False
+
+
+def container_of(path: Location) -> str:
+    """The container of a file: by its first bytes, else by its suffix.
+
+    Raises:
+        FormatError: it is something else, or nothing says what it is.
+        UsageError: it cannot be read.
+    """
+    by_suffix = FORMAT_OF.get(path.suffix)
+    found = recognize(path) or by_suffix
+    if found is None:
+        raise FormatError(f"{show(path)}: neither its first bytes nor its name say what it is; {READS}: give another file")
+    return found
+
+
+def detect_format(path: Location, variant: str | None = None) -> str:
+    """The container that a path holds: by a file's first bytes, or by what is in a directory, of a variant first if one is asked for.
+
+    Raises:
+        FormatError: there is none.
+        UsageError: it cannot be read.
+    """
+    if not is_dir(path):
+        return _format_of_index(path) if is_index(path.name) else container_of(path)
+    try:
+        names = [name for name in names_in(path) if not name.startswith(".")]
+    except OSError as error:
+        raise unreadable(path, error, "a checkpoint") from error
+    for chosen in dict.fromkeys((variant, None)):
+        parts = {name: _parts(names, container.names, chosen) for name, container in CONTAINERS.items()}
+        if any(parts.values()):
+            break
+    else:
+        parts = {name: list(filter(container.names.is_part, names)) for name, container in CONTAINERS.items()}
+    found = [name for name in parts if parts[name]]
+    if len(found) > 1:  # a suffix alone says little: .bin is anything
+        found = [name for name in found if _is_certain(path, CONTAINERS[name].names, parts[name])] or found
+    if found:
+        return found[0]
+    if unnamed := find_unnamed(path, names):
+        return container_of(path / unnamed[0])
+    raise FormatError(f"{show(path)}: no *{', *'.join(FORMAT_OF)} file in it: give the path of a checkpoint")
+
+
+def _parts(names: Iterable[str], kind: Names, variant: str | None) -> list[str]:
+    """What is called as files of a kind, of that variant or of none."""
+    return [name for name in of_variant(names, kind, variant) if kind.is_part(name) or (variant and name.endswith(".json"))]
+
+
+def _is_certain(directory: Location, kind: Names, names: Sequence[str]) -> bool:
+    """Whether files of these names are of a kind: by a name that libraries give, or by the first bytes of one."""
+    given = any(name in kind.known or kind.is_index(name) or not name.endswith(kind.suffixes) for name in names)
+    return given or any(holds_checkpoint(directory / name) for name in names)
+
+
+def _format_of_index(path: Location) -> str:
+    """The container whose files an index names: by its own name, else by theirs."""
+    for name, container in CONTAINERS.items():
+        if any(f"{suffix}.index." in path.name for suffix in container.names.suffixes):
+            return name
+    for name, container in CONTAINERS.items():
+        if container.names.suffixes:
+            with suppress(FormatError):
+                read_index(path, container.names)
+                return name
+    read_index(path, safetensors.KIND)
+    return "safetensors"
+
+
+def prefixed(folder: str, name: str) -> str:
+    """What a component's tensor is called in the whole checkpoint."""
+    return f"{folder}/{name}" if folder else name
+
+
+def join_components(components: Mapping[str, Contents]) -> Contents:
+    """The contents of components, by folder, as one; the format and the metadata are those of the first."""
+    first = next(iter(components.values()), Contents("safetensors", {}, []))
+    if list(components) == [""]:
+        return first
+    return Contents(
+        first.format,
+        {prefixed(folder, name): entry for folder, part in components.items() for name, entry in part.entries.items()},
+        [file for part in components.values() for file in part.files],
+        [file for part in components.values() for file in part.others],
+        first.metadata,
+        [f"{folder}: {note}" if folder else note for folder, part in components.items() for note in part.notes],
+    )
+
+
+def ties(contents: Contents, config: Mapping[str, Any] | None = None, choose: Choice = lambda _: None) -> dict[str, str]:
+    """See `Checkpoint.ties`; ``choose`` as `find_ties` takes it."""
+    entries = contents.entries
+    if not CONTAINERS[contents.format].holds_ties:
+        said = contents.metadata.items()
+        return {name: kept for name, kept in said if name not in entries and kept in entries and says_tie(name, kept)}
+    classes = (config or {}).get("architectures")
+    return find_ties(entries, str(classes[0]) if isinstance(classes, list) and classes else "", choose)

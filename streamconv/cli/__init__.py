@@ -1,0 +1,5 @@
+"""The command line."""
+
+from streamconv.cli.command import main
+
+__all__ = ["main"]

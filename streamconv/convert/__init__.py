@@ -1,0 +1,1 @@
+"""What a conversion is made of beside its tensors: sides, files that go along, casts."""

@@ -1,0 +1,100 @@
+"""What ``--dtype`` and ``--keep-dtype`` ask for, and what they must not do: touch what belongs to a quantization."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
+from streamconv.errors import UsageError
+from streamconv.notation.names import nearest
+from streamconv.notation.names import parse as parse_names
+from streamconv.schemes.detection import find_quantization, quantized_tensors
+from streamconv.schemes.fp8 import METHODS
+
+WAYS = {
+    "bitsandbytes": "load it with transformers, then model.dequantize() and save_pretrained",
+    "compressed-tensors": "load it with transformers and CompressedTensorsConfig(run_compressed=False), and save that",
+    "mxfp4": "load it with transformers and Mxfp4Config(dequantize=True), and save that",
+}
+"""What makes numbers of weights that are quantized by a method, where this package does not."""
+
+
+class Casting:
+    """Which dtype a target shall have; None: its own. It knows what it was asked for, and by which names.
+
+    Args:
+        dtype: of ``--dtype``, or None.
+        keep: the patterns of ``--keep-dtype``: name patterns, or globs.
+    """
+
+    def __init__(self, dtype: str | None, keep: Iterable[str]) -> None:
+        self._wanted = parse_dtype(dtype).name if dtype is not None else None
+        if self._wanted not in (None, *CASTABLE):
+            raise UsageError(f"--dtype {dtype}: tensors can be cast to {', '.join(CASTABLE)}")
+        self._dtype = dtype
+        self._keep = {text: parse_names(text) if "{" in text else None for text in keep}
+        self._cast: set[str] = set()
+        self._same = False
+
+    def __call__(self, name: str, spec: TensorSpec) -> str | None:
+        if self._wanted is None or spec.dtype.name not in CASTABLE or self._is_kept(name):
+            return None
+        if spec.dtype.name == self._wanted:
+            self._same = True
+        else:
+            self._cast.add(name)
+        return self._wanted
+
+    def _is_kept(self, name: str) -> bool:
+        return any(self._fits(text, name) for text in self._keep)
+
+    def _fits(self, text: str, name: str) -> bool:
+        pattern = self._keep[text]
+        return fnmatch.fnmatchcase(name, text) if pattern is None else pattern.match(name) is not None
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raises UsageError where one of the patterns is that of no target."""
+        known = list(names)
+        for text in self._keep:
+            if not any(self._fits(text, name) for name in known):
+                folded = dict.fromkeys(re.sub(r"\d+", "*", name) if re.search(r"[*{]", text) else name for name in known)
+                near = nearest(re.sub(r"\{\w+[^}]*\}", "*", text), folded)
+                hint = f"; the nearest is {near[0]}" if near else ""
+                raise UsageError(f"--keep-dtype {text!r}: none of {len(known)} tensors is called so{hint}")
+
+    def check_quantized(
+        self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], files: Callable[[], Mapping[str, Mapping[str, Any]]]
+    ) -> str | None:
+        """A note where the targets are quantized and stay so.
+
+        Args:
+            specs: of the targets.
+            config: of the source, where the targets are quantized if that says so; else what they look like decides.
+            files: gives those of `quantization.FILES` beside it, by name.
+
+        Raises:
+            UsageError: they are quantized, and numbers were to be cast: those that are none would stay, and their scales be rounded.
+        """
+        if self._wanted is None:
+            return None
+        found = find_quantization(config, files(), specs)
+        if found is None:
+            odd = [
+                name for name, spec in specs.items() if spec.dtype.floating and spec.dtype.name not in CASTABLE and not self._is_kept(name)
+            ]
+            return f"{odd[0]} is {specs[odd[0]]} and stays so: --dtype casts {', '.join(CASTABLE)}" if odd else None
+        own = quantized_tensors(specs)
+        kept = bool(own) and not own & self._cast and any(self._is_kept(name) for name in own)
+        if kept or (not self._cast and self._same):
+            return f"{found}: what belongs to that stays as it is, in spite of --dtype {self._dtype}"
+        if found.method in METHODS:
+            way = f"--recipe transformers-hub2native --set fp8=dequantize --dtype {self._dtype} makes numbers of the weights"
+        else:
+            way = WAYS.get(found.method, "load it with the library that made it, and save its dequantized weights")
+        raise UsageError(
+            f"--dtype {self._dtype}: {found}: its weights would stay quantized and their scales be rounded: {way}; "
+            "without --dtype all is copied as it is"
+        )

@@ -1,0 +1,112 @@
+"""The files beside the weights: which are copied, and which are made because the conversion changes what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from streamconv.checkpoint.components import find_components, find_pointers, look_beside, shorten
+from streamconv.checkpoint.opening import CONFIG, Checkpoint, read_config
+from streamconv.dtypes import parse_dtype
+from streamconv.errors import RecipeError
+from streamconv.formats.unrelated import is_known
+from streamconv.recipe import Conversion, Model, Recipe, find_writer
+from streamconv.schemes.fp8 import KEYS as QUANTIZATION
+from streamconv.storage.remote import Location
+from streamconv.units import format_size
+
+LARGE = 10_000_000  # bytes: above, a file that is not known to belong beside weights is worth a word
+
+Sidecars = dict[str, str | bytes]
+"""Relative path -> the file to copy, or the bytes to write."""
+
+
+def make_sidecars(
+    checkpoint: Checkpoint, beside: Location | None, recipe: Recipe | None, conversion: Conversion, dtype: str | None
+) -> tuple[Sidecars, list[str]]:
+    """The files beside the target's weights, and notes about them.
+
+    Args:
+        checkpoint: the source, whose files they are ...
+        beside: ... unless this folder is given.
+        recipe: may make files of its own, or None.
+        conversion: what it made.
+        dtype: what floating tensors are cast to, or None.
+    """
+    root = beside or checkpoint.path
+    found = checkpoint.beside if beside is None else look_beside(beside, components=find_components(beside))
+    sidecars: Sidecars = {name: str(root / name) for name in found.files}
+    config = read_config(root) if root.is_dir() else {}
+    made: dict[str, Any] = {}
+    notes = [*([found.note] if found.note and beside is None else []), *_examine(root, found.files)]
+    if recipe:
+        if recipe.source.config != recipe.target.config and not beside:
+            sidecars.pop(recipe.source.config, None)
+        if recipe.target.writes:
+            others = tuple(f"{folder}/" for folder in checkpoint.components if folder)
+            sources = {name: source.spec for name, source in checkpoint.components[""].entries.items()}
+            targets = {name: node.spec for name, node in conversion.outputs.items() if not name.startswith(others)}
+            side = read_config(beside, recipe.target.config) if beside else {}
+
+            def read(name: str) -> dict[str, Any]:
+                return read_config(root, name) if name in sidecars else {}
+
+            model = Model(checkpoint.config, side, conversion.options, sources, targets, read, notes)
+            made = _write(recipe.target.writes, model)
+            if not made and recipe.target.config not in sidecars:
+                notes.append(f"{recipe.target.config} is not written: it takes {recipe.source.config} beside SRC, or --sidecars-from")
+        elif recipe.source.writes and not beside and config:
+            notes.append(f"{CONFIG} is the source's own: give --sidecars-from a folder of the target model for one that its code reads")
+        if missing := [name for name in recipe.target.expects if name not in sidecars]:
+            notes.append(f"{', '.join(missing)}: not beside {root}; --sidecars-from a folder of the target model brings it along")
+    wanted = parse_dtype(dtype).name if dtype else None
+    if CONFIG in sidecars or CONFIG in made:
+        given = made.get(CONFIG, config)
+        changed = _change(given, wanted, conversion.config)
+        if CONFIG in made or changed != given:
+            made[CONFIG] = changed
+    for folder in filter(None, checkpoint.components):
+        name = f"{folder}/{CONFIG}"
+        if name in sidecars and (changed := _change(own := read_config(root, name), wanted, {})) != own:
+            made[name] = changed
+    for name, contents in made.items():
+        if name not in sidecars or contents != (config if name == CONFIG else None):
+            sidecars[name] = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
+    return sidecars, notes
+
+
+def _examine(root: Location, names: Iterable[str]) -> Iterator[str]:
+    """Notes about files that go along: large ones that nobody expects, and those that stand for others."""
+    if pointers := find_pointers(root, names):
+        yield f"{shorten(pointers)}: Git LFS pointers, not the files that they stand for: fetch those with git lfs pull, then convert again"
+    sizes = {name: (root / name).stat().st_size for name in names if not is_known(PurePosixPath(name).name)}
+    if large := [f"{name} ({format_size(size)})" for name, size in sizes.items() if size > LARGE]:
+        yield f"copied as they are, though nothing says what they are: {shorten(large)}"
+
+
+def _write(code: str, model: Model) -> dict[str, Any]:
+    """What the function that a recipe names makes. Raises RecipeError where it is for models of another kind."""
+    try:
+        return find_writer(code)(model)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RecipeError(f"writes {code!r} does not fit this model ({type(error).__name__}: {error}): leave it out") from error
+
+
+def _change(config: Mapping[str, Any], dtype: str | None, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """A config with every ``dtype`` / ``torch_dtype`` in it, nested ones too, set to ``dtype``, and sizes that changed.
+
+    What belongs to a quantization says things of its own, in the same words.
+    """
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in QUANTIZATION:
+            found[key] = value
+        elif isinstance(value, dict):
+            found[key] = _change(value, dtype, sizes)
+        elif dtype and key in ("dtype", "torch_dtype") and (value is None or isinstance(value, str)):
+            found[key] = dtype
+        else:
+            found[key] = sizes[key][1] if key in sizes and value == sizes[key][0] else value
+    return found

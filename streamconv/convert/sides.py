@@ -1,0 +1,156 @@
+"""Checkpoints as one side of a recipe stores them: how such a one is opened, and which files a new one consists of."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from streamconv.checkpoint.opening import CONTAINERS, FORMAT_OF, Checkpoint, open_checkpoint, prefixed, ties
+from streamconv.checkpoint.stems import CHOSEN, reads_shards, stem_of, variant_read
+from streamconv.dtypes import TensorSpec
+from streamconv.errors import UsageError
+from streamconv.formats import Contents, FileLayout
+from streamconv.notation.names import Matcher
+from streamconv.notation.names import parse as parse_names
+from streamconv.recipe import Conversion, Side
+from streamconv.running.destination import RemoteTarget, Target
+
+
+def open_side(path: str | os.PathLike[str], side: Side, root: str | None = None, variant: str | None = None) -> Checkpoint:
+    """A checkpoint as one side of a recipe has them."""
+    return open_checkpoint(path, root=root, ranks=side.ranks, files=side.files, config=side.config, variant=variant)
+
+
+def open_other(path: str | os.PathLike[str], side: Side, variant: str | None, root: str | None = None) -> Checkpoint:
+    """A checkpoint to compare with, in that variant if it has it."""
+    try:
+        return open_side(path, side, root, variant)
+    except UsageError:
+        if variant is None:
+            raise
+        return open_side(path, side, root)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a target shall be: ``tied`` names share the tensors of others, data starts at multiples of ``align`` bytes where that is given.
+
+    ``metadata`` goes into each file that can hold some, beside that of the source; ``limit`` is the bytes of tensors in a file, or None.
+    """
+
+    target: Target | RemoteTarget
+    limit: int | None
+    tied: Mapping[str, str]
+    metadata: Mapping[str, str]
+    align: int | None = None
+
+
+def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Side | None, wanted: Wanted) -> list[FileLayout]:
+    """The files of the target, each component's in its folder; ``side`` is how a recipe has those of the checkpoint's own."""
+    tables: dict[str, dict[str, TensorSpec]] = {folder: {} for folder in sorted(checkpoint.components, reverse=True)}
+    ties_in: dict[str, dict[str, str]] = {folder: {} for folder in tables}
+    for name, node in conversion.outputs.items():
+        folder, bare = checkpoint.component_of(name)
+        tables[folder][bare] = node.spec
+    for name, kept in wanted.tied.items():
+        folder, bare = checkpoint.component_of(name)
+        ties_in[folder][bare] = checkpoint.component_of(kept)[1]
+    layouts = []
+    for folder, specs in tables.items():  # the checkpoint's own files come last, and so does its index
+        format_ = _format_of(checkpoint, folder, side, wanted.target.format)
+        own = side if side and not folder else Side(format_, stem=stem_of(checkpoint, folder, format_))
+        target = replace(wanted.target, format=format_)
+        facts = _facts(checkpoint.components[folder], ties_in[folder], format_, wanted)
+        if format_ in CHOSEN and (variant := variant_read(checkpoint, folder)):
+            facts["variant"] = variant
+        made = lay_out(specs, target, own, wanted.limit if reads_shards(checkpoint, folder, own.stem) else None, facts)
+        layouts += [_in_folder(folder, layout) for layout in made]
+    return layouts
+
+
+def _format_of(checkpoint: Checkpoint, folder: str, side: Side | None, format: str) -> str:  # noqa: A002
+    """The container of a component, which keeps its own where a recipe makes one that only a whole model can have."""
+    if not (side and folder) or format in CHOSEN:
+        return format
+    own = checkpoint.components[folder].format
+    return own if own in CHOSEN else CHOSEN[0]
+
+
+def _facts(contents: Contents, tied: Mapping[str, str], format: str, wanted: Wanted) -> dict[str, Any]:  # noqa: A002
+    """What a container's `lay_out` takes beside tensors and names."""
+    if CONTAINERS[format].holds_ties:
+        return {"tied": tied}
+    known = ties(contents) if contents.metadata else {}
+    said = {key: value for key, value in contents.metadata.items() if key not in known}
+    return {"metadata": {**said, **wanted.metadata, **tied}, **({"align": wanted.align} if wanted.align else {})}
+
+
+def _in_folder(folder: str, layout: FileLayout) -> FileLayout:
+    """A component's file, as one of the whole checkpoint."""
+    if not folder:
+        return layout
+    slots = {prefixed(folder, name): slot for name, slot in layout.slots.items()}
+    pieces = {prefixed(folder, name): ranges for name, ranges in layout.pieces.items()}
+    return replace(layout, path=prefixed(folder, layout.path), slots=slots, pieces=pieces)
+
+
+def lay_out(
+    specs: Mapping[str, TensorSpec], target: Target | RemoteTarget, side: Side, limit: int | None, facts: Mapping[str, Any]
+) -> list[FileLayout]:
+    """The files of one component of the target."""
+    container = CONTAINERS[target.format]
+    file = target.file
+    if side.root and target.format == "torch":  # whose files alone can nest them, whatever the side's own container
+        facts = {**facts, "root": side.root}
+    if target.format == side.format:
+        facts = {**facts, **({"index": side.index} if side.index else {})}
+        if side.shards and side.stem and not file:
+            parts = enumerate(_spread(specs, side.shards if limit is not None else 1))
+            named = [(parse_names(side.stem).format({"n": n}), part) for n, part in parts]
+            return [made for name, part in named for made in container.lay_out(part, max_shard_size=None, file=name, **facts)]
+        if side.stem and side.stem.endswith(container.names.suffixes):
+            file = file or side.stem
+        elif side.stem:
+            facts = {**facts, "stem": side.stem}
+    for key in ("index", "stem"):
+        if key in facts and key not in inspect.signature(container.lay_out).parameters:
+            raise UsageError(f"recipe: {key} {facts[key]!r}: what {target.format} files are called cannot be chosen: leave it out")
+    if container.by_rank or not (ranks := _ranks(specs, side.ranks)):
+        return container.lay_out(specs, max_shard_size=limit, file=file, **facts)
+    if target.file and len(ranks) > 1:
+        raise UsageError(f"{target.path}: {len(ranks)} ranks are files of their own: give a directory")
+    if not (first := next(iter(ranks))).endswith(container.names.suffixes):
+        raise UsageError(f"{first}: not a {target.format} file: give --format {FORMAT_OF[Path(first).suffix]}")
+    layouts = []
+    for rank, names in ranks.items():
+        rows = {name: specs[f"{rank}/{name}"] for name in names}
+        for layout in container.lay_out(rows, max_shard_size=None, file=target.file or rank, **facts):
+            slots = {f"{rank}/{name}": slot for name, slot in layout.slots.items()}
+            layouts.append(replace(layout, slots=slots, pieces={f"{rank}/{name}": parts for name, parts in layout.pieces.items()}))
+    return layouts
+
+
+def _spread(specs: Mapping[str, TensorSpec], count: int) -> list[dict[str, TensorSpec]]:
+    """Tensors in order, in ``count`` parts of about as many bytes."""
+    parts: list[dict[str, TensorSpec]] = [{} for _ in range(count)]
+    total, done = sum(spec.nbytes for spec in specs.values()), 0
+    for name, spec in specs.items():
+        parts[min(done * count // max(total, 1), count - 1)][name] = spec
+        done += spec.nbytes
+    return parts
+
+
+def _ranks(names: Iterable[str], patterns: Iterable[str]) -> dict[str, list[str]]:
+    """Tensors called ``<file>/<name>`` by file, where all are called so; else nothing."""
+    found: dict[str, list[str]] = {}
+    matcher = Matcher([parse_names(f"{pattern}/{{rest*}}") for pattern in patterns])
+    for name in names:
+        if not matcher.match(name):
+            return {}
+        file, _, rest = name.partition("/")
+        found.setdefault(file, []).append(rest)
+    return dict(sorted(found.items()))

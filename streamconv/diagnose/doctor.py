@@ -1,0 +1,357 @@
+"""The health of a checkpoint, from headers, index and config alone; with ``data`` also from the numbers, streamed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from streamconv.checkpoint.components import find_pointers, find_weighted, look_beside, within
+from streamconv.checkpoint.opening import CONFIG, CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
+from streamconv.diagnose.contradictions import Stated, check_config, check_layers, check_types
+from streamconv.diagnose.findings import Finding
+from streamconv.diagnose.matching import suggest_merging
+from streamconv.diagnose.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
+from streamconv.dtypes import TensorSpec
+from streamconv.errors import FormatError, StreamconvError
+from streamconv.formats.files import Names, read_bytes
+from streamconv.formats.json_text import MAX_JSON, read_json
+from streamconv.formats.selection import choose_variant
+from streamconv.graph.node import AnyNode
+from streamconv.running.lines import read_line
+from streamconv.storage.remote import Location, each, exists, names_in
+from streamconv.text import join_lines
+from streamconv.units import format_size
+
+FIRST_LINE = 1 << 20  # bytes of a journal in which its advice stands
+PIECE = 8 << 20  # bytes of a tensor that are looked at together
+_OTHER_CONFIGS = ("params.json", "model_config.json", "adapter_config.json")
+_TRANSFORMERS = {"model_type", "architectures", "transformers_version", "auto_map"}  # keys of its configs
+_MODELOPT = "hf_quant_config.json"  # where ModelOpt says how tensors are quantized
+_CLASS = "_class_name"  # the key of diffusers' configs
+_VOCABULARY = re.compile(r"(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+
+
+@dataclass
+class Examination:
+    """What was found, and what the checkpoint consists of."""
+
+    path: str
+    format: str
+    findings: list[Finding] = field(default_factory=list)
+    dtypes: dict[str, int] = field(default_factory=dict)
+    tensors: int = 0
+    nbytes: int = 0
+    recipes: list[str] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        return not any(finding.problem for finding in self.findings)
+
+    def summary(self) -> dict[str, Any]:
+        """What ``doctor --json`` prints."""
+        return {"healthy": self.healthy, **asdict(self)}
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{name} {count}" for name, count in self.dtypes.items())
+        lines = [*map(str, self.findings), f"{self.path}: {self.format}, {self.tensors} tensors, {format_size(self.nbytes)} ({kinds})"]
+        lines += [f"recipes that fit: {', '.join(self.recipes)}"] if self.recipes else []
+        problems = sum(finding.problem for finding in self.findings)
+        return join_lines([*lines, (f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")])
+
+
+def examine(path: str | os.PathLike[str], *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
+    """Looks at a checkpoint, with its components in folders; of weights that have variants, at one of these or at those that are of none.
+
+    Raises:
+        StreamconvError: there is nothing at ``path`` that could be one.
+    """
+    path, _ = find_checkpoint(path)
+    if variant is not None:
+        with suppress(FormatError):  # which is looked into below
+            open_checkpoint(path, root=root, variant=variant)
+    whole = Examination(str(path), "")
+    try:
+        folders = find_weighted(path)
+    except FormatError as error:
+        whole.findings.append(Finding(_short(error, path), str(path), "components of the model are not found", "mend it, or get it again"))
+        folders = []
+    for folder in folders or [""]:
+        own = None if folder else root
+        found = _examine_component(within(path, folder), own, data=data, is_component=folder != "", variant=variant)
+        whole.format = whole.format or found.format
+        whole.findings += (replace(finding, where=f"{folder}: {finding.where}") if folder else finding for finding in found.findings)
+        whole.dtypes = dict((Counter(whole.dtypes) + Counter(found.dtypes)).most_common())
+        whole.tensors, whole.nbytes = whole.tensors + found.tensors, whole.nbytes + found.nbytes
+    whole.findings += _check_pointers(path) if path.is_dir() else []
+    return whole
+
+
+def _check_pointers(path: Location) -> Iterator[Finding]:
+    try:
+        found = find_pointers(path, look_beside(path).files)
+    except (FormatError, OSError) as error:
+        yield Finding(_short(error, path), str(path), "it would go along with the weights", "fetch the checkpoint again")
+        return
+    for name in found:
+        yield Finding("it is a Git LFS pointer, not the file", name, "what needs the file fails", "fetch it: git lfs pull")
+
+
+def _examine_component(path: Location, root: str | None, *, data: bool, is_component: bool, variant: str | None) -> Examination:
+    """Looks at one component of a checkpoint, which may be all of it; ``is_component``: what the whole says it need not say."""
+    called = find_ranks(path)
+    name = _detect_format(path, called, variant)
+    found = Examination(str(path), name)
+    tables: dict[str, Mapping[str, AnyNode]] = {}
+    checkpoint: Checkpoint | None = None
+    if path.is_dir():
+        tables = _read_files(path, name, root, called, found, variant)
+    ranks = next((one for one in called if one.holds(tables)), None)
+    try:
+        checkpoint, known = open_with_ranks(path, root=root, components=False, variant=variant)
+    except FormatError as error:
+        if not found.findings and ranks is None:
+            found.findings.append(Finding(_short(error, path), str(path), "nothing can read it", "download or write it again"))
+        entries = {tensor: entry for table in tables.values() for tensor, entry in table.items()}
+    else:
+        entries, found.format, ranks = dict(checkpoint.contents.entries), checkpoint.format, known or ranks
+        if not tables:
+            tables = dict(by_file(entries, known)) if known else {path.name: entries}
+    found.dtypes = dict(Counter(entry.spec.dtype.name for entry in entries.values()).most_common())
+    found.tensors, found.nbytes = len(entries), sum(entry.spec.nbytes for entry in entries.values())
+    found.findings += _check_files(path, tables, found.format, ranks.files if ranks else (), variant) if path.is_dir() else []
+    if ranks is not None:
+        found.findings += check_ranks({file: tables[file] for file in ranks.files if file in tables}, ranks, lambda: suggest_merging(path))
+        entries = dict(next((tables[file] for file in ranks.files if file in tables), {}))  # one stands for all
+    specs = {tensor: entry.spec for tensor, entry in entries.items()}
+    found.findings += check_layers(specs)
+    folder, by_rank = path if path.is_dir() else path.parent, ranks is not None
+    found.findings += _check_quantities(folder, specs, checkpoint, is_component=is_component, by_rank=by_rank)
+    if data and checkpoint:
+        found.findings += _check_data(checkpoint)
+    return found
+
+
+def _detect_format(path: Location, called: Sequence[RankSet], variant: str | None) -> str:
+    """The container that a path holds; folders of ranks hold torch's files."""
+    try:
+        return detect_format(path, variant)
+    except FormatError:
+        if not any("/" in file for ranks in called for file in ranks.files):
+            raise
+        return "torch"
+
+
+def _short(error: Exception, path: Location) -> str:
+    """A reader's message without the path that it begins with, and what it says to do."""
+    text = str(error).removeprefix(f"{path}: ")
+    return text.rpartition("; ")[0] or text
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_files(
+    path: Location, name: str, root: str | None, called: Sequence[RankSet], found: Examination, variant: str | None
+) -> dict[str, Mapping[str, AnyNode]]:
+    """The tensors of each weight file by itself, so that one damaged file does not hide the others."""
+    kind = CONTAINERS[name].names
+    tables: dict[str, Mapping[str, AnyNode]] = {}
+    names = [
+        file
+        for file in _names(path, kind, variant)
+        if file.endswith(kind.suffixes) and not re.fullmatch(kind.others, file) and not file.startswith(".")
+    ]
+    names += [file for ranks in called for file in ranks.files if "/" in file]
+    files = [path / file for file in names]
+    for file, read in zip(names, each(files, lambda file: _read_file(file, name, root)), strict=True):
+        if isinstance(read, StreamconvError):
+            again = "download it again, or write it again from its source"
+            found.findings.append(Finding(_short(read, (path / file).absolute()), file, "its tensors cannot be trusted", again))
+        else:
+            tables[file] = read
+    return tables
+
+
+def _names(path: Location, kind: Names, variant: str | None) -> list[str]:
+    """What lies in a folder, without files of other variants of the weights."""
+    names = sorted(names_in(path))
+    try:
+        return sorted(choose_variant(path, names, kind, variant)[1])
+    except FormatError:
+        return names  # opening it says what is wrong
+
+
+def _read_file(file: Location, name: str, root: str | None) -> Mapping[str, AnyNode] | StreamconvError:
+    try:
+        own = detect_format(file) if name == "mindspore" else name  # whose files are called as many of torch.save are
+        given = {"root": root} if own == "torch" else {}
+        return CONTAINERS[own].read(file, **given).entries
+    except StreamconvError as error:
+        return error
+
+
+def _check_files(
+    path: Location, tables: Mapping[str, Mapping[str, AnyNode]], name: str, ranks: Sequence[str], variant: str | None
+) -> Iterator[Finding]:
+    kind = CONTAINERS[name].names
+    names = _names(path, kind, variant)
+    weight_map: dict[str, str] = {}
+    for index in filter(kind.is_index, names):
+        try:
+            raw = read_json(path / index, MAX_JSON, "an index")
+            weight_map = raw["weight_map"]
+            stated = (raw.get("metadata") or {}).get("total_size")
+            listed = set(map(str.lower, weight_map.values()))
+        except (StreamconvError, KeyError, TypeError, AttributeError) as error:
+            yield Finding(
+                f"it cannot be read ({_short(error, path / index)})",
+                index,
+                "loaders find tensors by it",
+                "write it again, for instance by a re-shard",
+            )
+            weight_map = {}
+            continue
+        yield from _check_index(index, weight_map, tables, names)
+        real = sum(entry.spec.nbytes for file in set(weight_map.values()) for entry in tables.get(file, {}).values())
+        if stated is not None and stated != real and set(weight_map.values()) <= set(tables):
+            yield Finding(
+                f"total_size says {stated}, the tensors take {real} bytes", index, "progress and disk checks go by it", "write it again"
+            )
+        if kind.single in names:
+            what = f"{kind.single} is there beside it"
+            yield Finding(what, index, "loaders take the single file and ignore the index", "remove the one that is stale")
+    places: defaultdict[str, list[str]] = defaultdict(list)
+    for file, table in tables.items():
+        for tensor in table if file not in ranks else ():
+            places[tensor].append(file)
+        if not table:
+            yield Finding("it holds no tensor", file, "a shard without tensors is a sign of a failed write", "remove it, or write it again")
+    listed = set(weight_map.values())
+    for tensor, files in places.items():
+        if len(files) > 1 and (not weight_map or sum(file in listed for file in files) > 1):
+            yield Finding(
+                f"it is in {' and '.join(files)}", tensor, "which one counts depends on the loader", "remove the files that do not belong"
+            )
+    yield from _check_numbers(names, kind)
+    for rest in (file for file in names if file.endswith((".partial", ".streamconv.json", ".streamconv.json.new"))):
+        yield Finding("it is what an interrupted conversion left", rest, "the checkpoint is not complete", _read_advice(path / rest))
+
+
+def _read_advice(path: Location) -> str:
+    """What the journal of a conversion says that is to be done to end it; of an unfinished file what is usual."""
+    try:
+        text, _ = read_bytes(path, 0, FIRST_LINE, "a journal")
+    except StreamconvError:
+        text = b""
+    line = read_line(text.partition(b"\n")[0] + b"\n") or {}
+    return line.get("advice", "rerun with --resume or --overwrite")
+
+
+def _check_index(
+    index: str, weight_map: Mapping[str, str], tables: Mapping[str, Mapping[str, AnyNode]], names: list[str]
+) -> Iterator[Finding]:
+    again = "download the files again, or write the index again"
+    for file in sorted(set(weight_map.values())):
+        if file not in names:
+            yield Finding(f"it names {file}, which is not there", index, "its tensors are missing", "download it")
+    lost = [tensor for tensor, file in weight_map.items() if file in tables and tensor not in tables[file]]
+    if lost:
+        yield Finding(f"{weight_map[lost[0]]} does not hold it{_more(lost)}", lost[0], f"{index} says that it does", again)
+    known = set(weight_map.values())
+    extra = [tensor for file, table in tables.items() if file in known for tensor in table if tensor not in weight_map]
+    if extra:
+        yield Finding(f"{index} does not name it{_more(extra)}", extra[0], "loaders will not find it", again)
+    for file in sorted(set(tables) - known):
+        yield Finding(f"{index} does not name it", file, "it may be of another version of the model", "remove it if it is stale")
+
+
+def _check_numbers(names: list[str], kind: Any) -> Iterator[Finding]:
+    """Whether numbered shards are all there."""
+    sets: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
+    for name in names:
+        if match := kind.shard(name):
+            number = int(name.removeprefix(match["stem"]).lstrip("-").split("-")[0])
+            sets[match["stem"], int(match["total"])].add(number)
+    for (stem, total), present in sets.items():
+        if missing := sorted(set(range(1, total + 1)) - present):
+            what = f"{len(present)} of {total} are there, number {missing[0]} is not"
+            yield Finding(what, f"{stem}-*-of-{total:05d}", "its tensors are missing", "download it")
+    stems = {stem for stem, _ in sets}
+    if len(sets) > len(stems):
+        totals = ", ".join(str(total) for _, total in sorted(sets))
+        yield Finding(f"shards of sets of {totals} files", "shards", "files of two versions are mixed", "remove those that are stale")
+
+
+# Config --------------------------------------------------------------------------------------------------------------
+
+
+def _check_quantities(
+    folder: Location, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None, *, is_component: bool, by_rank: bool
+) -> Iterator[Finding]:
+    """What config.json says, by itself and against the tensors.
+
+    Args:
+        folder: that it lies in.
+        specs: the tensors.
+        checkpoint: they are of, if that can be opened.
+        is_component: it need not say what the whole says.
+        by_rank: the tensors are parts.
+    """
+    try:
+        whole = Stated(read_config(folder))
+    except FormatError as error:
+        yield Finding(_short(error, folder / CONFIG), CONFIG, "no library can build the model", "mend it, or get it again")
+        return
+    if not whole.table:
+        if not any(exists(folder / name) for name in _OTHER_CONFIGS):
+            why, do = "no library knows what model this is", "get it from where the weights come from"
+            yield Finding("it is missing", CONFIG, why, do, problem=False)
+        return
+    if exists(folder / _MODELOPT):
+        whole = Stated({"quantization_config": {"quant_method": "modelopt"}, **whole.table})
+    yield from check_types(whole, specs) if by_rank else check_config(whole, specs, checkpoint)
+    names = set(names_in(folder))
+    if not is_component and _CLASS not in whole.table and not (whole.texts("architectures") and whole.text("model_type")):
+        what, why = "it lacks model_type or architectures", "libraries choose the model's class by them"
+        yield Finding(what, CONFIG, why, "add them", problem=not whole.table.keys().isdisjoint(_TRANSFORMERS))
+    code = [value.split(".")[0] for value in whole.texts("auto_map") if "--" not in value]
+    for module in sorted(set(code)):
+        if f"{module}.py" not in names:
+            what = f"auto_map names {module}.py, which is not there"
+            yield Finding(what, CONFIG, "the model's own code is missing", "get it from its repository")
+    if not is_component and any(_VOCABULARY.search(name) for name in specs) and names.isdisjoint(_TOKENIZERS):
+        yield Finding("no tokenizer file is there", str(folder), "text cannot be encoded", "copy the tokenizer's files here", problem=False)
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def _check_data(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """NaN, Inf, and tensors that are all alike, from one pass over the floating tensors."""
+    import torch
+
+    for name, entry in checkpoint.items():
+        if not entry.spec.numel or not getattr(torch, entry.dtype, torch.int8).is_floating_point:
+            continue
+        bad, least, most = 0, float("inf"), float("-inf")
+        for piece in entry.pieces(PIECE):
+            values = piece.float()
+            finite = values[values.isfinite()]
+            bad += values.numel() - finite.numel()
+            if finite.numel():
+                least, most = min(least, float(finite.min())), max(most, float(finite.max()))
+        if bad:
+            yield Finding(f"{bad} of {entry.spec.numel} values are NaN or infinite", name, "they spread through the model", "get it again")
+        elif least == most and len(entry.shape) > 1 and entry.spec.numel > 1:
+            what = "all values are zero" if least == 0 else f"all values are {least:g}"
+            yield Finding(what, name, "a matrix of one value has not been trained, or was lost", "compare it with its source")
+
+
+def _more(names: list[str]) -> str:
+    return f", nor {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,0 +1,163 @@
+"""Which recipes fit a checkpoint, and which one its config.json points at."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TypeVar
+
+from streamconv import recipes
+from streamconv.checkpoint.opening import CONTAINERS, Checkpoint, choose_files, find_checkpoint, open_checkpoint, read_config
+from streamconv.convert.sides import open_side
+from streamconv.errors import StreamconvError
+from streamconv.library.parallel import TensorParallel
+from streamconv.recipe import Recipe, Side
+from streamconv.storage.remote import Location
+
+LIBRARY = "transformers"
+COUNTS = ("size", "model_parallel")  # options that say how many ranks there are to be, and have to be given
+SIZE = 1  # of these, to see whether all else fits
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class Match:
+    """How well a recipe fits a checkpoint: the shares of its tensors that have a rule, and of the rules that must have a tensor.
+
+    ``fits``: nothing is left over, missing or of the wrong shape; ``named``: it goes by the model type that config.json says; ``needs``: a
+    package that knows the facts, and is not there to be asked: it may fit.
+    """
+
+    recipe: Recipe
+    tensors: float
+    rules: float
+    fits: bool
+    named: bool
+    needs: str = ""
+
+
+def match_recipes(src: str | os.PathLike[str]) -> list[str]:
+    """The names of the recipes that fit a checkpoint, the likeliest first. Raises as `rank_recipes`."""
+    return [match.recipe.name for match in rank_recipes(src) if match.fits]
+
+
+def rank_recipes(src: str | os.PathLike[str], *, library: bool = False) -> list[Match]:
+    """The recipes that fit a checkpoint and then the others, the nearest first.
+
+    Args:
+        src: where it is.
+        library: those too that have no rules of their own and ask transformers, which is loaded for it if it is there.
+
+    Raises:
+        StreamconvError: it cannot be read.
+    """
+    src, _ = find_checkpoint(src)
+    opened = _Opened(src)
+    known = ((recipe, opened.get(recipe.source)) for recipe in recipes.registry().values() if recipe.rules or library)
+    found = [_match(recipe, *read) if recipe.rules else _match_library(recipe, read[0]) for recipe, read in known if read]
+    if not found:
+        open_checkpoint(src)  # which says what is wrong with it
+    return sorted(found, key=lambda match: (-match.fits, bool(match.needs), -match.named, -match.tensors * match.rules, match.recipe.name))
+
+
+def suggest_merging(src: Location) -> list[str]:
+    """The recipes that make one model of a checkpoint's ranks, the likeliest first."""
+    with suppress(StreamconvError):
+        fitting = [match.recipe for match in rank_recipes(src) if match.fits]
+        if found := [recipe.name for recipe in fitting if recipe.source.ranks and not recipe.target.ranks]:
+            return found
+    with suppress(StreamconvError):
+        return _merging_by_plan(src)
+    return []
+
+
+def _merging_by_plan(src: Location) -> list[str]:
+    """Those that go by a plan of tensors, not by rules, for ranks: of the family whose names these are, else for any."""
+    found = [recipe for recipe in recipes.registry().values() if not recipe.rules and recipe.source.ranks]
+    found = [recipe for recipe in found if choose_files(src, recipe.source.ranks, ())[1]]
+    if not found:
+        return []
+    names = _count_kinds(name.partition("/")[2] for name in open_side(src, found[0].source))
+    own = [recipe.name for recipe in found if recipe.then and recipe.then.coverage(names)[0] == 1]
+    return own or [recipe.name for recipe in found if not recipe.then]
+
+
+class _Opened:
+    """A checkpoint as different sides read it, each reading of its files once."""
+
+    def __init__(self, src: Location) -> None:
+        self._src = src
+        self._chosen: dict[tuple[tuple[str, ...], ...], tuple[list[str], bool] | None] = {}
+        self._read: dict[str, tuple[Checkpoint, dict[str, int]] | None] = {}
+
+    def get(self, side: Side) -> tuple[Checkpoint, dict[str, int]] | None:
+        """The checkpoint and the kinds of its names; None where a side cannot read it."""
+        patterns = (side.ranks, side.files)
+        if patterns not in self._chosen:
+            self._chosen[patterns] = self._try(lambda: choose_files(self._src, *patterns))
+        key = repr(self._chosen[patterns])
+        if key not in self._read:
+            checkpoint = self._try(lambda: open_side(self._src, side))
+            own = checkpoint.components.get("") if checkpoint else None  # a recipe is for the model's own component
+            self._read[key] = (Checkpoint(checkpoint.path, own), _count_kinds(own.entries)) if checkpoint and own else None
+        if (known := self._read[key]) is None:
+            return None
+        return Checkpoint(known[0].path, known[0].contents, side.config), known[1]
+
+    @staticmethod
+    def _try(call: Callable[[], _Found]) -> _Found | None:
+        try:
+            return call()
+        except StreamconvError:
+            return None
+
+
+def _count_kinds(names: Iterable[str]) -> dict[str, int]:
+    """The first of the names that differ in numbers only -> how many these are: a rule is for all of them, as a rule."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub("[0-9]+", "0", name), []).append(name)
+    return {group[0]: len(group) for group in groups.values()}
+
+
+def _match(recipe: Recipe, checkpoint: Checkpoint, kinds: Mapping[str, int]) -> Match:
+    tensors, rules, fits = 0.0, 0.0, False
+    try:
+        tensors, rules = recipe.coverage(kinds)
+        ranked = CONTAINERS[recipe.source.format].by_rank == CONTAINERS[checkpoint.format].by_rank
+        if tensors == 1 and rules in {0, 1} and ranked:  # all that can be seen from names: now their shapes, which takes much longer
+            recipe.apply(checkpoint.contents.entries, checkpoint.config)
+            fits = True
+    except Exception:  # noqa: BLE001, S110 - whatever keeps it from being applied, it does not fit
+        pass
+    return Match(recipe, tensors, rules, fits, recipes.is_named(recipe, checkpoint.config))
+
+
+def _match_library(recipe: Recipe, checkpoint: Checkpoint) -> Match:
+    """A recipe without rules: tried, unless it asks transformers and that is not there: then it may fit where a config says the model."""
+    needs = "" if isinstance(recipe, TensorParallel) and recipe.own else LIBRARY
+    config = checkpoint.config
+    ranked = bool(recipe.source.ranks) == any("/" in name for name in checkpoint)
+    untried = Match(recipe, 0.0, 0.0, fits=False, named=False)
+    if not ranked or (needs and not (config.get("model_type") and config.get("architectures"))):
+        return untried
+    if needs and find_spec(LIBRARY) is None:
+        return replace(untried, needs=needs)
+    try:
+        recipe.apply(checkpoint.contents.entries, config, {name: SIZE for name in recipe.settings if name in COUNTS})
+    except Exception:  # noqa: BLE001 - as above
+        return untried
+    return Match(recipe, 1.0, 1.0, fits=True, named=False, needs=needs)
+
+
+def suggest_recipes(src: str | os.PathLike[str]) -> list[str]:
+    """The recipes that go by the model type in a checkpoint's config.json and have a rule for each of its tensors."""
+    src, _ = find_checkpoint(src)
+    config = read_config(src if src.is_dir() else src.parent)
+    named = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)] if config.get("model_type") else []
+    kinds = _count_kinds(open_checkpoint(src, components=False)) if named else {}
+    return [recipe.name for recipe in named if recipe.coverage(kinds) == (1, 1)]

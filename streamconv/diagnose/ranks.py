@@ -1,0 +1,205 @@
+"""Folders whose files are ranks of one model: each holds its part of the same tensors, under the same names.
+
+Which files may be ranks, their names say; that they are, the names of their tensors. They are shown as ``<file>/<name>``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from streamconv.checkpoint.opening import CONTAINERS, Checkpoint, detect_format, open_checkpoint
+from streamconv.diagnose.findings import Finding
+from streamconv.errors import StreamconvError
+from streamconv.graph.node import AnyNode
+from streamconv.notation.names import natural_key
+from streamconv.storage.remote import Location, is_dir, locate, names_in
+
+_FILES = (  # the number of the rank; what else differs between sets; how many there are, where that is said
+    r"consolidated\.(?P<rank>\d{1,5})(?P<set>\.(?:pth|pt|safetensors))",
+    r"model(?P<rank>\d{1,5})-mp(?P<size>\d{1,5})\.safetensors",
+    r"mp_rank_(?P<rank>\d{1,5})(?P<set>_model_states)?\.pt",
+    r"(?P<set>(?:.*[._-])?)(?:rank|tp)[._-]?(?P<rank>\d{1,5})(?:[._-]of[._-](?P<size>\d{1,5}))?\.(?:safetensors|pth|pt|bin|ckpt)",
+)
+_LOOSE = 3  # the last of these, which anybody's file may be called like
+_FOLDER = r"(?:mp|tp)_rank_(?P<rank>\d{1,5})(?P<set>(?:_\w*\d+)?)"  # Megatron's: what follows is the stage of its pipeline
+_TRAINERS = ("model_optim_rng.pt", "model_rng.pt", "model_states.pt")  # the file in such a folder
+_FEW = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class RankSet:
+    """Files of one model, in the order of their ranks. ``missing``: the numbers that are not there; ``size``: how many there should be."""
+
+    files: tuple[str, ...]
+    missing: tuple[int, ...]
+    size: int
+
+    def holds(self, tables: Mapping[str, Mapping[str, AnyNode]]) -> bool:
+        """Whether these are ranks, by the tensors of those files that can be read: they repeat names, or there is none to compare with."""
+        known = {file: tables[file] for file in self.files if file in tables}
+        return are_ranks(known) or bool(self.missing) or len(known) < min(2, len(self.files))
+
+    @property
+    def label(self) -> str:
+        first, last = self.files[0], self.files[-1]
+        return first if first == last else f"{first} to {last}"
+
+
+def find_ranks(path: Location) -> list[RankSet]:
+    """The sets of files of a folder, or of files in its folders, that are called as ranks are. Nothing where there is no such folder."""
+    try:
+        return read_names(_list_files(path)) if is_dir(path) else []
+    except OSError:
+        return []
+
+
+def read_names(names: Iterable[str]) -> list[RankSet]:
+    """The sets of ranks among files of these names."""
+    sets: dict[tuple[int, str, int], list[tuple[int, str]]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        patterns = [(len(_FILES), _FOLDER)] if folder else list(enumerate(_FILES))
+        matches = ((number, re.fullmatch(pattern, folder or file)) for number, pattern in patterns)
+        number, match = next(((number, match) for number, match in matches if match), (0, None))
+        if match is not None:
+            said = match.groupdict()
+            kind = "" if folder else said.get("set") or ""
+            sets.setdefault((number, kind, int(said.get("size") or 0)), []).append((int(match["rank"]), name))
+    found = []
+    for (number, _, size), ranked in sorted(sets.items()):
+        numbers = {rank for rank, _ in ranked}
+        wanted = max(size, max(numbers) + 1)
+        if number == _LOOSE and ((not size and min(numbers) > 0) or len(numbers) < 2):
+            continue  # rank16 may be that of an adapter
+        files = tuple(name for _, name in sorted(ranked, key=lambda row: (row[0], natural_key(row[1]))))
+        found.append(RankSet(files, tuple(sorted(set(range(wanted)) - numbers)), max(wanted, len(files))))
+    return found
+
+
+def _stage(file: str) -> str:
+    """What tells ranks apart that hold parts of other tensors: the stage of a pipeline."""
+    match = re.fullmatch(_FOLDER, file.rpartition("/")[0])
+    return match["set"] if match else ""
+
+
+def open_with_ranks(
+    path: Location | str, root: str | None = None, *, components: bool = True, variant: str | None = None
+) -> tuple[Checkpoint, RankSet | None]:
+    """A checkpoint as it lies: where its files are ranks, by rank; and which those are.
+
+    Args:
+        path: where it is.
+        root: the key of the dict of tensors in a file that nests them.
+        components: see `open_checkpoint`.
+        variant: the same.
+
+    Raises:
+        FormatError: damaged or not a checkpoint.
+        UsageError: not there, or not readable.
+    """
+    where = locate(path)
+    try:
+        found = open_checkpoint(where, root=root, components=components, variant=variant)
+    except StreamconvError:
+        for ranks in find_ranks(where):
+            if (checkpoint := _open_ranks(where, ranks, root)) is not None:
+                return checkpoint, ranks
+        raise
+    if not CONTAINERS[found.format].by_rank:
+        return found, None
+    files = dict.fromkeys(name.partition("/")[0] for name in found)
+    return found, RankSet(tuple(files), (), len(files)) if len(files) > 1 else None
+
+
+def _list_files(path: Location) -> list[str]:
+    """Files of a folder, and those that trainers leave in folders of ranks, by their names."""
+    found = []
+    for name in sorted(names_in(path), key=natural_key):
+        if not re.fullmatch(_FOLDER, name):
+            found.append(name)
+        elif is_dir(path / name):
+            inside = set(names_in(path / name))
+            found += [f"{name}/{file}" for file in _TRAINERS if file in inside][:1]
+    return found
+
+
+def _open_ranks(path: Location, ranks: RankSet, root: str | None) -> Checkpoint | None:
+    """A checkpoint by rank, None where these are no ranks: each has names of its own."""
+    try:
+        container = "torch" if "/" in ranks.files[0] else detect_format(path / ranks.files[0])
+        given = {} if root is None else {"root": root}
+        contents = CONTAINERS[container].read(path, by_rank=True, files=list(ranks.files), **given)
+    except StreamconvError:
+        return None
+    tables = by_file(contents.entries, ranks)
+    return Checkpoint(path.absolute(), contents) if ranks.holds(tables) else None
+
+
+def by_file(entries: Mapping[str, AnyNode], ranks: RankSet) -> dict[str, dict[str, AnyNode]]:
+    """Tensors called ``<file>/<name>``, by file."""
+    tables: dict[str, dict[str, AnyNode]] = {file: {} for file in ranks.files}
+    for name, entry in entries.items():
+        depth = ranks.files[0].count("/") + 1
+        *folders, rest = name.split("/", depth)
+        tables.setdefault("/".join(folders), {})[rest] = entry
+    return tables
+
+
+def are_ranks(tables: Mapping[str, Mapping[str, AnyNode]]) -> bool:
+    """Whether files repeat names, as ranks do; shards of one checkpoint never do."""
+    counts = Counter(name for table in tables.values() for name in table)
+    return any(count > 1 for count in counts.values())
+
+
+def check_ranks(tables: Mapping[str, Mapping[str, AnyNode]], ranks: RankSet, recipes: Callable[[], list[str]]) -> Iterator[Finding]:
+    """What is wrong with a set of ranks, and what it is.
+
+    Args:
+        tables: the tensors of each file that can be read.
+        ranks: which files those are.
+        recipes: the names of those that make one model of it.
+    """
+    if ranks.missing:
+        what = f"{len(ranks.files)} of {ranks.size} ranks are there, number {ranks.missing[0]} is not"
+        yield Finding(what, ranks.label, "its part of every tensor is missing", "download it")
+    differing = _compare_ranks(tables) if tables else []
+    yield from differing
+    if ranks.missing or differing or any(file not in tables for file in ranks.files):
+        return
+    merging = recipes()
+    do = f"--recipe {merging[0]} merges them" if merging else "no recipe merges them; what wrote them may"
+    yield Finding(f"{len(ranks.files)} ranks of one model", ranks.label, "each has its part of the tensors", do, problem=False)
+
+
+def _compare_ranks(tables: Mapping[str, Mapping[str, AnyNode]]) -> list[Finding]:
+    """Where ranks do not hold the same names, experts' numbers left aside, in the same dtypes."""
+    stages: dict[str, list[str]] = {}
+    for file in tables:
+        stages.setdefault(_stage(file), []).append(file)
+    return [finding for files in stages.values() for finding in _compare_files({file: tables[file] for file in files})]
+
+
+def _compare_files(tables: Mapping[str, Mapping[str, AnyNode]]) -> Iterator[Finding]:
+    kinds = {file: frozenset(Counter(re.sub(r"\d+", "0", name) for name in table).items()) for file, table in tables.items()}
+    usual = Counter(kinds.values()).most_common(1)[0][0]
+    first = next(file for file, kind in kinds.items() if kind == usual)
+    where = "get the files of all ranks from one place"
+    for file, table in tables.items():
+        lost = [name for name in tables[first] if name not in table] if kinds[file] != usual else []
+        more = [name for name in table if name not in tables[first]] if kinds[file] != usual else []
+        if lost or more:
+            what = f"it lacks {_list(lost)}, which {first} has" if lost else f"it has {_list(more)}, which {first} has not"
+            yield Finding(what, file, "ranks of one model hold parts of the same tensors", where)
+        for name, entry in table.items():
+            if name in tables[first] and entry.spec.dtype != tables[first][name].spec.dtype:
+                what = f"{name} is {entry.spec.dtype}, in {first} {tables[first][name].spec.dtype}"
+                yield Finding(what, file, "parts of a tensor have one dtype", where)
+                break
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return ", ".join(names[:_FEW]) + more

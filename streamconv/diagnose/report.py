@@ -1,0 +1,258 @@
+"""What commands print, for people and as JSON. Large documents are written row by row."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from streamconv.checkpoint.entries import TensorEntry
+from streamconv.checkpoint.opening import Checkpoint
+from streamconv.errors import UsageError
+from streamconv.graph.node import Node, extents
+from streamconv.notation.folding import Fold, fold
+from streamconv.notation.names import nearest
+from streamconv.planning.plan import Plan
+from streamconv.recipe import Drop, Recipe, Rule, Tie
+from streamconv.running.kept import check_replaceable
+from streamconv.storage import is_url
+from streamconv.storage.remote import relative
+from streamconv.text import join_lines, one_line
+from streamconv.units import format_size
+
+PIECE = 1 << 20  # bytes of a tensor at a time
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+RANK = re.compile(r"^.*\.(?:safetensors|pth|pt|bin|ckpt)/")
+LAYER = re.compile(r"\.[0-9]+(?=\.)")
+
+
+def describe_checkpoint(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
+    """What ``inspect --json`` prints; tensors are given one at a time, with ``stats`` from their data if wanted."""
+    contents = checkpoint.contents
+    specs = [node.spec for node in contents.entries.values()]
+    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    names = {str(file): relative(file, root) for file in contents.files}
+    files = [{"path": names[str(file)], "size": file.stat().st_size} for file in contents.files]
+
+    def tensors() -> Iterable[dict[str, Any]]:
+        for name, node in contents.entries.items():
+            first, *others = extents(node)
+            yield {
+                "name": name,
+                "dtype": node.spec.dtype.name,
+                "shape": node.spec.shape,
+                "nbytes": node.spec.nbytes,
+                "file": names[first.path],
+                "offset": None if others or isinstance(node, Node) else first.offset,
+                **(measured.summary() if stats and (measured := measure(checkpoint[name])) else {}),
+            }
+
+    return {
+        "format": contents.format,
+        "total_size": sum(spec.nbytes for spec in specs),
+        "total_parameters": sum(spec.numel for spec in specs),
+        "files": files,
+        "tensors": tensors(),
+        "metadata": contents.metadata,
+        "sidecars": checkpoint.sidecars,
+    }
+
+
+def select(checkpoint: Checkpoint, pattern: str) -> Checkpoint:
+    """Those tensors of a checkpoint whose names a pattern or glob matches, or have ``pattern`` in them if it is neither.
+
+    Raises:
+        UsageError: none is.
+    """
+    names = list(checkpoint.keys(pattern))
+    if not names:
+        close = nearest(pattern, checkpoint, 3)
+        known = f"; near it: {', '.join(close)}" if close else ""
+        raise UsageError(f"--filter {pattern}: no name of {len(checkpoint)} tensors matches{known}; give another pattern")
+    contents = checkpoint.contents
+    return Checkpoint(checkpoint.path, replace(contents, entries={name: contents.entries[name] for name in names}))
+
+
+@dataclass
+class Statistics:
+    """Sums over the finite values of tensors. ``squares`` are added up in float64."""
+
+    count: int = 0
+    nonfinite: int = 0
+    least: float = math.inf
+    most: float = -math.inf
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, other: Statistics) -> None:
+        """Takes other values in."""
+        self.count, self.nonfinite = self.count + other.count, self.nonfinite + other.nonfinite
+        self.least, self.most = min(self.least, other.least), max(self.most, other.most)
+        self.total, self.squares = self.total + other.total, self.squares + other.squares
+
+    def summary(self) -> dict[str, Any]:
+        """What ``inspect --stats --json`` adds to a tensor; null where there is no finite value."""
+        some = self.count > 0
+        return {
+            "min": self.least if some else None,
+            "max": self.most if some else None,
+            "mean": self.total / self.count if some else None,
+            "norm": math.sqrt(self.squares) if some else None,
+            "nonfinite": self.nonfinite,
+        }
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "no values" if not self.nonfinite else f"{self.nonfinite} values, none finite"
+        found = self.summary()
+        text = "  ".join(f"{key} {found[key]:.4g}" for key in ("min", "max", "mean", "norm"))
+        return text + (f"  {self.nonfinite} NaN or infinite" if self.nonfinite else "")
+
+
+def measure(entry: TensorEntry) -> Statistics | None:
+    """A tensor's statistics, from one pass in pieces of `PIECE` bytes; None for packed and complex types."""
+    import torch
+
+    kind = getattr(torch, entry.dtype, None)
+    if kind is None or kind.is_complex or entry.spec.dtype.bits % 8:
+        return None
+    found = Statistics()
+    for piece in entry.pieces(PIECE):
+        values = piece.float().double() if piece.dtype.itemsize == 1 else piece.double()
+        finite = values[values.isfinite()]
+        part = Statistics(len(finite), len(values) - len(finite))
+        if part.count:
+            part.least, part.most, part.total = float(finite.min()), float(finite.max()), float(finite.sum())
+            part.squares = float(finite.square().sum())
+        found.add(part)
+    return found
+
+
+def list_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool = False) -> Iterator[str]:
+    """Lines of ``inspect``: a tree with repeated names folded, or ``flat`` one each; ``stats`` from the data; sums at the end."""
+    found = describe_checkpoint(checkpoint)
+    bytes_by_dtype: Counter[str] = Counter()
+    for entry in checkpoint.values():
+        bytes_by_dtype[entry.dtype] += entry.nbytes
+    if flat:
+        for row in found["tensors"]:
+            measured = f"  {measure(checkpoint[row['name']]) or ''}".rstrip() if stats else ""
+            name, file = one_line(row["name"]), one_line(row["file"])
+            yield f"{name}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {file}{measured}"
+    else:
+        yield from _draw_tree(checkpoint, stats=stats)
+    for note in checkpoint.contents.notes:
+        yield one_line(f"note: {note}")
+    dtypes = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in bytes_by_dtype.most_common())
+    yield one_line(
+        f"{checkpoint.path}: {found['format']}, {len(checkpoint)} tensors, {found['total_parameters']:,} parameters, "
+        f"{format_size(found['total_size'])} in {len(found['files'])} files ({dtypes}); {len(found['sidecars'])} sidecars"
+    )
+
+
+def _draw_tree(checkpoint: Checkpoint, *, stats: bool) -> Iterator[str]:
+    """Folded tensors below the modules that hold them, with each module's size."""
+    names = list(checkpoint)
+    specs = [checkpoint[name].spec for name in names]
+    stems = {module_of(name) for name in names if LAYER.search(name)}
+    kinds: dict[str, list[Fold]] = {}
+    for kind in fold((spec, (name,)) for name, spec in zip(names, specs, strict=True)):
+        kinds.setdefault(module_of(names[kind.members[0]], stems), []).append(kind)
+    for module, folds in kinds.items():
+        inside = [specs[k] for kind in folds for k in kind.members]
+        numel = sum(spec.numel for spec in inside)
+        yield one_line(f"{module or '(top)'}  {format_size(sum(spec.nbytes for spec in inside))}  {numel:,} parameters")
+        for kind in folds:
+            spec, count = specs[kind.members[0]], len(kind.members)
+            name = kind.texts[0].removeprefix(f"{module}.") if module else kind.texts[0]
+            dtype, times = SHORT.get(spec.dtype.name, spec.dtype.name), f" x{count}" if count > 1 else ""
+            yield one_line(f"  {format_size(count * spec.nbytes):>7}  {name}  {dtype} {list(spec.shape)}{times}")
+            if stats and (parts := [part for k in kind.members if (part := measure(checkpoint[names[k]])) is not None]):
+                total = Statistics()
+                for part in parts:
+                    total.add(part)
+                yield f"           {total}"
+
+
+def module_of(name: str, stems: Collection[str] = ()) -> str:
+    """The module that holds a tensor: what a list of layers stands in, else the longest of ``stems``, else its name's first part.
+
+    The file of a rank, which stands before its names, is no part of them.
+    """
+    name = RANK.sub("", name)
+    parts = name.split(".")
+    if found := LAYER.search(name):
+        return ".".join(name[: found.start()].split(".")[:-1])
+    above = (".".join(parts[:k]) for k in range(len(parts) - 1, 0, -1))
+    return next((stem for stem in above if stem in stems), parts[0] if len(parts) > 1 else "")
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """One row of ``recipes --json``."""
+    return {
+        "name": recipe.name,
+        "summary": recipe.summary,
+        "source_format": recipe.source.format,
+        "target_format": recipe.target.format,
+        "options": [
+            {"name": name, "help": option.help, "default": option.default, "choices": option.choices}
+            for name, option in recipe.settings.items()
+        ],
+        "reference": recipe.reference,
+    }
+
+
+def explain_recipe(recipe: Recipe) -> str:
+    """What ``recipes NAME`` prints: every rule and option, and where the facts come from."""
+    lines = [f"{recipe.name}: {recipe.summary}", f"  {recipe.source.format} -> {recipe.target.format}"]
+    if recipe.reference:
+        lines.append(f"  facts from {recipe.reference}")
+    lines += [f"  --set {name}=...  {option.help}" for name, option in recipe.settings.items()]
+    for fact in (fact for stage in recipe.stages for fact in stage.rules):
+        when = f"   when {fact.when}" if fact.when else ""
+        if isinstance(fact, Rule):
+            how = " ".join(filter(None, (str(fact.op.get("op", "")), fact.layout)))
+            lines += [f"  {fact.left}", f"   -> {fact.right}{'  (optional)' if fact.optional else ''}{when}"]
+            lines += [f"      {how}"] if how else []
+        elif isinstance(fact, Drop):
+            lines += [f"  {fact.left}", f"   {'not made' if fact.flipped else 'dropped'}: {fact.reason}{when}"]
+        elif isinstance(fact, Tie):
+            how = f"left out where it repeats {fact.stored}" if fact.flipped else f"repeats {fact.left} where nothing else makes it"
+            lines += [f"  {fact.right}", f"   {how}{when}"]
+    lines += [f"  requires {condition}" for stage in recipe.stages for condition in stage.requires]
+    lines += [f"  lost: {line}" for line in recipe.lost]
+    return join_lines(lines)
+
+
+def describe_room(plan: Plan) -> str:
+    """What the file system of DST has left before and after a run, in bytes; of a URL, that where files are made first."""
+    if is_url(plan.root):
+        return f"  free     {format_size(shutil.disk_usage(tempfile.gettempdir()).free)} in {tempfile.gettempdir()}"
+    above = next(folder for folder in (Path(plan.root), *Path(plan.root).parents) if folder.exists())
+    free = shutil.disk_usage(above).free
+    return f"  free     {format_size(free)} now, {format_size(max(0, free - plan.totals.disk_needed))} afterwards"
+
+
+PAGE = "<!doctype html>"  # how a page begins
+
+
+def check_page(text: str) -> None:
+    """Refuses a path where no page can be written.
+
+    Raises:
+        UsageError: it is a URL or a directory, lies in something else, or is another file.
+    """
+    path = Path(text)
+    if is_url(text):
+        raise UsageError(f"--report {text}: a page is written to a file of this machine: give a path")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
+        raise UsageError(f"--report {path}: a file cannot be written there: give the name of an .html file in a directory of yours")
+    check_replaceable("--report", path, PAGE)

@@ -1,0 +1,258 @@
+"""The page of ``--report``: one HTML file about a run, with all it needs in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from streamconv import memory
+from streamconv._version import __version__
+from streamconv.checkpoint.opening import open_checkpoint
+from streamconv.diagnose.report import LAYER, module_of
+from streamconv.dtypes import TensorSpec
+from streamconv.engine.comparison import Comparison, TensorDifference
+from streamconv.errors import RunError
+from streamconv.notation.folding import fold, fold_names
+from streamconv.planning.plan import Compute, Copy, FilePlan, Plan
+from streamconv.recipe import Side
+from streamconv.recipes import get
+from streamconv.running.progress import Progress
+from streamconv.running.results import Result
+from streamconv.text import one_line, without_secrets
+from streamconv.units import format_size
+
+TEMPLATE = Path(__file__).with_name("report_page.html")
+DIFFERING = 300  # rows of tensors that differ; of more, those with the largest differences
+PARTS = 200  # pieces of a file in the map
+_SHOWN_ELSEWHERE = {"command", "src", "dst", "a", "b", "report", "json", "quiet", "verbose", "no_progress", "yes"}
+
+
+def write(path: str, page: Mapping[str, Any]) -> None:
+    """Writes a page; the home directory stands as ``~`` in it.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    home = json.dumps(str(Path.home()))[1:-1]
+    data = json.dumps(_printable(page), allow_nan=False).replace("<", "\\u003c").replace("\x7f", "\\u007f")
+    if len(home) > 1:
+        data = data.replace(f"{home}/", "~/").replace(f'{home}"', '~"')
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"--report {path}: cannot be written: {error.strerror}; all else is done") from error
+
+
+def _printable(value: Any) -> Any:
+    """A page's data with every text in it as one line."""
+    if isinstance(value, str):
+        return one_line(without_secrets(value))
+    if isinstance(value, Mapping):
+        return {key: _printable(inner) for key, inner in value.items()}
+    return [_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def describe_conversion(result: Result, args: Namespace, progress: Progress) -> dict[str, Any]:
+    """The page of a conversion."""
+    plan, totals = result.plan, result.plan.totals
+    rate = format_size(totals.bytes_written / max(result.seconds, 1e-9))
+    comparison = result.comparison
+    residents = [resident for phase in progress.phases for _, _, resident in phase.samples]
+    state, verdict = "good", "converted and verified" if result.verified else "converted"
+    if comparison is not None:
+        state = "good" if comparison.equal else "bad"
+        verdict += f", {'equal to' if comparison.equal else 'different from'} {args.compare}"
+    figures = [
+        ("written", format_size(totals.bytes_written), f"{len(plan.mapping):,} tensors in {len(plan.files):,} files"),
+        ("time", _show_seconds(result.seconds), f"{rate}/s"),
+        ("peak memory", format_size(max([result.peak_rss, *residents])), f"planned at most {format_size(plan.peak_memory)}"),
+        ("copied", format_size(totals.bytes_copied), f"{format_size(totals.bytes_computed)} computed"),
+    ]
+    specs = {row.target: row.spec for row in plan.mapping}
+    return {
+        **_describe_run("Conversion", args.src, args.dst, args, progress, plan.workers),
+        "state": state,
+        "verdict": verdict,
+        "figures": figures,
+        "account": _describe_account(plan),
+        "mapping": list(_describe_mapping(plan)),
+        "dropped": fold_names(plan.dropped),
+        "files": _describe_files(plan),
+        "checks": list(_describe_checks(specs, comparison)) if result.verified or comparison else [],
+        "checked": _describe_check(comparison)
+        if comparison
+        else "Every byte was read back and compared with what the sources make."
+        if result.verified
+        else "Nothing was compared: --verify reads everything back, --compare takes a reference.",
+        "notes": list(result.notes),
+    }
+
+
+def describe_comparison(found: Comparison, args: Namespace, progress: Progress) -> dict[str, Any]:
+    """The page of a comparison."""
+    side = get(args.recipe).target if args.recipe else Side()
+    checkpoint = open_checkpoint(args.b, ranks=side.ranks, files=side.files, config=side.config)
+    unexpected, ties = set(found.unexpected), {} if args.recipe else checkpoint.ties
+    specs = {name: checkpoint[ties.get(name, name)].spec for name in {**checkpoint, **ties} if name not in unexpected}
+    seconds = sum(phase.samples[-1][0] for phase in progress.phases)
+    size = sum(spec.nbytes for spec in specs.values())
+    differing = len(found.tensors)
+    figures = [
+        ("compared", f"{found.compared:,}", f"tensors, {format_size(size)}"),
+        ("different", f"{differing:,}", f"{len(found.missing):,} missing, {len(found.unexpected):,} unexpected"),
+        ("L2 distance", f"{found.l2:.4g}", f"{found.l2_per_parameter:.3g} per parameter"),
+        ("time", _show_seconds(seconds), f"{format_size(size / max(seconds, 1e-9))}/s"),
+        ("peak memory", format_size(memory.peak()), f"of {format_size(progress.budget or 0)}"),
+    ]
+    return {
+        **_describe_run("Comparison", args.a, args.b, args, progress, args.workers),
+        "state": "good" if found.equal else "bad",
+        "verdict": "equal" if found.equal else "different",
+        "figures": figures,
+        "checks": list(_describe_checks(specs, found)),
+        "checked": _describe_check(found),
+    }
+
+
+def _describe_run(kind: str, source: str, target: str, args: Namespace, progress: Progress, workers: int | None) -> dict[str, Any]:
+    """What pages have in common: what was asked for, how it went, where."""
+    given = {key.replace("_", "-"): value for key, value in vars(args).items() if key not in _SHOWN_ELSEWHERE}
+    began = progress.phases[0].began if progress.phases else 0.0
+    return {
+        "kind": kind,
+        "source": source,
+        "target": target,
+        "when": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "settings": [(key, _show_setting(value)) for key, value in given.items() if value not in (None, False, [])],
+        "budget": progress.budget,
+        "phases": [
+            {"title": phase.title, "total": phase.total, "start": round(phase.began - began, 3), "samples": _round(phase.samples)}
+            for phase in progress.phases
+        ],
+        "environment": _describe_environment(workers),
+        **{key: [] for key in ("account", "mapping", "dropped", "files", "notes")},
+    }
+
+
+def _round(samples: Iterable[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    return [(round(seconds, 3), done, resident) for seconds, done, resident in samples]
+
+
+def _show_setting(value: object) -> str:
+    return "yes" if value is True else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _show_seconds(seconds: float) -> str:
+    """``4.2 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{seconds:.3g} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _describe_environment(workers: int | None) -> list[tuple[str, str]]:
+    """Versions and the machine, without names of people and hosts."""
+    rows = [("streamconv", __version__), ("Python", platform.python_version()), ("system", f"{platform.system()} {platform.release()}")]
+    rows += [("processor", f"{platform.machine()}, {os.cpu_count()} cores"), ("memory", format_size(psutil.virtual_memory().total))]
+    rows += [(name, module.__version__) for name in ("numpy", "torch", "transformers") if (module := sys.modules.get(name)) is not None]
+    return rows + ([("workers", str(workers))] if workers else [])
+
+
+def _describe_account(plan: Plan) -> list[tuple[str, int, str]]:
+    account = plan.account
+    rules = ", ".join(f"{count} by {rule}" for rule, count in account.dropped.items())
+    counts = [(name, getattr(account, name), "") for name in ("copied", "computed", "renamed", "tied", "cast")]
+    return [*counts, ("dropped", sum(account.dropped.values()), rules)]
+
+
+def _describe_mapping(plan: Plan) -> Iterator[dict[str, Any]]:
+    for row, members in plan.fold_mapping():
+        kind = "rearranged" if row.layout or len(members[0].sources) > 1 else "kept" if row.sources == (row.target,) else "renamed"
+        yield {
+            "target": row.target,
+            "sources": row.sources,
+            "layout": row.layout,
+            "spec": str(row.spec),
+            "count": len(members),
+            "size": format_size(len(members) * row.spec.nbytes),
+            "kind": kind,
+        }
+
+
+def _describe_files(plan: Plan) -> list[dict[str, Any]]:
+    """Files and what lies where in them; sizes in bytes."""
+    specs = {row.target: row.spec for row in plan.mapping}
+    stems = {module_of(name) for name in specs if LAYER.search(name)}
+    rows = []
+    for file in plan.files:
+        computed = sum(
+            segment.move.numel * plan.nodes[segment.node].spec.dtype.itemsize for segment in file.segments if isinstance(segment, Compute)
+        )
+        copied = sum(segment.nbytes for segment in file.segments if isinstance(segment, Copy))
+        parts = _list_parts(file, specs, stems)
+        rows.append(
+            {"path": file.path, "size": file.size, "tensors": len(file.tensors), "copied": copied, "computed": computed, "parts": parts}
+        )
+    return rows
+
+
+def _list_parts(file: FilePlan, specs: Mapping[str, TensorSpec], stems: set[str]) -> list[tuple[str, str, int, int]]:
+    """Label, module, bytes and number of neighbouring tensors of a layer, or of a module if there are many layers."""
+
+    def layer(name: str) -> str:
+        found = LAYER.search(name)
+        return name[: found.end()] if found else name
+
+    def module(name: str) -> str:
+        return module_of(name, stems) or "(top)"
+
+    parts: list[tuple[str, str, int, int]] = []
+    for label in (layer, module):
+        parts = []
+        for text, group in groupby(file.tensors, label):
+            names = list(group)
+            parts.append((text, module(names[0]), sum(specs[name].nbytes for name in names if name in specs), len(names)))
+        if len(parts) <= PARTS:
+            break
+    return parts[:PARTS]
+
+
+def _describe_checks(specs: Mapping[str, TensorSpec], found: Comparison | None) -> Iterator[dict[str, Any]]:
+    """Tensors by what became of their comparison: first those that are not there or differ, then the equal ones, folded."""
+    found = found or Comparison()
+    for state, names in (("missing", found.missing), ("unexpected", found.unexpected)):
+        yield from ({"state": state, "name": name} for name in fold_names(names))
+    worst = sorted(found.tensors, key=lambda row: -(row.l2 or 0.0))
+    for row in worst[:DIFFERING]:
+        yield {"state": "differs", "name": row.name, "detail": _describe_difference(row)}
+    for name in fold_names(row.name for row in worst[DIFFERING:]):
+        yield {"state": "differs", "name": name}
+    other = {*found.missing, *(row.name for row in found.tensors)}
+    equal = [name for name in specs if name not in other]
+    for kind in fold((specs[name], (name,)) for name in equal):
+        spec, count = specs[equal[kind.members[0]]], len(kind.members)
+        yield {"state": "equal", "name": kind.texts[0], "detail": str(spec), "count": count}
+
+
+def _describe_difference(row: TensorDifference) -> str:
+    parts = [f"expected {row.expected}, found {row.found}"] if row.expected else []
+    parts += [f"L2 {row.l2:.6g}, largest {row.max_abs:.6g}"] if row.l2 is not None and row.max_abs is not None else []
+    return "; ".join([*parts, *([f"{row.nonfinite:,} not finite"] if row.nonfinite else [])])
+
+
+def _describe_check(found: Comparison) -> str:
+    return (
+        f"{found.compared:,} tensors compared: L2 distance {found.l2:.6g}, largest difference {found.max_abs:.6g}"
+        f"{f', {found.nonfinite:,} differences not finite' if found.nonfinite else ''}."
+    )

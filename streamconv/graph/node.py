@@ -1,0 +1,109 @@
+"""The graph of a conversion: leaves are stored tensors, nodes have a static dtype and shape. Names of tensors are unknown here.
+
+A node is evaluated region by region. A region of a node's flat (row-major) output is a `Move`: its source side says which
+elements, its destination side where they go in a buffer. Rearranging ops pass moves on to their inputs; computing ops ask
+for their inputs' regions in buffers of their own and turn them into values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+from streamconv.dtypes import DTYPES, TensorSpec
+from streamconv.graph.moves import Move
+from streamconv.graph.ops import Op, Rearrange
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """``nbytes`` bytes at ``offset`` of the file ``path`` (absolute, resolved by the kernel only; or a URL)."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A stored tensor: raw little-endian row-major bytes, in one extent or in several that follow each other."""
+
+    spec: TensorSpec
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """An op applied to inputs. Plain data; nothing here pretends to be a tensor."""
+
+    spec: TensorSpec
+    op: Op
+    inputs: tuple[AnyNode, ...]
+
+
+AnyNode = Source | Node
+
+
+def apply(op: Op, *inputs: AnyNode) -> Node:
+    """The node of ``op`` on ``inputs``, with the spec that follows.
+
+    Raises:
+        CoverageError: the inputs' shapes or dtypes do not fit the op.
+    """
+    return Node(op.infer([node.spec for node in inputs]), op, inputs)
+
+
+def rearrange(op: Rearrange, inputs: tuple[AnyNode, ...]) -> AnyNode:
+    """`apply`, without a node where the op changes nothing but the name."""
+    node = apply(op, *inputs)
+    return inputs[0] if len(inputs) == 1 and op.is_identity and node.spec == inputs[0].spec else node
+
+
+def sources(node: AnyNode) -> Iterator[Source]:
+    """The leaves below ``node``, left to right, repeated ones once each."""
+    seen: set[int] = set()
+    stack: list[AnyNode] = [node]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Node):
+            stack.extend(reversed(node.inputs))
+        elif id(node) not in seen:
+            seen.add(id(node))
+            yield node
+
+
+def extents(node: AnyNode) -> Iterator[Extent]:
+    """Where the leaves below ``node`` lie, left to right."""
+    for leaf in sources(node):
+        yield from leaf.extents
+
+
+def made_of(node: AnyNode) -> Hashable:
+    """What two nodes have in common that hold the same bytes since they are made of the same stored ones in the same way."""
+    if isinstance(node, Node):
+        return node.spec, node.op, tuple(map(made_of, node.inputs))
+    return node
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A region of an output, followed to ``leaf``. ``exact``: its bytes are the leaf's bytes, with no arithmetic on the way."""
+
+    leaf: AnyNode
+    move: Move
+    exact: bool
+
+
+def trace(node: AnyNode, move: Move, *, exact: bool = True) -> Iterator[Trace]:
+    """Follows a region down to stored tensors, through rearranging and elementwise ops; other ops end the way as leaves."""
+    if isinstance(node, Node) and (pieces := node.op.pull(move)) is not None:
+        for number, piece in pieces:
+            yield from trace(node.inputs[number], piece, exact=exact and node.op.layout_only)
+    else:
+        yield Trace(node, move, exact and not isinstance(node, Node))
+
+
+def as_bytes(node: AnyNode) -> Source:
+    """A stored tensor as the bytes it takes."""
+    assert not isinstance(node, Node), "packed types are only ever stored"
+    return Source(TensorSpec(DTYPES["uint8"], (node.spec.nbytes,)), node.extents)

@@ -1,0 +1,103 @@
+"""Views: strided looks at stored tensors, as frameworks save them and as an index asks for them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import lru_cache
+from types import EllipsisType
+from typing import Any
+
+from streamconv.dtypes import TensorSpec
+from streamconv.errors import OutOfBounds
+from streamconv.graph.moves import packed_strides
+from streamconv.graph.node import AnyNode, Extent, Source, apply
+from streamconv.graph.ops import Strided
+
+
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """How many elements lie between the first and the last of a view, both included; 0 where it has none."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def stored_view(spec: TensorSpec, strides: Sequence[int], path: str, offset: int) -> AnyNode:
+    """A tensor whose first element is at byte ``offset`` of a file, and whose others lie ``strides`` elements apart.
+
+    What is row-major is a stored tensor; else it is a view of the stored elements from its first to its last one. Two that
+    look at the same elements in the same way are equal by `graph.made_of`.
+    """
+    steps = tuple(0 if size == 1 else stride for size, stride in zip(spec.shape, strides, strict=True))
+    rows = tuple(0 if size == 1 else stride for size, stride in zip(spec.shape, packed_strides(spec.shape), strict=True))
+    if not spec.numel or steps == rows:
+        return Source(spec, (Extent(path, offset, spec.nbytes),))
+    numel = span(spec.shape, steps)
+    flat = Source(TensorSpec(spec.dtype, (numel,)), (Extent(path, offset, numel * spec.dtype.itemsize),))
+    return apply(_strided(spec.shape, steps), flat)
+
+
+@lru_cache(maxsize=4096)
+def _strided(shape: tuple[int, ...], strides: tuple[int, ...]) -> Strided:
+    """One op for all tensors that are stored alike."""
+    return Strided(shape, strides)
+
+
+Index = int | slice | EllipsisType | None | tuple[int | slice | EllipsisType | None, ...]
+"""What `select` takes: numpy's basic indexing."""
+
+
+def select(shape: tuple[int, ...], index: Index, name: str) -> tuple[Strided, tuple[int, ...], tuple[int, ...]]:
+    """What a basic index selects of a tensor of ``shape``, called ``name``: a view, its shape, and which of its axes are to be reversed.
+
+    Raises:
+        IndexError: as numpy does; it is a UsageError, too.
+    """
+    sizes, strides, reversed_axes = [], [], []
+    start, axis = 0, 0
+    pitches = packed_strides(shape)
+    for one in _without_ellipsis(shape, index if isinstance(index, tuple) else (index,), name):
+        if one is None:
+            sizes.append(1)
+            strides.append(0)
+            continue
+        pitch, size = pitches[axis], shape[axis]
+        if isinstance(one, slice):
+            chosen = range(size)[one]
+            if chosen.step < 0:
+                reversed_axes.append(len(sizes))
+                chosen = chosen[::-1]
+            start += chosen.start * pitch if chosen else 0
+            sizes.append(len(chosen))
+            strides.append(chosen.step * pitch)
+        else:
+            start += _position(one, size, axis, name) * pitch
+        axis += 1
+    return Strided(tuple(sizes), tuple(strides), start), tuple(sizes), tuple(reversed_axes)
+
+
+def _without_ellipsis(shape: tuple[int, ...], given: tuple[Any, ...], name: str) -> list[Any]:
+    """An index with an entry for each axis, and None where an axis is added."""
+    taken = sum(one is not None and one is not ... for one in given)
+    dots = [k for k, one in enumerate(given) if one is ...]
+    if taken > len(shape):
+        raise OutOfBounds(f"{name}: {taken} indices, and its shape {list(shape)} has {len(shape)} axes: give no more than that")
+    if len(dots) > 1:
+        raise OutOfBounds(f"{name}: an index has one ellipsis (...) at most: leave out the others")
+    at = dots[0] if dots else len(given)
+    whole = [slice(None)] * (len(shape) - taken)
+    return [*given[:at], *whole, *given[at + 1 :]]
+
+
+def _position(one: Any, size: int, axis: int, name: str) -> int:
+    """A whole number as a place on an axis."""
+    try:
+        place = operator.index(one)
+    except TypeError:
+        place = None
+    if place is None or isinstance(one, bool):
+        found = type(one).__name__
+        raise OutOfBounds(f"{name}: indices are whole numbers, slices, ... and None, found a {found}: index what .numpy() gives instead")
+    if not -size <= place < size:
+        raise OutOfBounds(f"{name}: index {place} is out of bounds for axis {axis} of {size}")
+    return place % size

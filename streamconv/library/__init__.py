@@ -1,0 +1,1 @@
+"""What libraries know of their models, asked without data."""

@@ -1,0 +1,1 @@
+"""The language of recipes: name patterns, layouts, expressions. Strings and integers only."""

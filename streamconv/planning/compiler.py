@@ -1,0 +1,250 @@
+"""Graph to plan: which bytes are copied, which are computed in tiles of what shape, and what memory that takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from streamconv.errors import UsageError
+from streamconv.formats import Extent, FileLayout
+from streamconv.graph.moves import Move, identity
+from streamconv.graph.node import AnyNode, Node, Source, sources, trace
+from streamconv.planning.fitting import SCATTERED, TILE, Budget, Fitting, bytes_of_stream
+from streamconv.planning.plan import Account, Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile, add_up, source_files
+from streamconv.planning.plan import Mapping as Row
+from streamconv.planning.proof import Proof
+from streamconv.storage import is_url
+from streamconv.storage.filenames import find_fault
+from streamconv.storage.ranges import Fingerprint, fingerprints
+from streamconv.storage.stores import opened
+
+COPY_RUN = 256 << 10  # bytes: runs of at least this on average are copied, shorter ones go through tiles ...
+REMOTE_COPY_RUN = 2 << 20  # bytes: ... and where each copy is a request
+
+
+def compile_plan(
+    outputs: Mapping[str, AnyNode],
+    layouts: Sequence[FileLayout],
+    *,
+    root: str,
+    single: str | None = None,
+    format: str,  # noqa: A002 - the word of the command line
+    budget: Budget,
+    sidecars: Mapping[str, str | bytes] | None = None,
+    mapping: Iterable[Row] = (),
+    dropped: Iterable[str] = (),
+    notes: Iterable[str] = (),
+    replicas: Iterable[tuple[AnyNode, AnyNode, tuple[str, str]]] = (),
+    read_backend: str = "auto",
+    reasons: Mapping[str, str] | None = None,
+    tied: int = 0,
+) -> Plan:
+    """Compiles target nodes and the layout of their files into a plan.
+
+    Args:
+        outputs: target name -> node.
+        layouts: the files, the commit last, with a slot for every target.
+        root: the directory of the files; if it is the URL of a store that takes streams, files without checksums are planned front to back.
+        single: see `Plan`.
+        format: the container's name.
+        budget: what memory may be used.
+        sidecars: relative path -> file to copy, or bytes to write.
+        mapping: rows to print, see `Plan`.
+        dropped: source names left out.
+        notes: lines for the user.
+        replicas: pairs of nodes that must hold the same bytes.
+        read_backend: how tiles are read.
+        reasons: source names left out -> by which rule.
+        tied: how many tensors repeat another.
+
+    Raises:
+        BudgetError: the memory limit cannot be kept.
+        UsageError: a file would not lie below ``root``, or two would be at the same place.
+    """
+    _check_names([*(layout.path for layout in layouts), *(sidecars or ())])
+    compiler = _Compiler(fingerprints(source_files(outputs.values()), opened), bytes_of_stream(root, (layout.size for layout in layouts)))
+    files = [compiler.file(layout, outputs) for layout in layouts]
+    beside = [compiler.sidecar(path, given) for path, given in (sidecars or {}).items()]
+    files[-1:-1] = beside
+    checks = [Check(compiler.node(a), compiler.node(b), names) for a, b, names in replicas]
+    proof = Proof(compiler.sources, compiler.nodes)
+    proof.check_nodes()
+    proof.check_files(files)  # before memory is measured: this takes some, too
+    fit = compiler.fitting.fit(budget, files, checks)
+    rows = tuple(mapping)
+    names = {id(node): name for name, node in outputs.items()}
+    return Plan(
+        root=root,
+        single=single,
+        format=format,
+        sources=tuple(compiler.sources),
+        nodes=tuple(compiler.nodes),
+        files=tuple(compiler.fitting.tiled(file, fit) for file in files),
+        checks=tuple(checks),
+        mapping=rows,
+        dropped=tuple(dropped),
+        notes=tuple(notes),
+        totals=add_up(files, compiler.nodes, compiler.sources),
+        workers=fit.workers,
+        arena=fit.arena,
+        read_backend=read_backend,
+        peak_memory=fit.peak,
+        account=compiler.account(files, outputs, rows, reasons or {}, tied),
+        names=tuple(names.get(id(node), "") for node in compiler.nodes),
+        sidecars=tuple(sorted(sidecars or ())),
+    )
+
+
+def _check_names(paths: Sequence[str]) -> None:
+    """Refuses output files that would not lie below their folder, or be where another one is."""
+    for path, count in Counter(paths).items():
+        if fault := find_fault(path):
+            raise UsageError(f"output file {path!r} {fault}: a recipe or the source names it so; mend that")
+        if count > 1:
+            raise UsageError(f"output file {path!r} would be made twice, of tensors and as a sidecar: give the recipe's files other names")
+
+
+_Computing = Callable[[Node, int, int, int], Iterator[Segment]]
+"""How bytes [start, start + nbytes) of a node get into a file's range at a slot: of node, start, slot, nbytes."""
+
+
+class _Compiler:
+    """The tables a plan is built from: sources and nodes by number."""
+
+    def __init__(self, found: Mapping[str, Fingerprint], stream: int) -> None:
+        self._found, self._stream = found, stream
+        self.sources: list[SourceFile] = []
+        self.nodes: list[AnyNode] = []
+        self.fitting = Fitting(self.nodes, self.sources, stream)
+        self._source_numbers: dict[str, int] = {}
+        self._node_numbers: dict[int, int] = {}
+
+    def source(self, path: str) -> int:
+        number = self._source_numbers.get(path)
+        if number is None:
+            number = self._source_numbers[path] = len(self.sources)
+            self.sources.append(SourceFile(path, *(self._found.get(path) or fingerprints([path])[path])))
+        return number
+
+    def node(self, node: AnyNode) -> int:
+        if id(node) not in self._node_numbers:
+            self._node_numbers[id(node)] = len(self.nodes)
+            self.nodes.append(node)
+            for leaf in sources(node):
+                for extent in leaf.extents:
+                    self.source(extent.path)
+        return self._node_numbers[id(node)]
+
+    def file(self, layout: FileLayout, outputs: Mapping[str, AnyNode]) -> FilePlan:
+        """A file's plan; tiles are not chosen yet."""
+        segments: list[Segment] = []
+        filled = set()
+        made = self._in_order if self._stream and not layout.checksums else self._computed
+        for name, slot in sorted(layout.slots.items(), key=lambda item: item[1]):
+            if slot in filled:
+                continue  # tied to the tensor before
+            if outputs[name].spec.nbytes:
+                filled.add(slot)
+            for segment in self._segments(outputs[name], layout.pieces.get(name) or [(slot, outputs[name].spec.nbytes)], made):
+                last = segments[-1] if segments else None
+                if isinstance(segment, Copy) and isinstance(last, Copy) and _continues(last, segment):
+                    segments[-1] = last._replace(nbytes=last.nbytes + segment.nbytes)
+                else:
+                    segments.append(segment)
+        return FilePlan(layout.path, layout.size, layout.literals, tuple(segments), tuple(layout.slots), layout.checksums)
+
+    def sidecar(self, path: str, given: str | bytes) -> FilePlan:
+        """A file beside the weights: another file's bytes, or these."""
+        if isinstance(given, bytes):
+            return FilePlan(path, len(given), ((0, given),), ())
+        number = self.source(given)
+        size = self.sources[number].size
+        return FilePlan(path, size, (), (Copy(number, 0, 0, size),) if size else ())
+
+    def _segments(self, node: AnyNode, pieces: Iterable[tuple[int, int]], compute: _Computing) -> Iterator[Segment]:
+        """How a tensor gets into the ranges of its file, (offset, bytes) each, that hold its bytes one after the other."""
+        start = 0
+        for slot, nbytes in pieces:
+            if isinstance(node, Node):
+                yield from compute(node, start, slot, nbytes)
+            else:
+                yield from self._range(node.extents, start, slot, nbytes)
+            start += nbytes
+
+    def _computed(self, node: Node, start: int, slot: int, nbytes: int) -> Iterator[Segment]:
+        """Bytes [start, start + nbytes) of a node; where they are those of a stored tensor for long enough, copies."""
+        itemsize = node.spec.dtype.itemsize
+        if not nbytes:
+            return
+        for found in trace(node, identity(nbytes // itemsize, start // itemsize)):
+            move = found.move.simplify()
+            if found.exact and isinstance(found.leaf, Source) and _copyable(move, found.leaf):
+                for dst, src in move.runs():
+                    yield from self._range(found.leaf.extents, src * itemsize, slot + dst * itemsize, move.run * itemsize)
+            else:
+                extent = next((extent for leaf in sources(found.leaf) for extent in leaf.extents), None)
+                leaf_item = found.leaf.spec.dtype.itemsize if isinstance(found.leaf, Source) else 0
+                where = (self.source(extent.path), extent.offset) if extent else (0, 0)
+                whole = replace(move, dst=move.dst + start // itemsize)
+                # What has to see all of its input makes all of its output: in one tile, once.
+                tile = move.sizes if isinstance(found.leaf, Node) and (found.leaf.op.streams or found.leaf.op.whole) else ()
+                yield Compute(self.node(node), slot - start, whole, tile, *where, leaf_item)
+
+    def _in_order(self, node: Node, start: int, slot: int, nbytes: int) -> Iterator[Segment]:
+        """The same, front to back: what is not copied is computed in ranges of the file."""
+        found = list(self._computed(node, start, slot, nbytes))
+        copies = sorted((segment for segment in found if isinstance(segment, Copy)), key=lambda segment: segment.dst)
+        computed = [segment for segment in found if isinstance(segment, Compute)]
+        itemsize, at = node.spec.dtype.itemsize, slot
+        if any(not segment.tile and self.fitting.tile(segment, TILE).pieces > SCATTERED for segment in computed):
+            self.fitting.in_order.add(self.node(node))
+        for copy in (*copies, None):
+            end = copy.dst if copy else slot + nbytes
+            if at < end:
+                numel = (end - at) // itemsize
+                range_ = Move((numel,), (start + at - slot) // itemsize, (1,), 0, (1,))
+                yield computed[0]._replace(move=range_, tile=(numel,) if any(segment.tile for segment in computed) else ())
+            if copy:
+                yield copy
+                at = copy.dst + copy.nbytes
+
+    def _range(self, extents: Sequence[Extent], start: int, dst: int, nbytes: int) -> Iterable[Copy]:
+        """Bytes [start, start + nbytes) of a tensor, which may lie in several extents."""
+        for extent in extents:
+            if start < extent.nbytes and nbytes:
+                take = min(nbytes, extent.nbytes - start)
+                yield Copy(self.source(extent.path), extent.offset + start, dst, take)
+                start, dst, nbytes = start + take, dst + take, nbytes - take
+            start -= extent.nbytes
+            start = max(start, 0) if nbytes else start
+
+    def account(
+        self, files: Sequence[FilePlan], outputs: Mapping[str, AnyNode], rows: Sequence[Row], reasons: Mapping[str, str], tied: int
+    ) -> Account:
+        computed = {id(self.nodes[s.node]) for file in files for s in file.segments if isinstance(s, Compute)}
+        count = sum(id(node) in computed for node in outputs.values())
+        leaves = ((node, next(sources(node), node)) for node in outputs.values())
+        return Account(
+            tensors=len(outputs),
+            copied=len(outputs) - count,
+            computed=count,
+            renamed=sum(not row.layout and len(row.sources) == 1 and _bare(row.target) != _bare(row.sources[0]) for row in rows),
+            dropped=dict(Counter(reasons.values()).most_common()),
+            tied=tied,
+            cast=sum(leaf.spec.dtype != node.spec.dtype for node, leaf in leaves),
+        )
+
+
+def _bare(name: str) -> str:
+    """A tensor's name without that of a rank's file."""
+    return name.rpartition("/")[2]
+
+
+def _continues(last: Copy, segment: Copy) -> bool:
+    return last.source == segment.source and last.offset + last.nbytes == segment.offset and last.dst + last.nbytes == segment.dst
+
+
+def _copyable(move: Move, leaf: Source) -> bool:
+    least = REMOTE_COPY_RUN if any(is_url(extent.path) for extent in leaf.extents) else COPY_RUN
+    return move.run * leaf.spec.dtype.itemsize >= least or move.run == move.numel

@@ -1,0 +1,143 @@
+"""What a plan is made of: the files that are read, and output files with what goes into each of their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from streamconv.digests import Checksum
+from streamconv.dtypes import TensorSpec
+from streamconv.graph.moves import Move
+from streamconv.graph.node import AnyNode, sources
+from streamconv.storage import is_url
+
+SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
+
+
+class SourceFile(NamedTuple):
+    """A file that is read, with what tells whether it changed: of a URL its ETag, ``tag``. ``allocated``: bytes that it takes on disk."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    allocated: int
+    tag: str = ""
+
+
+class Copy(NamedTuple):
+    """``nbytes`` bytes of source file ``source`` at ``offset`` go to ``dst`` of the output file."""
+
+    source: int
+    offset: int
+    dst: int
+    nbytes: int
+
+
+class Compute(NamedTuple):
+    """A region of node ``node``, whose tensor starts at byte ``dst`` of the output file, evaluated in boxes of ``tile``.
+
+    ``move.src_strides`` are those of the leaf that lies at byte ``offset`` of source file ``source``: they order the tiles.
+    """
+
+    node: int
+    dst: int
+    move: Move
+    tile: tuple[int, ...]
+    source: int
+    offset: int
+    itemsize: int
+
+
+Segment = Copy | Compute
+
+
+@dataclass(frozen=True, slots=True)
+class FilePlan:
+    """One output file. ``path`` is relative to the plan's root; ``checksums`` are written when all else is there."""
+
+    path: str
+    size: int
+    literals: tuple[tuple[int, bytes], ...]
+    segments: tuple[Segment, ...]
+    tensors: tuple[str, ...] = ()
+    checksums: tuple[Checksum, ...] = ()
+
+
+class Mapping(NamedTuple):
+    """Which sources a target tensor is made of, and how."""
+
+    target: str
+    sources: tuple[str, ...]
+    layout: str
+    spec: TensorSpec
+
+
+class Check(NamedTuple):
+    """Two nodes whose bytes must be equal before anything is written."""
+
+    left: int
+    right: int
+    names: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sizes in bytes of what a run does; ``disk_needed`` leaves out holes that stay holes."""
+
+    bytes_read: int
+    bytes_copied: int
+    bytes_computed: int
+    bytes_written: int
+    disk_needed: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """What becomes of tensors, as numbers of them: of all ``tensors`` written ``copied`` and ``computed`` ones are two parts.
+
+    ``renamed`` ones have another name and nothing else changed, ``cast`` ones another dtype; ``dropped`` says how many by which rule;
+    ``tied`` ones repeat another, in the source or the target.
+    """
+
+    tensors: int = 0
+    copied: int = 0
+    computed: int = 0
+    renamed: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    tied: int = 0
+    cast: int = 0
+
+    def __str__(self) -> str:
+        rules = ", ".join(f"{count} by {rule!r}" for rule, count in self.dropped.items())
+        return (
+            f"{self.tensors} tensors: {self.copied} copied, {self.computed} computed, {self.renamed} renamed, "
+            f"{sum(self.dropped.values())} dropped{f' ({rules})' if rules else ''}, {self.tied} tied, {self.cast} cast"
+        )
+
+
+def source_files(nodes: Iterable[AnyNode]) -> list[str]:
+    """The paths that the leaves below ``nodes`` lie in, in order of first appearance."""
+    return list(dict.fromkeys(extent.path for node in nodes for leaf in sources(node) for extent in leaf.extents))
+
+
+def add_up(files: Iterable[FilePlan], nodes: Sequence[AnyNode], given: Sequence[SourceFile]) -> Totals:
+    """What making these files of nodes and sources takes."""
+    copied = computed = read = written = 0
+    disk = 0.0
+    # What is left of a sparse source's blocks may straddle twice as many blocks in the output.
+    shares = [1.0 if is_url(source.path) or not source.size else source.allocated / source.size for source in given]
+    density = [min(1.0, share if share > SPARSE else 2 * share) for share in shares] or [1.0]  # nothing is read: all is made
+    for file in files:
+        written += file.size
+        disk += sum(len(data) for _, data in file.literals)
+        for segment in file.segments:
+            if isinstance(segment, Copy):
+                copied += segment.nbytes
+                disk += segment.nbytes * density[segment.source]
+            else:
+                nbytes = segment.move.numel * nodes[segment.node].spec.dtype.itemsize
+                computed += nbytes
+                read += segment.move.numel * segment.itemsize
+                disk += nbytes * density[segment.source]
+    return Totals(read + copied, copied, computed, written, round(disk))

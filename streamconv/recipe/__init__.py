@@ -1,0 +1,43 @@
+"""How recipes are declared, and what they make of a checkpoint's tensors."""
+
+from streamconv.recipe.recipe import (
+    ALL,
+    PLAIN,
+    Conversion,
+    Dim,
+    Drop,
+    Fact,
+    Model,
+    Option,
+    Recast,
+    Recipe,
+    Rule,
+    Side,
+    Tie,
+    find_writer,
+    from_config,
+    identity,
+    read_identity_options,
+    writer,
+)
+
+__all__ = [
+    "ALL",
+    "PLAIN",
+    "Conversion",
+    "Dim",
+    "Drop",
+    "Fact",
+    "Model",
+    "Option",
+    "Recast",
+    "Recipe",
+    "Rule",
+    "Side",
+    "Tie",
+    "find_writer",
+    "from_config",
+    "identity",
+    "read_identity_options",
+    "writer",
+]

@@ -1,0 +1,359 @@
+"""Facts applied to a checkpoint's names and shapes: which target tensor is made of which sources, and how."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from streamconv.dtypes import TensorSpec, parse_dtype
+from streamconv.errors import CoverageError
+from streamconv.graph.node import AnyNode, apply, rearrange
+from streamconv.graph.ops import Cast, Rearrange
+from streamconv.notation import expressions
+from streamconv.notation.names import Matcher, Pattern
+from streamconv.notation.names import parse as parse_names
+from streamconv.recipe import steps
+from streamconv.recipe.facts import Dim, Drop, Fact, Rule, Tie, capture_of
+from streamconv.recipe.grouping import Group, Grouping, Values, grid
+from streamconv.recipe.sizes import Sizes, near_keys, scope_of
+
+MOST_PARTS = 1_000_000  # tensors that one tensor can be taken apart into
+
+
+class Row(NamedTuple):
+    """Which sources a target tensor is made of, by which layout ("" where only the name changes)."""
+
+    target: str
+    sources: tuple[str, ...]
+    layout: str
+    spec: TensorSpec
+
+
+Replica = tuple[AnyNode, AnyNode, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a recipe makes of a checkpoint: target nodes in tensor order, and what to say about them."""
+
+    outputs: dict[str, AnyNode]
+    rows: list[Row]
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    replicas: list[Replica] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, tuple[int, int]] = field(default_factory=dict)  # key of config.json -> what it was and what it is now
+    reasons: dict[str, str] = field(default_factory=dict)  # of the dropped ones -> the rule that drops it
+    tied: list[str] = field(default_factory=list)  # sources and targets that repeat another
+
+
+Recast = Callable[[str, TensorSpec], str | None]
+"""Target name and spec -> the dtype it shall have, or None to keep it."""
+
+
+def keep_dtype(_name: str, _spec: TensorSpec) -> str | None:
+    """The `Recast` that casts nothing."""
+    return None
+
+
+def canonical(entries: Iterable[str], aliases: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The name that rules use -> the stored name. Raises CoverageError where two names stand for one."""
+    if not aliases:
+        return {name: name for name in entries}
+    patterns = [(parse_names(a), parse_names(b)) for a, b in aliases]
+    matcher = Matcher([a for a, _ in patterns])
+    found: dict[str, str] = {}
+    for name in entries:
+        match = matcher.match(name)
+        known = patterns[match[0][0]][1].format(match[0][1]) if match else name
+        if known in found:
+            raise CoverageError(f"{name} and {found[known]} are two names of one tensor, {known}: remove one of them")
+        found[known] = name
+    return found
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Facts as they are applied: those of one recipe, with the ``title`` that its messages begin with."""
+
+    title: str
+    facts: Sequence[Fact]
+    dims: Mapping[str, Dim]
+    requires: Mapping[str, str] = field(default_factory=dict)
+
+
+class Application:
+    """One application of a stage to tensors, which are stored ones or made by the stage before; ``rows`` say what they are made of."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        entries: Mapping[str, AnyNode],
+        scope: Mapping[str, Any],
+        *,
+        rows: Mapping[str, Row],
+        recast: Recast = keep_dtype,
+    ) -> None:
+        self.title, self.requires, self.recast = stage.title, stage.requires, recast
+        self.entries, self.rows = entries, rows
+        self.order = {name: k for k, name in enumerate(entries)}
+        self.scope = scope_of(entries, scope)
+        self.sizes = Sizes(stage.title, stage.dims, self.scope)
+        self.facts = [fact for fact in stage.facts if not fact.when or expressions.evaluate(fact.when, self.scope)]
+        self.outputs: dict[str, tuple[int, AnyNode, Row]] = {}
+        self.dropped: list[str] = []
+        self.reasons: dict[str, str] = {}
+        self.tied: list[str] = []
+        self.notes: list[str] = []
+        self.replicas: list[Replica] = []
+        self._unread = 0
+        self._cache: dict[object, list[Rearrange]] = {}
+
+    def run(self) -> Conversion:
+        """The conversion; see `Recipe.apply`."""
+        entries = self._take_replicas()
+        grouping = Grouping(self.facts, self.sizes, self._label)
+        matched = grouping.run(entries)
+        self.reasons = {self._label(name): rule for name, rule in grouping.dropped.items()}
+        self.dropped += self.reasons
+        for condition, problem in self.requires.items():
+            if not expressions.evaluate(condition, self.scope):
+                raise CoverageError(f"{self.title}: {problem.format_map(self.scope)}{near_keys(condition, self.scope)}")
+        for rule, instances in matched:
+            for group in instances.values():
+                self._build(rule, group)
+        self._make_ties()
+        self._make_again()
+        if not self.outputs:
+            raise CoverageError(f"{self.title}: nothing to convert, the source holds no tensor that a rule keeps")
+        if self._unread:
+            self.notes.append(f"{self._unread} tensors that ranks or layers repeat are taken from the first of them")
+        made = sorted(self.outputs.items(), key=lambda item: item[1][0])
+        outputs = {name: node for name, (_, node, _) in made}
+        rows = [row for _, (_, _, row) in made]
+        return Conversion(outputs, rows, self.dropped, self.notes, self.replicas, reasons=self.reasons, tied=self.tied)
+
+    def _label(self, name: str) -> str:
+        """What to call a tensor in a message: as it is stored, if it is."""
+        sources = self.rows[name].sources
+        return sources[0] if len(sources) == 1 else name
+
+    def _take_replicas(self) -> dict[str, AnyNode]:
+        """The entries without those that only repeat another."""
+        entries = dict(self.entries)
+        for tie in self.facts:
+            if isinstance(tie, Tie) and tie.flipped and tie.right in entries and tie.stored in entries:
+                found, kept = entries[tie.right], entries[tie.stored]
+                both = (self._label(tie.right), self._label(tie.stored))
+                if found.spec != kept.spec:
+                    raise CoverageError(
+                        f"{self.title}: {both[0]} should repeat {both[1]} and is {found.spec}, "
+                        f"not {kept.spec}: mend the source, or set the options so that they are not tied"
+                    )
+                self.replicas.append((found, kept, both))
+                del entries[tie.right]
+                self.dropped.append(both[0])
+                self.tied.append(both[0])
+        return entries
+
+    # One group -------------------------------------------------------------------------------------------------
+
+    def _build(self, rule: Rule, group: Group) -> None:
+        binding = rule.binding
+        stacks, lengths, names = self._stacks(rule, group)
+        kept = [name for stack in stacks for name in stack]
+        nodes = [self.entries[name] for name in kept]
+        values: Values = {**{right: group.values[left] for left, right in binding.each}, **self.sizes.places(rule)}
+        where = f"{self.title}, {names[0]}: "
+        if rule.partial:
+            values |= dict.fromkeys(binding.right_lists, 0)
+        if binding.layout is None:
+            made = self._step(rule, nodes, group.values, where) if rule.op else nodes[0]
+            for target in self._alike(rule, binding.right, values):
+                changed = rule.op and made is not nodes[0]
+                how = steps.describe(str(rule.op["op"]), self._given(rule, group.values)) if changed else ""
+                self._emit(target, made, names, how, rule)
+            return
+        nodes = [self._step(rule, [node], group.values, where) for node in nodes] if rule.op else nodes
+        spec_of = {name: node.spec for name, node in zip(kept, nodes, strict=True)}
+        specs = [spec_of[stack[0]] for stack in stacks]
+        shapes = [(*lengths, *spec.shape) for spec in specs]
+        for stack, shape in zip(stacks, shapes, strict=True):
+            if odd := next((n for n in stack if spec_of[n].shape != shape[len(lengths) :]), None):
+                raise CoverageError(
+                    f"{where}{odd} has shape {self.entries[odd].spec.shape}, the others of its group {shape[len(lengths) :]}"
+                )
+        ops = self._ops(rule, group, tuple(shapes), tuple(len(stack) for stack in stacks), where)
+        choices = itertools.product(*(range(len(capture_of(binding.right, n).alternatives)) for n in binding.right_lists))
+        copies = [self.sizes.copies(rule, n) for n in binding.right_counts]
+        sizes, ready = ops[0].sizes, iter(ops)
+        for choice in choices:
+            chosen = {**values, **dict(zip(binding.right_lists, choice, strict=True))}
+            for counts in itertools.product(*(range(sizes[n]) for n in binding.right_counts)):
+                op = next(ready)
+                targets = [
+                    target
+                    for repeat in itertools.product(*map(range, copies))
+                    for numbers in [[n * c + k for n, c, k in zip(counts, copies, repeat, strict=True)]]
+                    for target in self._alike(rule, binding.right, {**chosen, **dict(zip(binding.right_counts, numbers, strict=True))})
+                ]
+                try:
+                    made = rearrange(op, tuple(self._one_dtype(rule, targets[0], nodes)))
+                except CoverageError as error:
+                    raise CoverageError(f"{where}{error}") from error
+                for target in targets:
+                    self._emit(target, made, names, rule.layout or "", rule)
+
+    def _stacks(self, rule: Rule, group: Group) -> tuple[list[list[str]], tuple[int, ...], list[str]]:
+        """For each left tensor the names behind it, the sizes of the leading axes that they count along, and all names, copies too."""
+        binding = rule.binding
+        members: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
+        copies = [self.sizes.copies(rule, n) for n in binding.left_counts]
+        said = [(self.sizes.dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_counts, copies, strict=True)]
+        last = [max(1 + max(counts[k] for _, counts in group.members), known) for k, known in enumerate(said)]
+        for (choice, counts), alike in sorted(group.members.items()):
+            name = alike[min(alike)]
+            first = members.setdefault((choice, tuple(n // c for n, c in zip(counts, copies, strict=True))), name)
+            if odd := next((n for n in (name, *alike.values()) if self.entries[n].spec != self.entries[first].spec), None):
+                raise CoverageError(
+                    f"{self.title}: {odd} is {self.entries[odd].spec} and should repeat {first}, which is {self.entries[first].spec}"
+                )
+            self._unread += len(alike) - (name == first)
+        choices = list(itertools.product(*(range(len(capture_of(binding.left, n).alternatives)) for n in binding.left_lists)))
+        if rule.partial:
+            choices = [choice for choice in choices if (choice, ()) in group.members or choice == choices[0]]
+        lengths = tuple(-(-n // c) for n, c in zip(last, copies, strict=True))
+        if len(group.members) != len(choices) * math.prod(last):  # numbers may be huge: the grid is not made, something is missing early
+            missing = next((c, g) for g in grid(last) for c in choices if (c, g) not in group.members)
+            values = {
+                **group.values,
+                **dict(zip(binding.left_lists, missing[0], strict=True)),
+                **dict(zip(binding.left_counts, missing[1], strict=True)),
+                **dict.fromkeys(binding.left_alike, 0),
+                **self.sizes.places(rule),
+            }
+            present = next(iter(members.values()))
+            raise CoverageError(
+                f"{self.title}: {binding.left.format(values)} is missing, while {present} is there: "
+                f"{len(choices) * math.prod(last)} tensors go together, {len(group.members)} were found"
+            )
+        stacks = [[members[choice, counts] for counts in grid(lengths)] for choice in choices]
+        names = dict.fromkeys(name for stack in stacks for name in stack)
+        names |= dict.fromkeys(name for alike in group.members.values() for name in alike.values())
+        return stacks, lengths, list(names)
+
+    def _ops(self, rule: Rule, group: Group, shapes: tuple[tuple[int, ...], ...], stacks: tuple[int, ...], where: str) -> list[Rearrange]:
+        """The op for each target, in order; the same for all groups with the same shapes and alternatives."""
+        binding = rule.binding
+        assert binding.layout is not None
+        chosen = tuple(
+            capture_of(side, pair[k]).alternatives[int(group.values[pair[0]])]
+            for k, side in sorted(enumerate((binding.left, binding.right)), reverse=rule.flipped)
+            for pair in binding.each
+            if capture_of(side, pair[k]).kind == "list"
+        )
+        key = (id(rule), shapes, stacks, chosen)
+        if key not in self._cache:
+            layout = binding.layout.spread([len(shape) for shape in shapes])
+            fixed = {axis: size for axis in layout.axes if (size := self.sizes.dim(rule, axis, chosen, firm=True)) is not None}
+            try:
+                sizes = layout.solve(shapes, lambda axis: self.sizes.dim(rule, axis, chosen), where, fixed)
+            except CoverageError as error:
+                raise CoverageError(f"{error}{self.sizes.near(rule)}") from error
+            leading = len(binding.right_counts)
+            parts = math.prod(sizes[name] for name in binding.right_counts)
+            if parts > MOST_PARTS:
+                raise CoverageError(f"{where}{rule.right!r} would make {parts} tensors of it, which no model has")
+            self._cache[key] = [
+                Rearrange(str(layout), sizes, stacks, output, leading, part) for output in range(len(layout.right)) for part in range(parts)
+            ]
+        return self._cache[key]
+
+    # Targets ---------------------------------------------------------------------------------------------------
+
+    def _step(self, fact: Rule | Drop, nodes: Sequence[AnyNode], values: Values, where: str) -> AnyNode:
+        """What a fact's ``op`` makes of nodes."""
+        try:
+            return steps.take(str(fact.op["op"]), nodes, self._given(fact, values), self.entries)
+        except CoverageError as error:
+            raise CoverageError(f"{where}{error}") from error
+
+    def _given(self, fact: Rule | Drop, values: Values) -> dict[str, Any]:
+        """What a fact's ``op`` takes."""
+        scope, found = {**self.scope, **values}, {}
+        for key, text in fact.op.items():
+            if key == "op":
+                continue
+            found[key] = expressions.evaluate(text, scope) if isinstance(text, str) else text
+            if found[key] is None:
+                raise CoverageError(f"{fact.op['op']}: no value for {key}, which is {text!r}: give it with --set, or in config.json")
+        return found
+
+    def _one_dtype(self, rule: Rule, target: str, nodes: list[AnyNode]) -> Iterator[AnyNode]:
+        """The inputs, cast to what the target shall have where they differ among themselves."""
+        mixed = len({node.spec.dtype.name for node in nodes}) > 1
+        for node in nodes:
+            wanted = self._cast(rule, target, node.spec) if mixed else None
+            yield apply(Cast(wanted), node) if wanted and wanted != node.spec.dtype.name else node
+
+    def _cast(self, rule: Rule | None, target: str, spec: TensorSpec) -> str | None:
+        """The dtype that a target shall have, None: its own."""
+        asked = self.recast(target, spec)
+        cast = parse_dtype(rule.cast).name if rule and rule.cast and not rule.flipped else None
+        return cast or asked if rule and rule.firm else asked or cast
+
+    def _alike(self, fact: Rule | Drop, pattern: Pattern, values: Values) -> Iterator[str]:
+        """The names of ``pattern``, one for each number of the captures that ``values`` leave open."""
+        missing = [capture.name for capture in pattern.captures if capture.name not in values]
+        ranges = []
+        for name in missing:
+            first = self.sizes.number(fact, fact.offset.get(name, 0), f"offset of {name}")
+            count = self.sizes.number(fact, self.sizes.dim(fact, name), f"number of {name}")
+            ranges.append(range(first, first + min(count, MOST_PARTS + 1)))
+        if math.prod(map(len, ranges)) > MOST_PARTS:
+            raise CoverageError(f"{self.title}: {pattern.text!r} would be more than {MOST_PARTS} tensors, which no model has")
+        for numbers in itertools.product(*ranges):
+            yield pattern.format({**values, **dict(zip(missing, numbers, strict=True))})
+
+    def _emit(self, target: str, node: AnyNode, names: Sequence[str], how: str, rule: Rule | None = None) -> None:
+        wanted = self._cast(rule, target, node.spec)
+        if wanted and wanted != node.spec.dtype.name:
+            node = apply(Cast(wanted), node)
+        if target in self.outputs:
+            both = [*self.outputs[target][2].sources[:1], *names[:1], "nothing"]
+            raise CoverageError(f"{self.title}: {target} is made twice, from {both[0]} and from {both[1]}")
+        sources = tuple(dict.fromkeys(source for name in names for source in self.rows[name].sources))
+        how = ", then ".join(dict.fromkeys(filter(None, (*(self.rows[name].layout for name in names), how))))
+        place = min((self.order[name] for name in names), default=len(self.order))
+        self.outputs[target] = (place, node, Row(target, sources, how, node.spec))
+
+    def _make_ties(self) -> None:
+        for tie in self.facts:
+            if isinstance(tie, Tie) and not tie.flipped and tie.right not in self.outputs and tie.left in self.entries:
+                self._emit(tie.right, self.entries[tie.left], [tie.left], "")
+                self.tied.append(tie.right)
+                self.notes.append(f"{tie.right} repeats {self._label(tie.left)}: the source ties them")
+
+    def _make_again(self) -> None:
+        """The targets that no source has and that can be computed."""
+        for drop in self.facts:
+            if isinstance(drop, Drop) and drop.flipped and drop.op:
+                node = self._step(drop, [], {}, f"{self.title}, {drop.left}: ")
+                names = [name for name, entry in self.entries.items() if entry is node]
+                for target in self._alike(drop, parse_names(drop.left), {}):
+                    self._emit(target, node, names, steps.describe(str(drop.op["op"]), self._given(drop, {})))
+
+
+def identity(entries: Mapping[str, AnyNode], recast: Recast = keep_dtype) -> Conversion:
+    """The conversion without a recipe: every tensor under its own name, cast where that is asked for."""
+    outputs: dict[str, AnyNode] = {}
+    rows = []
+    for name, entry in entries.items():
+        wanted = recast(name, entry.spec)
+        node = apply(Cast(wanted), entry) if wanted and wanted != entry.spec.dtype.name else entry
+        outputs[name] = node
+        rows.append(Row(name, (name,), "", node.spec))
+    return Conversion(outputs, rows)

@@ -1,0 +1,309 @@
+"""What recipes are made of: facts about names and tensors on two sides, each of which can be read from either side.
+
+``left`` and ``right`` are patterns of names (see `names`), ``layout`` is the notation of `axes`, sizes and conditions are
+`expressions` over the source's config and the recipe's options; ``given`` lists the options that were set.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from streamconv.dtypes import dtype_name
+from streamconv.errors import RecipeError, UsageError
+from streamconv.notation.axes import Layout
+from streamconv.notation.axes import parse as parse_layout
+from streamconv.notation.names import Capture, Pattern
+from streamconv.notation.names import parse as parse_names
+from streamconv.recipe.steps import undo
+from streamconv.storage.filenames import find_fault
+
+ALL = "all"  # of `Rule.copies`: every number holds the same tensor
+Dim = int | str | Mapping[str, "int | str"]
+"""A size: a number, an expression over config and options, or one of these for each alternative of a for-each list.
+
+Shapes come before expressions, unless one begins with ``=``: then shapes must agree, as they must with numbers.
+"""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``left`` names correspond to ``right`` names.
+
+    A capture or list that stands on both sides is a for-each; on one side it enumerates tensors: a capture counts along a
+    leading axis of its name, a list gives the layout's tensors in order.
+
+    Attributes:
+        layout: how the left tensors become the right ones; None: a new name only.
+        dims: sizes of axes that shapes do not give, beside the recipe's.
+        when: an expression; the rule holds where it is true.
+        where: an expression that may use the captures; the rule is for the names for which it is true, before rules without one.
+        optional: the rule may match nothing.
+        fallback: the rule is for names that no other one matches.
+        complete: where the rule matches anything, no name may be missing: every number up to the largest that any complete rule has for a
+            capture called so (and those that ``dims`` say), with every alternative; of a list with a label only those that it has at all.
+        partial: of the tensors that a list on the left names only the first must be there, the ``op`` takes those that are; the way back
+            makes the first.
+        cast: dtype of the right side, unless ``--dtype`` asks for another; the way back keeps what is stored.
+        firm: ``cast`` holds whatever ``--dtype`` asks for.
+        copies: for a capture that counts tensors, how many that follow each other are one and the same: the first is read, all are
+            written. `ALL`: the capture is no axis of the layout; ``dims`` says how many there are.
+        offset: for a for-each number, by how much the left one is larger than the right one.
+        at: for a number on one side that counts nothing, the one for which the rule holds.
+        op: what is done to the left tensors beyond a layout: its name under ``op``, and what it takes (see `steps`).
+        undo: the same for the way back; arithmetic needs none.
+    """
+
+    left: str
+    right: str
+    layout: str | None = None
+    dims: Mapping[str, Dim] = field(default_factory=dict)
+    when: str | None = None
+    where: str | None = None
+    optional: bool = False
+    fallback: bool = False
+    complete: bool = False
+    partial: bool = False
+    cast: str | None = None
+    firm: bool = False
+    copies: Mapping[str, Dim] = field(default_factory=dict)
+    offset: Mapping[str, Dim] = field(default_factory=dict)
+    at: Mapping[str, Dim] = field(default_factory=dict)
+    op: Mapping[str, Dim] = field(default_factory=dict)
+    undo: Mapping[str, Dim] = field(default_factory=dict)
+    flipped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cast is not None:  # a dtype of torch or numpy will do
+            object.__setattr__(self, "cast", dtype_name(self.cast))
+        if not self.undo and (back := undo(self.op)):
+            object.__setattr__(self, "undo", back)
+
+    def flip(self) -> Rule:
+        layout = str(parse_layout(self.layout).flip()) if self.layout else None
+        return replace(self, left=self.right, right=self.left, layout=layout, op=self.undo, undo=self.op, flipped=not self.flipped)
+
+    @cached_property
+    def binding(self) -> Binding:
+        return _bind(self)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """``left`` names have no counterpart; ``reason`` says why that is right.
+
+    The way back makes them by ``op`` (see `steps`), or not at all. ``when``, ``where`` and ``fallback`` are as for a `Rule`;
+    ``dims`` say how many there are of a name that counts, ``offset`` from which number on.
+    """
+
+    left: str
+    reason: str
+    when: str | None = None
+    where: str | None = None
+    optional: bool = True
+    fallback: bool = False
+    op: Mapping[str, Dim] = field(default_factory=dict)
+    dims: Mapping[str, Dim] = field(default_factory=dict)
+    offset: Mapping[str, Dim] = field(default_factory=dict)
+    flipped: bool = False
+
+    def flip(self) -> Drop:
+        return replace(self, flipped=not self.flipped)
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Where the left side stores one tensor for two, ``left`` stands for ``right`` too.
+
+    Forward, ``right`` is made from ``left``'s tensor where nothing else makes it. Backward, where ``when`` holds, ``right`` must
+    hold the same bytes as ``left``'s counterpart and is left out.
+
+    Attributes:
+        left: name on the left side that is stored.
+        right: name on the right side that repeats it.
+        stored: name on the right side of ``left``'s counterpart.
+        when: an expression; where it is false the tie does not hold.
+    """
+
+    left: str
+    right: str
+    stored: str
+    when: str | None = None
+    flipped: bool = False
+
+    def flip(self) -> Tie:
+        return replace(self, flipped=not self.flipped)
+
+
+Fact = Rule | Drop | Tie
+
+
+@dataclass(frozen=True)
+class Option:
+    """What ``--set`` accepts: its type follows from ``default``, an expression where it is a string in ``{}``; None: from nowhere.
+
+    One that is ``required`` must get a value; ``also`` are other names that it goes by.
+    """
+
+    help: str
+    default: int | str | bool | None = None
+    choices: tuple[str, ...] = ()
+    kind: str = ""
+    required: bool = False
+    also: tuple[str, ...] = ()
+
+    def read(self, name: str, text: object) -> Any:
+        """The value of ``--set name=text``. Raises UsageError."""
+        kind = self.kind or ("str" if self.default is None or isinstance(self.default, str) else type(self.default).__name__)
+        given = str(text).strip()
+        if kind == "bool":
+            if given.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+                return given.lower() in ("true", "1", "yes", "on")
+        elif kind == "int":
+            if re.fullmatch(r"[+-]?[0-9]{1,18}", given):
+                return int(given)
+        elif not self.choices or given in self.choices:
+            return given
+        expected = f"one of {', '.join(self.choices)}" if self.choices else {"bool": "true or false", "int": "a whole number"}[kind]
+        raise UsageError(f"--set {name}={given[:100]}: expected {expected} ({self.help})")
+
+
+def from_config(**keys: str) -> dict[str, Option]:
+    """Whole numbers that config.json gives, here or in the target's folder, unless ``--set`` does: option -> key, with dots, or several."""
+    found = {}
+    for name, wanted in keys.items():
+        places = [f"{root}{key}" for root in ("config.", "sidecar.") for key in wanted.split()]
+        found[name] = Option(f"{' or '.join(wanted.split())} of config.json", default=f"{{{' or '.join(places)}}}", kind="int")
+    return found
+
+
+@dataclass(frozen=True)
+class Side:
+    """How the checkpoints on one side of a recipe are stored.
+
+    Attributes:
+        format: the container.
+        ranks: patterns of the names of files that hold the same names each, one for each rank: tensors are ``<file>/<name>``. The
+            first that any file has counts.
+        files: patterns of the names of the weight files, where they are not what the container calls them, or an index's name.
+        stem: how the names of new files start, where that is not what the container calls them; with a suffix: the one file's name.
+        shards: over how many files, called by the pattern ``stem`` of ``{n}``, whole tensors are spread; 0: by their sizes.
+        index: the name of a file beside new ones that says only in which of them each tensor is, instead of the container's own index.
+        root: the key below which new files hold their tensors, in a container that nests them.
+        config: the name of the file with the model's config.
+        aliases: (pattern, pattern): other names that tensors of the source go by, and the names that rules use.
+        writes: ``module:function`` that makes the target's JSON files from a `recipe.Model`: name -> contents. None: files stay as
+            they are.
+        expects: names of files that come with such a checkpoint and that no recipe makes, such as the tokenizer's.
+    """
+
+    format: str = "safetensors"
+    ranks: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    stem: str | None = None
+    shards: int = 0
+    index: str | None = None
+    root: str | None = None
+    config: str = "config.json"
+    aliases: tuple[tuple[str, str], ...] = ()
+    writes: str | None = None
+    expects: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        named = [(key, getattr(self, key)) for key in ("stem", "index", "config")]
+        named += [(key, text) for key in ("ranks", "files", "expects") for text in getattr(self, key)]
+        for key, text in named:
+            fault = None if text is None else find_fault(text)
+            if fault:
+                error = RecipeError(f"{key} {text!r} {fault}: give the name of a file in the checkpoint's folder")
+                error.place = (key,)
+                raise error
+
+
+PLAIN = Side()
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How a rule's captures on both sides correspond.
+
+    ``each`` pairs the for-each captures (left name, right name); ``lists`` and ``counts`` are those that enumerate tensors on
+    the left or right, by capture name in order of appearance, ``alike`` those whose tensors are all the same.
+    """
+
+    left: Pattern
+    right: Pattern
+    layout: Layout | None
+    each: tuple[tuple[str, str], ...]
+    left_lists: tuple[str, ...]
+    right_lists: tuple[str, ...]
+    left_counts: tuple[str, ...]
+    right_counts: tuple[str, ...]
+    left_alike: tuple[str, ...]
+    right_alike: tuple[str, ...]
+
+
+def capture_of(pattern: Pattern, name: str) -> Capture:
+    """The capture of that name."""
+    return next(capture for capture in pattern.captures if capture.name == name)
+
+
+def _bind(rule: Rule) -> Binding:
+    left, right = parse_names(rule.left), parse_names(rule.right)
+    layout = parse_layout(rule.layout) if rule.layout else None
+    lists = [[c for c in side.captures if c.kind == "list"] for side in (left, right)]
+    several = layout is not None and (len(layout.left), len(layout.right)) != (1, 1)
+    paired = _pair_lists(rule, lists, several=several)
+    names = [{c.name for c in side.captures if c.kind != "list"} for side in (left, right)]
+    plain = [c for c in left.captures if c.kind != "list" and c.name in names[1]]
+    for side, other in ((left, names[1]), (right, names[0])):
+        if rest := next((c.name for c in side.captures if c.kind == "rest" and c.name not in other), None):
+            raise RecipeError(f"{{{rest}*}} must stand on both sides")
+    single = [tuple(c.name for c in lists[k] if c.name not in {pair[k] for pair in paired}) for k in (0, 1)]
+    counts: list[tuple[str, ...]] = []
+    alike: list[tuple[str, ...]] = []
+    for k, side in enumerate((left, right)):
+        own = [c.name for c in side.captures if c.kind == "int" and c.name not in names[1 - k] and c.name not in rule.at]
+        alike.append(tuple(name for name in own if rule.copies.get(name) == ALL))
+        counts.append(tuple(name for name in own if name not in alike[k]))
+    if unknown := set(rule.copies) - {name for group in (*counts, *alike) for name in group}:
+        raise RecipeError(f"copies of {', '.join(sorted(unknown))}: no name on one side counts that")
+    if unknown := set(rule.offset) - {c.name for c in plain if c.kind == "int"}:
+        raise RecipeError(f"offset of {', '.join(sorted(unknown))}: no number on both sides is called that")
+    if unknown := set(rule.at) - (names[0] ^ names[1]):
+        raise RecipeError(f"at {', '.join(sorted(unknown))}: no number on one side is called that")
+    for k, side in enumerate((left, right)):
+        made = math.prod(len(c.alternatives) for c in side.captures if c.name in single[k])
+        width = len((layout.left, layout.right)[k]) if layout else 1
+        if made != width and not (layout is None and (rule.op, rule.undo)[k]):
+            raise RecipeError(f"{side.text!r} names {made} tensors for each match, the layout {rule.layout!r} has {width} on that side")
+        for tensor in (layout.left, layout.right)[k] if layout else ():
+            if tensor.factors[: len(counts[k])] != counts[k]:
+                raise RecipeError(
+                    f"{side.text!r} enumerates {', '.join(counts[k])}: the layout's tensors there must begin with {' '.join(counts[k])}"
+                )
+    if rule.complete and (rule.where or rule.offset or any(c.kind == "rest" for c in left.captures)):
+        raise RecipeError("a complete rule has no where, offset or {*}: all its names must be known")
+    if counts != [(), ()] and not layout:
+        raise RecipeError(f"{', '.join((*counts[0], *counts[1]))} stand on one side only: that takes a layout")
+    each = (*((c.name, c.name) for c in plain), *paired)
+    return Binding(left, right, layout, each, single[0], single[1], counts[0], counts[1], alike[0], alike[1])
+
+
+def _pair_lists(rule: Rule, lists: list[list[Capture]], *, several: bool) -> list[tuple[str, str]]:
+    """The lists that stand on both sides: in order where each tensor becomes one, else those with the same alternatives."""
+    if not several and not (rule.op or rule.undo):
+        if [len(c.alternatives) for c in lists[0]] != [len(c.alternatives) for c in lists[1]]:
+            raise RecipeError(f"lists differ in number or length from {rule.right!r}; a layout with commas would enumerate them")
+        return [(a.name, b.name) for a, b in zip(*lists, strict=True)]
+    paired, free = [], list(lists[1])
+    for mine in lists[0]:
+        same = next((c for c in free if c.alternatives == mine.alternatives), None)
+        if same is not None:
+            free.remove(same)
+            paired.append((mine.name, same.name))
+    return paired

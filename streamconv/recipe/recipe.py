@@ -1,0 +1,392 @@
+"""Recipes: what a family's layouts have to do with each other, declared once and read in both directions.
+
+A recipe is a list of `facts`. `Recipe.apply` turns a checkpoint into target nodes, `Recipe.inverse` swaps the sides.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+from streamconv.dtypes import TensorSpec, parse_dtype
+from streamconv.errors import CoverageError, NotationError, RecipeError, UsageError
+from streamconv.graph.node import AnyNode
+from streamconv.notation import expressions
+from streamconv.notation.names import LONGEST, Matcher
+from streamconv.notation.names import parse as parse_names
+from streamconv.recipe import declaration, steps, vocabulary
+from streamconv.recipe.application import Application, Conversion, Recast, Row, Stage, canonical, identity, keep_dtype
+from streamconv.recipe.facts import ALL, PLAIN, Dim, Drop, Fact, Option, Rule, Side, Tie, from_config
+from streamconv.recipe.sizes import near_keys, scope_of
+from streamconv.recipe.vocabulary import resize_vocab
+from streamconv.text import did_you_mean
+
+__all__ = [
+    "ALL", "PLAIN", "Conversion", "Dim", "Drop", "Fact", "Model", "Option", "Recast", "Recipe", "Rule", "Side", "Tie", "find_writer",
+    "from_config", "identity", "read_identity_options", "writer",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known when a target's JSON files are made: the source's config, that of the target-side folder, the options, the tensors.
+
+    ``read`` gives a JSON file of those that are copied along, by name, or an empty dict; ``notes`` takes lines for the user.
+    """
+
+    config: Mapping[str, Any]
+    sidecar: Mapping[str, Any]
+    options: Mapping[str, Any]
+    sources: Mapping[str, TensorSpec]
+    targets: Mapping[str, TensorSpec]
+    read: Callable[[str], dict[str, Any]] = field(default=lambda _name: {})
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that most of the floating targets have."""
+        floating = Counter(spec.dtype.name for spec in self.targets.values() if "float" in spec.dtype.name)
+        return floating.most_common(1)[0][0] if floating else "float32"
+
+
+Writer = Callable[[Model], dict[str, Any]]
+"""Makes a target's JSON files: name -> contents."""
+
+
+def writer(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Marks a function as one that `Side.writes` may name: nothing else is called by its name."""
+    function.makes_files = True  # type: ignore[attr-defined]
+    return function
+
+
+def find_writer(code: str) -> Writer:
+    """The function that `Side.writes` names.
+
+    Raises:
+        RecipeError: there is none of that name, or none that is marked as a `writer`.
+    """
+    module, _, name = code.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):
+        found = None
+    if not getattr(found, "makes_files", False):
+        raise RecipeError(f"writes {code!r}: there is no function of that name that makes a model's files")
+    made: Writer = found  # type: ignore[assignment]
+    return made
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A family's facts between a left and a right layout.
+
+    Attributes:
+        name: ``family-src2dst``.
+        summary: one line.
+        rules: the facts.
+        dims: axis sizes that shapes do not give.
+        options: what ``--set`` accepts, by name.
+        requires: expressions over options, config and tensors that must hold, and what to say where one does not, with options in {}.
+        left: how checkpoints of the source are stored.
+        right: how those of the target are.
+        reference: the script and version that the facts come from.
+        then: a recipe that takes what this one makes, before anything is written: such as the partition of tensors over ranks.
+    """
+
+    name: str
+    summary: str
+    rules: tuple[Fact, ...]
+    dims: Mapping[str, Dim] = field(default_factory=dict)
+    options: Mapping[str, Option] = field(default_factory=dict)
+    requires: Mapping[str, str] = field(default_factory=dict)
+    left: Side = PLAIN
+    right: Side = PLAIN
+    reference: str = ""
+    then: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.isprintable():
+            raise RecipeError(f"recipe {self.name!r}: its name must be of printable characters")
+        if self.then and (self.then.name or self.then.summary or self.then.reference):  # a stage goes by the name of the whole
+            object.__setattr__(self, "then", replace(self.then, name="", summary="", reference=""))
+        try:
+            _check_sizes(self.dims)
+            for condition in self.requires:
+                expressions.check(condition)
+            for option in self.options.values():
+                if isinstance(option.default, str) and option.default.startswith("{"):
+                    expressions.check(option.default[1:-1])
+            for side in (self.left, self.right):
+                for pair in side.aliases:
+                    _check_alias(*pair)
+                for pattern in (*side.ranks, *side.files):
+                    parse_names(pattern)
+        except RecipeError as error:
+            raise RecipeError(f"recipe {self.name}: {error}") from error
+        for number, fact in enumerate(self.rules):
+            with declaration.within("rules", number):
+                try:
+                    _check_fact(fact)
+                except (RecipeError, UsageError) as error:
+                    raise RecipeError(f"recipe {self.name}, rule {fact.left[:200]!r}: {error}") from error
+
+    @property
+    def stages(self) -> list[Recipe]:
+        """This recipe and those that follow, each by itself."""
+        return [replace(self, then=None), *(self.then.stages if self.then else [])]
+
+    @property
+    def source(self) -> Side:
+        """How the checkpoints are stored that it reads."""
+        return self.left
+
+    @property
+    def target(self) -> Side:
+        """How the checkpoints are stored that it makes."""
+        return self.then.target if self.then else self.right
+
+    @property
+    def settings(self) -> dict[str, Option]:
+        """What ``--set`` accepts, those of later stages included."""
+        return {**(self.then.settings if self.then else {}), **self.options}
+
+    def inverse(self, name: str, summary: str = "") -> Recipe:
+        """The recipe in the other direction. `lost` says what it cannot bring back."""
+        whole = reduce(lambda following, stage: replace(stage, then=following), [stage.flip() for stage in self.stages])
+        return replace(whole, name=name, summary=summary or f"the way back of {self.name}", reference=self.reference)
+
+    def flip(self) -> Recipe:
+        """One stage of `inverse`."""
+        rules = tuple(fact.flip() for fact in self.rules)
+        return replace(self, name="", summary="", reference="", rules=rules, left=self.right, right=self.left)
+
+    @property
+    def lost(self) -> list[str]:
+        """What this direction does not bring back, a line for each rule that says so."""
+        facts = [fact for stage in self.stages for fact in stage.rules]
+        drops = [
+            f"{fact.left}: not made again ({fact.reason})" for fact in facts if isinstance(fact, Drop) and fact.flipped and not fact.op
+        ]
+        casts = [
+            f"{fact.left}: keeps its dtype, the other direction casts to {fact.cast}"
+            for fact in facts
+            if isinstance(fact, Rule) and fact.cast and fact.flipped
+        ]
+        steps_ = [
+            f"{fact.left}: the {fact.undo['op']} of the other direction is not undone"
+            for fact in facts
+            if isinstance(fact, Rule) and fact.flipped and fact.undo and not fact.op
+        ]
+        steps_ += [
+            f"{fact.left}: {fact.undo['op']} of the other direction is undone up to rounding"
+            for fact in facts
+            if isinstance(fact, Rule) and fact.flipped and fact.undo.get("op") in steps.ARITHMETIC and not steps.is_exact(fact.undo)
+        ]
+        copies = [
+            f"{fact.right}: all are as the first was, which the other direction takes for all"
+            for fact in facts
+            if isinstance(fact, Rule) and fact.flipped and fact.binding.right_alike
+        ]
+        return drops + casts + steps_ + copies
+
+    def _named(self, given: Mapping[str, object]) -> dict[str, object]:
+        """What is given under the options' own names. Raises UsageError where one is given under two."""
+        own = {other: name for name, option in self.settings.items() for other in option.also}
+        found: dict[str, object] = {}
+        for key, value in given.items():
+            name = own.get(key, key)
+            if name in found:
+                raise UsageError(f"--set {key}: it is {name} by another name, which is given too: leave one out")
+            found[name] = value
+        return found
+
+    def read_options(self, given: Mapping[str, object], scope: Mapping[str, Any]) -> dict[str, Any]:
+        """The options' values: those given, else their defaults in ``scope``, where options that come before count.
+
+        Raises:
+            CoverageError: an option that must have a value and has none.
+            UsageError: an option that the recipe does not have, or a value that it cannot take.
+        """
+        known = self.settings
+        _check_options(given, known, f"recipe {self.name} has no such option; it has")
+        values: dict[str, Any] = {}
+        for name, option in known.items():
+            default = option.default
+            if name in given:
+                values[name] = option.read(name, given[name])
+            elif isinstance(default, str) and default.startswith("{"):
+                values[name] = expressions.evaluate(default[1:-1], {**scope, **values})
+            else:
+                values[name] = default
+            if option.required and values[name] is None:
+                where = ", or that file" if option.default else ""
+                raise CoverageError(
+                    f"recipe {self.name}: no value for {name} ({option.help}): give --set {name}=...{where}{near_keys(default, scope)}"
+                )
+        return values
+
+    def apply(
+        self,
+        entries: Mapping[str, AnyNode],
+        config: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
+        *,
+        sidecar: Mapping[str, Any] | None = None,
+        recast: Recast = keep_dtype,
+    ) -> Conversion:
+        """The target nodes for the tensors ``entries``.
+
+        Args:
+            entries: name -> stored tensor, or a layout of stored pieces, in tensor order.
+            config: the source's config.json.
+            options: ``--set`` values.
+            sidecar: the config.json of the target-side folder, where one is given.
+            recast: which dtype a target shall have.
+
+        Raises:
+            CoverageError: tensors without a rule, rules without tensors, targets made twice, shapes or dtypes that do not fit.
+            UsageError: options that do not exist.
+        """
+        names = canonical(entries, self.source.aliases)
+        nodes: Mapping[str, AnyNode] = {name: entries[stored] for name, stored in names.items()}
+        rows = {name: Row(name, (stored,), "", entries[stored].spec) for name, stored in names.items()}
+        given = self._named(options or {})
+        scope = {**(config or {}), "config": config or {}, "sidecar": sidecar or {}, "given": list(given)}
+        resizing = {key for key in vocabulary.OPTIONS if key not in self.settings} if "resize_vocab" in given else set()
+        values = self.read_options({key: value for key, value in given.items() if key not in resizing}, scope_of(nodes, scope))
+        made: list[Conversion] = []
+        for stage in self.stages:
+            casts = recast if len(made) == len(self.stages) - 1 else keep_dtype
+            made.append(replace(stage, name=self.name).make(nodes, rows, scope, values, casts))
+            nodes, rows = made[-1].outputs, {row.target: row for row in made[-1].rows}
+        whole = Conversion(
+            made[-1].outputs,
+            made[-1].rows,
+            dropped=[name for stage in made for name in stage.dropped],
+            notes=[note for stage in made for note in stage.notes],
+            replicas=[replica for stage in made for replica in stage.replicas],
+            options=values,
+            reasons={name: rule for stage in made for name, rule in stage.reasons.items()},
+            tied=[name for stage in made for name in stage.tied],
+        )
+        return resize_vocab(whole, _read(vocabulary.OPTIONS, {key: given[key] for key in resizing & set(given)}))
+
+    def coverage(self, names: Mapping[str, int]) -> tuple[float, float]:
+        """The shares of a checkpoint's tensors that have a rule, and of the rules without condition that have one of them; by names only.
+
+        ``names`` says how many tensors each stands for. The second share is 0 where none was found, also because rules take any name;
+        below 1 otherwise, the recipe cannot fit.
+        """
+        facts = [fact for fact in self.rules if isinstance(fact, Rule) or fact.flipped == isinstance(fact, Tie)]
+        matcher = Matcher([parse_names(fact.right if isinstance(fact, Tie) else fact.left) for fact in facts])
+        found = {stored: matcher.match(known) for known, stored in canonical(names, self.source.aliases).items()}
+        used = {number for matches in found.values() for number, _ in matches}
+        needed = [isinstance(fact, Rule) and not (fact.optional or fact.when or re.fullmatch(r"\{\w+\*\}", fact.left)) for fact in facts]
+        required = [number for number, must in enumerate(needed) if must]
+        met = len(used.intersection(required)) / len(required) if required else 0.0
+        return sum(names[stored] for stored, matches in found.items() if matches) / max(sum(names.values()), 1), met
+
+    def make(
+        self, nodes: Mapping[str, AnyNode], rows: Mapping[str, Row], scope: Mapping[str, Any], values: Mapping[str, Any], recast: Recast
+    ) -> Conversion:
+        """One stage of `apply`: what this recipe, without the ones that follow, makes of tensors that ``rows`` say the origin of."""
+        facts = Stage(f"recipe {self.name}", self.rules, self.dims, self.requires)
+        return Application(facts, nodes, {**scope, **values}, rows=rows, recast=recast).run()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON values, as a recipe file holds it."""
+        data = declaration.without_defaults(self)
+        data["rules"] = [{type(fact).__name__.lower(): fact.left, **declaration.without_defaults(fact, "left")} for fact in self.rules]
+        data["options"] = {name: declaration.without_defaults(option) for name, option in self.options.items()}
+        data |= {name: declaration.without_defaults(side) for name, side in (("left", self.left), ("right", self.right))}
+        data["then"] = self.then.to_dict() if self.then else {}
+        return {key: value for key, value in data.items() if value not in ({}, ())}
+
+    @classmethod
+    def from_dict(cls, data: object, where: str = "recipe") -> Recipe:
+        """Reads what `to_dict` gives.
+
+        Raises:
+            RecipeError: unknown or missing fields, or values of the wrong kind.
+        """
+        table = declaration.mapping(data, where)
+        parts: dict[str, Any] = {"rules": declaration.facts(table.get("rules"), where)}
+        with declaration.within("options"):
+            parts["options"] = declaration.options(table.get("options", {}), where)
+        for name in ("left", "right"):
+            if name in table:
+                with declaration.within(name):
+                    parts[name] = declaration.build(Side, table[name], f"{where}, {name}")
+        if "then" in table:
+            with declaration.within("then"):
+                parts["then"] = cls.from_dict(table["then"], f"{where}, then")
+        recipe: Recipe = declaration.build(cls, {"summary": "", **table, **parts}, where)
+        return recipe
+
+
+def _check_options(given: Mapping[str, object], known: Mapping[str, Option], problem: str) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        names = sorted(known)
+        listed = ", ".join(names[:MOST]) + (", ..." if len(names) > MOST else "") or "none"
+        raise UsageError(f"--set {unknown[0]}: {problem}: {listed}{did_you_mean(unknown[0], names)}")
+
+
+def _check_sizes(dims: Mapping[str, Dim]) -> None:
+    """Raises NotationError where a size is no expression."""
+    for size in dims.values():
+        for one in size.values() if isinstance(size, Mapping) else (size,):
+            if isinstance(one, str):
+                expressions.check(one.removeprefix("="))
+
+
+def _check_alias(other: str, known: str) -> None:
+    """Raises RecipeError where two names of a tensor do not have the same captures."""
+    first, second = ({(capture.name, capture.kind) for capture in parse_names(text).captures} for text in (other, known))
+    if first != second:
+        raise RecipeError(f"the names {other!r} and {known!r} of one tensor must have the same captures")
+
+
+def _check_fact(fact: Fact) -> None:
+    """Raises RecipeError or UsageError where something in a fact cannot be read."""
+    for pattern in (fact.left, *([] if isinstance(fact, Drop) else [fact.right])):
+        parse_names(pattern)
+    if fact.when:
+        expressions.check(fact.when)
+    if isinstance(fact, Tie):
+        return
+    if fact.where:
+        expressions.check(fact.where)
+    _check_sizes(fact.dims)
+    steps.check(fact.op)
+    if isinstance(fact, Rule):
+        if fact.layout and len(fact.layout) > LONGEST:
+            raise NotationError(f"a layout of {len(fact.layout)} characters, {LONGEST} at most", fact.layout, LONGEST)
+        _ = fact.binding
+        _check_sizes({name: size for name, size in fact.copies.items() if size != ALL} | dict(fact.offset) | dict(fact.at))
+        steps.check(fact.undo)
+        if fact.cast:
+            parse_dtype(fact.cast)
+
+
+MOST = 12  # names of options in a message
+IDENTITY_OPTIONS = {
+    "root": Option("the key of the dict of tensors in a file that torch.save wrote, dotted if it lies deeper"),
+    "tied": Option("keep: tensors that are one and the same are stored once; copy: each of them", "keep", ("keep", "copy")),
+    **vocabulary.OPTIONS,
+}
+"""What ``--set`` accepts without a recipe."""
+
+
+def read_identity_options(given: Mapping[str, object]) -> dict[str, Any]:
+    """The values of these options. Raises UsageError."""
+    _check_options(given, IDENTITY_OPTIONS, "there is no recipe to take it; without one there are")
+    return _read(IDENTITY_OPTIONS, given)
+
+
+def _read(known: Mapping[str, Option], given: Mapping[str, object]) -> dict[str, Any]:
+    return {name: option.read(name, given[name]) if name in given else option.default for name, option in known.items()}

@@ -1,0 +1,215 @@
+"""What a recipe's ``op`` can do beyond layouts, by name. Each step turns the nodes of a rule's left tensors into one node.
+
+add       value                             every value plus a number, in the tensor's dtype as torch adds; the way back subtracts it
+scale     value                             every value times a number; the way back divides by it. ``inverse``: 1: these are the way back
+rows      start, stop                       some rows of a tensor
+pad       rows                              zero rows at the end, up to ``rows``
+grow      rows, first, seed, stream, like   new rows from ``first`` on, sampled like those of ``like``, or its own (see `ops.SampleRows`)
+zeros     size, rows, dtype, like           made of nothing: zeros, with ``rows`` a matrix, in the dtype of the tensor ``like``
+merge_lora  merge, alpha                    a weight and its low-rank matrices A, then B, each pair for the next rows (see `ops.MergeLora`)
+same      tensor                            made of nothing: another tensor once more
+dequantize  rows, columns                   a matrix of one-byte floats and the scales of its blocks (see `ops.Dequantize`); others stay
+inv_freq  dim, base, like                   made of nothing: base^(-2j/dim) for j < dim/2, the frequencies of a rotary embedding, in the
+                                            dtype of the tensor ``like``, else in float32
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from streamconv.dtypes import parse_dtype
+from streamconv.errors import CoverageError, RecipeError
+from streamconv.graph.node import AnyNode, apply
+from streamconv.graph.ops import Add, Cast, Dequantize, InvFreq, MergeLora, Rearrange, Rows, SampleRows, Scale, Zeros
+from streamconv.text import did_you_mean
+
+Lookup = Mapping[str, AnyNode]
+
+
+def take(name: str, nodes: Sequence[AnyNode], given: Mapping[str, Any], entries: Lookup) -> AnyNode:
+    """The node of step ``name`` on ``nodes``; ``entries`` are all tensors, for steps that look at another one.
+
+    Raises:
+        CoverageError: what is given does not fit the tensors.
+    """
+    missing = [key for key, value in given.items() if value is None]
+    if missing:
+        raise CoverageError(f"{name}: no value for {missing[0]}: give it with --set, or in config.json")
+    try:
+        return _STEPS[name](nodes, entries, **given)
+    except TypeError as error:
+        raise CoverageError(f"{name}: {error}") from error
+
+
+def describe(name: str, given: Mapping[str, Any]) -> str:
+    """A step in words."""
+    return " ".join([name, *(f"{key}={value}" for key, value in given.items())])
+
+
+def check(op: Mapping[str, Any]) -> None:
+    """Raises RecipeError where a fact's ``op`` names no step, or does not give what the step takes."""
+    if not op:
+        return
+    name = op.get("op")
+    if not isinstance(name, str) or name not in _STEPS:
+        raise RecipeError(f"op {name!r} is unknown{did_you_mean(str(name), _STEPS)}; known are {', '.join(_STEPS)}")
+    takes = {key: known for key, known in inspect.signature(_STEPS[name]).parameters.items() if known.kind is known.KEYWORD_ONLY}
+    given = op.keys() - {"op"}
+    if unknown := sorted(given - takes.keys()):
+        raise RecipeError(f"op {name} has no {unknown[0]!r}{did_you_mean(unknown[0], takes)}; it takes {', '.join(takes)}")
+    if missing := [key for key, known in takes.items() if known.default is known.empty and key not in given]:
+        raise RecipeError(f"op {name} needs {', '.join(missing)}")
+    if name in ARITHMETIC:
+        _check_number(name, op["value"])
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        return  # an expression
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or (name == "scale" and not value):
+        raise RecipeError(f"op {name}: value is {value!r}: expected a number{' other than 0' if name == 'scale' else ''}")
+
+
+ARITHMETIC = ("add", "scale")
+
+
+def undo(op: Mapping[str, Any]) -> dict[str, Any]:
+    """The step that undoes arithmetic, up to rounding; nothing for others."""
+    if op.get("op") not in ARITHMETIC:
+        return {}
+    if "inverse" in op:
+        return {key: value for key, value in op.items() if key != "inverse"}
+    return {**op, "inverse": 1}
+
+
+def is_exact(op: Mapping[str, Any]) -> bool:
+    """Whether arithmetic and its undoing give every value back: a factor that is a power of two does, unless values leave the range."""
+    value = op.get("value")
+    return op.get("op") == "scale" and isinstance(value, int | float) and abs(math.frexp(value)[0]) == 0.5
+
+
+def _add(nodes: Sequence[AnyNode], _entries: Lookup, *, value: float, inverse: int = 0) -> AnyNode:
+    (node,) = nodes
+    _check_value("add", value)
+    return apply(Add(float(-value if inverse else value)), node)
+
+
+def _scale(nodes: Sequence[AnyNode], _entries: Lookup, *, value: float, inverse: int = 0) -> AnyNode:
+    (node,) = nodes
+    _check_value("scale", value)
+    return apply(Scale(float(value), bool(inverse)), node)
+
+
+def _check_value(name: str, value: Any) -> None:
+    try:
+        _check_number(name, None if isinstance(value, str) else value)
+    except RecipeError as error:
+        raise CoverageError(str(error)) from error
+
+
+def _rows(nodes: Sequence[AnyNode], _entries: Lookup, *, stop: int, start: int = 0) -> AnyNode:
+    (node,) = nodes
+    return node if (start, stop) == (0, (*node.spec.shape, 0)[0]) else apply(Rows(start, stop, math.prod(node.spec.shape[1:])), node)
+
+
+def _stack(*nodes: AnyNode) -> AnyNode:
+    """Tensors one after the other, along their first axis."""
+    rest = [f"d{k}" for k in range(len(nodes[0].spec.shape) - 1)]
+    axes = [f"r{k}" for k in range(len(nodes))]
+    sides = (", ".join(" ".join([axis, *rest]) for axis in axes), " ".join([f"({' + '.join(axes)})", *rest]))
+    layout = " -> ".join(sides)
+    sizes = {"1": 1, **dict(zip(rest, nodes[0].spec.shape[1:], strict=True))}
+    sizes |= {axis: node.spec.shape[0] for axis, node in zip(axes, nodes, strict=True)}
+    return apply(Rearrange(layout, sizes, (1,) * len(nodes)), *nodes)
+
+
+def _pad(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: int) -> AnyNode:
+    (node,) = nodes
+    count, *rest = node.spec.shape
+    if rows < count:
+        raise CoverageError(f"pad: {node.spec} has more than {rows} rows already")
+    return node if rows == count else _stack(node, apply(Zeros(node.spec.dtype.name, (rows - count, *rest))))
+
+
+def _grow(nodes: Sequence[AnyNode], entries: Lookup, *, rows: int, first: int, seed: int, stream: int, like: str = "") -> AnyNode:
+    (node,) = nodes
+    if like and like not in entries:
+        raise CoverageError(f"grow: {like}, whose rows the new ones are to be like, is not there")
+    model = entries[like] if like else node
+    count, *rest = node.spec.shape
+    if len(rest) != 1 or model.spec.shape[1:] != node.spec.shape[1:]:
+        raise CoverageError(f"grow: expected a matrix with as many columns as {like or 'itself'}, found {node.spec} and {model.spec}")
+    if not 0 < first <= min(count, rows):
+        raise CoverageError(f"grow: the first new row, {first}, must be one of {count} rows or follow them, and not come after row {rows}")
+    kept = _rows(nodes, entries, stop=first)
+    sampled = [
+        apply(SampleRows(min(SampleRows.MOST, rows - start), seed, stream * rows + start, node.spec.dtype.name), model)
+        for start in range(first, rows, SampleRows.MOST)
+    ]
+    return _stack(kept, *sampled) if sampled else kept
+
+
+def _zeros(nodes: Sequence[AnyNode], entries: Lookup, *, size: int, rows: int = 0, dtype: str = "float32", like: str = "") -> AnyNode:
+    _expect_none(nodes)
+    wanted = entries[like].spec.dtype.name if like in entries else parse_dtype(dtype).name
+    return apply(Zeros(wanted, (rows, size) if rows else (size,)))
+
+
+def _inv_freq(nodes: Sequence[AnyNode], entries: Lookup, *, dim: int, base: int = 10000, like: str = "") -> AnyNode:
+    _expect_none(nodes)
+    made, dtype = apply(InvFreq(dim, base)), entries[like].spec.dtype.name if like in entries else "float32"
+    return made if dtype == "float32" else apply(Cast(dtype), made)
+
+
+def _merge_lora(nodes: Sequence[AnyNode], _entries: Lookup, *, merge: bool, alpha: int) -> AnyNode:
+    weight, *factors = nodes
+    if not merge:
+        raise CoverageError("low-rank matrices stand beside this weight: --set merge_lora=true merges them into it")
+    merged, start = [], 0
+    for down, up in zip(factors[: len(factors) // 2], factors[len(factors) // 2 :], strict=True):
+        rows, rank = (*up.spec.shape, 0, 0)[:2]
+        part = _rows([weight], {}, start=start, stop=start + rows)
+        merged.append(apply(MergeLora(alpha, rows, (*part.spec.shape, 0)[1], rank), part, down, up))
+        start += rows
+    if start != weight.spec.shape[0]:
+        raise CoverageError(f"low-rank matrices for {start} rows do not fit {weight.spec}")
+    return merged[0] if len(merged) == 1 else _stack(*merged)
+
+
+def _expect_none(nodes: Sequence[AnyNode]) -> None:
+    if nodes:
+        raise CoverageError("a tensor that is made of nothing has no source")
+
+
+def _same(nodes: Sequence[AnyNode], entries: Lookup, *, tensor: str) -> AnyNode:
+    _expect_none(nodes)
+    if tensor not in entries:
+        raise CoverageError(f"{tensor}, which it repeats, is not there")
+    return entries[tensor]
+
+
+def _dequantize(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: int, columns: int) -> AnyNode:
+    spec = nodes[0].spec
+    if len(nodes) == 1 and not (spec.dtype.floating and spec.dtype.bits == 8):
+        return nodes[0]
+    if len(nodes) == 1 or len(spec.shape) != 2 or rows < 1 or columns < 1:
+        found = ", ".join(str(node.spec) for node in nodes)
+        raise CoverageError(f"dequantize: a matrix and the scales of its blocks of {rows} x {columns} go together, found {found}")
+    return apply(Dequantize((spec.shape[0], spec.shape[1]), (rows, columns)), *nodes)
+
+
+_STEPS: dict[str, Callable[..., AnyNode]] = {
+    "add": _add,
+    "scale": _scale,
+    "rows": _rows,
+    "pad": _pad,
+    "grow": _grow,
+    "zeros": _zeros,
+    "inv_freq": _inv_freq,
+    "same": _same,
+    "dequantize": _dequantize,
+    "merge_lora": _merge_lora,
+}

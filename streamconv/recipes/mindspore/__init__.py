@@ -1,0 +1,1 @@
+"""MindSpore's models (mindformers) and Hugging Face's."""

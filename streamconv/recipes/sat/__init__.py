@@ -1,0 +1,1 @@
+"""SwissArmyTransformer's models and Hugging Face's."""

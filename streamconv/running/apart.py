@@ -1,0 +1,200 @@
+"""Runs that make each file of an output by itself: a part of a plan, the end of its parts, or all of it by Ray or behind a URL."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from streamconv import memory
+from streamconv.engine.check import OutputCheck, check_replicas
+from streamconv.engine.io import describe_os_error
+from streamconv.engine.order import tasks_in_order
+from streamconv.errors import DestinationError, Interrupted, RunError, UsageError, writing
+from streamconv.interrupts import Unwinding
+from streamconv.planning.plan import Plan
+from streamconv.running import parts
+from streamconv.running.destination import check_empty, check_names, check_room, check_staging, old_names, outdated, prepare
+from streamconv.running.kept import check_sources_stay
+from streamconv.running.local import check_sources, holds
+from streamconv.running.progress import Progress, bar
+from streamconv.running.results import Overflow, Part, Result, check_outputs, watch
+from streamconv.storage import is_url
+from streamconv.storage.sinks import Sink
+
+
+class Apart:
+    """A run that makes each file by itself: a part of a plan, its end, or all of it by Ray or behind a URL."""
+
+    def __init__(
+        self, plan: Plan, *, part: tuple[int, int] | None, finish: bool, overwrite: bool, resume: bool, verify: bool, checksum: bool
+    ) -> None:
+        if part and finish:
+            raise UsageError("--part and --finish exclude each other: finish when all parts are made")
+        if part and not 0 <= part[0] <= part[1] > 0:
+            raise UsageError(f"--part {part[0]}/{part[1]}: expected I/N with I from 0 or 1 up to N, such as 3/16")
+        if part and checksum:
+            raise UsageError("--checksum goes with --finish: leave it out of --part")
+        if part and overwrite and resume:
+            raise UsageError("--part: --overwrite is not allowed with --resume: parts always go on with what is begun")
+        if finish and overwrite:
+            raise UsageError("--overwrite goes with --part: --finish has nothing to overwrite")
+        self._plan, self._part, self._is_all = plan, part, not part and not finish
+        self._overwrite, self._resume, self._verify, self._checksum = overwrite, resume, verify, checksum
+        self._numbers = parts.files_to_make(plan, part)
+        self._sink: Sink | None = None
+        self._claim = parts.Claim(plan, part[1] if part else 0)
+        self._make: Callable[..., Counter[str]] = partial(parts.make_files, check=self._claim.check)
+        self._join: Callable[[], AbstractContextManager[Callable[..., Counter[str]]]] = lambda: nullcontext(self._make)
+        self._path_of: Callable[[str], Path | str] = Path(plan.root).joinpath
+        self._overflowed: Counter[str] = Counter()
+        self._seen = 0
+
+    def choose(self, engine: str, ray_address: str | None, *, create_pr: bool) -> None:
+        """Says where files go and where they are made."""
+        plan = self._plan
+        if is_url(plan.root):
+            from streamconv.running.streams import make_files
+            from streamconv.storage.objects import takes_streams
+            from streamconv.storage.sinks import open_sink
+
+            if self._checksum:
+                raise UsageError(f"--checksum: {plan.root} would have to be read back: leave it out")
+            if not self._is_all and not takes_streams(plan.root):
+                raise UsageError(f"--part: {plan.root} takes files of one process alone: give s3://, gs:// or a path, or leave it out")
+            self._sink = sink = open_sink(plan.root, create_pr=create_pr, outdated=partial(outdated, plan))
+            self._claim = parts.SinkClaim(plan, sink, self._part[1] if self._part else 0)
+            self._make, self._path_of = partial(make_files, sink=sink), sink.address
+        elif create_pr:
+            raise UsageError("--create-pr: goes with a DST on the Hub, such as hf://org/name")
+        if engine == "ray":
+            from streamconv.running import ray
+
+            self._join = partial(ray.join, plan, ray_address)
+
+    def run(self, progress: bool | Progress) -> Result:
+        """Makes what is not there, and ends what is to be ended."""
+        started, plan, waiting = time.perf_counter(), self._plan, list[int]()
+        if self._overwrite and self._resume:
+            self._overwrite = not self._claim.exists()
+        check_sources_stay(plan, overwrite=self._overwrite)
+        check_sources(plan.for_files(self._numbers))
+        with Unwinding(), watch() as figures:
+            try:
+                if not (found := self._is_done()):
+                    try:
+                        waiting = self._make_files(progress)
+                        if not self._part:
+                            self._finish(progress)
+                    except DestinationError:
+                        if self._is_all or not (found := self._is_done()):  # else other processes have finished it by now
+                            raise
+                if found:
+                    mine = plan.for_files(self._numbers) if self._part else plan
+                    check_outputs(mine, progress, lambda number: self._path_of(mine.files[number].path), found=True)
+            except OSError as error:
+                raise describe_os_error(error, plan.root) from error
+            except (KeyboardInterrupt, Interrupted):
+                again = " with --resume" if self._is_all else ""
+                raise Interrupted(f"interrupted: rerun the same command{again} to go on with {self._claim.where}") from None
+        seconds = time.perf_counter() - started
+        made, part = (plan.for_files(waiting) if self._part else plan), (None if self._is_all else self._describe(waiting))
+        if self._sink and self._sink.pull_request:
+            made = replace(made, notes=(*made.notes, f"pull request: {self._sink.pull_request}"))
+        verified, place = True if self._verify or found else None, self._path_of(plan.single or "")
+        overflow = Overflow(self._overflowed, complete=self._seen == len(plan.files))
+        return Result(made, seconds, memory.peak(), figures["anonymous"], verified, part=part, place=place, overflow=overflow)
+
+    def _make_files(self, progress: bool | Progress) -> list[int]:
+        """Makes what is to be made apart and is not there; the numbers of those files."""
+        if not self._part and not self._is_all:
+            return []
+        with self._join() as make:  # which finds faults before anything is written
+            waiting = self._take(progress)
+            self._write(make, waiting, progress)
+        if self._part and self._verify and (different := self._find_different(waiting, progress)):
+            names = ", ".join(self._plan.files[number].path for number in sorted(different))
+            raise RunError(f"{self._claim.where}: {names}: not what was written: check disk and memory, then run the part again")
+        return waiting
+
+    def _is_done(self) -> bool:
+        """Whether all is there already and nothing says any more whose files they are: they are then compared."""
+        every = range(len(self._plan.files))
+        goes_on = (not self._is_all or self._resume) and not self._overwrite
+        return goes_on and not self._claim.exists() and len(self._claim.finished(every)) == len(every)
+
+    def _take(self, progress: bool | Progress) -> list[int]:
+        """Takes DST, or goes on with what is begun there; the files to make.
+
+        Raises:
+            StreamconvError: DST is another's, or has no room, or replicas differ.
+        """
+        plan, claim, root = self._plan, self._claim, Path(self._plan.root)
+        begun = claim.exists() and not (self._is_all and self._overwrite)
+        if begun and self._is_all and not self._resume:
+            raise DestinationError(
+                f"{claim.where}: holds an unfinished conversion: continue it with --resume, start afresh with --overwrite"
+            )
+        if begun:
+            claim.check()
+        elif not self._overwrite:
+            try:
+                check_empty(plan, self._sink)
+            except DestinationError:
+                if not claim.exists():  # else another part was quicker
+                    raise
+        doomed = old_names(plan, self._sink) if self._overwrite and not begun else None
+        if self._is_all and not begun:
+            check_replicas(plan)
+        if not self._sink:
+            there = {k for k in self._numbers if begun and holds(root / plan.files[k].path, plan.files[k].size)}
+            check_room(plan.for_files(k for k in self._numbers if k not in there), root, [root / name for name in doomed or ()])
+            check_names(plan, root, parts.new_suffix())
+            prepare(plan, root, overwrite=True, resume=False)
+        else:
+            check_staging(plan)
+        if self._is_all and self._overwrite and claim.exists():
+            claim.give_up()
+        if begun:
+            claim.go_on()
+        else:
+            claim.take(doomed)
+        done = claim.finished(self._numbers)
+        if self._verify and self._part:
+            done -= self._find_different(sorted(done), progress)
+        waiting = [number for number in self._numbers if number not in done]
+        claim.make_way(waiting)
+        return waiting
+
+    def _write(self, make: Callable[..., Counter[str]], numbers: Sequence[int], progress: bool | Progress) -> None:
+        with writing(), bar(sum(self._plan.files[k].size for k in numbers), "converting", show=progress) as tell:
+            found = make(self._plan, numbers, tell)
+        self._overflowed += found
+        self._seen += len(numbers)
+
+    def _find_different(self, numbers: Sequence[int], progress: bool | Progress) -> set[int]:
+        """Those of these files that do not hold what the plan makes of the sources."""
+        made = self._plan.for_files(numbers)
+        with bar(made.totals.bytes_written, "verifying", show=progress) as tell:
+            check, every = OutputCheck(made, tell, lambda k: self._path_of(made.files[k].path)), range(len(numbers))
+            return {numbers[k] for k in check.find_wrong_literals(every) | check.compare(tasks_in_order(made, every))}
+
+    def _finish(self, progress: bool | Progress) -> None:
+        def check(made: Sequence[int]) -> set[int]:
+            if not self._is_all:  # which has looked before it began
+                check_replicas(self._plan)
+            return self._find_different(made, progress) if self._verify else set()
+
+        parts.finish(
+            self._plan, self._claim, lambda numbers: self._write(self._make, numbers, progress=False), check, checksum=self._checksum
+        )
+
+    def _describe(self, made: Sequence[int]) -> Part:
+        every, names = parts.files_to_make(self._plan), tuple(self._plan.files[number].path for number in made)
+        complete = not self._claim.exists()
+        there = len(every) if complete else len(self._claim.finished(every))
+        return Part("/".join(map(str, self._part or ())), names, len(self._numbers) - len(made), there, len(every), complete)

@@ -1,0 +1,480 @@
+"""The local engine: a plan's segments, ordered by source offset across all output files, run by a pool of threads.
+
+Files are created at their final size under ``NAME.partial`` and filled in any order. A file that is complete is synced and
+renamed; the plan's last file, the commit, only after all others. Now and then what is done of the others is synced, too, and noted
+in the journal: a later run compares it, and finished files, with what the plan makes of the sources, and goes on from there.
+Comparing costs nothing unless there was a crash; a digest of each file would have every run read all it has written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamconv.digests import Crc32, format_sums, read_patches
+from streamconv.engine.check import OutputCheck
+from streamconv.engine.direct import allocate, shares_extents
+from streamconv.engine.io import (
+    CHUNK,
+    NOFOLLOW,
+    Files,
+    PositionedReader,
+    describe_os_error,
+    is_sparse,
+    located,
+    make_folders,
+    share_descriptors,
+    sync_directory,
+    write,
+)
+from streamconv.engine.order import Task, place_of, tasks_in_order
+from streamconv.engine.readers import BACKENDS, known_urls
+from streamconv.engine.threads import run_threads
+from streamconv.engine.worker import FileWorker
+from streamconv.errors import DestinationError, Interrupted, RunError, SourceChanged, StreamconvError, UsageError, writing
+from streamconv.graph.moves import Move
+from streamconv.planning.plan import Compute, Copy, Plan, Segment, SourceFile
+from streamconv.running.journal import Journal, Ledger
+from streamconv.running.reclaim import Reclaim, find_reads
+from streamconv.storage import is_url
+from streamconv.storage.ranges import fingerprint, fingerprints
+from streamconv.units import format_size
+
+SAVE_BYTES = 1 << 30  # bytes of output, at most, after which what is done is made durable and noted ...
+SAVE_SECONDS = 10.0  # ... or after so long
+LOOK_SECONDS = 30.0  # between two looks at a source behind a URL
+SUMS = "SHA256SUMS"
+PARTIAL = ".partial"
+_log = logging.getLogger(__name__)
+Progress = Callable[[int], None]
+"""Told how many bytes of output have come since the last call."""
+
+
+def partial(path: Path, suffix: str = PARTIAL) -> Path:
+    """The name of an output file until it is complete."""
+    return path.with_name(f"{path.name}{suffix}")
+
+
+def check_sources(plan: Plan, *, given_back: Container[str] = ()) -> None:
+    """Refuses sources that are not what was planned with.
+
+    Args:
+        plan: whose sources they are.
+        given_back: those that this conversion itself may have punched or removed.
+
+    Raises:
+        SourceChanged: size or modification time differ.
+    """
+    check_files(source for source in plan.sources if source.path not in given_back)
+
+
+def check_files(planned: Iterable[SourceFile]) -> None:
+    """Refuses source files that are not what was planned with. Raises SourceChanged."""
+    wanted = list(planned)
+    remote = fingerprints(source.path for source in wanted if is_url(source.path))
+    for source in wanted:
+        try:
+            found = remote.get(source.path) or fingerprint(source.path)
+        except OSError as error:
+            raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now: {error.strerror}; plan again") from error
+        if (found.size, found.mtime_ns, found.tag) != (source.size, source.mtime_ns, source.tag):
+            raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now {found.size} or others: it changed; plan again")
+
+
+class LocalEngine:
+    """One run of a plan on this machine.
+
+    Args:
+        plan: what to run.
+        journal: of this plan, begun; or a ledger, which no other run will know of.
+        progress: told of bytes of output.
+        checksum: write `SUMS`, too.
+        reclaim: makes the files one after the other, and gives back what each was made of.
+        suffix: of an output file's name until it is complete; one of its own where others may be at the same file.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        journal: Ledger,
+        progress: Progress = lambda _: None,
+        *,
+        checksum: bool = False,
+        reclaim: Reclaim | None = None,
+        suffix: str = PARTIAL,
+    ) -> None:
+        self._plan, self._journal, self._progress = plan, journal, progress
+        self._checksum, self._reclaim, self._suffix = checksum, reclaim, suffix
+        self._root = Path(plan.root)
+        self._sources = {source.path: source for source in plan.sources}
+        self._workers, self._descriptors = share_descriptors(plan.workers)
+        self._targets = Files(os.O_RDWR | NOFOLLOW, min(16, self._workers))
+        self._is_direct = plan.read_backend == "auto" and not shares_extents(self._root)
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self.overflowed: Counter[str] = Counter()
+        """See `Worker.overflowed`; of all workers of this run."""
+        self._urls = known_urls(plan)
+        self._looked_at = dict.fromkeys(self._urls, time.monotonic())
+        self._remaining: dict[int, int] = {}
+        self._sparse: dict[int, bool] = {}
+        self._local = threading.local()
+        self._saving = threading.Lock()
+        self._unsaved: dict[int, list[int]] = {}
+        self._unsaved_bytes, self._saved_at = 0, time.monotonic()
+        self._save_bytes = min(SAVE_BYTES, max((file.size for file in plan.files), default=0) // 2)
+
+    def run(self) -> None:
+        """Runs the plan to its commit.
+
+        Raises:
+            RunError: an I/O error; what is done is kept.
+            SourceChanged: a source is not what was planned with.
+            Interrupted: Ctrl-C.
+        """
+        self._check_sources()
+        try:
+            with writing():  # by an earlier run, too
+                self._take_up()
+                if self._reclaim:
+                    self._reclaim.release(self._journal.finished, self._journal.finished)
+                    for number in range(len(self._plan.files)):
+                        self._make([number])
+                else:
+                    self._make(range(len(self._plan.files)))
+                self._commit()
+        except OSError as error:
+            raise describe_os_error(error, str(self._root)) from error
+        finally:
+            self._targets.close()
+
+    def _make(self, numbers: Iterable[int]) -> None:
+        """Makes these files and, unless it is the commit, finishes them."""
+        waiting = self._create(numbers)
+        durable = {number: self._journal.durable.get(self._plan.files[number].path, set()) for number in waiting}
+        self._work(task for task in tasks_in_order(self._plan, waiting) if place_of(self._plan, task) not in durable[task[0]])
+        self._check_sources()
+        if self._reclaim:  # whose comparison takes as much memory as the work itself, which is over now
+            for number in waiting:
+                if self._plan.files[number].path not in self._journal.finished and not self._is_commit(number):
+                    self._finish(number)
+
+    def _check_sources(self, paths: Iterable[str] | None = None) -> None:
+        """Looks at these sources, or at all; not at those that may have been given back."""
+        given_back = self._reclaim.touched(self._journal.finished) if self._reclaim else ()
+        wanted = self._sources if paths is None else paths
+        try:
+            check_files(self._sources[path] for path in wanted if path not in given_back)
+        except UsageError as error:  # access that has expired meanwhile
+            raise RunError(f"{error}, then rerun the same command with --resume") from error
+
+    def _look_at(self, path: str) -> None:
+        """Checks a source that was just read; one behind a URL, whose answers are checked anyway, now and then."""
+        if is_url(path):
+            with self._lock:
+                if time.monotonic() - self._looked_at[path] < LOOK_SECONDS:
+                    return
+                self._looked_at[path] = time.monotonic()
+        self._check_sources({path})
+
+    # Files -----------------------------------------------------------------------------------------------------
+
+    def _path(self, number: int) -> Path:
+        return self._root / self._plan.files[number].path
+
+    def _partial(self, number: int) -> Path:
+        return partial(self._path(number), self._suffix)
+
+    def _present_path(self, number: int) -> Path:
+        return self._path(number) if self._plan.files[number].path in self._journal.finished else self._partial(number)
+
+    def _take_up(self) -> None:
+        """Compares what an earlier run has left with what it should be; what differs is made again."""
+        known = [file.path for file in self._plan.files]
+        kept = [number for number, name in enumerate(known) if name in self._journal.finished or name in self._journal.durable]
+        if not kept:
+            return
+        wrong = {number for number in kept if not holds(self._present_path(number), self._plan.files[number].size)}
+        for number in set(kept) - wrong:
+            _drop_cache(self._present_path(number))
+        finished = [number for number in kept if known[number] in self._journal.finished]
+        hashed = [number for number in finished if self._journal.finished[known[number]]]
+        for number in set(hashed) - wrong:
+            recorded = self._journal.finished[known[number]]
+            kind = Crc32 if recorded.startswith(Crc32.PREFIX) else hashlib.sha256
+            if self._read_digest(number, self._present_path(number), kind) != recorded:
+                wrong.add(number)
+        compared = [number for number in kept if number not in wrong and number not in hashed]
+        check = OutputCheck(self._plan, path_of=self._present_path)
+        wrong |= check.find_wrong_literals(number for number in compared if number in finished)
+        durable = {number: self._journal.durable.get(known[number]) for number in compared}
+        tasks = tasks_in_order(self._plan, [number for number in compared if number not in wrong])
+        wrong |= check.compare(task for task in tasks if (places := durable[task[0]]) is None or place_of(self._plan, task) in places)
+        for number in sorted(wrong):
+            if self._reclaim and number in finished:
+                raise DestinationError(f"{self._path(number)}: is damaged, and its source was given back: restore it from a copy")
+            self._journal.forget(known[number])
+        for number in set(finished) - wrong:
+            self._progress(self._plan.files[number].size)
+
+    def _create(self, numbers: Iterable[int]) -> list[int]:
+        """Creates those files that are not finished, at their final size and with their literals; returns their numbers.
+
+        Files of which something is durable are there.
+        """
+        waiting = [number for number in numbers if self._plan.files[number].path not in self._journal.finished]
+        for number in waiting:
+            file, path = self._plan.files[number], self._partial(number)
+            durable = self._journal.durable.get(file.path, set())
+            if not durable:
+                make_folders(self._root, file.path)
+                path.unlink(missing_ok=True)
+            fd = os.open(path, os.O_RDWR | NOFOLLOW | (0 if durable else os.O_CREAT | os.O_EXCL) | getattr(os, "O_BINARY", 0), 0o666)
+            try:
+                os.truncate(fd, file.size)
+                if self._is_direct and not any(self._is_sparse(segment.source) for segment in file.segments):
+                    allocate(fd, file.size)
+                for offset, data in file.literals:
+                    write(fd, memoryview(data), offset)
+            finally:
+                os.close(fd)
+            self._progress(sum(len(data) for _, data in file.literals))
+            self._remaining[number] = sum(_nbytes(self._plan, segment) for segment in file.segments)
+            if durable:
+                done = sum(
+                    _task_nbytes(self._plan, task) for task in tasks_in_order(self._plan, [number]) if place_of(self._plan, task) in durable
+                )
+                self._remaining[number] -= done
+                self._progress(done)
+        for folder in {str(self._path(number).parent) for number in waiting}:
+            sync_directory(folder)
+        for number in waiting:
+            if not self._remaining[number] and not self._is_commit(number):
+                self._finish(number)
+        return waiting
+
+    def _is_commit(self, number: int) -> bool:
+        return number == len(self._plan.files) - 1
+
+    def _finish(self, number: int) -> None:
+        """Makes a complete file durable and gives it its name."""
+        path, name = self._path(number), self._plan.files[number].path
+        temporary = partial(path, self._suffix)
+        with self._targets.use(str(temporary)) as fd:
+            self._seal(number, str(temporary), fd)
+            os.fsync(fd)
+        self._check_sources(set(find_reads(self._plan, self._plan.files[number])))
+        digest = ""
+        if self._reclaim:
+            self._compare(number)
+        if self._checksum or self._reclaim:
+            digest = self._read_digest(number, temporary)
+        elif self._is_costly(number):
+            digest = self._read_digest(number, temporary, Crc32)
+        if self._checksum and self._is_commit(number):
+            self.write_sums({**self._journal.finished, name: digest})
+        with self._saving:
+            self._targets.close(str(temporary))
+            temporary.replace(path)
+            sync_directory(str(path.parent))
+            self._journal.finish(name, digest)
+            self._unsaved.pop(number, None)
+        _log.info("%s: %s done", name, format_size(self._plan.files[number].size))
+        if self._reclaim:
+            self._reclaim.release(self._journal.finished, [name])
+
+    def _is_costly(self, number: int) -> bool:
+        """Whether a later run would have to ask servers again to compare a file with its sources, had it no digest."""
+        return bool(self._urls) and isinstance(self._journal, Journal) and not self._is_commit(number)
+
+    def _compare(self, number: int) -> None:
+        """Compares a file that is about to be finished with its sources, as the disk has it."""
+        path = self._partial(number)
+        _drop_cache(path)
+        check = OutputCheck(self._plan, path_of=lambda _: path)
+        if check.find_wrong_literals([number]) or check.compare(tasks_in_order(self._plan, [number])):
+            raise RunError(f"{path}: does not hold what was written: check disk and memory, then rerun with --resume")
+
+    def _read_digest(self, number: int, path: Path, kind: Callable[[], Any] = hashlib.sha256) -> str:
+        reader, buffer, found = BACKENDS[self._plan.read_backend](2), self._worker().reader.buffer(), kind()
+        try:
+            for start in range(0, self._plan.files[number].size, CHUNK):
+                self._worker().raise_if_stopped()
+                size = min(CHUNK, self._plan.files[number].size - start)
+                at = reader.load(str(path), start, size, buffer)
+                found.update(buffer[at : at + size])
+        finally:
+            reader.close()
+        digest: str = found.hexdigest()
+        return digest
+
+    def write_sums(self, digests: Mapping[str, str]) -> None:
+        """Writes `SUMS` durably: ``digests`` by file, and those of the plan's other files, which are finished.
+
+        Beside an output of one file, lines of other files stay.
+        """
+        known = {name: digest for name, digest in digests.items() if not digest.startswith(Crc32.PREFIX)}
+        sums = {file.path: known.get(file.path) or self._read_digest(k, self._path(k)) for k, file in enumerate(self._plan.files)}
+        path = self._root / SUMS
+        kept = path.read_bytes() if self._plan.single and path.exists() else b""
+        temporary = partial(path, self._suffix)
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
+            file.write(format_sums(sums, kept))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(str(self._root))
+
+    def _seal(self, number: int, path: str, fd: int) -> None:
+        """Reads a file back where it has checksums, and writes them."""
+        if not (checksums := self._plan.files[number].checksums):
+            return
+        reader = PositionedReader()
+
+        def read(offset: int, view: memoryview) -> None:
+            self._worker().raise_if_stopped()
+            reader.read(path, offset, view)
+
+        try:
+            for offset, data in read_patches(checksums, read, self._worker().reader.buffer()):
+                write(fd, memoryview(data), offset)
+                self._progress(len(data))
+        finally:
+            reader.close()
+
+    def _commit(self) -> None:
+        last = len(self._plan.files) - 1
+        if self._plan.files[last].path not in self._journal.finished:
+            self._finish(last)
+        elif self._checksum:
+            self.write_sums(self._journal.finished)
+        self._journal.end()
+        sync_directory(str(self._root))
+
+    def _note(self, number: int, place: int, nbytes: int) -> None:
+        """A task is done; what has gathered of these is made durable and noted when it is enough. Others wait when twice as much has."""
+        with self._lock:
+            self._unsaved.setdefault(number, []).append(place)
+            self._unsaved_bytes += nbytes
+            if not self._is_due():
+                return
+        with self._saving:
+            with self._lock:
+                if not self._is_due():
+                    return
+                pending, self._unsaved, self._unsaved_bytes = self._unsaved, {}, 0
+            names = {file: self._plan.files[file].path for file in pending}
+            done = {file: places for file, places in pending.items() if names[file] not in self._journal.finished}
+            for file in done:
+                with self._targets.use(str(self._partial(file))) as fd:
+                    getattr(os, "fdatasync", os.fsync)(fd)
+            if done:
+                self._journal.record({names[file]: places for file, places in done.items()})
+            self._saved_at = time.monotonic()
+
+    def _is_due(self) -> bool:
+        return self._unsaved_bytes >= self._save_bytes or time.monotonic() - self._saved_at > SAVE_SECONDS
+
+    # Work ------------------------------------------------------------------------------------------------------
+
+    def _work(self, tasks: Iterator[Task]) -> None:
+        try:
+            run_threads(self._workers, lambda: self._do(tasks), self._stop)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted: {self._root} is incomplete; rerun the same command with --resume") from None
+        except (OSError, StreamconvError):
+            raise
+        except Exception as error:
+            raise RunError(f"{self._root}: {type(error).__name__}: {error}") from error
+
+    def _do(self, tasks: Iterator[Task]) -> None:
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    task = next(tasks, None)
+                if task is None:
+                    return
+                number, segment, tile = task
+                with located(str(self._partial(number)), place_of(self._plan, task)):
+                    done = self._copy(number, segment) if isinstance(segment, Copy) else self._compute(number, segment, tile)
+                if not self._reclaim and self._plan.sources:  # which changes them itself; a plan of constants has none
+                    self._look_at(self._plan.sources[segment.source].path)
+                with self._lock:
+                    self._remaining[number] -= done
+                    complete = not self._remaining[number]
+                    self._progress(done)
+                if not complete:
+                    self._note(number, place_of(self._plan, task), done)
+                elif not self._is_commit(number) and not self._reclaim:
+                    self._finish(number)
+        finally:
+            self._worker().close()
+            with self._lock:
+                self.overflowed += self._worker().overflowed
+
+    def _worker(self) -> FileWorker:
+        """This thread's worker."""
+        if not hasattr(self._local, "worker"):
+            self._local.worker = FileWorker(
+                self._plan,
+                self._descriptors,
+                self._urls,
+                self._stop,
+                targets=self._targets,
+                is_direct=self._is_direct,
+                is_sparse=self._is_sparse,
+            )
+        worker: FileWorker = self._local.worker
+        return worker
+
+    def _is_sparse(self, number: int) -> bool:
+        if number not in self._sparse:  # a plan of constants has no sources at all
+            path = self._plan.sources[number].path if self._plan.sources else ""
+            self._sparse[number] = bool(path) and not is_url(path) and is_sparse(path)
+        return self._sparse[number]
+
+    def _copy(self, number: int, segment: Copy) -> int:
+        return self._worker().copy(segment, str(self._partial(number)))
+
+    def _compute(self, number: int, segment: Compute, tile: Move | None) -> int:
+        assert tile is not None
+        return self._worker().compute(segment, tile, str(self._partial(number)))
+
+
+def _nbytes(plan: Plan, segment: Segment) -> int:
+    if isinstance(segment, Copy):
+        return segment.nbytes
+    return segment.move.numel * plan.nodes[segment.node].spec.dtype.itemsize
+
+
+def _task_nbytes(plan: Plan, task: Task) -> int:
+    _, segment, tile = task
+    return segment.nbytes if isinstance(segment, Copy) else tile.numel * plan.nodes[segment.node].spec.dtype.itemsize if tile else 0
+
+
+def holds(path: Path, size: int) -> bool:
+    """Whether at ``path`` there is a file of this size, and no link."""
+    try:
+        return path.is_file() and not path.is_symlink() and path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def _drop_cache(path: Path) -> None:
+    """Has a file that is synced read from the disk next time."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)

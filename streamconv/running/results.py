@@ -1,0 +1,183 @@
+"""What a run took, and whether what it wrote holds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streamconv import memory
+from streamconv.engine.check import OutputCheck
+from streamconv.engine.comparison import Comparison
+from streamconv.engine.io import describe_os_error
+from streamconv.errors import DestinationError, RunError
+from streamconv.notebook import table
+from streamconv.planning.plan import Plan
+from streamconv.running.progress import Progress, bar
+from streamconv.text import join_lines
+from streamconv.units import format_size
+
+SHOWN = 5  # tensors that a note names
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part came to.
+
+    Attributes:
+        name: such as 3/16, or nothing of the end of a run in parts.
+        made: its files that this run made.
+        found: how many it found done.
+        there: how many files of all parts there are.
+        files: how many there will be.
+        complete: whether the end has come, too.
+    """
+
+    name: str
+    made: tuple[str, ...]
+    found: int
+    there: int
+    files: int
+    complete: bool
+
+    def __str__(self) -> str:
+        done = f"part {self.name}: {len(self.made)} files made, {self.found} found done; " if self.name else ""
+        if self.complete:
+            return f"{done}all {self.files} files of the parts are there, the output is complete"
+        return f"{done}{self.there} of {self.files} are there{'; next: run --finish' if self.there == self.files else ''}"
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """Values that were finite, and are infinite now because they are too large for the dtype that they were cast to.
+
+    Attributes:
+        counts: how many, by tensor; of what this run computed.
+        complete: whether this run computed all that the output holds; an earlier one's values are not looked at again.
+    """
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+    complete: bool = True
+
+    def summary(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        worst = [{"name": name, "values": count} for name, count in self._worst()]
+        return {"tensors": len(self.counts), "values": sum(self.counts.values()), "worst": worst, "complete": self.complete}
+
+    def _worst(self) -> list[tuple[str, int]]:
+        return sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))[:SHOWN]
+
+    def __str__(self) -> str:
+        if not self.counts:
+            return ""
+        number = len(self.counts)
+        named = ", ".join(f"{name} ({count})" for name, count in self._worst())
+        more = f" and {number - SHOWN} more" if number > SHOWN else ""
+        told = f"{sum(self.counts.values())} values in {number} tensor{'s' * (number > 1)} are too large for their new dtype, infinite now"
+        return f"{told}{'' if self.complete else ' (of what this run computed)'}: {named}{more}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run took, of a part that part's share. Memory in bytes, of the whole process. ``place``: where to read it, if not at DST."""
+
+    plan: Plan
+    seconds: float
+    peak_rss: int
+    peak_anonymous: int
+    verified: bool | None = None
+    comparison: Comparison | None = None
+    part: Part | None = None
+    place: Path | str = ""
+    overflow: Overflow = field(default_factory=Overflow)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know: of the conversion, and of the values that it made."""
+        return (*self.plan.notes, *filter(None, [str(self.overflow)]))
+
+    def summary(self) -> dict[str, Any]:
+        """What ``convert --json`` prints."""
+        plan = self.plan.summary()
+        kept = (
+            "peak_memory",
+            "bytes_read",
+            "bytes_copied",
+            "bytes_computed",
+            "bytes_written",
+            "disk_needed",
+            "workers",
+            "dropped",
+            "notes",
+            "summary",
+        )
+        found: dict[str, Any] = {key: plan[key] for key in kept}
+        found |= {"seconds": self.seconds, "peak_rss": self.peak_rss, "peak_anonymous": self.peak_anonymous}
+        found |= {"outputs": plan["outputs"], "verified": self.verified, "notes": list(self.notes), "overflowed": self.overflow.summary()}
+        found |= {"comparison": self.comparison.summary()} if self.comparison else {}
+        return found | ({"part": asdict(self.part)} if self.part else {})
+
+    def __repr__(self) -> str:
+        verified = {None: "", True: ", verified", False: ", not verified"}[self.verified]
+        return f"<Result of {self.plan!r} in {self.seconds:.2f} s{verified}>"
+
+    def _repr_html_(self) -> str:
+        title, *others = str(self).split("\n")
+        rows = [*others, *(f"note: {note}" for note in self.plan.notes)]
+        return table(title, [], [(row,) for row in rows])
+
+    def __str__(self) -> str:
+        totals, seconds = self.plan.totals, max(self.seconds, 1e-9)
+        rate = format_size(totals.bytes_written / seconds)
+        moved = f"{format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed"
+        checked = ", verified" if self.verified else ""
+        took = f"in {self.seconds:.2f} s ({rate}/s); {moved}" if not self.part or self.part.name else f"checked in {self.seconds:.2f} s"
+        first = f"{self.plan.destination}: {len(self.plan.mapping)} tensors, {format_size(totals.bytes_written)} {took}{checked}; "
+        return join_lines([f"{first}peak memory {format_size(self.peak_rss)}", self.part or self.plan.account])
+
+
+@contextmanager
+def watch() -> Iterator[dict[str, int]]:
+    """The largest anonymous memory seen while the block runs; the kernel keeps no mark of it."""
+    figures, done = {"anonymous": memory.anonymous()}, threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.05):
+            figures["anonymous"] = max(figures["anonymous"], memory.anonymous())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield figures
+    finally:
+        done.set()
+        thread.join()
+
+
+def check_outputs(
+    plan: Plan, progress: bool | Progress, path_of: Callable[[int], Path | str] | None = None, *, found: bool = False
+) -> None:
+    """Compares every output file, read back, with what the plan makes of the sources.
+
+    Args:
+        plan: whose files they are.
+        progress: how to show it.
+        path_of: where a file, by its number, is read; below the plan's root unless given.
+        found: they were there before this run.
+
+    Raises:
+        DestinationError: one differs that was there.
+        RunError: one differs.
+    """
+    with bar(plan.totals.bytes_written, "verifying", show=progress) as tell:
+        try:
+            different = OutputCheck(plan, tell, path_of).run()
+        except OSError as error:
+            raise describe_os_error(error, plan.root) from error
+    if different is not None and found:
+        raise DestinationError(f"{plan.root}: {different} is not what this conversion makes: start afresh with --overwrite")
+    if different is not None:
+        raise RunError(f"{plan.root}: {different} does not hold what was written: check disk and memory, then rerun with --overwrite")

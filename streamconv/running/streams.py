@@ -1,0 +1,216 @@
+"""Makes a plan's files behind a URL: each a stream, front to back, several at once; what cannot be streamed is made here and uploaded.
+
+A file can be streamed where its segments come in the order of the file and no checksum has to be written into it later, and the sink takes
+streams. Else `LocalEngine` makes it in a temporary directory, one such file at a time, so that the room of the largest is enough.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from streamconv.engine.io import CHUNK, describe_os_error, share_descriptors
+from streamconv.engine.order import place_of
+from streamconv.engine.readers import known_urls
+from streamconv.engine.threads import run_threads
+from streamconv.engine.worker import Worker
+from streamconv.errors import Interrupted, RunError, StreamconvError
+from streamconv.planning.plan import Compute, Copy, FilePlan, Plan, Segment
+from streamconv.running.journal import Ledger
+from streamconv.running.local import LocalEngine, Progress, check_files
+from streamconv.running.reclaim import find_reads
+from streamconv.storage.objects import ObjectSink, stream_bytes, takes_streams
+from streamconv.storage.retries import OVER, Failed, again
+from streamconv.storage.sinks import Sink
+from streamconv.storage.staging import staging
+from streamconv.units import format_size
+
+_log = logging.getLogger(__name__)
+PATIENCE = 10.0  # seconds after Ctrl-C in which threads may take back what they have begun to send
+_ZEROS = memoryview(bytes(64 << 10))
+
+
+def make_files(
+    plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: None, check: Callable[[], object] = lambda: None, *, sink: Sink
+) -> Counter[str]:
+    """Makes these files of a plan in a sink, each complete under its name, or not at all; what has overflowed in them.
+
+    Args:
+        plan: that the files are of; its sources must not have changed since.
+        numbers: of files.
+        tell: told of bytes of output; of negative numbers where a file is begun again.
+        check: called before each file; raises what shall end the work.
+        sink: where they go.
+
+    Raises:
+        DestinationError: the sink cannot be written.
+        RunError: an I/O error; finished files stay, nothing of others does.
+        SourceChanged: a source is not what was planned with.
+        Interrupted: Ctrl-C.
+    """
+    wanted = list(numbers)
+    streamed = [number for number in wanted if isinstance(sink, ObjectSink) and in_order(plan, plan.files[number])]
+    overflowed: Counter[str] = Counter()
+    if isinstance(sink, ObjectSink) and streamed:
+        streams = _Streams(plan, sink, tell, check)
+        streams.run(streamed)
+        overflowed += streams.overflowed
+    return overflowed + _make_staged(plan, [number for number in wanted if number not in streamed], tell, check, sink)
+
+
+def staged_bytes(plan: Plan) -> int:
+    """Bytes of disk that making a plan's files behind a URL takes on this machine."""
+    staged = [k for k, file in enumerate(plan.files) if not (takes_streams(plan.root) and in_order(plan, file))]
+    return max((sum(plan.files[k].size for k in group) for group in _group(plan, staged)), default=0)
+
+
+def in_order(plan: Plan, file: FilePlan) -> bool:
+    """Whether a file can be made front to back."""
+    places = [_start(plan, segment) for segment in file.segments]
+    flat = all(isinstance(segment, Copy) or segment.move.dst_strides in ((), (1,)) for segment in file.segments)
+    return flat and not file.checksums and places == sorted(places)
+
+
+def _start(plan: Plan, segment: Segment) -> int:
+    """Where in its file a segment begins, in bytes."""
+    return place_of(plan, (0, segment, segment.move if isinstance(segment, Compute) else None))
+
+
+# Streams -----------------------------------------------------------------------------------------------------------
+
+
+class _Streams:
+    """Threads that make files, a file each at a time."""
+
+    def __init__(self, plan: Plan, sink: ObjectSink, tell: Progress, check: Callable[[], object]) -> None:
+        self._plan, self._sink, self._tell, self._check = plan, sink, tell, check
+        self._workers, self._descriptors = share_descriptors(plan.workers)
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self.overflowed: Counter[str] = Counter()
+
+    def run(self, numbers: list[int]) -> None:
+        queue, count = iter(numbers), min(self._workers, len(numbers))
+        room = self._plan.workers * stream_bytes(max(file.size for file in self._plan.files)) // count
+        try:
+            run_threads(count, lambda: self._work(queue, room), self._stop)
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted: {self._plan.destination} is incomplete; rerun the same command with --resume") from None
+        except StreamconvError:
+            raise
+        except OSError as error:
+            raise describe_os_error(error, str(self._plan.destination)) from error
+        except Exception as error:
+            raise RunError(f"{self._plan.destination}: {type(error).__name__}: {error}") from error
+        finally:
+            self._stop.set()
+            self._sink.discard(PATIENCE)
+
+    def _work(self, queue: Iterator[int], room: int) -> None:
+        worker = Worker(self._plan, self._descriptors, known_urls(self._plan), self._stop)
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    number = next(queue, None)
+                if number is None:
+                    return
+                self._check()
+                self._make(number, worker, room)
+        finally:
+            worker.close()
+
+    def _make(self, number: int, worker: Worker, room: int) -> None:
+        """Makes a file, by a stream that may take ``room`` bytes of memory; from its beginning again where the sink fails."""
+        file = self._plan.files[number]
+
+        def attempt() -> None:
+            done = 0
+            worker.overflowed.clear()
+            try:
+                with self._sink.stream(file.path, file.size, room) as write:
+                    for piece in _pieces(self._plan, file, worker):
+                        worker.raise_if_stopped()
+                        write(piece)
+                        done += len(piece)
+                        self._report(len(piece))
+                    reads = find_reads(self._plan, file)
+                    check_files(source for source in self._plan.sources if source.path in reads)
+            except Failed:
+                self._report(-done)
+                raise
+
+        again(attempt, self._sink.address(file.path), OVER, stop=self._stop)
+        with self._lock:
+            self.overflowed += worker.overflowed
+        _log.info("%s: %s done", file.path, format_size(file.size))
+
+    def _report(self, nbytes: int) -> None:
+        with self._lock:
+            self._tell(nbytes)
+
+
+def _pieces(plan: Plan, file: FilePlan, worker: Worker) -> Iterator[memoryview]:
+    """A file's bytes from the first to the last; each piece is good until the next is asked for."""
+    at = 0
+    parts: list[tuple[int, bytes | Segment]] = [*file.literals, *((_start(plan, segment), segment) for segment in file.segments)]
+    for start, part in sorted(parts, key=lambda item: item[0]):
+        yield from _zeros(start - at)
+        at = start
+        for piece in _part(plan, part, worker):
+            yield piece
+            at += len(piece)
+    yield from _zeros(file.size - at)
+
+
+def _part(plan: Plan, part: bytes | Segment, worker: Worker) -> Iterator[memoryview]:
+    if isinstance(part, bytes):
+        yield memoryview(part)
+    elif isinstance(part, Copy):
+        path, reader, buffer = plan.sources[part.source].path, worker.reader, worker.reader.buffer()
+        reader.expect([(path, part.offset, part.nbytes)])
+        for start in range(0, part.nbytes, CHUNK):
+            size = min(CHUNK, part.nbytes - start)
+            first = reader.load(path, part.offset + start, size, buffer)
+            yield buffer[first : first + size]
+    else:
+        for tile in part.move.tiles(part.tile):
+            yield worker.evaluate(part, tile)
+
+
+def _zeros(nbytes: int) -> Iterator[memoryview]:
+    for start in range(0, nbytes, len(_ZEROS)):
+        yield _ZEROS[: nbytes - start]
+
+
+# Staging -----------------------------------------------------------------------------------------------------------
+
+
+def _make_staged(plan: Plan, numbers: list[int], tell: Progress, check: Callable[[], object], sink: Sink) -> Counter[str]:
+    """Makes files on this machine, uploads each and deletes it; what has overflowed in them."""
+    overflowed: Counter[str] = Counter()
+    for group in _group(plan, numbers):
+        check()
+        with staging() as folder:
+            mine = replace(plan.for_files(group), root=str(folder), single=None)
+            try:
+                engine = LocalEngine(mine, Ledger(), tell)
+                engine.run()
+            except Interrupted:
+                raise Interrupted(f"interrupted: {plan.destination} is incomplete; rerun the same command with --resume") from None
+            sink.put({file.path: folder / file.path for file in mine.files})
+            overflowed += engine.overflowed
+    return overflowed
+
+
+def _group(plan: Plan, numbers: Iterable[int]) -> Iterator[list[int]]:
+    """Files with tensors each by itself, the others together, with the commit if that is among them."""
+    small = []
+    for number in numbers:
+        if plan.files[number].tensors and number != len(plan.files) - 1:
+            yield [number]
+        else:
+            small.append(number)
+    if small:
+        yield small

@@ -1,0 +1,1 @@
+"""Quantizations: how each is told, and what its numbers are."""

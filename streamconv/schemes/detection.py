@@ -1,0 +1,134 @@
+"""Whether a checkpoint is quantized, by what its config says or its tensors look like, and which tensors belong to that."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streamconv.dtypes import CASTABLE, TensorSpec
+from streamconv.schemes.fp8 import METHODS, find_method
+
+FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+"""What says of a checkpoint that it is quantized, beside its config.json."""
+
+_WHOLE = ("int8", "uint8", "int16", "int32", "uint32")
+# What stands beside codes called X in a module M: X + one of these, or M + "." + one of these.
+_AFTER = (
+    "_scale",
+    "_scale_inv",
+    "_scales",
+    "_scb",
+    "_absmax",
+    "_quant_map",
+    ".absmax",
+    ".quant_map",
+    ".scb",
+    ".scale",
+    "._scale",
+    ".scales",
+)
+_BESIDE = (
+    "scale", "scales", "zero", "zeros", "qzeros", "scb", "absmax", "quant_map", "weight_scale", "weight_scales", "weight_scale_inv",
+    "weight_zero_point", "weight_global_scale", "weight_shape", "scale_inv", "qscale_weight", "qweight_type", "codebooks", "centroids",
+    "_scale", "weight._scale", "tables", "meta",
+)  # fmt: skip
+_STEMS = re.compile(r"(?:_blocks|_packed|\._data|_qdata|_data)$")
+_MODULE = re.compile(r"\.[^.]+$")
+_CODED = re.compile(r"\.(?:qweight|W_q|weight_packed|codes)$|_blocks$")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint is quantized, and what says so."""
+
+    method: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"quantized by {self.method} ({self.where})"
+
+
+def find_quantization(
+    config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], specs: Mapping[str, TensorSpec]
+) -> Quantization | None:
+    """How a checkpoint is quantized; None: it is not.
+
+    Args:
+        config: its config.json.
+        files: others of `FILES` beside it, by name.
+        specs: its tensors.
+    """
+    if method := find_method(config):
+        return Quantization(method, "by config.json")
+    for name, found in files.items():
+        if found:
+            inner = found.get("quantization")
+            said = inner if isinstance(inner, Mapping) else found
+            method = next((said[key] for key in ("quant_method", "quant_algo", "method") if said.get(key)), None)
+            return Quantization(str(method or name.removesuffix(".json")), name)
+    codes = _codes(specs)
+    if codes:
+        name, beside = next(iter(codes.items()))
+        return Quantization(_guess(name, beside, specs[name]), f"{name} is {specs[name]}" + (f", beside {beside}" if beside else ""))
+    return None
+
+
+def quantized_tensors(specs: Mapping[str, TensorSpec]) -> set[str]:
+    """The tensors that belong to a quantization: codes, and all that stands beside them, but for biases."""
+    codes = _codes(specs)
+    heads = {_MODULE.sub("", _STEMS.sub("", name)) + "." for name in codes}
+    found = {*codes, *filter(None, codes.values())}
+    for name in specs:
+        inside = any(name.startswith(head) for head in _heads(name) & heads)
+        if inside and not name.endswith(("bias", "layernorm.weight", "norm.weight")):
+            found.add(name)
+    return found
+
+
+def _heads(name: str) -> set[str]:
+    """The modules that a tensor may stand in: ``a.b.`` and ``a.`` of ``a.b.c``."""
+    parts = name.split(".")
+    return {".".join(parts[:count]) + "." for count in range(max(1, len(parts) - 4), len(parts))}
+
+
+def _codes(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """The tensors that hold codes instead of numbers, and what stands beside each."""
+    lower = {name.lower(): name for name in specs}
+    found = {}
+    for name, spec in specs.items():
+        if spec.dtype.floating and spec.dtype.name not in CASTABLE:
+            if spec.dtype.name != "float8_e8m0fnu" and ((beside := _beside(name, lower)) or name.endswith("weight")):
+                found[name] = beside
+        elif spec.dtype.name in _WHOLE and ((beside := _beside(name, lower)) or _CODED.search(name)):
+            found[name] = beside
+    return found
+
+
+def _beside(name: str, lower: Mapping[str, str]) -> str:
+    """The first tensor beside another that a quantization of that has; "": there is none."""
+    small = name.lower()
+    stem, module = _STEMS.sub("", small), _MODULE.sub("", small)
+    near: Iterable[str] = [
+        *(f"{root}{end}" for root in dict.fromkeys((small, stem)) for end in _AFTER),
+        *(f"{module}.{end}" for end in _BESIDE),
+    ]
+    return next((lower[one] for one in near if one in lower and one != small), "")
+
+
+def _guess(name: str, beside: str, spec: TensorSpec) -> str:
+    """What a quantization looks like that nothing names."""
+    if spec.dtype.name.startswith("float8"):
+        return METHODS[0] if beside else "a cast to float8"
+    if name.endswith("qweight"):
+        return "GPTQ or AWQ"
+    if name.endswith("_blocks"):
+        return "mxfp4"
+    if name.endswith(("_packed",)):
+        return "compressed-tensors"
+    if beside.lower().endswith(("absmax", "quant_map", "scb")):
+        return "bitsandbytes"
+    if name.endswith("W_q"):
+        return "HQQ"
+    return f"codes of {spec.dtype}"
