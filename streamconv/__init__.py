@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from streamconv import interrupts, recipes  # noqa: F401 - the first one first: Ctrl-C may come while the others are imported
 from streamconv._version import __version__ as __version__
-from streamconv.api import convert, doctor, plan, verify
 from streamconv.checkpoint.entries import TensorEntry
 from streamconv.checkpoint.opening import Checkpoint
 from streamconv.checkpoint.opening import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
+from streamconv.convert.api import convert, plan, verify
+from streamconv.diagnose.doctor import doctor
 from streamconv.engine.comparison import Comparison
 from streamconv.errors import (
     BudgetError,

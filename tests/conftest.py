@@ -9,7 +9,7 @@ import pytest
 from checkpoint_files import ROOMY
 from hypothesis import HealthCheck, settings
 
-from streamconv import api
+from streamconv.convert import api
 
 # Where a change is judged, the same examples are tried each time; at a desk, new ones.
 # How long one takes tells of the machine only.

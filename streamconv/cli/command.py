@@ -13,9 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from streamconv import __version__, api, interrupts, recipes
+from streamconv import __version__, interrupts, recipes
 from streamconv.cli.console import Console, StdoutError
+from streamconv.convert import api
 from streamconv.diagnose import matching, report
+from streamconv.diagnose.doctor import doctor
 from streamconv.diagnose.ranks import open_with_ranks
 from streamconv.engine.io import name_in
 from streamconv.engine.readers import BACKENDS
@@ -453,7 +455,7 @@ def _inspect(args: argparse.Namespace, out: Console) -> int:
 
 
 def _doctor(args: argparse.Namespace, out: Console) -> int:
-    found = api.doctor(locate(args.src), data=args.data, root=_root_of(args), variant=args.variant)
+    found = doctor(locate(args.src), data=args.data, root=_root_of(args), variant=args.variant)
     if args.json:
         out.say_json(found.summary())
     elif not args.quiet:

@@ -14,7 +14,7 @@ from streamconv.checkpoint.components import find_pointers, find_weighted, look_
 from streamconv.checkpoint.opening import CONFIG, CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.diagnose.contradictions import Stated, check_config, check_layers, check_types
 from streamconv.diagnose.findings import Finding
-from streamconv.diagnose.matching import suggest_merging
+from streamconv.diagnose.matching import match_recipes, suggest_merging
 from streamconv.diagnose.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError
@@ -63,6 +63,24 @@ class Examination:
         lines += [f"recipes that fit: {', '.join(self.recipes)}"] if self.recipes else []
         problems = sum(finding.problem for finding in self.findings)
         return join_lines([*lines, (f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")])
+
+
+def doctor(path: str | os.PathLike[str], *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
+    """Looks for damage and contradictions in a checkpoint, and for the recipes that fit it.
+
+    Args:
+        path: a directory, a file or a URL.
+        data: look at the numbers, too: NaN, Inf, constant tensors.
+        root: the key of the dict of tensors in a file that torch.save wrote.
+        variant: which variant of the weights is looked at.
+
+    Raises:
+        StreamconvError: there is nothing at ``path`` that could be a checkpoint.
+    """
+    found = examine(path, data=data, root=root, variant=variant)
+    with suppress(StreamconvError):
+        found.recipes = match_recipes(path)
+    return found
 
 
 def examine(path: str | os.PathLike[str], *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:

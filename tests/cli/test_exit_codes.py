@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from streamconv import api, errors
+from streamconv import errors
 from streamconv.cli import command as cli
+from streamconv.convert import api
 from streamconv.diagnose import report_page
 from streamconv.running import apart, local, parts
 from streamconv.running import run as running

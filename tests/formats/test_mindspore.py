@@ -15,8 +15,8 @@ from checkpoint_files import assert_same, numbered, random_tensor, raw, read, re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamconv import api
 from streamconv.checkpoint.opening import open_checkpoint
+from streamconv.convert import api
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import mindspore as fmt

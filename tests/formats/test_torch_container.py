@@ -18,7 +18,7 @@ from checkpoint_files import assert_same, raw, read, refusal, run, write
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 
-from streamconv import api
+from streamconv.convert import api
 from streamconv.digests import patches
 from streamconv.planning.plan import Plan
 from streamconv.running import local

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from streamconv import api
 from streamconv.cli.command import main
+from streamconv.convert import api
 from streamconv.errors import DestinationError
 from streamconv.running import journal
 from streamconv.running.journal import NAME, Journal, is_only_copy, read_journal

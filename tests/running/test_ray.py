@@ -22,7 +22,8 @@ import servers
 import torch
 from checkpoint_files import ROOMY, random_tensor, refusal, write
 
-from streamconv import api, memory
+from streamconv import memory
+from streamconv.convert import api
 from streamconv.errors import BudgetError, RunError, UsageError
 from streamconv.planning.fitting import Budget, base_of, refit
 from streamconv.planning.plan import Plan

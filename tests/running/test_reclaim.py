@@ -12,7 +12,7 @@ import pytest
 from checkpoint_files import ROOMY, failure, random_tensor, refusal, run, write
 
 import streamconv
-from streamconv import api
+from streamconv.convert import api
 from streamconv.errors import RunError
 from streamconv.running import local, reclaim
 from streamconv.running.journal import Journal

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from checkpoint_files import ROOMY, random_tensor, refusal, run, write
 
-from streamconv import api
+from streamconv.convert import api
 from streamconv.digests import format_sums
 from streamconv.engine import order, threads
 from streamconv.errors import DestinationError, RunError
@@ -280,7 +280,7 @@ def test_sources_that_cannot_be_read_for_the_journal_are_no_others(source, tmp_p
 HOLDER = """
 import sys, time
 from pathlib import Path
-from streamconv import api
+from streamconv.convert import api
 from streamconv.running import run as running
 from streamconv.running.journal import Journal
 made = api.plan(sys.argv[1], sys.argv[2], max_memory="4GB", max_shard_size="500KB")

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from servers import S3, Fault, Flaky, Request, flaky, s3, unavailable
 from test_evaluate import graphs, settings_of, thresholds, world
 
-from streamconv import api
+from streamconv.convert import api
 from streamconv.errors import Interrupted, RunError
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget

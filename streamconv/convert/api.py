@@ -17,8 +17,6 @@ from streamconv.checkpoint.stems import reads_shards
 from streamconv.convert.casting import Casting
 from streamconv.convert.sidecars import make_sidecars
 from streamconv.convert.sides import Wanted, lay_out_components, open_other, open_side
-from streamconv.diagnose.doctor import Examination, examine
-from streamconv.diagnose.matching import match_recipes
 from streamconv.dtypes import dtype_name
 from streamconv.engine.comparison import Comparison, compare
 from streamconv.engine.direct import LEAST, shares_extents
@@ -542,24 +540,6 @@ def _open_both(a: AnyPath, b: AnyPath, chosen: Recipe | None, root: str | None, 
         with suppress(UsageError):
             return left, open_other(b, sides[1], variant, root)
     return left, open_other(b, sides[1], variant)
-
-
-def doctor(path: AnyPath, *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
-    """Looks for damage and contradictions in a checkpoint, and for the recipes that fit it.
-
-    Args:
-        path: a directory, a file or a URL.
-        data: look at the numbers, too: NaN, Inf, constant tensors.
-        root: the key of the dict of tensors in a file that torch.save wrote.
-        variant: which variant of the weights is looked at.
-
-    Raises:
-        StreamconvError: there is nothing at ``path`` that could be a checkpoint.
-    """
-    found = examine(path, data=data, root=root, variant=variant)
-    with suppress(StreamconvError):
-        found.recipes = match_recipes(path)
-    return found
 
 
 def verify(
