@@ -209,6 +209,33 @@ def test_packages_stay_small(package):
     assert sum(sizes.values()) < PACKAGES[package], f"{sum(sizes.values())}: {sorted(sizes.items(), key=lambda item: -item[1])[:8]}"
 
 
+# What is written of them, and their tests --------------------------------------------------------------------------
+
+
+def modules_of(package: str) -> set[str]:
+    """The modules of a package, and its folders as ``NAME/``, as the table of CONTRIBUTING.md has them."""
+    entries = set()
+    for module, path in MODULES.items():
+        within = module if package in {"", "front"} else module.partition(".")[2]
+        first, dot, _ = within.partition(".")
+        if package_of(module) == package and first and not first.startswith("_"):
+            entries.add(f"{first}/" if dot or path.stem == "__init__" else first)
+    return entries
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_table_of_packages_names_each_module_once(package):
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    label = {"": "`streamconv/`", "front": "front"}.get(package, f"`{package}/`")
+    rows = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
+    assert len(rows) == 1, f"CONTRIBUTING.md, table of packages: one row for {label}"
+    named = re.findall(r"`(\w+/?)`", rows[0].removeprefix(f"| {label} |"))
+    for module in sorted(modules_of(package) ^ set(named)):
+        edit = "name it, and say what it is in few words" if module not in named else "there is no such module: leave it out"
+        pytest.fail(f"CONTRIBUTING.md, table of packages, row {label}: `{module}`: {edit}", pytrace=False)
+    assert len(named) == len(set(named)), f"CONTRIBUTING.md, table of packages, row {label}: each module once, found {sorted(named)}"
+
+
 # The project -------------------------------------------------------------------------------------------------------
 
 
