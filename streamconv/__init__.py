@@ -13,6 +13,7 @@ from streamconv.checkpoint.opening import Checkpoint
 from streamconv.checkpoint.opening import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
 from streamconv.convert.api import convert, plan, verify
 from streamconv.diagnose.doctor import doctor
+from streamconv.diagnose.matching import match_recipes
 from streamconv.engine.comparison import Comparison
 from streamconv.errors import (
     BudgetError,
@@ -33,6 +34,8 @@ from streamconv.planning.plan import Plan
 from streamconv.recipe import Drop, Option, Recipe, Rule, Side, Tie
 from streamconv.running.results import Result
 from streamconv.running.run import run
+
+recipes.match = match_recipes  # which opens checkpoints, and so stands above the recipes
 
 __all__ = [
     "BudgetError",

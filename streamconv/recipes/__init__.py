@@ -6,53 +6,63 @@ A module here is declarations only: a tuple ``RECIPES``. Another package adds re
 
 from __future__ import annotations
 
-import errno
-import importlib
-import json
 import os
-import pkgutil
-import traceback
-from collections.abc import Mapping
-from functools import cache
-from importlib.metadata import entry_points
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from streamconv.errors import NotationError, RecipeError, UsageError
-from streamconv.notation.names import nearest
-from streamconv.recipe import Recipe, find_writer
-from streamconv.recipe.declaration import KINDS
-from streamconv.recipe.settable import with_sizes
-from streamconv.storage.reading import read_whole
+from streamconv.recipe import Recipe
+from streamconv.recipe.files import load
+from streamconv.recipe.registry import Registry
 
-GROUP = "streamconv.recipes"
-INVERSE = ":inverse"
-_MAX_FILE = 4 << 20  # bytes of a recipe file
-_DEEPEST = 32  # lists and mappings in each other
-_MOST = 200_000  # texts, numbers, lists and mappings
+__all__ = ["REGISTRY", "get", "is_named", "load", "match", "registry"]
 
-
-@cache
-def registry() -> dict[str, Recipe]:
-    """All known recipes by name.
-
-    Raises:
-        RecipeError: two recipes have the same name, or an entry point does not give recipes.
-    """
-    found: dict[str, Recipe] = {}
-    modules = [importlib.import_module(info.name) for info in pkgutil.walk_packages(__path__, f"{__name__}.") if not info.ispkg]
-    given: list[tuple[str, Any]] = [(module.__name__, module.RECIPES) for module in modules]
-    for entry in entry_points(group=GROUP):
-        loaded = entry.load()
-        given.append((entry.value, (loaded,) if isinstance(loaded, Recipe) else loaded))
-    for origin, recipes in given:
-        for recipe in recipes:
-            if not isinstance(recipe, Recipe):
-                raise RecipeError(f"entry point {origin} of group {GROUP} gives a {type(recipe).__name__}, not a Recipe")
-            if recipe.name in found:
-                raise RecipeError(f"two recipes are called {recipe.name}; the second comes from {origin}")
-            found[recipe.name] = recipe
-    return dict(sorted(found.items()))
+REGISTRY = Registry(
+    __name__,
+    {
+        "mindspore.blocks": "bloom-hf2ms bloom-ms2hf wizardcoder-hf2ms wizardcoder-ms2hf vit-hf2ms vit-ms2hf mae-hf2ms mae-ms2hf",
+        "mindspore.cogvlm2": "cogvlm2-hf2ms cogvlm2-ms2hf",
+        "mindspore.deepseek3": "deepseek3-hf2ms deepseek3-ms2hf",
+        "mindspore.glm": "glm-n-hf2ms glm-n-ms2hf",
+        "mindspore.glm1": "glm-hf2ms glm-ms2hf codegeex2-hf2ms codegeex2-ms2hf",
+        "mindspore.gpt": "gpt-hf2ms gpt-ms2hf",
+        "mindspore.llama": (
+            "llama-hf2ms llama-ms2hf yi-hf2ms yi-ms2hf deepseek-hf2ms deepseek-ms2hf internlm-hf2ms internlm-ms2hf baichuan2-hf2ms "
+            "baichuan2-ms2hf internlm2-hf2ms internlm2-ms2hf mixtral-hf2ms mixtral-ms2hf qwen2_5-hf2ms qwen2_5-ms2hf llama-ms-fuse "
+            "llama-ms-unfuse qwen2_5-ms-fuse qwen2_5-ms-unfuse"
+        ),
+        "mindspore.qwen": "qwen-hf2ms qwen-ms2hf qwenvl-hf2ms qwenvl-ms2hf",
+        "mindspore.swin": "swin-hf2ms swin-ms2hf",
+        "mindspore.telechat": (
+            "telechat-hf2ms telechat-ms2hf telechat2-hf2ms telechat2-ms2hf telechat3-hf2ms telechat3-ms2hf telechat2-ms-fuse "
+            "telechat2-ms-unfuse"
+        ),
+        "mindspore.whisper": "whisper-hf2ms whisper-ms2hf",
+        "originals.deepseek": "deepseek3-hf2mp deepseek3-mp2hf",
+        "originals.deformable_detr": "deformable-detr-original2hf deformable-detr-hf2original",
+        "originals.gemma": "gemma-original2hf gemma-hf2original",
+        "originals.internvl": "internvl-hf2custom internvl-custom2hf",
+        "originals.llama_meta": "llama-hf2meta llama-meta2hf",
+        "originals.mistral": "mistral-hf2original mistral-original2hf",
+        "originals.mixtral": "mixtral-hf2original mixtral-original2hf",
+        "originals.vipllava": "vipllava-original2hf vipllava-hf2original",
+        "sat.cogvlm": "cogvlm-hf2sat cogvlm-sat2hf cogagent-hf2sat cogagent-sat2hf",
+        "sat.language": (
+            "chatglm-hf2sat chatglm-sat2hf chatglm2-hf2sat chatglm2-sat2hf chatglm3-hf2sat chatglm3-sat2hf gpt2-hf2sat gpt2-sat2hf "
+            "bert-hf2sat bert-sat2hf roberta-hf2sat roberta-sat2hf"
+        ),
+        "sat.llama": "llama-hf2sat llama-sat2hf mixtral-8x7b-hf2sat mixtral-8x7b-sat2hf",
+        "sat.partition": "sat-repartition",
+        "sat.vision": (
+            "vit-hf2sat vit-sat2hf deit-hf2sat deit-sat2hf cait-hf2sat cait-sat2hf mae-hf2sat mae-sat2hf yolos-hf2sat yolos-sat2hf "
+            "clip-hf2sat clip-sat2hf eva2-hf2sat eva2-sat2hf"
+        ),
+        "transformers_bridge": "transformers-hub2native transformers-native2hub tp-split tp-merge",
+    },
+)
+get = REGISTRY.get
+registry = REGISTRY.all
+match: Callable[[str | os.PathLike[str]], list[str]]
+"""The names of the recipes that fit a checkpoint, the likeliest first: set by what opens checkpoints, which stands above this."""
 
 
 def is_named(recipe: Recipe, config: Mapping[str, Any]) -> bool:
@@ -60,204 +70,3 @@ def is_named(recipe: Recipe, config: Mapping[str, Any]) -> bool:
     kind = str(config.get("model_type") or "").replace("_", "-")
     family = recipe.name.rpartition("-")[0]
     return bool(family) and (kind == family or kind.startswith(f"{family}-"))
-
-
-def get(name: str) -> Recipe:
-    """The recipe of that name, or the one in that ``.yaml``, ``.json`` or ``.py`` file; ``FILE.py:NAME`` where it has several.
-
-    With ``:inverse`` at its end it is the recipe in the other direction.
-
-    Raises:
-        UsageError: there is none.
-        RecipeError: the file is not a recipe.
-    """
-    if name.endswith(INVERSE):
-        forward = get(name.removesuffix(INVERSE))
-        return forward.inverse(f"{forward.name}{INVERSE}")
-    if name.endswith((".yaml", ".yml", ".json")):
-        return load(Path(name))
-    file, mark, wanted = name.rpartition(".py:")
-    if mark or name.endswith(".py"):
-        return _run(Path(f"{file}.py") if mark else Path(name), wanted if mark else None)
-    known = registry()
-    if name not in known:
-        near = nearest(name, known)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"unknown recipe {name!r}: {hint}'streamconv recipes' lists all {len(known)}; or give a .yaml, .json or .py file")
-    return known[name]
-
-
-def match(src: str | os.PathLike[str]) -> list[str]:
-    """The names of the recipes that fit a checkpoint, the likeliest first.
-
-    Raises:
-        StreamconvError: it cannot be read.
-    """
-    matching = importlib.import_module("streamconv.diagnose.matching")  # which stands above this, since it opens checkpoints
-    names: list[str] = matching.match_recipes(src)
-    return names
-
-
-def load(path: Path) -> Recipe:
-    """The recipe in a YAML or JSON file.
-
-    Raises:
-        UsageError: the file cannot be read.
-        RecipeError: it is not a recipe; says at which line and column.
-    """
-    text = _read(path)
-    try:
-        data, node = _parse(text, json_only=path.suffix == ".json")
-    except RecipeError as error:
-        raise RecipeError(f"{path}:{error}") from error
-    except Exception as error:
-        raise RecipeError(f"{path}: cannot be parsed: {' '.join(str(error).split())[:300]}") from error
-    if isinstance(data, dict):
-        data.setdefault("name", path.stem)
-    try:
-        recipe = Recipe.from_dict(data, str(path))
-        _check_code(recipe, path)
-        recipe = with_sizes(recipe)
-    except RecipeError as error:
-        said = str(error).removeprefix(str(path)).lstrip(":, ")
-        raise RecipeError(f"{path}:{_where(node, error)}: {said}") from error
-    return recipe
-
-
-def _read(path: Path) -> str:
-    try:
-        return read_whole(path, _MAX_FILE).decode()
-    except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise RecipeError(f"{path}: larger than {_MAX_FILE} bytes, which no recipe is") from error
-        raise UsageError(f"{path}: cannot be read: {error.strerror}; give the path of a recipe file") from error
-    except ValueError as error:
-        raise RecipeError(f"{path}: not UTF-8 text") from error
-
-
-def _parse(text: str, *, json_only: bool) -> tuple[Any, Any]:
-    """The data in a file, and its YAML nodes, which know where they stand. Raises RecipeError with a line, or what parsers do."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        _check_extent(yaml, loader, text.replace("\t", " ") if json_only else text)
-        data = json.loads(text) if json_only else None
-        reader = loader(text.replace("\t", " ") if json_only else text)  # JSON may be indented by tabs, YAML may not
-        node = reader.get_single_node()
-        _check_keys(node, set())
-        return (data if json_only else reader.construct_document(node) if node else None), node
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{error.lineno}:{error.colno}: cannot be parsed: {error.msg}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise RecipeError(f"{_place(mark)}: cannot be parsed: {error.problem or error.context}") from error
-
-
-def _check_extent(yaml: Any, loader: Any, text: str) -> None:
-    """Refuses what would grow: YAML that is nested deeply, or that says things many times by its aliases.
-
-    It is looked at piece by piece, before anything is made of it.
-    """
-    depth = count = 0
-    sizes: dict[str, int] = {}  # how many pieces an anchor stands for
-    begun: list[tuple[str | None, int]] = []
-    for event in yaml.parse(text, Loader=loader):
-        count += 1
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor in (name for name, _ in begun):
-                raise RecipeError(f"{_place(event.start_mark)}: *{event.anchor} lies in itself; write it out")
-            count += sizes.get(event.anchor, 0)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            begun.append((event.anchor, count))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            name, start = begun.pop()
-            if name is not None:
-                sizes[name] = count - start
-        depth = len(begun)
-        if depth > _DEEPEST or count > _MOST:
-            problem = f"nested more than {_DEEPEST} deep" if depth > _DEEPEST else f"more than {_MOST} items, those of aliases counted"
-            raise RecipeError(f"{_place(event.start_mark)}: {problem}, which no recipe has")
-
-
-def _check_keys(node: Any, seen: set[int]) -> None:
-    """Raises RecipeError where a key stands twice in one mapping."""
-    if id(node) in seen or node is None or isinstance(node.value, str):
-        return
-    seen.add(id(node))
-    keys: set[str] = set()
-    for item in node.value:
-        if isinstance(item, tuple):
-            key = item[0]
-            if isinstance(key.value, str) and key.value in keys:
-                raise RecipeError(f"{_place(key.start_mark)}: {key.value!r} a second time; remove one")
-            keys.add(str(key.value))
-        for inner in item if isinstance(item, tuple) else (item,):
-            _check_keys(inner, seen)
-
-
-def _place(mark: Any, columns: int = 0) -> str:
-    return f"{mark.line + 1}:{mark.column + 1 + columns}"
-
-
-def _where(node: Any, error: RecipeError) -> str:
-    """``line:column`` of the key or item at an error's place; for a notation that of the character."""
-    mark = node.start_mark if node else None
-    for key in error.place:
-        pairs = [item if isinstance(item, tuple) else (item, item) for item in node.value] if isinstance(node.value, list) else []
-        texts = {str(pair[0].value): pair for pair in pairs}
-        kind = next((kind for kind in KINDS if kind in texts), "left")
-        pair = pairs[key] if isinstance(key, int) else texts.get(key) or texts.get(kind if key == "left" else "")
-        if pair is None:
-            break
-        mark, node = pair[0].start_mark, pair[1]
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, NotationError):
-        cause = cause.__cause__
-    if cause is not None and (scalar := _scalar(node, cause.text)):
-        plain = scalar.start_mark.line == scalar.end_mark.line and "\\" not in scalar.value
-        inside = scalar.value.find(cause.text) + cause.position + (scalar.style in ("'", '"'))
-        return _place(scalar.start_mark, inside if plain else 0)
-    return _place(mark) if mark else "1:1"
-
-
-def _scalar(node: Any, text: str) -> Any:
-    """The first text below a node that has this in it."""
-    if isinstance(node.value, str):
-        return node if text in node.value else None
-    inner = (part for item in node.value for part in (item if isinstance(item, tuple) else (item,)))
-    return next((found for part in inner if (found := _scalar(part, text))), None)
-
-
-def _check_code(recipe: Recipe, path: Path) -> None:
-    for code in (side.writes for stage in recipe.stages for side in (stage.left, stage.right)):
-        if code is None:
-            continue
-        if not code.startswith(f"{__name__}."):
-            raise RecipeError(f"{path}: writes {code!r} names code to run, which a file may take from {__name__} only; leave it out")
-        find_writer(code)
-
-
-def _run(path: Path, wanted: str | None) -> Recipe:
-    """The recipe in a Python file, which is run: its ``RECIPE``, or the one of its ``RECIPES`` that is called ``wanted``.
-
-    Raises:
-        UsageError: the file cannot be read, or has several and none is wanted.
-        RecipeError: it cannot be run, or holds none.
-    """
-    code = _read(path)
-    names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
-    try:
-        exec(compile(code, str(path), "exec"), names)  # noqa: S102 - its user named it on the command line to have it run
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
-        raise RecipeError(f"{path}:{line}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    given = names.get("RECIPE", names.get("RECIPES", ()))
-    recipes = [given] if isinstance(given, Recipe) else list(given) if isinstance(given, list | tuple) else [given]
-    if not recipes or not all(isinstance(recipe, Recipe) for recipe in recipes):
-        raise RecipeError(f"{path}: found no recipe: it must set RECIPE to a Recipe, or RECIPES to a tuple of them")
-    fitting = [recipe for recipe in recipes if wanted in (None, recipe.name)]
-    if len(fitting) != 1:
-        raise UsageError(f"{path}: name one of its recipes: {', '.join(f'{path}:{recipe.name}' for recipe in recipes)}")
-    return with_sizes(fitting[0])

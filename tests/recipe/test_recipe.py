@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import EntryPoint
@@ -18,7 +20,7 @@ from streamconv import recipes
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError, RecipeError, UsageError
 from streamconv.formats import Source
-from streamconv.recipe import Drop, Option, Recipe, Rule, Side, Tie
+from streamconv.recipe import Drop, Option, Recipe, Rule, Side, Tie, registry
 
 
 def recipe_of(*rules, **settings):
@@ -692,13 +694,13 @@ def added(monkeypatch):
     def register(**values):
         for name, value in values.items():
             monkeypatch.setitem(globals(), name, value)
-        points = [EntryPoint(name, f"{__name__}:{name}", recipes.GROUP) for name in values]
-        monkeypatch.setattr(recipes, "entry_points", lambda group: points if group == recipes.GROUP else [])
-        recipes.registry.cache_clear()
+        points = [EntryPoint(name, f"{__name__}:{name}", registry.GROUP) for name in values]
+        monkeypatch.setattr(registry, "entry_points", lambda group: points if group == registry.GROUP else [])
+        recipes.REGISTRY.forget()
 
     yield register
     monkeypatch.undo()
-    recipes.registry.cache_clear()
+    recipes.REGISTRY.forget()
 
 
 def test_the_registry():
@@ -707,6 +709,24 @@ def test_the_registry():
     assert list(known) == sorted(known)
     assert all(name == recipe.name and recipe.summary for name, recipe in known.items())
     assert recipes.get("internvl-hf2custom") is known["internvl-hf2custom"]
+
+
+def test_every_recipe_is_listed_below_its_module():
+    assert recipes.registry()
+    below = f"{recipes.__name__}."
+    modules = {name.removeprefix(below): module for name, module in sys.modules.items() if name.startswith(below)}
+    declared = {name: [recipe.name for recipe in module.RECIPES] for name, module in modules.items() if getattr(module, "RECIPES", ())}
+    assert {name: names.split() for name, names in recipes.REGISTRY.modules.items()} == declared
+
+
+def test_a_recipe_loads_its_own_module_only():
+    code = """
+import sys, streamconv
+assert streamconv.recipes.get("whisper-hf2ms").name == "whisper-hf2ms"
+print(sorted(name for name in sys.modules if name.startswith("streamconv.recipes.") and hasattr(sys.modules[name], "RECIPES")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
+    assert done.stdout.strip() == "['streamconv.recipes.mindspore.mindformers', 'streamconv.recipes.mindspore.whisper']"
 
 
 def test_entry_points_add_recipes(added):

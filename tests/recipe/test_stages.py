@@ -61,7 +61,7 @@ def files_of(folder):
 @pytest.fixture(autouse=True)
 def toy_recipes(monkeypatch):
     known = {**recipes.registry(), WHOLE.name: WHOLE, SPLIT.name: SPLIT}
-    monkeypatch.setattr(recipes, "registry", lambda: known)
+    monkeypatch.setattr(recipes.REGISTRY, "known", known)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])

@@ -1,0 +1,99 @@
+"""Recipes by their names: those of a package of declarations, those that other packages add, and those in files."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from streamconv.errors import RecipeError, UsageError
+from streamconv.notation.names import nearest
+from streamconv.recipe import files
+from streamconv.recipe.recipe import Recipe
+
+GROUP = "streamconv.recipes"
+INVERSE = ":inverse"
+
+
+@dataclass
+class Registry:
+    """The recipes below a package, whose modules each have a tuple ``RECIPES``, and those of entry-point group `GROUP`.
+
+    Attributes:
+        package: the package's name.
+        modules: module below the package -> the names of its recipes, between blanks. What is not here is looked for in all modules.
+        known: all of them by name, once they have been asked for.
+    """
+
+    package: str
+    modules: Mapping[str, str]
+    known: dict[str, Recipe] = field(default_factory=dict)
+
+    def get(self, name: str) -> Recipe:
+        """The recipe of that name, or the one in that ``.yaml``, ``.json`` or ``.py`` file; ``FILE.py:NAME`` where it has several.
+
+        With ``:inverse`` at its end it is the recipe in the other direction. A recipe of the package loads its own module only.
+
+        Raises:
+            UsageError: there is none.
+            RecipeError: the file is not a recipe.
+        """
+        if name.endswith(INVERSE):
+            forward = self.get(name.removesuffix(INVERSE))
+            return forward.inverse(f"{forward.name}{INVERSE}")
+        if name.endswith((".yaml", ".yml", ".json")):
+            return files.load(Path(name))
+        file, mark, wanted = name.rpartition(".py:")
+        if mark or name.endswith(".py"):
+            return files.run(Path(f"{file}.py") if mark else Path(name), wanted if mark else None)
+        for module, names in self.modules.items():
+            if name in names.split():
+                return next(recipe for recipe in self._declared(module) if recipe.name == name)
+        known = self.all()
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                f"unknown recipe {name!r}: {hint}'streamconv recipes' lists all {len(known)}; or give a .yaml, .json or .py file"
+            )
+        return known[name]
+
+    def all(self) -> dict[str, Recipe]:
+        """All known recipes by name.
+
+        Raises:
+            RecipeError: two recipes have the same name, or an entry point does not give recipes.
+        """
+        if not self.known:
+            known: dict[str, Recipe] = {}
+            for origin, recipe in self._everywhere():
+                if not isinstance(recipe, Recipe):
+                    raise RecipeError(f"entry point {origin} of group {GROUP} gives a {type(recipe).__name__}, not a Recipe")
+                if recipe.name in known:
+                    raise RecipeError(f"two recipes are called {recipe.name}; the second comes from {origin}")
+                known[recipe.name] = recipe
+            self.known = dict(sorted(known.items()))
+        return dict(self.known)
+
+    def forget(self) -> None:
+        """Looks for entry points anew when recipes are asked for again."""
+        self.known = {}
+
+    def _everywhere(self) -> Iterator[tuple[str, Any]]:
+        """All recipes, with the module or entry point that each is from."""
+        package = importlib.import_module(self.package)
+        for info in pkgutil.walk_packages(package.__path__, f"{self.package}."):
+            if not info.ispkg:
+                yield from ((info.name, recipe) for recipe in self._declared(info.name.removeprefix(f"{self.package}.")))
+        for entry in entry_points(group=GROUP):
+            value = entry.load()
+            yield from ((entry.value, recipe) for recipe in ((value,) if isinstance(value, Recipe) else value))
+
+    def _declared(self, module: str) -> tuple[Recipe, ...]:
+        """The recipes of a module of the package."""
+        recipes: tuple[Recipe, ...] = importlib.import_module(f"{self.package}.{module}").RECIPES
+        return recipes
