@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import PurePath
@@ -15,12 +14,13 @@ from streamconv.checkpoint.components import Beside, find_components, find_weigh
 from streamconv.checkpoint.entries import TensorEntry
 from streamconv.checkpoint.ties import Choice, explain_absent, find_ties, says_tie
 from streamconv.errors import FormatError, UsageError
-from streamconv.formats import Contents, FileLayout, mindspore, safetensors, sat
-from streamconv.formats import torch as torch_files
-from streamconv.formats.files import Names, show, unreadable
-from streamconv.formats.foreign import READS
+from streamconv.formats import Contents
+from streamconv.formats.container import Names
+from streamconv.formats.files import show, unreadable
+from streamconv.formats.foreign import reads
 from streamconv.formats.indexes import read_index
 from streamconv.formats.json_text import MAX_CONFIG, read_json
+from streamconv.formats.registry import DEFAULT, by_suffix, containers
 from streamconv.formats.selection import Selection, find_files, find_unnamed, is_index, one_checkpoint
 from streamconv.formats.signatures import holds_checkpoint, recognize
 from streamconv.formats.variants import check_variant, of_variant, variant_of
@@ -193,31 +193,6 @@ def read_config(directory: Location, name: str = CONFIG) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Container:
-    """A kind of files: how they are called, read and laid out.
-
-    ``holds_ties``: a file can hold a tensor under two names; ``stores_ties_once``: and then has its data once; ``by_rank``: there is a file
-    for each rank, and tensors are ``<file>/<name>``.
-    """
-
-    names: Names
-    read: Callable[..., Contents]
-    lay_out: Callable[..., list[FileLayout]]
-    holds_ties: bool = False
-    stores_ties_once: bool = True
-    by_rank: bool = False
-
-
-CONTAINERS = {  # in the order in which they are looked for in a directory
-    "safetensors": Container(safetensors.KIND, safetensors.read, safetensors.lay_out),
-    "torch": Container(torch_files.KIND, torch_files.read, torch_files.lay_out, holds_ties=True),
-    "mindspore": Container(mindspore.KIND, mindspore.read, mindspore.lay_out, holds_ties=True, stores_ties_once=False),
-    "sat": Container(sat.KIND, sat.read, sat.lay_out, holds_ties=True, by_rank=True),
-}
-FORMAT_OF = {suffix: name for name, container in CONTAINERS.items() for suffix in container.names.suffixes}
-
-
 def open_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -263,14 +238,17 @@ def open_checkpoint(
     chosen, ranked = choose_files(where, ranks, files)
     by_rank = by_rank or ranked
     name, found = _choose(where, chosen, by_rank=by_rank, variant=variant)
-    if root is not None and name != "torch":
+    container = containers()[name]
+    if root is not None and not container.nests:
         raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
     given: dict[str, Any] = {} if root is None else {"root": root}
     given |= {} if found is None else {"files": found}
     folder = where.parent if is_index(where.name) else where
-    if name in ("safetensors", "torch"):
-        given["explain"] = lambda tensor, present: explain_absent(tensor, present, untied=_is_untied(folder))
-    contents = CONTAINERS[name].read(where, by_rank=by_rank, **given)
+
+    def explain(tensor: str, present: Collection[str]) -> str | None:
+        return explain_absent(tensor, present, untied=_is_untied(folder))
+
+    contents = container.read(where, by_rank=by_rank, explain=explain, **given)
     contents.notes[:0] = notes
     if components:
         _check_has(where, {"": contents}, variant)
@@ -279,7 +257,7 @@ def open_checkpoint(
 
 def _check_has(path: Location, components: Mapping[str, Contents], variant: str | None) -> None:
     """Raises UsageError where a variant is asked for, and no component has it."""
-    files = [variant_of(file.name, CONTAINERS[part.format].names) for part in components.values() for file in part.files]
+    files = [variant_of(file.name, containers()[part.format].names) for part in components.values() for file in part.files]
     if variant and variant not in files:
         raise UsageError(f"--variant {variant}: {show(path)} has no weights called so, as in model.{variant}.safetensors: leave it out")
 
@@ -328,9 +306,9 @@ def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool, variant: st
     if not is_dir(path) and not is_index(path.name):
         return container_of(path), Selection({path.name: path})
     name = detect_format(path, variant)
-    if not chosen and is_dir(path) and CONTAINERS[name].by_rank:
+    if not chosen and is_dir(path) and containers()[name].by_rank:
         return name, None
-    kind = CONTAINERS[name].names
+    kind = containers()[name].names
     if chosen:
         found = find_files(path, kind, chosen)
     elif is_dir(path) and not any(map(kind.is_part, names_in(path))):
@@ -352,9 +330,9 @@ def choose_files(path: Location, ranks: Sequence[str], files: Sequence[str]) -> 
         raise unreadable(path, error, "a checkpoint") from error
     for pattern in (*ranks, *files):
         if pattern in names and pattern.endswith(".index.json"):
-            index = read_index(path / pattern, safetensors.KIND)
+            index = read_index(path / pattern, containers()[_format_of_index(path / pattern)].names)
             return sorted(set(index.values()), key=natural_key), False
-        matching = [name for name in names if parse_names(pattern).match(name) is not None and PurePath(name).suffix in FORMAT_OF]
+        matching = [name for name in names if parse_names(pattern).match(name) is not None and PurePath(name).suffix in by_suffix()]
         if matching:
             return matching, pattern in ranks
     return [], False
@@ -367,11 +345,11 @@ def container_of(path: Location) -> str:
         FormatError: it is something else, or nothing says what it is.
         UsageError: it cannot be read.
     """
-    by_suffix = FORMAT_OF.get(path.suffix)
-    found = recognize(path) or by_suffix
-    if found is None:
-        raise FormatError(f"{show(path)}: neither its first bytes nor its name say what it is; {READS}: give another file")
-    return found
+    by_name = by_suffix().get(path.suffix)
+    name = recognize(path) or (by_name.name if by_name else None)
+    if name is None:
+        raise FormatError(f"{show(path)}: neither its first bytes nor its name say what it is; {reads()}: give another file")
+    return name
 
 
 def detect_format(path: Location, variant: str | None = None) -> str:
@@ -388,19 +366,19 @@ def detect_format(path: Location, variant: str | None = None) -> str:
     except OSError as error:
         raise unreadable(path, error, "a checkpoint") from error
     for chosen in dict.fromkeys((variant, None)):
-        parts = {name: _parts(names, container.names, chosen) for name, container in CONTAINERS.items()}
+        parts = {name: _parts(names, container.names, chosen) for name, container in containers().items()}
         if any(parts.values()):
             break
     else:
-        parts = {name: list(filter(container.names.is_part, names)) for name, container in CONTAINERS.items()}
+        parts = {name: list(filter(container.names.is_part, names)) for name, container in containers().items()}
     found = [name for name in parts if parts[name]]
     if len(found) > 1:  # a suffix alone says little: .bin is anything
-        found = [name for name in found if _is_certain(path, CONTAINERS[name].names, parts[name])] or found
+        found = [name for name in found if _is_certain(path, containers()[name].names, parts[name])] or found
     if found:
         return found[0]
     if unnamed := find_unnamed(path, names):
         return container_of(path / unnamed[0])
-    raise FormatError(f"{show(path)}: no *{', *'.join(FORMAT_OF)} file in it: give the path of a checkpoint")
+    raise FormatError(f"{show(path)}: no *{', *'.join(by_suffix())} file in it: give the path of a checkpoint")
 
 
 def _parts(names: Iterable[str], kind: Names, variant: str | None) -> list[str]:
@@ -416,16 +394,16 @@ def _is_certain(directory: Location, kind: Names, names: Sequence[str]) -> bool:
 
 def _format_of_index(path: Location) -> str:
     """The container whose files an index names: by its own name, else by theirs."""
-    for name, container in CONTAINERS.items():
+    for name, container in containers().items():
         if any(f"{suffix}.index." in path.name for suffix in container.names.suffixes):
             return name
-    for name, container in CONTAINERS.items():
+    for name, container in containers().items():
         if container.names.suffixes:
             with suppress(FormatError):
                 read_index(path, container.names)
                 return name
-    read_index(path, safetensors.KIND)
-    return "safetensors"
+    read_index(path, containers()[DEFAULT].names)  # which says what is wrong
+    return DEFAULT
 
 
 def prefixed(folder: str, name: str) -> str:
@@ -435,7 +413,7 @@ def prefixed(folder: str, name: str) -> str:
 
 def join_components(components: Mapping[str, Contents]) -> Contents:
     """The contents of components, by folder, as one; the format and the metadata are those of the first."""
-    first = next(iter(components.values()), Contents("safetensors", {}, []))
+    first = next(iter(components.values()), Contents(DEFAULT, {}, []))
     if list(components) == [""]:
         return first
     return Contents(
@@ -451,7 +429,7 @@ def join_components(components: Mapping[str, Contents]) -> Contents:
 def ties(contents: Contents, config: Mapping[str, Any] | None = None, choose: Choice = lambda _: None) -> dict[str, str]:
     """See `Checkpoint.ties`; ``choose`` as `find_ties` takes it."""
     entries = contents.entries
-    if not CONTAINERS[contents.format].holds_ties:
+    if containers()[contents.format].ties == "named":
         said = contents.metadata.items()
         return {name: kept for name, kept in said if name not in entries and kept in entries and says_tie(name, kept)}
     classes = (config or {}).get("architectures")

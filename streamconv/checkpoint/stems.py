@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from streamconv.checkpoint.components import within
-from streamconv.checkpoint.opening import CONTAINERS, Checkpoint
+from streamconv.checkpoint.opening import Checkpoint
 from streamconv.formats import Contents
+from streamconv.formats.registry import containers
 from streamconv.formats.variants import modern, variant_of, without_variant
 
 _PLAIN = ("model", "pytorch_model", "consolidated")  # stand for what the container's own files are called
@@ -59,7 +60,7 @@ def _stem_by_config(checkpoint: Checkpoint, folder: str) -> str | None:
 
 def _stem_of_files(contents: Contents) -> str | None:
     """What the name of the one file, or of all numbered ones, starts with."""
-    kind = CONTAINERS[contents.format].names
+    kind = containers()[contents.format].names
     names = [modern(path.name, kind) for path in contents.files]
     if len(names) == 1 and not kind.shard(names[0]):
         suffix = next((suffix for suffix in kind.suffixes if names[0].endswith(suffix)), "")
@@ -71,6 +72,6 @@ def _stem_of_files(contents: Contents) -> str | None:
 def variant_read(checkpoint: Checkpoint, folder: str) -> str | None:
     """The variant that was asked for, if a component's files are of it."""
     contents = checkpoint.components[folder]
-    kind = CONTAINERS[contents.format].names
+    kind = containers()[contents.format].names
     own = {variant_of(path.name, kind) for path in contents.files}
     return checkpoint.variant if own == {checkpoint.variant} else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv import memory, recipes
 from streamconv.checkpoint.components import within
-from streamconv.checkpoint.opening import CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
+from streamconv.checkpoint.opening import Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.checkpoint.stems import reads_shards
 from streamconv.convert.casting import Casting
 from streamconv.convert.sidecars import make_sidecars
@@ -24,6 +24,7 @@ from streamconv.engine.io import BLOCK
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import BudgetError, DestinationError, FormatError, StreamconvError, UsageError, writing
 from streamconv.formats import FileLayout
+from streamconv.formats.registry import DEFAULT, containers
 from streamconv.graph.node import AnyNode, extents
 from streamconv.library.bridge import choose_kept
 from streamconv.planning.compiler import compile_plan
@@ -99,7 +100,7 @@ def plan(
     if read_backend not in BACKENDS:
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
     chosen = recipes.get(recipe) if isinstance(recipe, str) else recipe
-    target = target_of(dst, format, chosen.target.format if chosen else "safetensors", create_pr=create_pr)
+    target = target_of(dst, format, chosen.target.format if chosen else DEFAULT, create_pr=create_pr)
     root, options = _take_root(chosen, options)
     own = read_identity_options(options) if chosen is None else {}
     with memory.bounded(parse_size(max_memory)):
@@ -115,12 +116,12 @@ def plan(
     if beside is not None and not beside.is_dir():
         raise UsageError(f"--sidecars-from {beside}: not a directory")
     conversion = _convert_names(checkpoint, chosen, options, Casting(dtype, keep_dtype), beside)
-    container = CONTAINERS[target.format]
-    keeps = container.stores_ties_once and own.get("tied", "keep") == "keep"
+    container = containers()[target.format]
+    keeps = container.ties != "copied" and own.get("tied", "keep") == "keep"
     tied = _ties(checkpoint.others if chosen else checkpoint, conversion) if keeps else {}
-    if container.holds_ties and align:
+    if align and "align" not in container.takes:
         raise UsageError(f"--align: {target.format} files have an alignment of their own: leave it out")
-    if not container.holds_ties:
+    if container.ties == "named":
         conversion = _without(conversion, tied)
     shard = parse_size(max_shard_size)
     limit = None if single_file or target.file else shard
@@ -173,7 +174,7 @@ def _read_beside(checkpoint: Checkpoint, beside: Location | None, made: Plan) ->
 def _lost_metadata(checkpoint: Checkpoint, format: str) -> Iterator[str]:  # noqa: A002 - the word of the command line
     """Names the source's metadata where the new container has no place for it."""
     lost = [key for key in checkpoint.metadata if key != "format" and key not in checkpoint.ties]
-    if lost and format != "safetensors":
+    if lost and "metadata" not in containers()[format].takes:
         more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
         yield f"left out: metadata of the source, which {format} files have no place for: {', '.join(lost[:SHOWN])}{more}"
 
@@ -196,7 +197,11 @@ def _may_share(checkpoint: Checkpoint, target: Target | RemoteTarget, layouts: S
     if not isinstance(checkpoint.path, Path) or isinstance(target, RemoteTarget):
         return
     above = next(parent for parent in (target.root, *target.root.parents) if parent.exists())
-    if target.format != "safetensors" or above.stat().st_dev != checkpoint.path.stat().st_dev or not shares_extents(above):
+    if (
+        "align" not in containers()[target.format].takes
+        or above.stat().st_dev != checkpoint.path.stat().st_dev
+        or not shares_extents(above)
+    ):
         return
     starts = [next(extents(node)).offset for node in checkpoint.contents.entries.values() if node.spec.nbytes >= LEAST]
     aligned = all(min(layout.slots.values(), default=0) % BLOCK == 0 for layout in layouts)
@@ -532,7 +537,7 @@ def _take_root(chosen: Recipe | None, options: Mapping[str, object] | None) -> t
 def _open_both(a: AnyPath, b: AnyPath, chosen: Recipe | None, root: str | None, variant: str | None) -> tuple[Checkpoint, Checkpoint]:
     """Two checkpoints to compare; the root is that of the first, and of the second if it has one or the first cannot have any."""
     sides = (chosen.source, chosen.target) if chosen else (Side(), Side())
-    nests = [detect_format(find_checkpoint(path)[0]) == "torch" for path in (a, b)] if root is not None else []
+    nests = [containers()[detect_format(find_checkpoint(path)[0])].nests for path in (a, b)] if root is not None else []
     if nests == [False, True]:
         return open_side(a, sides[0], None, variant), open_other(b, sides[1], variant, root)
     left = open_side(a, sides[0], root, variant)

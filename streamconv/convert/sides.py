@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from streamconv.checkpoint.opening import CONTAINERS, FORMAT_OF, Checkpoint, open_checkpoint, prefixed, ties
+from streamconv.checkpoint.opening import Checkpoint, open_checkpoint, prefixed, ties
 from streamconv.checkpoint.stems import CHOSEN, reads_shards, stem_of, variant_read
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import UsageError
 from streamconv.formats import Contents, FileLayout
+from streamconv.formats.container import Container
+from streamconv.formats.registry import by_suffix, containers, find_format
 from streamconv.notation.names import Matcher
 from streamconv.notation.names import parse as parse_names
 from streamconv.recipe import Conversion, Side
@@ -64,7 +65,7 @@ def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Sid
         format_ = _format_of(checkpoint, folder, side, wanted.target.format)
         own = side if side and not folder else Side(format_, stem=stem_of(checkpoint, folder, format_))
         target = replace(wanted.target, format=format_)
-        facts = _facts(checkpoint.components[folder], ties_in[folder], format_, wanted)
+        facts = _facts(checkpoint.components[folder], ties_in[folder], containers()[format_], wanted)
         if format_ in CHOSEN and (variant := variant_read(checkpoint, folder)):
             facts["variant"] = variant
         made = lay_out(specs, target, own, wanted.limit if reads_shards(checkpoint, folder, own.stem) else None, facts)
@@ -80,13 +81,16 @@ def _format_of(checkpoint: Checkpoint, folder: str, side: Side | None, format: s
     return own if own in CHOSEN else CHOSEN[0]
 
 
-def _facts(contents: Contents, tied: Mapping[str, str], format: str, wanted: Wanted) -> dict[str, Any]:  # noqa: A002
+def _facts(contents: Contents, tied: Mapping[str, str], container: Container, wanted: Wanted) -> dict[str, Any]:
     """What a container's `lay_out` takes beside tensors and names."""
-    if CONTAINERS[format].holds_ties:
-        return {"tied": tied}
-    known = ties(contents) if contents.metadata else {}
-    said = {key: value for key, value in contents.metadata.items() if key not in known}
-    return {"metadata": {**said, **wanted.metadata, **tied}, **({"align": wanted.align} if wanted.align else {})}
+    facts: dict[str, Any] = {"tied": tied} if container.ties == "shared" else {}
+    if "metadata" in container.takes:
+        known = ties(contents) if contents.metadata else {}
+        said = {key: value for key, value in contents.metadata.items() if key not in known}
+        facts["metadata"] = {**said, **wanted.metadata, **(tied if container.ties == "named" else {})}
+    if wanted.align:
+        facts["align"] = wanted.align
+    return facts
 
 
 def _in_folder(folder: str, layout: FileLayout) -> FileLayout:
@@ -102,33 +106,35 @@ def lay_out(
     specs: Mapping[str, TensorSpec], target: Target | RemoteTarget, side: Side, limit: int | None, facts: Mapping[str, Any]
 ) -> list[FileLayout]:
     """The files of one component of the target."""
-    container = CONTAINERS[target.format]
+    container = find_format("--format", target.format)
+    write = container.lay_out
+    assert write is not None
     file = target.file
-    if side.root and target.format == "torch":  # whose files alone can nest them, whatever the side's own container
+    if side.root and container.nests:  # whatever the side's own container
         facts = {**facts, "root": side.root}
     if target.format == side.format:
         facts = {**facts, **({"index": side.index} if side.index else {})}
         if side.shards and side.stem and not file:
             parts = enumerate(_spread(specs, side.shards if limit is not None else 1))
             named = [(parse_names(side.stem).format({"n": n}), part) for n, part in parts]
-            return [made for name, part in named for made in container.lay_out(part, max_shard_size=None, file=name, **facts)]
+            return [made for name, part in named for made in write(part, max_shard_size=None, file=name, **facts)]
         if side.stem and side.stem.endswith(container.names.suffixes):
             file = file or side.stem
         elif side.stem:
             facts = {**facts, "stem": side.stem}
     for key in ("index", "stem"):
-        if key in facts and key not in inspect.signature(container.lay_out).parameters:
+        if key in facts and key not in container.takes:
             raise UsageError(f"recipe: {key} {facts[key]!r}: what {target.format} files are called cannot be chosen: leave it out")
     if container.by_rank or not (ranks := _ranks(specs, side.ranks)):
-        return container.lay_out(specs, max_shard_size=limit, file=file, **facts)
+        return write(specs, max_shard_size=limit, file=file, **facts)
     if target.file and len(ranks) > 1:
         raise UsageError(f"{target.path}: {len(ranks)} ranks are files of their own: give a directory")
     if not (first := next(iter(ranks))).endswith(container.names.suffixes):
-        raise UsageError(f"{first}: not a {target.format} file: give --format {FORMAT_OF[Path(first).suffix]}")
+        raise UsageError(f"{first}: not a {target.format} file: give --format {by_suffix()[Path(first).suffix].name}")
     layouts = []
     for rank, names in ranks.items():
         rows = {name: specs[f"{rank}/{name}"] for name in names}
-        for layout in container.lay_out(rows, max_shard_size=None, file=target.file or rank, **facts):
+        for layout in write(rows, max_shard_size=None, file=target.file or rank, **facts):
             slots = {f"{rank}/{name}": slot for name, slot in layout.slots.items()}
             layouts.append(replace(layout, slots=slots, pieces={f"{rank}/{name}": parts for name, parts in layout.pieces.items()}))
     return layouts

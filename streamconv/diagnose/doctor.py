@@ -11,15 +11,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from streamconv.checkpoint.components import find_pointers, find_weighted, look_beside, within
-from streamconv.checkpoint.opening import CONFIG, CONTAINERS, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
+from streamconv.checkpoint.opening import CONFIG, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.diagnose.contradictions import Stated, check_config, check_layers, check_types
 from streamconv.diagnose.findings import Finding
 from streamconv.diagnose.matching import match_recipes, suggest_merging
 from streamconv.diagnose.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError
-from streamconv.formats.files import Names, read_bytes
+from streamconv.formats.container import Names
+from streamconv.formats.files import read_bytes
 from streamconv.formats.json_text import MAX_JSON, read_json
+from streamconv.formats.registry import containers
 from streamconv.formats.selection import choose_variant
 from streamconv.graph.node import AnyNode
 from streamconv.running.lines import read_line
@@ -178,7 +180,7 @@ def _read_files(
     path: Location, name: str, root: str | None, called: Sequence[RankSet], found: Examination, variant: str | None
 ) -> dict[str, Mapping[str, AnyNode]]:
     """The tensors of each weight file by itself, so that one damaged file does not hide the others."""
-    kind = CONTAINERS[name].names
+    kind = containers()[name].names
     tables: dict[str, Mapping[str, AnyNode]] = {}
     names = [
         file
@@ -209,7 +211,7 @@ def _read_file(file: Location, name: str, root: str | None) -> Mapping[str, AnyN
     try:
         own = detect_format(file) if name == "mindspore" else name  # whose files are called as many of torch.save are
         given = {"root": root} if own == "torch" else {}
-        return CONTAINERS[own].read(file, **given).entries
+        return containers()[own].read(file, **given).entries
     except StreamconvError as error:
         return error
 
@@ -217,7 +219,7 @@ def _read_file(file: Location, name: str, root: str | None) -> Mapping[str, AnyN
 def _check_files(
     path: Location, tables: Mapping[str, Mapping[str, AnyNode]], name: str, ranks: Sequence[str], variant: str | None
 ) -> Iterator[Finding]:
-    kind = CONTAINERS[name].names
+    kind = containers()[name].names
     names = _names(path, kind, variant)
     weight_map: dict[str, str] = {}
     for index in filter(kind.is_index, names):

@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from typing import TypeVar
 
 from streamconv import recipes
-from streamconv.checkpoint.opening import CONTAINERS, Checkpoint, choose_files, find_checkpoint, open_checkpoint, read_config
+from streamconv.checkpoint.opening import Checkpoint, choose_files, find_checkpoint, open_checkpoint, read_config
 from streamconv.convert.sides import open_side
 from streamconv.errors import StreamconvError
+from streamconv.formats.registry import containers
 from streamconv.library.parallel import TensorParallel
 from streamconv.recipe import Recipe, Side
 from streamconv.storage.remote import Location
@@ -128,7 +129,7 @@ def _match(recipe: Recipe, checkpoint: Checkpoint, kinds: Mapping[str, int]) -> 
     tensors, rules, fits = 0.0, 0.0, False
     try:
         tensors, rules = recipe.coverage(kinds)
-        ranked = CONTAINERS[recipe.source.format].by_rank == CONTAINERS[checkpoint.format].by_rank
+        ranked = containers()[recipe.source.format].by_rank == containers()[checkpoint.format].by_rank
         if tensors == 1 and rules in {0, 1} and ranked:  # all that can be seen from names: now their shapes, which takes much longer
             recipe.apply(checkpoint.contents.entries, checkpoint.config)
             fits = True

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from streamconv.checkpoint.opening import CONTAINERS, Checkpoint, detect_format, open_checkpoint
+from streamconv.checkpoint.opening import Checkpoint, detect_format, open_checkpoint
 from streamconv.diagnose.findings import Finding
 from streamconv.errors import StreamconvError
+from streamconv.formats.registry import containers
 from streamconv.graph.node import AnyNode
 from streamconv.notation.names import natural_key
 from streamconv.storage.remote import Location, is_dir, locate, names_in
@@ -108,7 +109,7 @@ def open_with_ranks(
             if (checkpoint := _open_ranks(where, ranks, root)) is not None:
                 return checkpoint, ranks
         raise
-    if not CONTAINERS[found.format].by_rank:
+    if not containers()[found.format].by_rank:
         return found, None
     files = dict.fromkeys(name.partition("/")[0] for name in found)
     return found, RankSet(tuple(files), (), len(files)) if len(files) > 1 else None
@@ -131,7 +132,7 @@ def _open_ranks(path: Location, ranks: RankSet, root: str | None) -> Checkpoint 
     try:
         container = "torch" if "/" in ranks.files[0] else detect_format(path / ranks.files[0])
         given = {} if root is None else {"root": root}
-        contents = CONTAINERS[container].read(path, by_rank=True, files=list(ranks.files), **given)
+        contents = containers()[container].read(path, by_rank=True, files=list(ranks.files), **given)
     except StreamconvError:
         return None
     tables = by_file(contents.entries, ranks)

@@ -6,12 +6,10 @@ import errno
 import io
 import json
 import os
-import re
 import reprlib
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from streamconv.dtypes import TensorSpec
@@ -37,59 +35,6 @@ class PlainFile(io.FileIO):
 
 
 Opened = io.FileIO | RemoteFile
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """How a container's files are called, in directories and in messages.
-
-    Attributes:
-        noun: what a file is, with its article.
-        suffixes: how its files end; the first is the one to write.
-        stem: how names of new files start.
-        choices: patterns of weight files where neither an index nor the single file is there; the first that fits any counts.
-        others: a pattern of files with such a suffix that are no weights.
-        folders: a pattern of folders in which such files may lie, where none lie in the directory itself.
-        libraries: what libraries look for in a directory, in their order; by default the single file, then its index.
-        other_index: the name of an index that another writer makes.
-        unlisted: the name of a file that belongs to that index and is not named in it.
-    """
-
-    noun: str
-    suffixes: tuple[str, ...]
-    stem: str
-    choices: tuple[str, ...]
-    others: str = r"(?!)"
-    folders: str = r"(?!)"
-    libraries: tuple[str, ...] = ()
-    other_index: str = ""
-    unlisted: str = ""
-
-    @property
-    def single(self) -> str:
-        return self.stem + self.suffixes[0]
-
-    @property
-    def index(self) -> str:
-        return f"{self.single}.index.json"
-
-    @property
-    def known(self) -> tuple[str, ...]:
-        return self.libraries or (self.single, self.index)
-
-    def is_index(self, name: str) -> bool:
-        return name == self.other_index or name.endswith(tuple(f"{suffix}.index.json" for suffix in self.suffixes))
-
-    def is_part(self, name: str) -> bool:
-        """Whether what is called so in a directory says that it is of this kind."""
-        if name.endswith(self.suffixes):
-            return not re.fullmatch(self.others, name)
-        return self.is_index(name) or re.fullmatch(self.folders, name) is not None
-
-    def shard(self, name: str) -> re.Match[str] | None:
-        """The parts of a file name with a number in it."""
-        suffix = next((suffix for suffix in self.suffixes if name.endswith(suffix)), "")
-        return re.fullmatch(r"(?P<stem>.*)-\d+-of-(?P<total>\d+)", name.removesuffix(suffix), re.DOTALL) if suffix else None
 
 
 # Reading ---------------------------------------------------------------------------------------------------------

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from streamconv.errors import FormatError
 from streamconv.formats.files import show
+from streamconv.formats.registry import containers
 from streamconv.storage.remote import Location, RemotePath
-
-READS = "streamconv reads safetensors, what torch.save wrote, MindSpore's .ckpt and SAT's folders"
 
 _SAVE = "from safetensors.numpy import save_file; "
 _IS_ARRAY = 'getattr(getattr(v, "dtype", None), "kind", "") in set("fiub")'
@@ -74,6 +73,12 @@ _UNPACKED = {  # by which command, of the shell
 _STREAMS = ("gzip", "bzip2", "xz", "zstd")
 
 
+def reads() -> str:
+    """What is read, for messages about what is not."""
+    *most, last = (container.summary for container in containers().values())
+    return f"streamconv reads {', '.join(most)} and {last}"
+
+
 def foreign(path: Location, what: str, way: str = "") -> FormatError:
     """The error for a file that is intact and of another format.
 
@@ -82,7 +87,7 @@ def foreign(path: Location, what: str, way: str = "") -> FormatError:
         what: what it is, after "this is".
         way: how it becomes readable: the name of a script or of a command, or nothing.
     """
-    return FormatError(f"{show(path)}: this is {what}; {READS}{_advice(path, way)}")
+    return FormatError(f"{show(path)}: this is {what}; {reads()}{_advice(path, way)}")
 
 
 def _advice(path: Location, way: str) -> str:

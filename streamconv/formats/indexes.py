@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sized
 
 from streamconv.errors import FormatError
 from streamconv.formats import AnyNode
-from streamconv.formats.files import Names, damaged, read_bytes, short, show
+from streamconv.formats.container import Names
+from streamconv.formats.files import damaged, read_bytes, short, show
 from streamconv.formats.json_text import MAX_JSON, Repeated, parse_object
 from streamconv.storage.filenames import find_fault
 from streamconv.storage.remote import Location

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, Extent, FileLayout, Source
+from streamconv.formats.container import Beginning, Container, Names
 from streamconv.formats.files import (
-    Names,
     Opened,
     countable,
     damaged,
@@ -28,6 +28,7 @@ from streamconv.formats.files import (
     show,
     size_of,
 )
+from streamconv.formats.indexes import Explain, check_index, unexplained
 from streamconv.formats.selection import Selection, find_files
 from streamconv.storage.remote import Location, locate, read_each, shown
 
@@ -50,7 +51,8 @@ _TYPES = {
 }  # fmt: skip
 _CODE_OF = {dtype: name for name, dtype in _TYPES.items() if dtype != "complex64"}  # which MindSpore writes and cannot load
 _STRING = "str"
-_ENCRYPTED = tuple(bytes([kind]) + b"\x5e\x3a\x7f" for kind in b"\xd8\xd9\xda")  # AES-GCM, AES-CBC, SM4-CBC
+_CIPHER = b"\x5e\x3a\x7f"  # after a byte that says which
+_ENCRYPTED = tuple(bytes([kind]) + _CIPHER for kind in b"\xd8\xd9\xda")  # AES-GCM, AES-CBC, SM4-CBC
 _CHECKSUM = 17  # bytes at the end of a file that has one: crc_num, and the number in ten bytes
 _MAX_AXES = 64  # torch's and numpy's own limit
 _MAX_TYPE = 64
@@ -242,13 +244,39 @@ def _tensors(wire: _Wire, stop: int) -> tuple[_Table, list[str]]:
     return entries, list(left_out)
 
 
-def read(path: Location, *, by_rank: bool = False, files: Sequence[str] | Selection | None = None) -> Contents:
+def recognizes(beginning: Beginning) -> bool:
+    """Whether a file begins with a record of a name and a tensor; a graph of TensorFlow has an operation's name in its place."""
+    head = beginning.head
+    if head.startswith(b"crc_num") or head[1:4] == _CIPHER:
+        return True
+    at = _after_length(head, 0, b"\n")
+    if at is None or (name := _after_length(head, at, b"\n")) is None:
+        return False
+    stop = name + head[at + 1]
+    tensor = _after_length(head, stop, b"\x12")
+    return tensor is not None and head[tensor : tensor + 1] in (b"\x08", b"\n", b"\x12", b"\x1a")
+
+
+def _after_length(head: bytes, at: int, key: bytes) -> int | None:
+    """Where the value of a field begins, if such a field stands there."""
+    if head[at : at + 1] != key:
+        return None
+    at += 1
+    while at < len(head) and head[at] >= 0x80:
+        at += 1
+    return at + 1 if at < len(head) else None
+
+
+def read(
+    path: Location, *, by_rank: bool = False, files: Sequence[str] | Selection | None = None, explain: Explain = unexplained
+) -> Contents:
     """The contents of a file, or of a directory: ``model.ckpt``, else all its ``.ckpt`` files, else those in its ``rank_N`` folders.
 
     Args:
         path: a ``.ckpt`` file or a directory.
         by_rank: present each tensor as ``<file>/<name>``, for files of ranks, which repeat names.
         files: names of the files of the directory to read, in this order, instead of looking for them.
+        explain: see `check_index`.
 
     Raises:
         FormatError: damaged, hostile or encrypted files; a tensor in two files (but for a few equal bytes) without ``by_rank``.
@@ -262,7 +290,11 @@ def read(path: Location, *, by_rank: bool = False, files: Sequence[str] | Select
         left_out += [f"{name}/{other}" if by_rank else other for other in others]
     if not by_rank:
         _leave_out_repeated(path, tables)
-    contents = Contents("mindspore", merge(path, tables, by_rank=by_rank), list(found.files.values()), notes=list(found.notes))
+    notes = list(found.notes)
+    if found.index:
+        notes += check_index(found.index, found.weight_map, tables, explain)
+    entries = merge(path, tables, by_rank=by_rank)
+    contents = Contents("mindspore", entries, list(found.files.values()), [found.index] if found.index else [], notes=notes)
     if left_out:
         contents.notes.append(f"{len(left_out)} values that are not tensors are left out: {short.repr(left_out)[1:-1]}")
     return contents
@@ -301,7 +333,6 @@ def lay_out(
     *,
     max_shard_size: int | None = None,  # noqa: ARG001 - MindSpore knows no shards
     file: str | None = None,
-    tied: Mapping[str, str] | None = None,  # noqa: ARG001 - each is stored, as MindSpore does
 ) -> list[FileLayout]:
     """The one file of a checkpoint; filled, it is byte for byte what MindSpore saves of these tensors, in this order.
 
@@ -309,9 +340,8 @@ def lay_out(
 
     Args:
         specs: the tensors, in tensor order.
-        max_shard_size: of no effect, like ``tied``: there is one file, and each tensor is in it.
+        max_shard_size: of no effect: there is one file, and each tensor is in it.
         file: its name.
-        tied: names that share the data of another.
 
     Raises:
         UsageError: a dtype, a shape or a name that MindSpore could not load.
@@ -356,3 +386,8 @@ def _varint(value: int) -> bytes:
         raw.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes([*raw, value])
+
+
+CONTAINER = Container(
+    name="mindspore", summary="MindSpore's .ckpt", names=KIND, read=read, lay_out=lay_out, recognizes=recognizes, ties="copied"
+)

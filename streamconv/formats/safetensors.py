@@ -15,8 +15,8 @@ from streamconv import memory
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
 from streamconv.formats import Contents, Extent, FileLayout, Source
+from streamconv.formats.container import Beginning, Container, Names
 from streamconv.formats.files import (
-    Names,
     Table,
     check_unicode,
     countable,
@@ -304,3 +304,21 @@ def lay_out(
     elif len(shards) > 1:
         layouts.append(index_layout(index_name(stem, KIND.suffixes[0], variant), shards, specs.values()))
     return layouts
+
+
+def recognizes(beginning: Beginning) -> bool:
+    """Whether a file begins with the length of a header, and that with a brace."""
+    head = beginning.head
+    return head[8:].lstrip(_BLANKS).startswith(b"{") and int.from_bytes(head[:8], "little") <= MAX_JSON
+
+
+CONTAINER = Container(
+    name="safetensors",
+    summary="safetensors",
+    names=KIND,
+    read=read,
+    lay_out=lay_out,
+    recognizes=recognizes,
+    ties="named",
+    takes=frozenset({"metadata", "align", "stem", "variant", "index"}),
+)

@@ -13,7 +13,9 @@ from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, FileLayout
 from streamconv.formats import torch as torch_files
-from streamconv.formats.files import Names, read_bytes, short, show, unreadable
+from streamconv.formats.container import Container, Names
+from streamconv.formats.files import read_bytes, short, show, unreadable
+from streamconv.formats.indexes import Explain, unexplained
 from streamconv.storage.remote import Location, names_in
 
 LATEST = "latest"
@@ -25,7 +27,7 @@ _RANK = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")
 _ITERATION = re.compile(r"[0-9]*[1-9][0-9]*(-ema)?|release")
 
 
-def read(path: Location, *, by_rank: bool = True) -> Contents:  # noqa: ARG001 - there is no other way
+def read(path: Location, *, by_rank: bool = True, explain: Explain = unexplained) -> Contents:  # noqa: ARG001 - there is no other way
     """The contents of a folder with ``latest``: each tensor as ``<file of its rank>/<name>``, also where there is one rank.
 
     Raises:
@@ -34,7 +36,7 @@ def read(path: Location, *, by_rank: bool = True) -> Contents:  # noqa: ARG001 -
     """
     path = path.absolute()
     folder = path / _iteration(path)
-    found = torch_files.read(folder, by_rank=True, root=ROOT, files=_ranks(folder))
+    found = torch_files.read(folder, by_rank=True, root=ROOT, files=_ranks(folder), explain=explain)
     notes = [note for note in found.notes if not note.startswith("the tensors are those below")]
     return Contents("sat", found.entries, found.files, [path / LATEST], notes=notes)
 
@@ -111,3 +113,6 @@ def lay_out(
 
 def _same_rank(rank: str, *names: str) -> bool:
     return all(name.startswith(f"{rank}/") for name in names)
+
+
+CONTAINER = Container(name="sat", summary="SAT's folders", names=KIND, read=read, lay_out=lay_out, ties="shared", by_rank=True)

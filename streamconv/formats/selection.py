@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streamconv.errors import FormatError
-from streamconv.formats.files import Names, short, show, unreadable
+from streamconv.formats.container import Names
+from streamconv.formats.files import short, show, unreadable
 from streamconv.formats.indexes import read_index
 from streamconv.formats.signatures import holds_checkpoint, recognize
 from streamconv.formats.unrelated import is_weights, kind_of

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from pathlib import PurePath
 
 from streamconv.errors import FormatError, StreamconvError
+from streamconv.formats.container import HEAD, Beginning
 from streamconv.formats.files import Opened, lfs_pointer, opened, pread, show, size_of
-from streamconv.formats.foreign import READS, foreign
-from streamconv.formats.json_text import MAX_JSON
-from streamconv.formats.pickles import is_legacy
+from streamconv.formats.foreign import foreign, reads
+from streamconv.formats.registry import containers
 from streamconv.formats.roots import describe_pickle
-from streamconv.storage.remote import Location, RemotePath, exists
+from streamconv.formats.zips import describe_zip, first_entry, is_zip
+from streamconv.storage.remote import Location, exists
 
-HEAD = 512  # bytes that are looked at
 _NOUN = "a checkpoint's file"
-_TORCH_ENTRY = re.compile(r"\.data|\.format_version|\.storage_alignment|byteorder|code|constants\.pkl|data|data\.pkl|extra|version")
-_TORCH_TAR = {"pickle", "storages", "sys_info", "tensors"}
 _MSGPACK_MAPS, _MSGPACK_TEXTS = (*range(0x81, 0x90), 0xDE, 0xDF), (*range(0xA0, 0xC0), 0xD9, 0xDA)
 
 _MAGICS = (  # where, which bytes, what it is, and what makes it readable
@@ -51,7 +48,7 @@ _NAMES = (  # what has no bytes of its own to be known by
 
 
 def recognize(path: Location, *, texts: bool = True) -> str | None:
-    """The container that a file's first bytes show: safetensors, torch or mindspore; None where they do not tell.
+    """The name of the container that a file's first bytes show; None where they do not tell.
 
     Args:
         path: the file.
@@ -65,10 +62,11 @@ def recognize(path: Location, *, texts: bool = True) -> str | None:
         head, size = pread(file, HEAD, 0), size_of(file)
         if not size:
             raise FormatError(f"{show(path)}: an empty file, of 0 bytes: download or write it again")
-        container = _container(path, file, head)
-        if container is None:
+        beginning = Beginning(path, file, head)
+        name = next((name for name, container in containers().items() if container.recognizes(beginning)), None)
+        if name is None:
             _refuse_foreign(path, file, head, size, texts=texts)
-        return container
+        return name
 
 
 def holds_checkpoint(path: Location) -> bool:
@@ -79,80 +77,13 @@ def holds_checkpoint(path: Location) -> bool:
         return False
 
 
-def _container(path: Location, file: Opened, head: bytes) -> str | None:
-    if head[8:].lstrip(b" \t\r\n").startswith(b"{") and int.from_bytes(head[:8], "little") <= MAX_JSON:
-        return "safetensors"
-    if head.startswith(b"PK\3\4"):
-        _check_zip(path, file, head)
-        return "torch"
-    if is_legacy(head):
-        return "torch"
-    if head[257:262] == b"ustar" and head[:100].partition(b"\0")[0].decode("latin-1").rstrip("/") in _TORCH_TAR:
-        return "torch"  # from before 2017: the reader says what to do
-    return "mindspore" if _is_mindspore(head) else None
-
-
-def _check_zip(path: Location, file: Opened, head: bytes) -> None:
-    """Refuses a zip that is none of torch's, by the name of its first entry."""
-    length = int.from_bytes(head[26:28], "little")
-    first = pread(file, min(length, 4096), 30).decode("utf-8", "replace")
-    if first.endswith(".npy"):
-        raise foreign(path, "a file of numpy arrays (.npz)", "npz")
-    if first in ("metadata.json", "config.json", "model.weights.h5"):
-        raise foreign(path, "a model of Keras 3 (.keras), with HDF5 in it", "keras")
-    if first == "[Content_Types].xml":
-        raise foreign(path, "an Office document", "")
-    inside = first.split("/")
-    if len(inside) > 1 and _TORCH_ENTRY.fullmatch(inside[1]):
-        return
-    if len(inside) > 1 and inside[1] in ("archive_format", "serialized_exported_program.json"):
-        raise foreign(path, "a program that torch.export wrote", "")
-    if isinstance(path, RemotePath) or _lists_torch_entries(path):
-        return  # what is wrong in it says the reader
-    raise foreign(path, f"a zip archive, with {first[:200]!r} in it", "zip")
-
-
-def _lists_torch_entries(path: Location) -> bool:
-    """Whether a zip has torch's pickle in it, or a directory that cannot be read, as one that ends early."""
-    if path.stat().st_size > 64 << 20:
-        return True
-    try:
-        with zipfile.ZipFile(str(path)) as archive:
-            return any(name.endswith(("/data.pkl", "/constants.pkl")) for name in archive.namelist())
-    except (zipfile.BadZipFile, ValueError, OSError, RuntimeError):
-        return True
-
-
-def _is_mindspore(head: bytes) -> bool:
-    """Whether it begins with a record of a name and a tensor; a graph of TensorFlow has an operation's name in its place."""
-    if head.startswith(b"crc_num") or head[1:4] == b"\x5e\x3a\x7f":
-        return True
-    at = _after_length(head, 0, b"\n")
-    if at is None or (name := _after_length(head, at, b"\n")) is None:
-        return False
-    stop = name + head[at + 1]
-    tensor = _after_length(head, stop, b"\x12")
-    return tensor is not None and head[tensor : tensor + 1] in (b"\x08", b"\n", b"\x12", b"\x1a")
-
-
-def _after_length(head: bytes, at: int, key: bytes) -> int | None:
-    """Where the value of a field begins, if such a field stands there."""
-    if head[at : at + 1] != key:
-        return None
-    at += 1
-    while at < len(head) and head[at] >= 0x80:
-        at += 1
-    return at + 1 if at < len(head) else None
-
-
 def _refuse_foreign(path: Location, file: Opened, head: bytes, size: int, *, texts: bool) -> None:
     if head.startswith(b"version https://git-lfs"):
         raise lfs_pointer(path)
     for at, magic, what, command in _MAGICS:
         if head.startswith(magic, at):
             raise foreign(path, what, command)
-    if head[257:262] == b"ustar":
-        raise foreign(path, "a NeMo archive (tar)" if path.suffix == ".nemo" else "a tar archive", "tar")
+    _refuse_archive(path, file, head)
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         raise foreign(path, describe_pickle(path, file, size), "pickle")
     if head[0] in _MSGPACK_MAPS and len(head) > 1 and {*head[1:6]} & {*_MSGPACK_TEXTS} and path.suffix in (".msgpack", ""):
@@ -160,7 +91,9 @@ def _refuse_foreign(path: Location, file: Opened, head: bytes, size: int, *, tex
     if message := _protobuf(path, head):
         raise foreign(path, message, {"ONNX": "onnx", "a TensorFlow SavedModel": "tensorflow"}.get(message, ""))
     if texts and len(head) >= 16 and (text := _text(head)):
-        raise FormatError(f"{show(path)}: {text} and no weights; {READS}: download the file again, with the right address and credentials")
+        raise FormatError(
+            f"{show(path)}: {text} and no weights; {reads()}: download the file again, with the right address and credentials"
+        )
     for pattern, what, command in _NAMES:
         if re.fullmatch(pattern, path.name, re.DOTALL):
             raise foreign(path, what, command)
@@ -168,6 +101,13 @@ def _refuse_foreign(path: Location, file: Opened, head: bytes, size: int, *, tex
         raise foreign(path, "the weights of OpenVINO, beside its .xml", "")
     if len(head) >= 64 and not any(pread(file, HEAD, start).strip(b"\0") for start in (0, size // 2, max(0, size - HEAD))):
         raise FormatError(f"{show(path)}: {size} bytes that are zero: it was never downloaded or written: download or write it again")
+
+
+def _refuse_archive(path: Location, file: Opened, head: bytes) -> None:
+    if is_zip(head):
+        raise foreign(path, *describe_zip(first_entry(file, head)))
+    if head[257:262] == b"ustar":
+        raise foreign(path, "a NeMo archive (tar)" if path.suffix == ".nemo" else "a tar archive", "tar")
 
 
 def _protobuf(path: Location, head: bytes) -> str | None:

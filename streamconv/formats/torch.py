@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shlex
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,8 +21,8 @@ from streamconv.digests import Checksum, combine, places_of
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import AnyNode, Contents, Extent, FileLayout, Source, torchscript
+from streamconv.formats.container import Beginning, Container, Names
 from streamconv.formats.files import (
-    Names,
     Opened,
     PlainFile,
     Table,
@@ -39,7 +41,7 @@ from streamconv.formats.files import (
     split_into_shards,
     variant_stem,
 )
-from streamconv.formats.foreign import READS, foreign
+from streamconv.formats.foreign import foreign, reads
 from streamconv.formats.indexes import Explain, check_index, unexplained
 from streamconv.formats.pickles import MAGIC, NAMES, Storages, Tensor, is_legacy, unpickle
 from streamconv.formats.roots import (
@@ -56,7 +58,7 @@ from streamconv.formats.roots import (
 )
 from streamconv.formats.selection import Selection, find_files
 from streamconv.formats.unpickling import Budget
-from streamconv.formats.zips import MAX_DIRECTORY, Archive, names, open_section, read_archive, rezip
+from streamconv.formats.zips import MAX_DIRECTORY, Archive, find_program, first_entry, is_zip, names, open_section, read_archive, rezip
 from streamconv.graph.node import extents
 from streamconv.graph.views import span, stored_view
 from streamconv.interrupts import Unwinding
@@ -81,6 +83,9 @@ INDEX = KIND.index
 MAX_REPEATED = 1 << 40  # bytes that a view makes of fewer stored ones
 
 MAX_PICKLE = 256 << 20  # bytes of a pickle that is compressed
+_MAX_LISTED = 64 << 20  # bytes of a zip whose entries are looked at to tell what it is
+_ENTRY = re.compile(r"\.data|\.format_version|\.storage_alignment|byteorder|code|constants\.pkl|data|data\.pkl|extra|version")
+_TAR = {"pickle", "storages", "sys_info", "tensors"}
 
 
 @dataclass(slots=True)
@@ -92,6 +97,32 @@ class TorchContents(Contents):
 
 
 # Files -----------------------------------------------------------------------------------------------------------
+
+
+def recognizes(beginning: Beginning) -> bool:
+    """Whether a file begins as those of torch.save do; a tar from before 2017, of which the reader says what to do, is one, too."""
+    head = beginning.head
+    if is_zip(head):
+        return _is_ours(beginning.path, first_entry(beginning.file, head))
+    is_tar = head[257:262] == b"ustar" and head[:100].partition(b"\0")[0].decode("latin-1").rstrip("/") in _TAR
+    return is_legacy(head) or is_tar
+
+
+def _is_ours(path: Location, first: str) -> bool:
+    """Whether a zip with such a first entry is torch's, or may be for all that can be seen: what is wrong in it says the reader."""
+    inside = first.split("/")
+    if find_program(first):
+        return False
+    if len(inside) > 1 and _ENTRY.fullmatch(inside[1]):
+        return True
+    if isinstance(path, RemotePath) or path.stat().st_size > _MAX_LISTED:
+        return True
+    try:
+        with zipfile.ZipFile(str(path)) as archive:
+            return any(name.endswith(("/data.pkl", "/constants.pkl")) for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, OSError, RuntimeError):
+        return True  # such as one that ends early
+
 
 _Places = dict[str, tuple[int, int]]  # key of a storage -> start, nbytes
 
@@ -143,7 +174,7 @@ def _open_legacy(path: Location, file: Opened, size: int) -> tuple[Any, _Places]
 def _open(path: Location) -> tuple[Any, _Places]:
     with opened(path, KIND.noun) as file:
         head, size = pread(file, 512, 0), size_of(file)
-        if head.startswith(b"PK\3\4"):
+        if is_zip(head):
             return _open_zip(path, file)
         if is_legacy(head):
             return _open_legacy(path, file, size)
@@ -154,7 +185,7 @@ def _open(path: Location) -> tuple[Any, _Places]:
     if head[257:262] == b"ustar":
         raise FormatError(f"{show(path)}: torch's tar format from before 2017, which weights_only refuses: {_rewrite(path, safe=False)}")
     what = f"it has {size} bytes and is neither a zip nor torch's older format: it starts with {head[:8]!r}"
-    raise FormatError(f"{show(path)}: {what}; {READS}: if torch.save wrote it, it is damaged: download it again")
+    raise FormatError(f"{show(path)}: {what}; {reads()}: if torch.save wrote it, it is damaged: download it again")
 
 
 # Tensors ---------------------------------------------------------------------------------------------------------
@@ -413,6 +444,19 @@ def _checksums(archive: Archive) -> tuple[Checksum, ...]:
         else:
             seed = combine(seed, info.CRC)
     return tuple(checksums)
+
+
+CONTAINER = Container(
+    name="torch",
+    summary="what torch.save wrote",
+    names=KIND,
+    read=read,
+    lay_out=lay_out,
+    recognizes=recognizes,
+    ties="shared",
+    takes=frozenset({"stem", "variant"}),
+    nests=True,
+)
 
 
 # Messages --------------------------------------------------------------------------------------------------------

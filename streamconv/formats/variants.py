@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 
 from streamconv.errors import UsageError
-from streamconv.formats.files import Names
+from streamconv.formats.container import Names
 
 _NAME = r"[A-Za-z][A-Za-z0-9_]*"
 _STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model", "open_clip_model", "open_clip_pytorch_model")

@@ -86,6 +86,35 @@ class Archive:
         return data
 
 
+def is_zip(head: bytes) -> bool:
+    """Whether a file's first bytes are those of a zip with something in it."""
+    return head.startswith(b"PK\3\4")
+
+
+def first_entry(file: Opened, head: bytes) -> str:
+    """The name of a zip's first entry."""
+    length = int.from_bytes(head[26:28], "little")
+    return pread(file, min(length, 4096), 30).decode("utf-8", "replace")
+
+
+def find_program(first: str) -> tuple[str, str] | None:
+    """What another program made whose zips begin with such an entry, and how it becomes readable: see `foreign`. None: nothing known."""
+    if first.endswith(".npy"):
+        return "a file of numpy arrays (.npz)", "npz"
+    if first in ("metadata.json", "config.json", "model.weights.h5"):
+        return "a model of Keras 3 (.keras), with HDF5 in it", "keras"
+    if first == "[Content_Types].xml":
+        return "an Office document", ""
+    if first.partition("/")[2].partition("/")[0] in ("archive_format", "serialized_exported_program.json"):
+        return "a program that torch.export wrote", ""
+    return None
+
+
+def describe_zip(first: str) -> tuple[str, str]:
+    """The same, of a zip that is no container's."""
+    return find_program(first) or (f"a zip archive, with {first[:200]!r} in it", "zip")
+
+
 def open_section(file: Opened, start: int, nbytes: int) -> BinaryIO:
     """A range of an open file, as a file; it tells where in the whole file it is."""
     return cast("BinaryIO", io.BufferedReader(_Section(file, start, nbytes), _BUFFER))

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePath, PurePosixPath
 
-from streamconv.checkpoint.opening import CONTAINERS, FORMAT_OF, Checkpoint
+from streamconv.checkpoint.opening import Checkpoint
 from streamconv.checkpoint.stems import CHOSEN
 from streamconv.engine.io import check_folder
 from streamconv.errors import DestinationError, SpaceError, UsageError
 from streamconv.formats import sat
+from streamconv.formats.registry import DEFAULT, by_suffix, containers, find_format
 from streamconv.formats.unrelated import is_weights
 from streamconv.planning.plan import Plan
 from streamconv.running.journal import DRAFT, IN_PARTS, Journal, journal_path, read_journal
@@ -48,7 +49,7 @@ class Target:
     format: str
 
     @classmethod
-    def of(cls, dst: str | os.PathLike[str], format: str | None, default: str = "safetensors") -> Target:  # noqa: A002
+    def of(cls, dst: str | os.PathLike[str], format: str | None, default: str = DEFAULT) -> Target:  # noqa: A002
         path = Path(os.path.abspath(dst))  # noqa: PTH100 - links in DST are kept as the user wrote them
         is_one = not os.path.isdir(path)  # noqa: PTH112 - unlike Path.is_dir it never raises
         if found := _read_format(path, format, is_one=is_one):
@@ -153,7 +154,7 @@ class RemoteTarget:
 def target_of(
     dst: str | os.PathLike[str],
     format: str | None,  # noqa: A002 - the word of the command line
-    default: str = "safetensors",
+    default: str = DEFAULT,
     *,
     create_pr: bool = False,
 ) -> Target | RemoteTarget:
@@ -162,8 +163,8 @@ def target_of(
     Raises:
         UsageError: it contradicts ``format``, or is a URL that cannot be written to.
     """
-    if format is not None and format not in CONTAINERS:
-        raise UsageError(f"--format {format}: unknown container; known are {', '.join(CONTAINERS)}{did_you_mean(format, CONTAINERS)}")
+    if format is not None:
+        find_format("--format", format)
     if is_url(dst) and not str(dst).startswith("file://"):
         return RemoteTarget.of(str(dst), format, default, create_pr=create_pr)
     if create_pr:
@@ -173,21 +174,25 @@ def target_of(
 
 def _read_format(path: PurePath, format: str | None, *, is_one: bool) -> str | None:  # noqa: A002
     """The container of the one file that a path names; None where it names a directory."""
-    found = FORMAT_OF.get(path.suffix) if is_one else None
-    if is_one and not found:
-        _check_suffix(path)
-    if found and format and format != found:
+    container = by_suffix().get(path.suffix) if is_one else None
+    if container is None or container.lay_out is None:
+        if is_one:
+            _check_suffix(path)
+        return None
+    if format and format != container.name:
         raise UsageError(f"{path}: ends in {path.suffix}, which is not --format {format}")
-    return found
+    return container.name
 
 
 def _check_suffix(path: PurePath) -> None:
     """Refuses a name that means a file, of a kind that is not written: it would become a directory."""
     suffix = path.suffix.lower()
-    near = did_you_mean(suffix, FORMAT_OF) if re.fullmatch(r"\.[a-z]{2,}", suffix) else ""
-    if suffix in _FOREIGN or near:
+    known = by_suffix()
+    choices = [ending for ending, container in known.items() if container.lay_out]
+    near = did_you_mean(suffix, choices) if re.fullmatch(r"\.[a-z]{2,}", suffix) and suffix not in known else ""
+    if suffix in _FOREIGN or suffix in known or near:
         raise UsageError(
-            f"{path}: {path.suffix} files are not written, and it would be a directory{near}; give a file in {', '.join(FORMAT_OF)}, "
+            f"{path}: {path.suffix} files are not written, and it would be a directory{near}; give a file in {', '.join(choices)}, "
             "or a directory of another name"
         )
 
@@ -323,7 +328,7 @@ def outdated(plan: Plan, put: Collection[str], there: Iterable[str]) -> list[str
         put: files that are put there; there is nothing to remove yet if the plan's last one is not among them.
         there: files of the repository, or of a folder in it.
     """
-    made, kind = {file.path for file in plan.files}, CONTAINERS[plan.format].names
+    made, kind = {file.path for file in plan.files}, containers()[plan.format].names
     if plan.single or plan.files[-1].path not in put:
         return []
     names = list(there)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from streamconv import memory
-from streamconv.checkpoint.opening import CONTAINERS
 from streamconv.engine.check import check_replicas
 from streamconv.engine.io import describe_os_error
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import DestinationError, FormatError, Interrupted, UsageError, writing
+from streamconv.formats.registry import containers
 from streamconv.interrupts import Unwinding
 from streamconv.planning.plan import Plan
 from streamconv.running.apart import Apart
@@ -132,7 +132,7 @@ def _check_known(plan: Plan) -> None:
     """Refuses a plan that makes nothing, or that names what there is not. Raises FormatError."""
     if not plan.files:
         raise FormatError("the plan makes no file: make it again")
-    if plan.format not in CONTAINERS or plan.read_backend not in BACKENDS:
+    if plan.format not in containers() or plan.read_backend not in BACKENDS:
         raise FormatError(
             f"the plan names a container or a read backend that is unknown: {plan.format}, {plan.read_backend}; make it again"
         )

@@ -1,0 +1,115 @@
+"""What a container says of itself: how its files are called and told, how they are read, and how new ones are laid out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from streamconv.formats import Contents, FileLayout
+from streamconv.formats.files import Opened
+from streamconv.storage.remote import Location
+
+HEAD = 512  # bytes at the beginning of a file by which it is told
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a file is told by: its path, the open file, its first `HEAD` bytes."""
+
+    path: Location
+    file: Opened
+    head: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """How a container's files are called, in directories and in messages.
+
+    Attributes:
+        noun: what a file is, with its article.
+        suffixes: how its files end; the first is the one to write.
+        stem: how names of new files start.
+        choices: patterns of weight files where neither an index nor the single file is there; the first that fits any counts.
+        others: a pattern of files with such a suffix that are no weights.
+        folders: a pattern of folders in which such files may lie, where none lie in the directory itself.
+        libraries: what libraries look for in a directory, in their order; by default the single file, then its index.
+        other_index: the name of an index that another writer makes.
+        unlisted: the name of a file that belongs to that index and is not named in it.
+    """
+
+    noun: str
+    suffixes: tuple[str, ...]
+    stem: str
+    choices: tuple[str, ...]
+    others: str = r"(?!)"
+    folders: str = r"(?!)"
+    libraries: tuple[str, ...] = ()
+    other_index: str = ""
+    unlisted: str = ""
+
+    @property
+    def single(self) -> str:
+        return self.stem + self.suffixes[0]
+
+    @property
+    def index(self) -> str:
+        return f"{self.single}.index.json"
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        return self.libraries or (self.single, self.index)
+
+    def is_index(self, name: str) -> bool:
+        return name == self.other_index or name.endswith(tuple(f"{suffix}.index.json" for suffix in self.suffixes))
+
+    def is_part(self, name: str) -> bool:
+        """Whether what is called so in a directory says that it is of this kind."""
+        if name.endswith(self.suffixes):
+            return not re.fullmatch(self.others, name)
+        return self.is_index(name) or re.fullmatch(self.folders, name) is not None
+
+    def shard(self, name: str) -> re.Match[str] | None:
+        """The parts of a file name with a number in it."""
+        suffix = next((suffix for suffix in self.suffixes if name.endswith(suffix)), "")
+        return re.fullmatch(r"(?P<stem>.*)-\d+-of-(?P<total>\d+)", name.removesuffix(suffix), re.DOTALL) if suffix else None
+
+
+def _no_signature(_: Beginning) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """A kind of files that checkpoints consist of.
+
+    Attributes:
+        name: the word of ``--format``.
+        summary: what messages call its files, after "streamconv reads".
+        names: how its files are called.
+        read: the contents of a path: a file, an index or a directory. Keywords: ``files`` (a `Selection`, or names of the directory's
+            files; None: it looks for them), ``by_rank`` (tensors are ``<file>/<name>``), ``explain`` (see `indexes.check_index`), and
+            ``root``, if it ``nests``.
+        lay_out: the files of a new checkpoint of some specs; None where they are read only. Keywords: ``max_shard_size`` (bytes of
+            tensors in a file, or None), ``file`` (the name of the one file to make, or None), ``tied``, if ties are ``"shared"``, and
+            those that it ``takes``.
+        recognizes: whether a file's first bytes are those of this container.
+        ties: how a file holds a tensor of two names: its data once under both ("shared"), once under one of them, with a word on the
+            other in its metadata ("named"), or twice ("copied").
+        takes: what else `lay_out` can be told: ``metadata`` (texts by key), ``align`` (bytes that data starts at multiples of), ``stem``
+            and ``variant`` (what its files are called), ``index`` (what its index is called).
+        nests: a file may hold its tensors below a key, the ``root`` of `read` and `lay_out`.
+        by_rank: a checkpoint is a folder with a file for each rank, which `read` finds, and tensors are always ``<file>/<name>``.
+    """
+
+    name: str
+    summary: str
+    names: Names
+    read: Callable[..., Contents]
+    lay_out: Callable[..., list[FileLayout]] | None = None
+    recognizes: Callable[[Beginning], bool] = _no_signature
+    ties: Literal["shared", "named", "copied"] = "copied"
+    takes: frozenset[str] = frozenset()
+    nests: bool = False
+    by_rank: bool = False

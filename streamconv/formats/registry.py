@@ -1,0 +1,78 @@
+"""The containers that there are: this package's, those of entry points of other packages, and those that a program registers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Mapping
+from importlib.metadata import entry_points
+
+from streamconv.errors import UsageError
+from streamconv.formats.container import Container
+from streamconv.text import did_you_mean
+
+MODULES = ("safetensors", "torch", "mindspore", "sat")  # of this package, in the order in which they are looked for in a directory
+GROUP = "streamconv.containers"
+DEFAULT = "safetensors"  # what is written where nothing says otherwise
+
+_known: dict[str, Container] = {}
+
+
+def containers() -> Mapping[str, Container]:
+    """All of them by name; a module is imported when it is asked for the first time.
+
+    Raises:
+        UsageError: an entry point gives no container, or one whose name another has.
+    """
+    if not _known:
+        listed: dict[str, Container] = {}
+        for name in MODULES:
+            _add(listed, importlib.import_module(f"streamconv.formats.{name}").CONTAINER, name)
+        for entry in entry_points(group=GROUP):
+            _add(listed, entry.load(), f"entry point {entry.value} of group {GROUP}")
+        _known.update(listed)
+    return _known
+
+
+def register(container: Container) -> None:
+    """Adds a container to those that are read and, if it has a writer, written.
+
+    Another package does so by an entry point of the group ``streamconv.containers``, which gives a `Container`.
+
+    Raises:
+        UsageError: another one has its name.
+    """
+    containers()
+    _add(_known, container, "register")
+
+
+def _add(known: dict[str, Container], container: object, origin: str) -> None:
+    if not isinstance(container, Container):
+        raise UsageError(f"{origin}: expected a Container, found a {type(container).__name__}: mend it")
+    if container.name in known:
+        raise UsageError(f"{origin}: there is a container called {container.name} already: give it another name")
+    known[container.name] = container
+
+
+def written() -> Collection[str]:
+    """The names of those that have a writer."""
+    return [name for name, container in containers().items() if container.lay_out is not None]
+
+
+def find_format(option: str, name: str) -> Container:
+    """The container that ``option`` asks to be written by its name.
+
+    Raises:
+        UsageError: there is none, or it has no writer.
+    """
+    choices = f"known are {', '.join(written())}"
+    if name not in containers():
+        raise UsageError(f"{option} {name}: unknown container; {choices}{did_you_mean(name, written())}")
+    container = containers()[name]
+    if container.lay_out is None:
+        raise UsageError(f"{option} {name}: such files are read, not written; {choices}")
+    return container
+
+
+def by_suffix() -> Mapping[str, Container]:
+    """The container that a file's name says it is of, by how that ends."""
+    return {suffix: container for container in containers().values() for suffix in container.names.suffixes}
