@@ -36,6 +36,7 @@ __all__ = [
     "SpaceError",
     "StreamconvError",
     "UsageError",
+    "unforeseen",
     "writing",
 ]
 
@@ -113,6 +114,17 @@ def writing() -> Iterator[None]:
         if error.exit_code == StreamconvError.exit_code and not error.nothing_written:
             error.exit_code = RunError.exit_code
         raise
+
+
+@contextmanager
+def unforeseen(where: str) -> Iterator[None]:
+    """An error in the block that is neither ours nor the operating system's becomes a RunError that says where it came."""
+    try:
+        yield
+    except (OSError, StreamconvError):
+        raise
+    except Exception as error:
+        raise RunError(f"{where}: {type(error).__name__}: {error}") from error
 
 
 class SourceChanged(RunError):

@@ -12,11 +12,11 @@ from streamconv.digests import read_patches
 from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse, share_descriptors
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
 from streamconv.engine.readers import Reader, known_urls, make_reader
-from streamconv.engine.threads import run_threads
 from streamconv.engine.worker import Worker
 from streamconv.errors import CoverageError, Interrupted
 from streamconv.planning.plan import Copy, Plan
 from streamconv.storage import Entry, is_url
+from streamconv.threads import run_threads
 
 STEP = CHUNK // 2  # bytes of each side at a time
 HALF = STEP + BLOCK  # bytes of a reader's buffer for each side
@@ -86,23 +86,19 @@ class OutputCheck:
 
     def compare(self, tasks: Iterator[Task], *, to_first: bool = False) -> set[int]:
         """The files that do not hold what one of the ``tasks`` has written, or the first of them that is found."""
-        run_threads(self._workers, lambda: self._work(tasks, to_first=to_first), self._stop)
+        run_threads(self._workers, partial(self._work, to_first=to_first), tasks, self._stop)
         return self._different
 
     def _work(self, tasks: Iterator[Task], *, to_first: bool) -> None:
         worker = self._make_worker()
         try:
-            while not self._stop.is_set():
-                with self._lock:
-                    task = next(tasks, None)
-                if task is None:
-                    return
+            for task in tasks:
                 if task[0] not in self._different and not self._compare(task, worker):
                     self._different.add(task[0])
                     if to_first:
                         self._stop.set()
-        except Interrupted:  # by another thread, which knows more
-            if not self._stop.is_set():
+        except Interrupted:
+            if not (to_first and self._different):
                 raise
         finally:
             worker.close()

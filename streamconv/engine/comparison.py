@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.engine.io import share_descriptors
 from streamconv.engine.readers import Reader, make_reader
-from streamconv.engine.threads import run_threads
-from streamconv.errors import BudgetError, RunError, StreamconvError
+from streamconv.errors import BudgetError, RunError, unforeseen
 from streamconv.graph.moves import Move, identity, region
 from streamconv.graph.node import AnyNode, Node, Source, as_bytes, trace
 from streamconv.graph.tiles import boxes
@@ -22,6 +21,7 @@ from streamconv.planning.plan import source_files
 from streamconv.storage import Entry, is_url
 from streamconv.storage.ranges import MEMORY
 from streamconv.text import join_lines
+from streamconv.threads import run_threads
 from streamconv.units import format_size
 
 if TYPE_CHECKING:
@@ -216,23 +216,17 @@ class _Comparer:
             raise BudgetError(f"--max-memory {format_size(self._max_memory)} is too small to compare; use {needed // 10**6}MB", needed)
         self._workers = max(1, min(self._workers, free // each))
         self._workers, self._descriptors = share_descriptors(self._workers)
-        queue = iter(names)
         try:
-            run_threads(self._workers, lambda: self._work(queue, Arena(arena)), self._stop)
-        except StreamconvError:
-            raise
-        except Exception as error:
+            with unforeseen("while comparing"):
+                run_threads(self._workers, lambda names: self._work(names, Arena(arena)), names, self._stop)
+        except OSError as error:
             raise RunError(f"while comparing: {type(error).__name__}: {error}") from error
         yield from (self._results[name] for name in names if name in self._results)
 
-    def _work(self, queue: Iterator[str], arena: Arena) -> None:
+    def _work(self, names: Iterator[str], arena: Arena) -> None:
         reader = make_reader(self._backend, self._descriptors, self._urls, self._stop)
         try:
-            while not self._stop.is_set():
-                with self._lock:
-                    name = next(queue, None)
-                if name is None:
-                    return
+            for name in names:
                 difference = self._compare(name, arena, reader)
                 with self._lock:
                     self._progress(self._found[name].spec.nbytes)

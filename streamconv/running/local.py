@@ -36,15 +36,15 @@ from streamconv.engine.io import (
 )
 from streamconv.engine.order import Task, place_of, tasks_in_order
 from streamconv.engine.readers import BACKENDS, known_urls
-from streamconv.engine.threads import run_threads
 from streamconv.engine.worker import FileWorker
-from streamconv.errors import DestinationError, Interrupted, RunError, SourceChanged, StreamconvError, UsageError, writing
+from streamconv.errors import DestinationError, RunError, SourceChanged, UsageError, unforeseen, writing
 from streamconv.graph.moves import Move
 from streamconv.planning.plan import Compute, Copy, Plan, Segment, SourceFile
 from streamconv.running.journal import Journal, Ledger
 from streamconv.running.reclaim import Reclaim, find_reads
 from streamconv.storage import is_url
 from streamconv.storage.ranges import fingerprint, fingerprints
+from streamconv.threads import run_threads
 from streamconv.units import format_size
 
 SAVE_BYTES = 1 << 30  # bytes of output, at most, after which what is done is made durable and noted ...
@@ -137,7 +137,7 @@ class LocalEngine:
         Raises:
             RunError: an I/O error; what is done is kept.
             SourceChanged: a source is not what was planned with.
-            Interrupted: Ctrl-C.
+            KeyboardInterrupt: Ctrl-C.
         """
         self._check_sources()
         try:
@@ -386,22 +386,12 @@ class LocalEngine:
     # Work ------------------------------------------------------------------------------------------------------
 
     def _work(self, tasks: Iterator[Task]) -> None:
-        try:
-            run_threads(self._workers, lambda: self._do(tasks), self._stop)
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted: {self._root} is incomplete; rerun the same command with --resume") from None
-        except (OSError, StreamconvError):
-            raise
-        except Exception as error:
-            raise RunError(f"{self._root}: {type(error).__name__}: {error}") from error
+        with unforeseen(str(self._root)):
+            run_threads(self._workers, self._do, tasks, self._stop)
 
     def _do(self, tasks: Iterator[Task]) -> None:
         try:
-            while not self._stop.is_set():
-                with self._lock:
-                    task = next(tasks, None)
-                if task is None:
-                    return
+            for task in tasks:
                 number, segment, tile = task
                 with located(str(self._partial(number)), place_of(self._plan, task)):
                     done = self._copy(number, segment) if isinstance(segment, Copy) else self._compute(number, segment, tile)

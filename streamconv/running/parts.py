@@ -64,7 +64,7 @@ def make_files(
     Raises:
         RunError: an I/O error; finished files stay.
         SourceChanged: a source is not what was planned with.
-        Interrupted: Ctrl-C.
+        KeyboardInterrupt: Ctrl-C.
     """
     overflowed: Counter[str] = Counter()
     for group in _group(plan, numbers):

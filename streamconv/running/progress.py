@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 from streamconv import memory
 from streamconv.storage.pace import find_longest_wait
 from streamconv.text import one_line
+from streamconv.threads import looking
 from streamconv.units import format_size
 
 if TYPE_CHECKING:
@@ -145,28 +145,24 @@ def _open_bar(phase: Phase) -> tqdm[Any]:
 @contextmanager
 def _sampling(how: Progress, phase: Phase, shown: tqdm[Any] | None, *, log: bool) -> Iterator[None]:
     """Samples while the block runs, and shows what it finds."""
-    over, logger = threading.Event(), logging.getLogger(__name__)
+    logger, logged = logging.getLogger(__name__), phase.began
     phase.sample()
     if how.record:
         how.phases.append(phase)
 
-    def watch() -> None:
-        logged = phase.began
-        while not over.wait(phase.interval if how.record else 0.2):
-            sample = phase.sample()
-            if shown is not None:
-                shown.set_postfix_str(how.describe_state(sample[2]), refresh=find_longest_wait()[0] >= WAITED)
-            if log and time.perf_counter() - logged >= EVERY:
-                logged = time.perf_counter()
-                logger.info("%s", how.describe(phase, sample))
+    def look() -> None:
+        nonlocal logged
+        sample = phase.sample()
+        if shown is not None:
+            shown.set_postfix_str(how.describe_state(sample[2]), refresh=find_longest_wait()[0] >= WAITED)
+        if log and time.perf_counter() - logged >= EVERY:
+            logged = time.perf_counter()
+            logger.info("%s", how.describe(phase, sample))
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
     try:
-        yield
+        with looking(look, lambda: phase.interval if how.record else 0.2):
+            yield
     finally:
-        over.set()
-        thread.join()
         phase.interval = 0.0
         sample = phase.sample()
         if shown is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from streamconv.notebook import table
 from streamconv.planning.plan import Plan
 from streamconv.running.progress import Progress, bar
 from streamconv.text import join_lines
+from streamconv.threads import looking
 from streamconv.units import format_size
 
 SHOWN = 5  # tensors that a note names
@@ -142,19 +142,13 @@ class Result:
 @contextmanager
 def watch() -> Iterator[dict[str, int]]:
     """The largest anonymous memory seen while the block runs; the kernel keeps no mark of it."""
-    figures, done = {"anonymous": memory.anonymous()}, threading.Event()
+    figures = {"anonymous": memory.anonymous()}
 
     def sample() -> None:
-        while not done.wait(0.05):
-            figures["anonymous"] = max(figures["anonymous"], memory.anonymous())
+        figures["anonymous"] = max(figures["anonymous"], memory.anonymous())
 
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
+    with looking(sample, lambda: 0.05):
         yield figures
-    finally:
-        done.set()
-        thread.join()
 
 
 def check_outputs(

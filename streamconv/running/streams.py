@@ -11,13 +11,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from streamconv.engine.io import CHUNK, describe_os_error, share_descriptors
 from streamconv.engine.order import place_of
 from streamconv.engine.readers import known_urls
-from streamconv.engine.threads import run_threads
 from streamconv.engine.worker import Worker
-from streamconv.errors import Interrupted, RunError, StreamconvError
+from streamconv.errors import unforeseen
 from streamconv.planning.plan import Compute, Copy, FilePlan, Plan, Segment
 from streamconv.running.journal import Ledger
 from streamconv.running.local import LocalEngine, Progress, check_files
@@ -26,6 +26,7 @@ from streamconv.storage.objects import ObjectSink, stream_bytes, takes_streams
 from streamconv.storage.retries import OVER, Failed, again
 from streamconv.storage.sinks import Sink
 from streamconv.storage.staging import staging
+from streamconv.threads import run_threads
 from streamconv.units import format_size
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def make_files(
         DestinationError: the sink cannot be written.
         RunError: an I/O error; finished files stay, nothing of others does.
         SourceChanged: a source is not what was planned with.
-        Interrupted: Ctrl-C.
+        KeyboardInterrupt: Ctrl-C.
     """
     wanted = list(numbers)
     streamed = [number for number in wanted if isinstance(sink, ObjectSink) and in_order(plan, plan.files[number])]
@@ -92,30 +93,22 @@ class _Streams:
         self.overflowed: Counter[str] = Counter()
 
     def run(self, numbers: list[int]) -> None:
-        queue, count = iter(numbers), min(self._workers, len(numbers))
+        count = min(self._workers, len(numbers))
         room = self._plan.workers * stream_bytes(max(file.size for file in self._plan.files)) // count
+        where = str(self._plan.destination)
         try:
-            run_threads(count, lambda: self._work(queue, room), self._stop)
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted: {self._plan.destination} is incomplete; rerun the same command with --resume") from None
-        except StreamconvError:
-            raise
+            with unforeseen(where):
+                run_threads(count, partial(self._work, room=room), numbers, self._stop)
         except OSError as error:
-            raise describe_os_error(error, str(self._plan.destination)) from error
-        except Exception as error:
-            raise RunError(f"{self._plan.destination}: {type(error).__name__}: {error}") from error
+            raise describe_os_error(error, where) from error
         finally:
             self._stop.set()
             self._sink.discard(PATIENCE)
 
-    def _work(self, queue: Iterator[int], room: int) -> None:
+    def _work(self, numbers: Iterator[int], room: int) -> None:
         worker = Worker(self._plan, self._descriptors, known_urls(self._plan), self._stop)
         try:
-            while not self._stop.is_set():
-                with self._lock:
-                    number = next(queue, None)
-                if number is None:
-                    return
+            for number in numbers:
                 self._check()
                 self._make(number, worker, room)
         finally:
@@ -194,11 +187,8 @@ def _make_staged(plan: Plan, numbers: list[int], tell: Progress, check: Callable
         check()
         with staging() as folder:
             mine = replace(plan.for_files(group), root=str(folder), single=None)
-            try:
-                engine = LocalEngine(mine, Ledger(), tell)
-                engine.run()
-            except Interrupted:
-                raise Interrupted(f"interrupted: {plan.destination} is incomplete; rerun the same command with --resume") from None
+            engine = LocalEngine(mine, Ledger(), tell)
+            engine.run()
             sink.put({file.path: folder / file.path for file in mine.files})
             overflowed += engine.overflowed
     return overflowed

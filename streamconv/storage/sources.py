@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from streamconv.storage import Entry
+from streamconv.threads import run_threads
 
 HEAD = 8 << 10  # bytes of a file that are asked for together with its size
 CONCURRENT = 16  # requests at a time, where many small ones are made
@@ -63,5 +64,12 @@ class Store(ABC):
 
 def in_parallel(work: Callable[[_Item], _Found], items: Iterable[_Item]) -> list[_Found]:
     """What small requests give for each of several items."""
-    with ThreadPoolExecutor(CONCURRENT) as pool:
-        return list(pool.map(work, items))
+    asked = list(items)
+    answers: dict[int, _Found] = {}
+
+    def ask(numbers: Iterator[int]) -> None:
+        for number in numbers:
+            answers[number] = work(asked[number])
+
+    run_threads(min(CONCURRENT, len(asked)), ask, range(len(asked)), threading.Event())
+    return [answers[number] for number in range(len(asked))]

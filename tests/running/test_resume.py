@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from checkpoint_files import ROOMY, random_tensor, refusal, run, write
 
+from streamconv import threads
 from streamconv.convert import api
 from streamconv.digests import format_sums
-from streamconv.engine import order, threads
+from streamconv.engine import order
 from streamconv.errors import DestinationError, RunError
 from streamconv.running import journal, local
 from streamconv.running import run as running
@@ -374,7 +375,7 @@ def test_a_thread_that_hangs_does_not_keep_ctrl_c_waiting(monkeypatch):
     monkeypatch.setattr(threads, "PATIENCE", 0.05)
     hanging, begun = threading.Event(), threading.Event()
 
-    def work() -> None:
+    def work(_: object) -> None:
         begun.set()
         hanging.wait(600)
 
@@ -388,7 +389,7 @@ def test_a_thread_that_hangs_does_not_keep_ctrl_c_waiting(monkeypatch):
     monkeypatch.setattr(threading.Thread, "join", join)
     stop = threading.Event()
     with pytest.raises(KeyboardInterrupt):
-        threads.run_threads(2, work, stop)
+        threads.run_threads(2, work, [], stop)
     assert stop.is_set()
     assert not hanging.is_set()
     hanging.set()

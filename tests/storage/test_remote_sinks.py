@@ -29,7 +29,7 @@ from servers import S3, Fault, Flaky, Request, flaky, s3, unavailable
 from test_evaluate import graphs, settings_of, thresholds, world
 
 from streamconv.convert import api
-from streamconv.errors import Interrupted, RunError
+from streamconv.errors import RunError
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget
 from streamconv.planning.plan import Plan
@@ -401,7 +401,7 @@ def test_ctrl_c_does_not_wait_for_a_store_that_hangs(checkpoints: Path, monkeypa
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
-        with pytest.raises(Interrupted, match="failing://hung is incomplete"):
+        with pytest.raises(KeyboardInterrupt):
             make_files(plan, [len(plan.files) - 1], sink=open_sink(plan.root))
         assert "discarded" in Failing.files
     finally:
