@@ -9,13 +9,14 @@ from typing import Any
 from streamconv.errors import FormatError
 from streamconv.formats.files import short, show, unreadable
 from streamconv.formats.json_text import read_json
+from streamconv.formats.registry import stems_of
 from streamconv.formats.unrelated import UNSAID, is_weights, kind_of
 from streamconv.storage.filenames import find_fault
 from streamconv.storage.remote import Location, RemotePath, exists, is_dir, names_in, relative, walk
 
 _MAX_LIST = 8 << 20  # bytes of a file that lists components
 _MAX_COMPONENTS = 256
-_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model"  # PEFT's, and how the names of its weights begin
+_ADAPTER = "adapter_config.json"  # PEFT's
 _MODELS = ("config.json", _ADAPTER)  # a folder with weights and one of these is a model of its own
 _POINTER, _POINTER_BEGINS = 1024, b"version https://git-lfs"  # bytes that one has at most, and its first
 OTHER_FOLDERS = "models in folders that nothing names as components"
@@ -182,7 +183,8 @@ def look_beside(root: Location, own: Iterable[Location] = (), components: Iterab
 
 def _is_unread_adapter(folder: Location, files: Iterable[str], read: Collection[str]) -> bool:
     """Whether a folder holds an adapter's weights, and others are read."""
-    own = [name for name in files if name.startswith(_ADAPTER_WEIGHTS) and is_weights(name)]
+    stems = tuple(stems_of(["peft"]))
+    own = [name for name in files if name.startswith(stems) and is_weights(name)]
     return bool(own) and not any(str(folder / name) in read for name in own)
 
 

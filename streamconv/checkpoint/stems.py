@@ -5,35 +5,33 @@ from __future__ import annotations
 from streamconv.checkpoint.components import within
 from streamconv.checkpoint.opening import Checkpoint
 from streamconv.formats import Contents
-from streamconv.formats.registry import containers
+from streamconv.formats.registry import containers, library_of
 from streamconv.formats.variants import modern, variant_of, without_variant
 
-_PLAIN = ("model", "pytorch_model", "consolidated")  # stand for what the container's own files are called
-_KEPT = (  # what libraries look for; other names of single files are given by people
-    "diffusion_pytorch_model",  # diffusers
-    "pytorch_lora_weights",  # its LoRAs
-    "learned_embeds",  # its textual inversions
-    "adapter_model",  # PEFT
-    "open_clip_model",  # OpenCLIP
-)
-_SHARDED = ("diffusion_pytorch_model",)  # of these, those whose library reads shards and an index
-_OF_TORCH = {"open_clip_model": "open_clip_pytorch_model"}  # where a library calls a pickle otherwise
-CHOSEN = ("safetensors", "torch")  # containers whose files' names can be chosen
+PLAIN = "transformers"  # whose files are called as the container's own
+_SHARDED = ("diffusers",)  # of the other libraries, those that read shards and an index
 
 
-def stem_of(checkpoint: Checkpoint, folder: str, format: str) -> str | None:  # noqa: A002 - the word of the command line
+def has_stems(format: str) -> bool:  # noqa: A002 - the word of the command line
+    """Whether names of a container's files can be chosen."""
+    return "stem" in containers()[format].takes
+
+
+def stem_of(checkpoint: Checkpoint, folder: str, format: str) -> str | None:  # noqa: A002
     """How the names of files in that container start which hold a component of a checkpoint; None: as the container's own do."""
-    if format not in CHOSEN:
+    if not has_stems(format):
         return None
-    stem = _stem_of_files(checkpoint.components[folder])
-    stem = next((ours for ours, torchs in _OF_TORCH.items() if stem == torchs), stem)
-    if stem not in _KEPT:
-        if stem in _PLAIN or (stem or "").startswith("consolidated") or not checkpoint.path.is_dir():
+    contents = checkpoint.components[folder]
+    stem = _stem_of_files(contents)
+    library = library_of(stem)
+    if library in (None, PLAIN):  # other names of single files are given by people
+        is_original = stem is not None and bool(names := containers()[contents.format].names.originals) and stem.startswith(names)
+        if library == PLAIN or is_original or not checkpoint.path.is_dir():
             return None
-        stem = _stem_by_config(checkpoint, folder) or stem
-        if stem is None or stem in _PLAIN:
+        library = _library_by_config(checkpoint, folder)
+        if library == PLAIN:
             return None
-    return _OF_TORCH.get(stem, stem) if format == "torch" else stem
+    return containers()[format].names.stems.get(library) if library else stem
 
 
 def reads_shards(checkpoint: Checkpoint, folder: str, stem: str | None) -> bool:
@@ -41,21 +39,21 @@ def reads_shards(checkpoint: Checkpoint, folder: str, stem: str | None) -> bool:
 
     Models of transformers and diffusers are read so, and their configs say that they are such; other modules of sentence-transformers not.
     """
-    known = next((ours for ours, torchs in _OF_TORCH.items() if stem == torchs), stem)
-    if known in _KEPT:
-        return known in _SHARDED
+    library = library_of(stem)
+    if library not in (None, PLAIN):
+        return library in _SHARDED
     return not folder or any(key in checkpoint.config_of(folder) for key in ("model_type", "architectures", "_class_name"))
 
 
-def _stem_by_config(checkpoint: Checkpoint, folder: str) -> str | None:
-    """What the library looks for that a config beside the weights is of; None where there is none, and nobody but people knows a name."""
+def _library_by_config(checkpoint: Checkpoint, folder: str) -> str | None:
+    """The library that a config beside the weights is of; None where there is none, and nobody but people knows a name."""
     root = within(checkpoint.path, folder)
     if (root / "adapter_config.json").is_file():
-        return "adapter_model"
+        return "peft"
     config = checkpoint.config_of(folder)
     if "_class_name" in config:
-        return "diffusion_pytorch_model"
-    return "model" if config else None
+        return "diffusers"
+    return PLAIN if config else None
 
 
 def _stem_of_files(contents: Contents) -> str | None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.opening import Checkpoint, open_checkpoint, prefixed, ties
-from streamconv.checkpoint.stems import CHOSEN, reads_shards, stem_of, variant_read
+from streamconv.checkpoint.stems import has_stems, reads_shards, stem_of, variant_read
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import UsageError
 from streamconv.formats import Contents, FileLayout
 from streamconv.formats.container import Container
-from streamconv.formats.registry import by_suffix, containers, find_format
+from streamconv.formats.registry import DEFAULT, by_suffix, containers, find_format
 from streamconv.notation.names import Matcher
 from streamconv.notation.names import parse as parse_names
 from streamconv.recipe import Conversion, Side
@@ -66,7 +66,7 @@ def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Sid
         own = side if side and not folder else Side(format_, stem=stem_of(checkpoint, folder, format_))
         target = replace(wanted.target, format=format_)
         facts = _facts(checkpoint.components[folder], ties_in[folder], containers()[format_], wanted)
-        if format_ in CHOSEN and (variant := variant_read(checkpoint, folder)):
+        if has_stems(format_) and (variant := variant_read(checkpoint, folder)):
             facts["variant"] = variant
         made = lay_out(specs, target, own, wanted.limit if reads_shards(checkpoint, folder, own.stem) else None, facts)
         layouts += [_in_folder(folder, layout) for layout in made]
@@ -75,10 +75,10 @@ def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Sid
 
 def _format_of(checkpoint: Checkpoint, folder: str, side: Side | None, format: str) -> str:  # noqa: A002
     """The container of a component, which keeps its own where a recipe makes one that only a whole model can have."""
-    if not (side and folder) or format in CHOSEN:
+    if not (side and folder) or has_stems(format):
         return format
     own = checkpoint.components[folder].format
-    return own if own in CHOSEN else CHOSEN[0]
+    return own if has_stems(own) and containers()[own].lay_out else DEFAULT
 
 
 def _facts(contents: Contents, tied: Mapping[str, str], container: Container, wanted: Wanted) -> dict[str, Any]:

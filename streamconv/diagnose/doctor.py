@@ -158,13 +158,14 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
 
 
 def _detect_format(path: Location, called: Sequence[RankSet], variant: str | None) -> str:
-    """The container that a path holds; folders of ranks hold torch's files."""
+    """The container that a path holds, in folders of ranks if there is nothing else."""
     try:
         return detect_format(path, variant)
     except FormatError:
-        if not any("/" in file for ranks in called for file in ranks.files):
+        inside = next((file for ranks in called for file in ranks.files if "/" in file), None)
+        if inside is None:
             raise
-        return "torch"
+        return detect_format(path / inside)
 
 
 def _short(error: Exception, path: Location) -> str:
@@ -189,7 +190,7 @@ def _read_files(
     ]
     names += [file for ranks in called for file in ranks.files if "/" in file]
     files = [path / file for file in names]
-    for file, read in zip(names, each(files, lambda file: _read_file(file, name, root)), strict=True):
+    for file, read in zip(names, each(files, lambda file: _read_file(file, root)), strict=True):
         if isinstance(read, StreamconvError):
             again = "download it again, or write it again from its source"
             found.findings.append(Finding(_short(read, (path / file).absolute()), file, "its tensors cannot be trusted", again))
@@ -207,11 +208,11 @@ def _names(path: Location, kind: Names, variant: str | None) -> list[str]:
         return names  # opening it says what is wrong
 
 
-def _read_file(file: Location, name: str, root: str | None) -> Mapping[str, AnyNode] | StreamconvError:
+def _read_file(file: Location, root: str | None) -> Mapping[str, AnyNode] | StreamconvError:
     try:
-        own = detect_format(file) if name == "mindspore" else name  # whose files are called as many of torch.save are
-        given = {"root": root} if own == "torch" else {}
-        return containers()[own].read(file, **given).entries
+        container = containers()[detect_format(file)]  # a suffix may be that of several
+        given = {"root": root} if container.nests else {}
+        return container.read(file, **given).entries
     except StreamconvError as error:
         return error
 

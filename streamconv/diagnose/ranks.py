@@ -13,20 +13,13 @@ from dataclasses import dataclass
 from streamconv.checkpoint.opening import Checkpoint, detect_format, open_checkpoint
 from streamconv.diagnose.findings import Finding
 from streamconv.errors import StreamconvError
-from streamconv.formats.registry import containers
+from streamconv.formats.container import Container
+from streamconv.formats.registry import by_suffix, containers
 from streamconv.graph.node import AnyNode
 from streamconv.notation.names import natural_key
 from streamconv.storage.remote import Location, is_dir, locate, names_in
 
-_FILES = (  # the number of the rank; what else differs between sets; how many there are, where that is said
-    r"consolidated\.(?P<rank>\d{1,5})(?P<set>\.(?:pth|pt|safetensors))",
-    r"model(?P<rank>\d{1,5})-mp(?P<size>\d{1,5})\.safetensors",
-    r"mp_rank_(?P<rank>\d{1,5})(?P<set>_model_states)?\.pt",
-    r"(?P<set>(?:.*[._-])?)(?:rank|tp)[._-]?(?P<rank>\d{1,5})(?:[._-]of[._-](?P<size>\d{1,5}))?\.(?:safetensors|pth|pt|bin|ckpt)",
-)
-_LOOSE = 3  # the last of these, which anybody's file may be called like
-_FOLDER = r"(?:mp|tp)_rank_(?P<rank>\d{1,5})(?P<set>(?:_\w*\d+)?)"  # Megatron's: what follows is the stage of its pipeline
-_TRAINERS = ("model_optim_rng.pt", "model_rng.pt", "model_states.pt")  # the file in such a folder
+_LOOSE = r"(?P<set>(?:.*[._-])?)(?:rank|tp)[._-]?(?P<rank>\d{1,5})(?:[._-]of[._-](?P<size>\d{1,5}))?"  # as anybody's file may be called
 _FEW = 3  # names in a message
 
 
@@ -59,11 +52,14 @@ def find_ranks(path: Location) -> list[RankSet]:
 
 def read_names(names: Iterable[str]) -> list[RankSet]:
     """The sets of ranks among files of these names."""
+    loose = rf"{_LOOSE}(?:{'|'.join(map(re.escape, by_suffix()))})"
+    of_files = [pattern for container in containers().values() for pattern in container.names.ranks] + [loose]
+    of_folders = [container.names.rank_folder for container in containers().values()]
     sets: dict[tuple[int, str, int], list[tuple[int, str]]] = {}
     for name in names:
         folder, _, file = name.rpartition("/")
-        patterns = [(len(_FILES), _FOLDER)] if folder else list(enumerate(_FILES))
-        matches = ((number, re.fullmatch(pattern, folder or file)) for number, pattern in patterns)
+        patterns = enumerate(of_folders, len(of_files)) if folder else enumerate(of_files)
+        matches = ((number, re.fullmatch(pattern, folder or file, re.DOTALL)) for number, pattern in patterns)
         number, match = next(((number, match) for number, match in matches if match), (0, None))
         if match is not None:
             said = match.groupdict()
@@ -73,7 +69,7 @@ def read_names(names: Iterable[str]) -> list[RankSet]:
     for (number, _, size), ranked in sorted(sets.items()):
         numbers = {rank for rank, _ in ranked}
         wanted = max(size, max(numbers) + 1)
-        if number == _LOOSE and ((not size and min(numbers) > 0) or len(numbers) < 2):
+        if number == len(of_files) - 1 and ((not size and min(numbers) > 0) or len(numbers) < 2):
             continue  # rank16 may be that of an adapter
         files = tuple(name for _, name in sorted(ranked, key=lambda row: (row[0], natural_key(row[1]))))
         found.append(RankSet(files, tuple(sorted(set(range(wanted)) - numbers)), max(wanted, len(files))))
@@ -82,8 +78,15 @@ def read_names(names: Iterable[str]) -> list[RankSet]:
 
 def _stage(file: str) -> str:
     """What tells ranks apart that hold parts of other tensors: the stage of a pipeline."""
-    match = re.fullmatch(_FOLDER, file.rpartition("/")[0])
+    folder = file.rpartition("/")[0]
+    container = _container_of(folder)
+    match = re.fullmatch(container.names.rank_folder, folder) if container else None
     return match["set"] if match else ""
+
+
+def _container_of(folder: str) -> Container | None:
+    """The container of which ranks lie in a folder of that name."""
+    return next((one for one in containers().values() if re.fullmatch(one.names.rank_folder, folder)), None)
 
 
 def open_with_ranks(
@@ -119,20 +122,21 @@ def _list_files(path: Location) -> list[str]:
     """Files of a folder, and those that trainers leave in folders of ranks, by their names."""
     found = []
     for name in sorted(names_in(path), key=natural_key):
-        if not re.fullmatch(_FOLDER, name):
+        container = _container_of(name)
+        if container is None:
             found.append(name)
         elif is_dir(path / name):
             inside = set(names_in(path / name))
-            found += [f"{name}/{file}" for file in _TRAINERS if file in inside][:1]
+            found += [f"{name}/{file}" for file in container.names.rank_files if file in inside][:1]
     return found
 
 
 def _open_ranks(path: Location, ranks: RankSet, root: str | None) -> Checkpoint | None:
     """A checkpoint by rank, None where these are no ranks: each has names of its own."""
     try:
-        container = "torch" if "/" in ranks.files[0] else detect_format(path / ranks.files[0])
+        container = containers()[detect_format(path / ranks.files[0])]
         given = {} if root is None else {"root": root}
-        contents = containers()[container].read(path, by_rank=True, files=list(ranks.files), **given)
+        contents = container.read(path, by_rank=True, files=list(ranks.files), **given)
     except StreamconvError:
         return None
     tables = by_file(contents.entries, ranks)

@@ -10,12 +10,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from streamconv.checkpoint.entries import TensorEntry
 from streamconv.checkpoint.opening import Checkpoint
 from streamconv.errors import UsageError
+from streamconv.formats.registry import by_suffix
 from streamconv.graph.node import Node, extents
 from streamconv.notation.folding import Fold, fold
 from streamconv.notation.names import nearest
@@ -29,7 +31,6 @@ from streamconv.units import format_size
 
 PIECE = 1 << 20  # bytes of a tensor at a time
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
-RANK = re.compile(r"^.*\.(?:safetensors|pth|pt|bin|ckpt)/")
 LAYER = re.compile(r"\.[0-9]+(?=\.)")
 
 
@@ -186,12 +187,18 @@ def module_of(name: str, stems: Collection[str] = ()) -> str:
 
     The file of a rank, which stands before its names, is no part of them.
     """
-    name = RANK.sub("", name)
+    name = _file_of_rank(tuple(by_suffix())).sub("", name)
     parts = name.split(".")
     if found := LAYER.search(name):
         return ".".join(name[: found.start()].split(".")[:-1])
     above = (".".join(parts[:k]) for k in range(len(parts) - 1, 0, -1))
     return next((stem for stem in above if stem in stems), parts[0] if len(parts) > 1 else "")
+
+
+@cache
+def _file_of_rank(suffixes: tuple[str, ...]) -> re.Pattern[str]:
+    """What a tensor's name begins with that is presented by rank."""
+    return re.compile(rf"^.*(?:{'|'.join(map(re.escape, suffixes))})/")
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from streamconv.formats import Contents, FileLayout
@@ -37,6 +38,16 @@ class Names:
         libraries: what libraries look for in a directory, in their order; by default the single file, then its index.
         other_index: the name of an index that another writer makes.
         unlisted: the name of a file that belongs to that index and is not named in it.
+        weights: globs of what holds tensors or says where they are, for all folders; by default all with such a suffix, and their indexes.
+        stems: how names of files start that a library looks for, by the library, if that is not any file with such a suffix.
+        originals: how names of files start that libraries pass over where there are others.
+        marker: the name of a file that says in which folder such files are; others may have a file of that name, too.
+        nested: a pattern of such files' paths, below the folder with the marker.
+        replaced: a glob of the paths of those that a new checkpoint replaces.
+        ranks: patterns of names of files that are ranks, with the number as ``rank``, how many there are as ``size`` if that is said, and
+            what else differs between sets of them as ``set``.
+        rank_folder: the same, of folders that hold a file for a rank each ...
+        rank_files: ... and that file's name, the first of these that is there.
     """
 
     noun: str
@@ -48,6 +59,15 @@ class Names:
     libraries: tuple[str, ...] = ()
     other_index: str = ""
     unlisted: str = ""
+    weights: tuple[str, ...] = ()
+    stems: Mapping[str, str] = field(default_factory=dict)
+    originals: str = ""
+    marker: str = ""
+    nested: str = r"(?!)"
+    replaced: str = ""
+    ranks: tuple[str, ...] = ()
+    rank_folder: str = r"(?!)"
+    rank_files: tuple[str, ...] = ()
 
     @property
     def single(self) -> str:
@@ -61,6 +81,12 @@ class Names:
     def known(self) -> tuple[str, ...]:
         return self.libraries or (self.single, self.index)
 
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """`weights`, or what they are by default."""
+        ends = ("", ".index.json", ".index.*.json")
+        return self.weights or tuple(f"*{suffix}{end}" for suffix in self.suffixes for end in ends)
+
     def is_index(self, name: str) -> bool:
         return name == self.other_index or name.endswith(tuple(f"{suffix}.index.json" for suffix in self.suffixes))
 
@@ -69,6 +95,15 @@ class Names:
         if name.endswith(self.suffixes):
             return not re.fullmatch(self.others, name)
         return self.is_index(name) or re.fullmatch(self.folders, name) is not None
+
+    def is_nested(self, path: str) -> bool:
+        """Whether a path relative to a folder is that of a file in a folder of its own, which the marker may name."""
+        return re.fullmatch(self.nested, path, re.DOTALL) is not None
+
+    def replaces(self, path: str) -> bool:
+        """Whether a new checkpoint replaces the file of that path, in a folder of its own."""
+        depth = self.replaced.count("/")  # to fnmatch a slash is any character
+        return path.count("/") == depth and fnmatchcase(path, self.replaced)
 
     def shard(self, name: str) -> re.Match[str] | None:
         """The parts of a file name with a number in it."""

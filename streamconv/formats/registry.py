@@ -73,6 +73,18 @@ def find_format(option: str, name: str) -> Container:
     return container
 
 
+def stems_of(libraries: Collection[str]) -> list[str]:
+    """How names of files start that these libraries look for, in any container."""
+    stems = [container.names.stems.get(library) for library in libraries for container in containers().values()]
+    return list(dict.fromkeys(filter(None, stems)))
+
+
+def library_of(stem: str | None) -> str | None:
+    """The library that looks for files whose names start so, if one is known."""
+    pairs = (pair for container in containers().values() for pair in container.names.stems.items())
+    return next((library for library, own in pairs if own == stem), None)
+
+
 def by_suffix() -> Mapping[str, Container]:
     """The container that a file's name says it is of, by how that ends."""
     return {suffix: container for container in containers().values() for suffix in container.names.suffixes}

@@ -53,6 +53,17 @@ KIND = Names(
     ),
     other_index="param_name_map.json",  # of mindspore.unified_safetensors, which leaves out what has no strategy
     unlisted="hyper_param.safetensors",
+    weights=("*.safetensors", "*.safetensors.index.json", "*.safetensors.index.*.json", "param_name_map.json"),
+    stems={
+        "transformers": "model",
+        "diffusers": "diffusion_pytorch_model",
+        "diffusers-lora": "pytorch_lora_weights",
+        "diffusers-embeds": "learned_embeds",
+        "peft": "adapter_model",
+        "open_clip": "open_clip_model",
+    },
+    originals="consolidated",
+    ranks=(r"consolidated\.(?P<rank>\d{1,5})\.safetensors", r"model(?P<rank>\d{1,5})-mp(?P<size>\d{1,5})\.safetensors"),
 )
 
 # In the order in which the reference library puts them into a file: widest first, so that all stay aligned.

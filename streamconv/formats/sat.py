@@ -19,12 +19,21 @@ from streamconv.formats.indexes import Explain, unexplained
 from streamconv.storage.remote import Location, names_in
 
 LATEST = "latest"
-KIND = Names("a SwissArmyTransformer checkpoint", (), "mp_rank", (), folders=LATEST)
 ROOT = "module"
 ITERATION = "1"  # that of new checkpoints, as SAT's own scripts have it
-OWN = f"{ITERATION}/mp_rank_*"  # what a new checkpoint replaces
 _RANK = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")
 _ITERATION = re.compile(r"[0-9]*[1-9][0-9]*(-ema)?|release")
+KIND = Names(
+    "a SwissArmyTransformer checkpoint",
+    (),
+    "mp_rank",
+    (),
+    folders=LATEST,
+    weights=(LATEST,),
+    marker=LATEST,
+    nested=f"(?:{_ITERATION.pattern})/{_RANK.pattern}",
+    replaced=f"{ITERATION}/mp_rank_*",
+)
 
 
 def read(path: Location, *, by_rank: bool = True, explain: Explain = unexplained) -> Contents:  # noqa: ARG001 - there is no other way
@@ -39,12 +48,6 @@ def read(path: Location, *, by_rank: bool = True, explain: Explain = unexplained
     found = torch_files.read(folder, by_rank=True, root=ROOT, files=_ranks(folder), explain=explain)
     notes = [note for note in found.notes if not note.startswith("the tensors are those below")]
     return Contents("sat", found.entries, found.files, [path / LATEST], notes=notes)
-
-
-def is_rank(path: str) -> bool:
-    """Whether a path relative to a folder is that of a rank's file in it, of any iteration."""
-    iteration, _, name = path.partition("/")
-    return _ITERATION.fullmatch(iteration) is not None and _RANK.fullmatch(name) is not None
 
 
 def _iteration(path: Location) -> str:

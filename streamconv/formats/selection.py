@@ -171,8 +171,8 @@ def one_checkpoint(directory: Location, names: Sequence[str], kind: Names) -> li
     """
     _check_counts(directory, names, kind)
     groups = group_files(names, kind)
-    if len(groups) > 1:  # transformers passes over the original files of Meta and Mistral
-        groups = {key: group for key, group in groups.items() if not key.startswith("consolidated")} or groups
+    if len(groups) > 1 and kind.originals:  # as transformers passes over those of Meta and Mistral
+        groups = {key: group for key, group in groups.items() if not key.startswith(kind.originals)} or groups
     if len(groups) > 1:
         groups = {key: group for key, group in groups.items() if holds_checkpoint(directory / group[0])} or groups
     own = [key for key in groups if key.startswith(f"{kind.stem}-#-of-")]

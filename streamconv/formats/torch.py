@@ -78,7 +78,27 @@ KIND = Names(
         "diffusion_pytorch_model.bin",  # of diffusers
         "adapter_model.bin",  # of PEFT
     ),
-)
+    weights=(  # .bin is anything
+        "*.pth", "*.pt", "pytorch_model*.bin", "adapter_model*.bin", "consolidated*.bin", "diffusion_pytorch_model*.bin",
+        "open_clip_pytorch_model*.bin", "pytorch_lora_weights*.bin", "*.bin.index.json", "*.pt.index.json", "*.pth.index.json",
+        "*.bin.index.*.json",
+    ),
+    stems={
+        "transformers": "pytorch_model",
+        "diffusers": "diffusion_pytorch_model",
+        "diffusers-lora": "pytorch_lora_weights",
+        "diffusers-embeds": "learned_embeds",
+        "peft": "adapter_model",
+        "open_clip": "open_clip_pytorch_model",
+    },
+    originals="consolidated",
+    ranks=(
+        r"consolidated\.(?P<rank>\d{1,5})(?P<set>\.(?:pth|pt))",  # of Meta
+        r"mp_rank_(?P<rank>\d{1,5})(?P<set>_model_states)?\.pt",  # of DeepSpeed
+    ),
+    rank_folder=r"(?:mp|tp)_rank_(?P<rank>\d{1,5})(?P<set>(?:_\w*\d+)?)",  # Megatron's: what follows is the stage of its pipeline
+    rank_files=("model_optim_rng.pt", "model_rng.pt", "model_states.pt"),
+)  # fmt: skip
 INDEX = KIND.index
 MAX_REPEATED = 1 << 40  # bytes that a view makes of fewer stored ones
 

@@ -1,18 +1,16 @@
 """What in a checkpoint's folder is no part of the model that is converted, by its name: other forms of it, and what training left.
 
-`KINDS` is the place to add to. What it does not know comes along with the model.
+`KINDS` is the place to add to. What it does not know comes along with the model, and what a container calls its own is none of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-WEIGHTS = (  # patterns of names of files that hold tensors, or say where they are
-    "*.safetensors", "*.pth", "*.pt", "*.ckpt", "pytorch_model*.bin", "adapter_model*.bin", "consolidated*.bin",
-    "diffusion_pytorch_model*.bin", "open_clip_pytorch_model*.bin", "pytorch_lora_weights*.bin", "*.safetensors.index.json",
-    "*.bin.index.json", "*.pt.index.json", "*.pth.index.json", "*.safetensors.index.*.json", "*.bin.index.*.json", "param_name_map.json",
-    "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.partial", "latest",
-)  # fmt: skip
+from streamconv.formats.registry import containers
+
+OTHER_WEIGHTS = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.partial")  # beside those that containers call their own
 
 KINDS = {  # patterns of names of files and, with a slash, of folders; capitals make no difference
     "training state": (
@@ -56,13 +54,16 @@ MEDIA = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.mp4", "*.wav
 
 def is_weights(name: str) -> bool:
     """Whether a file of this name holds tensors, or says where they are, in any container."""
-    return _fits(name, WEIGHTS)
+    return _fits(name, (*OTHER_WEIGHTS, *_of_containers()))
 
 
 def kind_of(name: str, *, folder: bool = False) -> str:
     """Of which kind of `KINDS` or `UNSAID` a file or folder is; "" for what comes along."""
-    text = f"{name}/" if folder else name
-    return next((kind for kind, patterns in (KINDS | UNSAID).items() if _fits(text, patterns)), "")
+    text, own = f"{name}/" if folder else name, _of_containers()
+    for kind, patterns in (KINDS | UNSAID).items():
+        if _fits(text, [pattern for pattern in patterns if pattern not in own]):
+            return kind
+    return ""
 
 
 def is_known(name: str) -> bool:
@@ -70,5 +71,9 @@ def is_known(name: str) -> bool:
     return _fits(name, TOKENIZERS) or _fits(name, MEDIA)
 
 
-def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+def _of_containers() -> set[str]:
+    return {pattern for container in containers().values() for pattern in container.names.globs}
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)

@@ -12,9 +12,10 @@ from functools import cache
 
 from streamconv.errors import UsageError
 from streamconv.formats.container import Names
+from streamconv.formats.registry import stems_of
 
 _NAME = r"[A-Za-z][A-Za-z0-9_]*"
-_STEMS = ("model", "pytorch_model", "diffusion_pytorch_model", "adapter_model", "open_clip_model", "open_clip_pytorch_model")
+_LIBRARIES = ("transformers", "diffusers", "peft", "open_clip")  # which read variants
 
 
 def check_variant(name: str) -> None:
@@ -25,7 +26,7 @@ def check_variant(name: str) -> None:
 
 def variant_of(name: str, kind: Names) -> str | None:
     """Of which variant a weight file or an index is, by its name."""
-    found = _pattern(kind).fullmatch(name)
+    found = _pattern(kind.suffixes, tuple(stems_of(_LIBRARIES))).fullmatch(name)
     return next(filter(None, found.groups())) if found else None
 
 
@@ -48,8 +49,8 @@ def modern(name: str, kind: Names) -> str:
 
 
 @cache
-def _pattern(kind: Names) -> re.Pattern[str]:
-    stem, suffix, numbers = "|".join(_STEMS), "|".join(map(re.escape, kind.suffixes)) or "(?!)", r"-\d+-of-\d+"
+def _pattern(suffixes: tuple[str, ...], stems: tuple[str, ...]) -> re.Pattern[str]:
+    stem, suffix, numbers = "|".join(map(re.escape, stems)), "|".join(map(re.escape, suffixes)) or "(?!)", r"-\d+-of-\d+"
     files = rf"(?:{stem})\.({_NAME})(?:{numbers})?(?:{suffix})|(?:{stem}){numbers}\.({_NAME})(?:{suffix})"
     indexes = rf"(?:{stem})(?:{suffix})\.index\.({_NAME})\.json|(?:{stem})(?:{suffix})\.({_NAME})\.index\.json"
     return re.compile(f"{files}|{indexes}")

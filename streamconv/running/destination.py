@@ -10,14 +10,13 @@ import stat
 import tempfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path, PurePath, PurePosixPath
 
 from streamconv.checkpoint.opening import Checkpoint
-from streamconv.checkpoint.stems import CHOSEN
+from streamconv.checkpoint.stems import has_stems
 from streamconv.engine.io import check_folder
 from streamconv.errors import DestinationError, SpaceError, UsageError
-from streamconv.formats import sat
+from streamconv.formats.container import Names
 from streamconv.formats.registry import DEFAULT, by_suffix, containers, find_format
 from streamconv.formats.unrelated import is_weights
 from streamconv.planning.plan import Plan
@@ -277,15 +276,15 @@ def old_files(plan: Plan, root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     folders = component_folders(plan)
-    below = [*root.glob("*/mp_rank_*"), *(path for folder in folders for path in root.glob(f"{glob.escape(folder)}/*"))]
-    inside = (path for path in below if not path.parent.is_symlink())
+    below = [f"*/{PurePosixPath(names.replaced).name}" for names in _nesting()] + [f"{glob.escape(folder)}/*" for folder in folders]
+    inside = (path for pattern in below for path in root.glob(pattern) if not path.parent.is_symlink())
     names = {path.relative_to(root).as_posix(): path for path in (*root.iterdir(), *inside) if not path.is_dir()}
     return [path for name, path in names.items() if is_old(name, names, folders)]
 
 
 def component_folders(plan: Plan) -> set[str]:
     """Folders below DST that hold a component of the model each, such as a pipeline's ``unet``."""
-    if plan.format not in CHOSEN:
+    if not has_stems(plan.format):
         return set()
     return {PurePosixPath(file.path).parent.as_posix() for file in plan.files if file.tensors} - {"."}
 
@@ -304,18 +303,20 @@ def is_old(name: str, there: Collection[str], folders: Collection[str]) -> bool:
 
     ``folders`` are those of components.
 
-    A ``latest`` is, where ranks as SAT has them are among the files that are ``there``: others have files of that name, too.
+    A file that says where others are, such as ``latest``, is where such are ``there``: others have files of that name, too.
     """
     whole = UNFINISHED.sub("", name).removesuffix(PARTIAL)
-    if name == sat.LATEST:
-        return any(sat.is_rank(other) for other in there)
+    for names in _nesting():
+        if name == names.marker:
+            return any(map(names.is_nested, there))
     folder, _, file = whole.rpartition("/")
     ours = UNFINISHED.search(name) or (is_weights(file) and not file.endswith(PARTIAL))
-    return (folder in {"", *folders} and bool(ours)) or _is_rank(whole)
+    return (folder in {"", *folders} and bool(ours)) or any(names.replaces(whole) for names in _nesting())
 
 
-def _is_rank(name: str) -> bool:
-    return fnmatch(name, sat.OWN) and name.count("/") == sat.OWN.count("/")  # to fnmatch a slash is any character
+def _nesting() -> list[Names]:
+    """The names of containers whose files lie in folders of their own."""
+    return [container.names for container in containers().values() if container.names.marker]
 
 
 def outdated(plan: Plan, put: Collection[str], there: Iterable[str]) -> list[str]:
@@ -333,7 +334,7 @@ def outdated(plan: Plan, put: Collection[str], there: Iterable[str]) -> list[str
         return []
     names = list(there)
     folders = component_folders(plan)
-    old = (name for name in names if is_old(name, names, folders) and (kind.is_part(name) or (plan.format == "sat" and _is_rank(name))))
+    old = (name for name in names if is_old(name, names, folders) and (kind.is_part(name) or kind.replaces(name)))
     return [name for name in old if name not in made]
 
 
