@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 
 from streamconv.convert import api
 
+pytest_plugins = ("processes", "ranked_models", "seeded_defects", "toy_model")
+"""Modules of tests/fixtures with fixtures of pytest."""
+
 # Where a change is judged, the same examples are tried each time; at a desk, new ones.
 # How long one takes tells of the machine only.
 settings.register_profile("desk", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -236,6 +236,34 @@ def test_the_table_of_packages_names_each_module_once(package):
     assert len(named) == len(set(named)), f"CONTRIBUTING.md, table of packages, row {label}: each module once, found {sorted(named)}"
 
 
+TESTS = ROOT / "tests"
+TEST_MODULES = sorted(path for path in TESTS.rglob("*.py") if "fixtures" not in path.parts)
+
+
+def test_tests_lie_in_folders_that_mirror_the_packages():
+    expected = {package for package in PACKAGES if package not in {"", "front"}} | {"cli"}
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert folders == expected | {"fixtures"}, "a folder tests/PACKAGE for each package, and tests/fixtures"
+    for path in TEST_MODULES:
+        assert path.name == "conftest.py" or path.name.startswith("test_"), f"{path}: what tests share lies in tests/fixtures"
+        assert len(path.relative_to(TESTS).parts) <= 2, f"{path}: tests lie in tests/PACKAGE"
+    for path in (TESTS / "fixtures").rglob("*.py"):
+        assert not path.name.startswith("test_"), f"{path}: tests lie in tests/PACKAGE"
+
+
+def test_no_test_module_imports_from_another():
+    """What two of them need is a fixture, in a module of tests/fixtures that is named for what it makes."""
+    names = {path.stem for path in TEST_MODULES}
+    for path in (*TEST_MODULES, *(TESTS / "fixtures").rglob("*.py"), *(ROOT / "tools").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not names & {module.rpartition(".")[2] for module in modules}, (
+                f"{path}:{node.lineno}: move what it takes to tests/fixtures"
+            )
+    assert PROJECT["tool"]["pytest"]["ini_options"]["pythonpath"] == ["tests/fixtures"]
+
+
 # The project -------------------------------------------------------------------------------------------------------
 
 

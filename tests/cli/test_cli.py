@@ -21,7 +21,7 @@ import torch
 from checkpoint_files import ROOMY, assert_same, failure, numbered, random_tensor, read, refusal, run, write
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save, save_file
-from test_safetensors_format import BAD, PT, container, make, tensor
+from safetensors_files import BAD, PT, container, make, tensor
 
 import streamconv
 from streamconv.cli import command as cli

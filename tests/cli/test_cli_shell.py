@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from checkpoint_files import numbered, run, write, write_bin, write_ckpt
-from test_doctor import CONFIG, healthy, llama  # noqa: F401 - the fixture
+from seeded_defects import CONFIG, llama
 
 from streamconv.cli.command import EXAMPLES, _build_parser
 from streamconv.diagnose import matching
@@ -54,7 +54,7 @@ def test_help_loads_nothing():
         assert not found, command
 
 
-def test_no_command_loads_what_it_does_not_need(healthy, pickled, tmp_path):  # noqa: F811
+def test_no_command_loads_what_it_does_not_need(healthy, pickled, tmp_path):
     quiet = ("--no-progress",)
     light = [
         ("inspect", healthy, *quiet),
@@ -129,7 +129,7 @@ def test_completion_without_shtab(monkeypatch, capsys):
 # Which recipes fit ---------------------------------------------------------------------------------------------------
 
 
-def test_recipes_that_fit_come_in_the_order_of_likelihood(healthy, capsys):  # noqa: F811
+def test_recipes_that_fit_come_in_the_order_of_likelihood(healthy, capsys):
     found = rank_recipes(healthy)
     fitting = [match.recipe.name for match in found if match.fits]
     assert {"llama-hf2meta", "llama-hf2ms", "llama-hf2sat"} == set(fitting[:3])
@@ -146,7 +146,7 @@ def test_recipes_that_fit_come_in_the_order_of_likelihood(healthy, capsys):  # n
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_recipes_that_ask_transformers_are_named_too(installed, healthy, monkeypatch, capsys):  # noqa: F811
+def test_recipes_that_ask_transformers_are_named_too(installed, healthy, monkeypatch, capsys):
     """Tried where it is there, and else said to be not tried."""
     monkeypatch.setattr(matching, "find_spec", lambda _: object() if installed else None)
     monkeypatch.setattr(bridge.Bridge, "apply", lambda *_, **__: None)
@@ -178,7 +178,7 @@ def test_where_none_fits_the_nearest_are_shown(tmp_path, capsys):
     assert capsys.readouterr().out == "no recipe fits\n"
 
 
-def test_convert_suggests_a_recipe_that_config_json_points_at(healthy, tmp_path, capsys):  # noqa: F811
+def test_convert_suggests_a_recipe_that_config_json_points_at(healthy, tmp_path, capsys):
     assert set(suggest_recipes(healthy)) == {"llama-hf2meta", "llama-hf2ms", "llama-hf2sat"}
     assert run("convert", healthy, tmp_path / "a") == 0
     assert "note: for another layout of this model: --recipe llama-hf2meta or" in capsys.readouterr().out

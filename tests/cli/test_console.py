@@ -19,7 +19,7 @@ from checkpoint_files import ROOMY, refusal, run, write
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_doctor import CONFIG, llama
+from seeded_defects import CONFIG, llama
 
 import streamconv
 from streamconv.cli.command import main

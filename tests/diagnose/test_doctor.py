@@ -4,162 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import random_tensor, run, write
+from checkpoint_files import run, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from seeded_defects import CONFIG, DEFECTS, FIRST, INDEX, edit_json, edit_tensors, llama, no_head
 
 from streamconv.diagnose.doctor import examine
 from streamconv.text import one_line
-
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "dtype": "bfloat16",
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 16,
-    "tie_word_embeddings": False,
-}
-
-
-def llama() -> dict[str, torch.Tensor]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,), "lm_head.weight": (16, 8)}
-    for layer in range(5):
-        stem = f"model.layers.{layer}"
-        shapes |= {f"{stem}.self_attn.{name}_proj.weight": (rows, 8) for name, rows in (("q", 8), ("k", 4), ("v", 4), ("o", 8))}
-        shapes |= {f"{stem}.mlp.{name}_proj.weight": (12, 8) for name in ("gate", "up")} | {f"{stem}.mlp.down_proj.weight": (8, 12)}
-        shapes |= {f"{stem}.{name}.weight": (8,) for name in ("input_layernorm", "post_attention_layernorm")}
-    return {name: random_tensor(*shape, dtype=torch.bfloat16, seed=k) for k, (name, shape) in enumerate(shapes.items())}
-
-
-@pytest.fixture
-def healthy(tmp_path):
-    folder = write(tmp_path / "model", llama(), shards=3, config=CONFIG)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
-
-
-FIRST, LAST = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-def edit_json(path: Path, **values: object) -> None:
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in (data | values).items() if value is not None}))
-
-
-def edit_tensors(path: Path, change) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def edit_index(folder: Path, change) -> None:
-    data = json.loads((folder / INDEX).read_text())
-    change(data["weight_map"])
-    (folder / INDEX).write_text(json.dumps(data))
-
-
-def set_header(path: Path, change) -> None:
-    raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
-
-
-def shift(header: dict) -> None:
-    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"][1])
-    begin, end = header[last]["data_offsets"]
-    header[last]["data_offsets"] = [begin - 2, end - 2]
-
-
-def gap(header: dict) -> None:
-    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"][1])
-    begin, end = header[last]["data_offsets"]
-    header[last]["data_offsets"] = [begin + 2, end + 2]
-
-
-def narrow(folder: Path) -> None:
-    edit_tensors(folder / FIRST, lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].to(torch.float8_e4m3fn)}))
-
-
-def drop_layer(folder: Path) -> None:
-    for file in sorted(folder.glob("*.safetensors")):
-        edit_tensors(file, lambda t: [t.pop(name) for name in list(t) if ".layers.2." in name])
-    edit_index(folder, lambda m: [m.pop(name) for name in list(m) if ".layers.2." in name])
-
-
-def drop_one(folder: Path) -> None:
-    name = "model.layers.3.input_layernorm.weight"
-    for file in sorted(folder.glob("*.safetensors")):
-        edit_tensors(file, lambda t: t.pop(name, None))
-    edit_index(folder, lambda m: m.pop(name))
-
-
-def reshape_one(folder: Path) -> None:
-    name = "model.layers.3.mlp.down_proj.weight"
-    for file in sorted(folder.glob("*.safetensors")):
-        edit_tensors(file, lambda t: t.update({name: t[name][:4].clone()}) if name in t else None)
-
-
-def no_head(folder: Path) -> None:
-    for file in sorted(folder.glob("*.safetensors")):
-        edit_tensors(file, lambda t: t.pop("lm_head.weight", None))
-    edit_index(folder, lambda m: m.pop("lm_head.weight"))
-
-
-DEFECTS = {
-    "a truncated shard": (lambda f: (f / LAST).write_bytes((f / LAST).read_bytes()[:-5]), "bytes are missing"),
-    "bytes behind the data": (lambda f: (f / LAST).write_bytes((f / LAST).read_bytes() + b"junk"), "belong to no tensor"),
-    "a header that is no JSON": (lambda f: (f / FIRST).write_bytes(b"\x10\0\0\0\0\0\0\0{" + b"x" * 40), "not JSON"),
-    "overlapping tensors": (lambda f: set_header(f / FIRST, shift), "overlaps"),
-    "a gap between tensors": (lambda f: set_header(f / FIRST, gap), "gap"),
-    "an LFS pointer": (lambda f: (f / FIRST).write_text("version https://git-lfs.github.com/spec/v1\n"), "LFS pointer"),
-    "a missing shard": (lambda f: (f / LAST).unlink(), "which is not there"),
-    "a missing shard without index": (lambda f: [(f / INDEX).unlink(), (f / FIRST).unlink()], "2 of 3 are there"),
-    "an index that is no JSON": (lambda f: (f / INDEX).write_text("{"), "cannot be read"),
-    "an index without weight_map": (lambda f: (f / INDEX).write_text("{}"), "cannot be read"),
-    "a tensor that is not where the index says": (
-        lambda f: edit_index(f, lambda m: m.update({"model.norm.weight": LAST})),
-        "does not hold it",
-    ),
-    "a tensor that the index does not name": (lambda f: edit_index(f, lambda m: m.pop("model.norm.weight")), "does not name it"),
-    "a stale shard": (lambda f: save_file({"old": torch.ones(2)}, f / "model-00001-of-00002.safetensors"), "may be of another version"),
-    "a tensor in two files": (
-        lambda f: [(f / INDEX).unlink(), save_file({"model.norm.weight": torch.ones(8)}, f / "more.safetensors")],
-        "model.norm.weight: it is in",
-    ),
-    "a stale single file": (lambda f: save_file({"a": torch.ones(1)}, f / "model.safetensors"), "is there beside it"),
-    "a wrong total_size": (lambda f: edit_json(f / INDEX, metadata={"total_size": 7}), "total_size says 7"),
-    "an interrupted conversion": (lambda f: (f / "model-00004-of-00004.safetensors.partial").write_bytes(b""), "interrupted conversion"),
-    "an empty shard": (lambda f: save_file({}, f / "model-extra.safetensors"), "holds no tensor"),
-    "a missing layer": (drop_layer, "layer 2 is missing"),
-    "a layer that lacks a tensor": (drop_one, "all other layers have it"),
-    "a layer of another shape": (reshape_one, "the others (8, 12)"),
-    "too few layers for the config": (lambda f: edit_json(f / "config.json", num_hidden_layers=6), "config.json says 6"),
-    "another vocabulary": (lambda f: edit_json(f / "config.json", vocab_size=20), "vocab_size says 20"),
-    "another width": (lambda f: edit_json(f / "config.json", hidden_size=16), "hidden_size says 16"),
-    "other heads": (lambda f: edit_json(f / "config.json", num_key_value_heads=4), "follow from num_key_value_heads"),
-    "another intermediate size": (lambda f: edit_json(f / "config.json", intermediate_size=24 * 3), "intermediate_size"),
-    "no head where none is tied": (no_head, "tie_word_embeddings is false"),
-    "another dtype": (lambda f: edit_json(f / "config.json", dtype="float32"), "the tensors are bfloat16"),
-    "fp8 without a word": (narrow, "no quantization_config"),
-    "fp8 in words only": (lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "fp8"}), "no tensor is"),
-    "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
-    "a config without model_type": (lambda f: edit_json(f / "config.json", model_type=None), "lacks model_type"),
-    "code that is not there": (lambda f: edit_json(f / "config.json", auto_map={"AutoModel": "modeling_x.X"}), "modeling_x.py"),
-    "sizes that are no numbers": (lambda f: edit_json(f / "config.json", hidden_size="8"), "hidden_size is '8', not a whole number"),
-}
 
 
 def test_health(healthy, capsys):

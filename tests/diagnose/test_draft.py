@@ -9,7 +9,7 @@ import yaml
 from checkpoint_files import assert_same, numbered, read, refusal, run, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_readme import fused, toy  # noqa: F401 - the fixture
+from toy_model import fused
 
 from streamconv.diagnose.draft import SCHEMA, draft, fold, read_shapes
 from streamconv.errors import CoverageError
@@ -54,7 +54,7 @@ def guessed_rows(text: str) -> dict[int, str]:
     return {number: row.partition("# guessed: ")[2] for number, row in rows if "# guessed: " in row}
 
 
-def test_the_toy_of_the_readme(toy, tmp_path, capsys):  # noqa: F811
+def test_the_toy_of_the_readme(toy, tmp_path, capsys):
     wanted = fused(toy)
     (tmp_path / "names.json").write_text(json.dumps({name: list(tensor.shape) for name, tensor in wanted.items()}))
     assert run("recipes", "--new", "toy", "names.json") == 0
@@ -67,7 +67,7 @@ def test_the_toy_of_the_readme(toy, tmp_path, capsys):  # noqa: F811
     assert_same(read(tmp_path / "made"), wanted)
 
 
-def test_the_toy_back(toy, tmp_path, capsys):  # noqa: F811
+def test_the_toy_back(toy, tmp_path, capsys):
     write(tmp_path / "there", fused(toy))
     assert run("recipes", "--new", "there", "toy") == 0
     out, err = capsys.readouterr()

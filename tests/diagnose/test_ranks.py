@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoint_files import ROOMY, run, write
 from safetensors.torch import load_file, save_file
-from test_doctor import CONFIG, llama
+from seeded_defects import CONFIG, llama
 
 from streamconv.diagnose.doctor import examine
 from streamconv.diagnose.ranks import read_names

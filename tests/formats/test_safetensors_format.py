@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from safetensors_files import BAD, PT, container, make, tensor
 
 from streamconv.checkpoint.opening import open_checkpoint
 from streamconv.dtypes import DTYPES, TensorSpec
@@ -20,7 +21,6 @@ from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import safetensors as fmt
 from streamconv.formats.files import split_into_shards
 
-PT = {"format": "pt"}
 # What safetensors.torch can save; float6 kinds have no torch type.
 TORCH_TYPES = [getattr(torch, name) for name in DTYPES if not name.startswith(("float6", "float4"))] + [torch.float4_e2m1fn_x2]
 ODD_NAMES = [
@@ -39,14 +39,6 @@ ODD_NAMES = [
     "a-0",
     "B",
 ]
-
-
-def make(dtype, *shape):
-    numel = torch.Size(shape).numel()
-    raw = torch.arange(numel * torch.empty((), dtype=dtype).element_size(), dtype=torch.uint8)
-    if dtype is torch.bool:
-        raw = raw % 2
-    return raw.view(dtype).reshape(shape)
 
 
 def spec_of(tensor):
@@ -74,16 +66,6 @@ def filled(layout, tensors):
         content[offset : offset + len(data)] = data
     assert len(content) == layout.size
     return bytes(content)
-
-
-def container(header, data=b""):
-    """A file with this header, an object or literal bytes, and this data."""
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(raw)) + raw + data
-
-
-def tensor(begin, end, dtype="U8", shape=None):
-    return {"dtype": dtype, "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
 
 
 def put(directory, **files):
@@ -342,77 +324,6 @@ def test_relative_paths_become_absolute_and_links_stay(tmp_path, monkeypatch):
     contents = fmt.read(Path("link.safetensors"))
     assert contents.entries["x"].extents[0].path == str(tmp_path / "link.safetensors")
     assert contents.files == [tmp_path / "link.safetensors"]
-
-
-U8 = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
-DEEP = b"[" * 100_000
-BAD = {
-    "empty file": (b"", "0 bytes", None),
-    "short file": (b"1234567", "7 bytes", None),
-    "length over limit": (struct.pack("<Q", 100_000_001) + b"{}", "100000001", None),
-    "length of 2**64": (b"\xff" * 8 + b"{}", "18446744073709551615", None),
-    "length beyond end": (struct.pack("<Q", 100) + b"{}", "100 bytes, and only 2", None),
-    "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS", None),
-    "no header": (container(b""), "start with", None),
-    "not utf-8": (container(b'{"\xff":1}'), "UTF-8", None),
-    "utf-8 surrogate": (container(b'{"\xed\xa0\x80":1}'), "UTF-8", None),
-    "byte order mark": (container(b"\xef\xbb\xbf{}"), "start with", None),
-    "not json": (container(b"{nonsense}"), "not JSON", None),
-    "unfinished json": (container(b'{"a":'), "not JSON", None),
-    "two objects": (container(b"{}{}"), "not JSON", None),
-    "control character": (container(b'{"a\n":' + U8.encode() + b"}", b"1"), "not JSON", None),
-    "an array": (container(b"[]"), "start with", None),
-    "nan": (container(b'{"a":NaN}'), "NaN", None),
-    "infinity": (container(b'{"a":-Infinity}'), "Infinity", None),
-    "huge number": (container(b'{"a":' + b"9" * 5000 + b"}"), "not JSON", None),
-    "deep": (container(b'{"a":' + DEEP + b"}"), "not JSON", None),
-    "deep and closed": (container(b'{"a":' + DEEP + b"]" * 100_000 + b"}"), "not JSON", None),
-    "tensor twice": (container(f'{{"a":{U8},"a":{U8}}}'.encode(), b"1"), "twice", "a"),
-    "field twice": (container(b'{"a":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"1"), "'dtype' twice", "a"),
-    "metadata twice": (container(b'{"__metadata__":{},"__metadata__":{}}'), "twice", "__metadata__"),
-    "metadata key twice": (container(b'{"__metadata__":{"k":"1","k":"2"}}'), "without repeating", None),
-    "metadata number": (container({"__metadata__": {"k": 1}}), "strings to strings", None),
-    "metadata list": (container({"__metadata__": ["k"]}), "strings to strings", None),
-    "lone surrogate": (container(b'{"\\ud800":' + U8.encode() + b"}", b"1"), "\\ud800", None),
-    "metadata surrogate": (container(b'{"__metadata__":{"k":"\\udfff"}}'), "\\udfff", None),
-    "entry no object": (container({"a": [1]}), "JSON object", "a"),
-    "entry null": (container({"a": None}), "JSON object", "a"),
-    "field missing": (container({"a": {"dtype": "U8", "shape": [1]}}, b"1"), "fields", "a"),
-    "dtype unknown": (container({"a": tensor(0, 1, dtype="F7")}, b"1"), "'F7'", "a"),
-    "dtype lower case": (container({"a": tensor(0, 1, dtype="u8")}, b"1"), "'u8'", "a"),
-    "dtype list": (container({"a": tensor(0, 1, dtype=["U8"])}, b"1"), "dtype", "a"),
-    "dtype null": (container({"a": tensor(0, 1, dtype=None)}, b"1"), "dtype", "a"),
-    "shape number": (container({"a": tensor(0, 1, shape=1)}, b"1"), "shape", "a"),
-    "shape float": (container({"b": tensor(0, 1), "a": tensor(1, 2, shape=[1.0])}, b"12"), "shape", "a"),
-    "shape bool": (container({"b": tensor(0, 1), "a": tensor(1, 2, shape=[True])}, b"12"), "shape", "a"),
-    "shape string": (container({"a": tensor(0, 1, shape=["1"])}, b"1"), "shape", "a"),
-    "shape negative": (container({"a": tensor(0, 1, shape=[-1, -1])}, b"1"), "shape", "a"),
-    "shape minus zero": (container(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'), "shape", "a"),
-    "shape huge": (container({"a": tensor(0, 1, shape=[2**63])}, b"1"), "2**63", "a"),
-    "shape product huge": (container({"a": tensor(0, 1, shape=[2**32, 2**31])}, b"1"), "2**63", "a"),
-    "shape huge and empty": (container({"a": tensor(0, 0, shape=[2**62, 4, 0])}), "2**63", "a"),
-    "offsets short": (container({"a": {**tensor(0, 1), "data_offsets": [0]}}, b"1"), "data_offsets", "a"),
-    "offsets long": (container({"a": {**tensor(0, 1), "data_offsets": [0, 1, 2]}}, b"1"), "data_offsets", "a"),
-    "offsets backwards": (container({"a": {**tensor(0, 1), "data_offsets": [1, 0]}}, b"1"), "data_offsets", "a"),
-    "offsets negative": (container({"a": {**tensor(0, 1), "data_offsets": [-1, 0]}}, b"1"), "data_offsets", "a"),
-    "offsets float": (container({"a": {**tensor(0, 1), "data_offsets": [0, 1.0]}}, b"1"), "data_offsets", "a"),
-    "offsets bool": (container({"a": {**tensor(0, 1), "data_offsets": [False, True]}}, b"1"), "data_offsets", "a"),
-    "offsets object": (container({"a": {**tensor(0, 1), "data_offsets": {"0": 1}}}, b"1"), "data_offsets", "a"),
-    "size differs": (container({"a": tensor(0, 5, "F32", [1])}, bytes(5)), "4 bytes", "a"),
-    "very many axes": (container({"a": tensor(0, 5, "F32", [1] * 9000)}, bytes(5)), "float32[1, 1", "a"),
-    "scalar of no size": (container({"a": tensor(0, 0, "F32", [])}), "4 bytes", "a"),
-    "half a byte": (container({"a": tensor(0, 1, "F4", [3])}, b"1"), "inside a byte", "a"),
-    "six bits": (container({"a": tensor(0, 0, "F6_E2M3", [1])}), "inside a byte", "a"),
-    "starts late": (container({"a": tensor(1, 2)}, b"12"), "gap", "a"),
-    "gap": (container({"b": tensor(0, 1), "a": tensor(2, 3)}, b"123"), "gap", "a"),
-    "overlap": (container({"b": tensor(0, 2), "a": tensor(1, 3)}, b"123"), "overlaps", "a"),
-    "same place": (container({"b": tensor(0, 2), "a": tensor(0, 2)}, b"12"), "overlaps", "a"),
-    "trailing": (container({"a": tensor(0, 1)}, b"1234"), "3 bytes at the end belong to no tensor", None),
-    "trailing, no tensors": (container({}, b"1"), "1 bytes at the end", None),
-    "truncated": (container({"a": tensor(0, 10)}, b"1234"), "6 bytes are missing", None),
-    "newline in name": (container({"x\ny": tensor(0, 1, dtype="?")}, b"1"), "'?'", "x\ny"),
-    "very long name": (container({"x" * 9000: tensor(0, 1, dtype="?" * 9000)}, b"1"), "xxx...xxx", None),
-}
 
 
 @pytest.mark.parametrize("case", BAD)

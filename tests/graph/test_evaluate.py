@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import itertools
 import math
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_layouts import Drawn, layouts, meaning, permutations
+from random_graphs import eager, graphs, settings_of, thresholds, world
 
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.engine import io, order
@@ -26,14 +23,10 @@ from streamconv.graph import evaluate
 from streamconv.graph.evaluate import Arena, arena_bytes
 from streamconv.graph.moves import Move, identity, region
 from streamconv.graph.node import AnyNode, Node, Source, apply, rearrange
-from streamconv.graph.ops import Cast, Rearrange, Rows, Strided, Zeros, as_torch
+from streamconv.graph.ops import Cast, Rearrange, as_torch
 from streamconv.graph.tiles import choose_tile
 from streamconv.notation.axes import parse
-from streamconv.planning import compiler, fitting
-from streamconv.planning.compiler import compile_plan
-from streamconv.planning.fitting import Budget
 from streamconv.planning.plan import Compute, Copy, Plan
-from streamconv.recipe import steps
 from streamconv.running import local
 from streamconv.running.journal import Journal
 from streamconv.running.local import LocalEngine
@@ -41,105 +34,7 @@ from streamconv.running.local import LocalEngine
 # ------------------------------------------------------------------------------------------------------------------ oracle
 
 
-def eager(node: AnyNode, files: dict[str, bytes], known: dict[int, np.ndarray] | None = None) -> np.ndarray:
-    """A node's items, flat, as unsigned integers: whole tensors, one op after the other, layouts by their meaning."""
-    known = {} if known is None else known
-    if id(node) not in known:
-        known[id(node)] = _eager(node, files, known)
-    return known[id(node)]
-
-
-def _eager(node: AnyNode, files: dict[str, bytes], known: dict[int, np.ndarray]) -> np.ndarray:
-    itemsize = node.spec.dtype.itemsize
-    if not isinstance(node, Node):
-        return np.frombuffer(b"".join(files[e.path][e.offset : e.offset + e.nbytes] for e in node.extents), f"u{itemsize}")
-    given = [eager(child, files, known) for child in node.inputs]
-    if isinstance(node.op, Cast):
-        return cast(given[0], node.inputs[0].spec, node.spec)
-    if isinstance(node.op, Rows):
-        return given[0][node.op.start * node.op.row : node.op.stop * node.op.row]
-    if isinstance(node.op, Strided):
-        strides = [stride * itemsize for stride in node.op.strides]
-        return np.lib.stride_tricks.as_strided(given[0][node.op.start :], node.op.shape, strides).reshape(-1)
-    if isinstance(node.op, Zeros):
-        return np.zeros(node.spec.numel, f"u{itemsize}")
-    assert isinstance(node.op, Rearrange)
-    ready = iter(given)
-    left = [np.concatenate([next(ready) for _ in range(count)]) for count in node.op.stacks]
-    where = meaning(node.op.layout, node.op.sizes)[node.op.output]
-    made = np.array([left[number][at] for number, at in where], f"u{itemsize}")
-    return made.reshape(-1, node.spec.numel)[node.op.part] if made.size else made
-
-
-def cast(given: np.ndarray, spec: TensorSpec, wanted: TensorSpec) -> np.ndarray:
-    """By torch, all at once; a NaN becomes the quiet NaN of another type."""
-    if spec.dtype == wanted.dtype:
-        return given
-    made = as_torch(given.copy(), spec.dtype).to(getattr(torch, wanted.dtype.name))
-    made[made.isnan()] = math.nan
-    return made.view(torch.uint8).numpy().view(f"u{wanted.dtype.itemsize}")
-
-
 # ------------------------------------------------------------------------------------------------------------------- world
-
-
-@dataclass
-class World:
-    """Source files in memory, leaves in them, and the outputs to make."""
-
-    root: Path
-    files: dict[str, bytearray] = field(default_factory=dict)
-    outputs: dict[str, AnyNode] = field(default_factory=dict)
-
-    def source(self, dtype: str, numel: int, seed: int, cuts: tuple[int, ...] = (), number: int = 0) -> Source:
-        """A leaf of random bits, in extents cut at these bytes, a gap before each, in files from ``number`` on."""
-        spec = TensorSpec(DTYPES[dtype], (numel,))
-        data = np.random.default_rng(seed).integers(0, 256, spec.nbytes, np.uint8).tobytes()
-        edges = sorted({0, spec.nbytes, *(min(cut, spec.nbytes) for cut in cuts)})
-        extents = []
-        for k, (start, stop) in enumerate(itertools.pairwise(edges)):
-            file = self.files.setdefault(str(self.root / f"source{(number + k) % 2}"), bytearray())
-            file += bytes(seed % 7)
-            extents.append(Extent(str(self.root / f"source{(number + k) % 2}"), len(file), stop - start))
-            file += data[start:stop]
-        return Source(spec, tuple(extents))
-
-    def layouts(self, files: int) -> list[FileLayout]:
-        """The outputs dealt out to so many files, each with a literal in front, and a commit."""
-        made = []
-        for number in range(files):
-            at, slots = 3, {}
-            for name in list(self.outputs)[number::files]:
-                slots[name], at = at, at + self.outputs[name].spec.nbytes
-            made.append(FileLayout(f"out{number}", at, ((0, b"abc"),), slots))
-        return [*made, FileLayout("commit", 1, ((0, b"!"),), {})]
-
-    def expected(self, layouts: list[FileLayout]) -> dict[str, bytes]:
-        stored = {path: bytes(data) for path, data in self.files.items()}
-        found, known = {}, {}
-        for layout in layouts:
-            data = bytearray(layout.size)
-            for at, literal in layout.literals:
-                data[at : at + len(literal)] = literal
-            for name, at in layout.slots.items():
-                made = eager(self.outputs[name], stored, known).tobytes()
-                data[at : at + len(made)] = made
-            found[layout.path] = bytes(data)
-        return found
-
-    def store(self) -> None:
-        for path, data in self.files.items():
-            Path(path).write_bytes(data)
-
-    def compile(self, layouts: list[FileLayout], backend: str = "pread", limit: int = 1 << 40, **more) -> Plan:
-        budget = Budget(limit, 2, lambda: 0)
-        return compile_plan(self.outputs, layouts, root=str(self.root / "made"), format="test", budget=budget, read_backend=backend, **more)
-
-
-@contextmanager
-def world() -> Iterator[World]:
-    with tempfile.TemporaryDirectory() as root:
-        yield World(Path(root))
 
 
 def joined(reads: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
@@ -192,109 +87,10 @@ def run(plan: Plan) -> dict[str, bytes]:
     return made
 
 
-@contextmanager
-def settings_of(**values: int) -> Iterator[None]:
-    """Thresholds of the compiler and the evaluation, in bytes."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            for module in (compiler, fitting, evaluate):
-                if hasattr(module, name):
-                    patch.setattr(module, name, value)
-        yield
-
-
 ALL_COPIES = {"COPY_RUN": 1}
 ALL_TILES = {"COPY_RUN": 1 << 60}
 
 # ----------------------------------------------------------------------------------------------------------- random graphs
-
-OTHER = {"float64": "bfloat16", "float32": "bfloat16", "float16": "float32", "bfloat16": "float32"}
-
-
-@st.composite
-def fill(draw, world: World, drawn: Drawn, dtype: str) -> tuple[tuple[int, ...], list[AnyNode]]:
-    """Nodes of ``dtype`` for the left tensors of a layout: stored ones, in one tensor or as a stack, some of them cast."""
-    stacks, nodes = [], []
-    for shape in drawn.shapes():
-        numel, leading = math.prod(shape), shape[0] if shape else 1
-        count = draw(st.sampled_from([1, leading])) if leading else 1
-        stacks.append(count)
-        for _ in range(count):
-            stored = draw(st.sampled_from([dtype, dtype, OTHER[dtype]])) if dtype in CASTABLE else dtype
-            cuts = tuple(draw(st.lists(st.integers(0, 200), max_size=2)))
-            leaf = world.source(stored, numel // count, draw(st.integers(0, 99)), cuts, draw(st.integers(0, 1)))
-            nodes.append(leaf if stored == dtype else apply(Cast(dtype), leaf))
-    return tuple(stacks), nodes
-
-
-@st.composite
-def graphs(draw, world: World) -> None:
-    """Fills ``world`` with outputs: a random layout over stored tensors, perhaps more layouts and casts on top of each."""
-    for first in range(draw(st.integers(1, 2))):
-        dtype = draw(st.sampled_from(["float64", "float32", "float16", "bfloat16", "uint8", "int64", "float8_e4m3fn"]))
-        drawn = draw(layouts(smallest=draw(st.sampled_from([0, 1, 1, 1])), largest=5, most=400))
-        stacks, nodes = draw(fill(world, drawn, dtype))
-        for output, shape in enumerate(drawn.shapes("right")):
-            leading = draw(st.integers(0, min(1, len(shape))))
-            for part in range(math.prod(shape[:leading])):
-                node = rearrange(Rearrange(drawn.text, drawn.sizes, stacks, output, leading, part), tuple(nodes))
-                for number, top in enumerate(draw(above(node))):
-                    world.outputs[f"{first}.{output}.{part}.{number}"] = top
-
-
-@st.composite
-def above(draw, node: AnyNode) -> list[AnyNode]:
-    """What becomes of a node: itself, cast, some rows of it, with more rows, or split by a layout of other sizes than made it."""
-    for _ in range(draw(st.integers(0, 2))):
-        if node.spec.dtype.name in CASTABLE and draw(st.booleans()):
-            node = apply(Cast(draw(st.sampled_from(CASTABLE))), node)
-        if node.spec.numel and draw(st.booleans()):
-            node = apply(draw(strided(node.spec.numel)), node)
-        if node.spec.shape and draw(st.booleans()):
-            count, row = node.spec.shape[0], math.prod(node.spec.shape[1:])
-            start = draw(st.integers(0, count))
-            node = apply(Rows(start, draw(st.integers(start, count)), row), node)
-        if node.spec.shape and node.spec.dtype.name in CASTABLE and draw(st.booleans()):
-            node = steps.take("pad", [node], {"rows": node.spec.shape[0] + draw(st.integers(0, 3))}, {})
-        if node.spec.numel and draw(st.booleans()):
-            text, sizes = draw(permutations(node.spec.numel))
-            made = [rearrange(Rearrange(text, sizes, (1,), k), (node,)) for k in range(len(parse(text).right))]
-            if len(made) > 1:
-                return made
-            node = made[0]
-    return [node]
-
-
-@st.composite
-def strided(draw, numel: int) -> Strided:
-    """Any view of so many elements: permuted, with steps, repeating some, overlapping, of one element, empty."""
-    start = draw(st.integers(0, numel - 1))
-    shape, strides, left = [], [], numel - 1 - start
-    for _ in range(draw(st.integers(0, 4))):
-        stride = draw(st.integers(0, max(1, left)) | st.integers(0, 8))
-        size = draw(st.integers(0, min(6, 1 + left // stride if stride else 3)))
-        left -= max(0, size - 1) * stride
-        shape.append(size)
-        strides.append(stride)
-    order = draw(st.permutations(range(len(shape))))
-    return Strided(tuple(shape[k] for k in order), tuple(strides[k] for k in order), start)
-
-
-thresholds = st.fixed_dictionaries(
-    {
-        "COPY_RUN": st.sampled_from([1, 24, 1 << 60]),
-        "TILE": st.sampled_from([1, 16, 100, 1000, 8 << 20]),
-        "SMALLEST_TILE": st.sampled_from([1, 64]),
-        "SCATTERED_TILE": st.sampled_from([1, 200, 32 << 20]),
-        "SCATTERED": st.sampled_from([1, 64]),
-        "SPAN": st.sampled_from([1, 32, 200, 64 << 10]),
-        "DIRECT": st.sampled_from([1, 8, 32, 16 << 10]),
-        "BAND": st.sampled_from([1, 64, 256 << 10]),
-        "NARROW": st.sampled_from([1, 3, 64]),
-        "PAGE": st.sampled_from([1, 16, 4 << 10]),
-        "NEAR": st.sampled_from([2, 8]),
-    }
-)
 
 
 @settings(deadline=None, max_examples=60)

@@ -10,10 +10,8 @@ import warnings
 import pytest
 import torch
 from checkpoint_files import assert_same, run
+from ranked_models import MODELS
 from safetensors.torch import load_file, save_file
-from test_parallel import MODELS, checkpoints
-
-__all__ = ["checkpoints"]
 
 pytestmark = pytest.mark.oracle
 HEADS = re.compile(r"\.[kv]_proj\.")

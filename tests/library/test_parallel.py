@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 import json
-import warnings
 
 import pytest
 import torch
 from checkpoint_files import assert_same, numbered, random_tensor, read, refusal, run, write
+from ranked_models import MODELS
 from safetensors.torch import load_file
 
 import streamconv
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
-
-SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2,
-    "vocab_size": 128,
-}  # fmt: skip
-DEEPSEEK = {
-    **SIZES, "num_key_value_heads": 8, "moe_intermediate_size": 64, "n_routed_experts": 8, "q_lora_rank": 16, "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1, "intermediate_size": 128,
-}  # fmt: skip
-MODELS = {"llama": ("Llama", SIZES), "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 8}), "deepseek_v3": ("DeepseekV3", DEEPSEEK)}
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    """Small models in both layouts: ``<kind>/hub`` and ``<kind>/native``."""
-    with warnings.catch_warnings(action="ignore"):
-        library = pytest.importorskip("transformers", minversion="5")
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-        folder = tmp_path_factory.mktemp("models")
-        for kind, (name, sizes) in MODELS.items():
-            torch.manual_seed(5)
-            model = getattr(library, f"{name}ForCausalLM")(getattr(library, f"{name}Config")(**sizes))
-            model.save_pretrained(folder / kind / "hub")
-            write(folder / kind / "native", model.state_dict(), config=json.loads((folder / kind / "hub" / "config.json").read_text()))
-    return folder
 
 
 def ranks(folder, size):

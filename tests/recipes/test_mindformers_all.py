@@ -13,7 +13,7 @@ import golden_cases
 import pytest
 import torch
 from checkpoint_files import assert_same, first_and_last, numbered, read_any, run, write, write_bin, write_ckpt
-from test_mindformers_llama import LLAMA, config_of, llama, stacked, table_of
+from mindformers_models import LLAMA, config_of, llama, stacked, table_of
 
 from streamconv import recipes
 from streamconv.checkpoint.opening import open_checkpoint

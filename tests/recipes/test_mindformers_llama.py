@@ -10,11 +10,11 @@ import pytest
 import torch
 from checkpoint_files import assert_same, numbered, random_tensor, read_any, refusal, run, write, write_bin, write_ckpt
 from einops import rearrange
+from mindformers_models import BF16, FP16, FP32, LLAMA, MIXTRAL, QWEN, config_of, internlm2, llama, mixtral, qwen, stacked, table_of, visual
 
 from streamconv import plan, recipes
 from tools import make_checkpoint as made
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIZES = [  # heads, key and value heads, head size, width, width of the MLP, layers
     pytest.param((4, 4, 8, 32, 44, 2), id="mha"),
     pytest.param((6, 2, 4, 24, 15, 3), id="gqa"),
@@ -22,148 +22,15 @@ SIZES = [  # heads, key and value heads, head size, width, width of the MLP, lay
     pytest.param((8, 4, 2, 16, 9, 11), id="eleven layers"),
 ]
 
-# What mindformers' scripts do to names: replaced one after the other; "=" before one that must be all of the name.
-LLAMA = [
-    ("embed_tokens.weight", "tok_embeddings.embedding_weight"),
-    (".self_attn.q_proj.", ".attention.wq."),
-    (".self_attn.k_proj.", ".attention.wk."),
-    (".self_attn.v_proj.", ".attention.wv."),
-    (".self_attn.o_proj.", ".attention.wo."),
-    (".mlp.gate_proj.", ".feed_forward.w1."),
-    (".mlp.down_proj.", ".feed_forward.w2."),
-    (".mlp.up_proj.", ".feed_forward.w3."),
-    (".input_layernorm.", ".attention_norm."),
-    (".post_attention_layernorm.", ".ffn_norm."),
-    (".norm.", ".norm_out."),
-    ("=norm.weight", "norm_out.weight"),
-]
-QWEN = [
-    (".h.", ".layers."),
-    (".wte.weight", ".wte.embedding_weight"),
-    ("attn.c_proj.", "attention.wo."),
-    ("ln_1.", "attention_norm."),
-    ("ln_2.", "ffn_norm."),
-    ("mlp.w1.", "feed_forward.w1."),
-    ("mlp.w2.", "feed_forward.w3."),
-    ("mlp.c_proj.", "feed_forward.w2."),
-]
 INTERNLM2 = [
     ("tok_embeddings.weight", "tok_embeddings.embedding_weight"),
     ("wqkv", "w"),
     (".norm.", ".norm_out."),
     ("output", "lm_head"),
 ]
-MIXTRAL = [
-    ("embed_tokens.weight", "tok_embeddings.embedding_weight"),
-    (".block_sparse_moe.gate.", ".feed_forward.router.dense."),
-    (".block_sparse_moe.experts.", ".feed_forward.ffn."),
-    *LLAMA[1:5],
-    *LLAMA[8:10],
-    ("=model.norm.weight", "model.norm_out.weight"),
-]
-
-
-def renamed(name, table):
-    for old, new in table:
-        name = name.replace(old, new) if not old.startswith("=") else new if name == old[1:] else name
-    return name
-
-
-def table_of(tensors, table):
-    return {renamed(name, table): tensor for name, tensor in tensors.items()}
 
 
 # Small models -------------------------------------------------------------------------------------------------------
-
-
-def llama(heads, groups, dim, width, inner, layers, *, bias="", head=True, dtype=FP32, prefix="model."):
-    """A model with Llama's names; ``bias`` names the attention's layers that have one."""
-    shapes = {f"{prefix}embed_tokens.weight": (11, width)}
-    for i in range(layers):
-        at = f"{prefix}layers.{i}"
-        for part, rows, columns in (
-            ("q", heads * dim, width),
-            ("k", groups * dim, width),
-            ("v", groups * dim, width),
-            ("o", width, heads * dim),
-        ):
-            shapes[f"{at}.self_attn.{part}_proj.weight"] = (rows, columns)
-            shapes |= {f"{at}.self_attn.{part}_proj.bias": (rows,)} if part in bias else {}
-        shapes |= {f"{at}.mlp.{part}_proj.weight": (inner, width) for part in ("gate", "up")}
-        shapes[f"{at}.mlp.down_proj.weight"] = (width, inner)
-        shapes |= {f"{at}.{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
-    shapes[f"{prefix}norm.weight"] = (width,)
-    return numbered({**shapes, **({"lm_head.weight": (11, width)} if head else {})}, dtype)
-
-
-def config_of(heads, groups, dim, width, inner, layers, **more):
-    return {
-        "num_attention_heads": heads, "num_key_value_heads": groups, "hidden_size": width, "intermediate_size": inner,
-        "num_hidden_layers": layers, "torch_dtype": "float32", **more,
-    }  # fmt: skip
-
-
-def qwen(width=12, projected=20, layers=2, *, dtype=FP32):
-    """A model with Qwen's names, whose attention is ``projected`` wide."""
-    shapes = {"transformer.wte.weight": (13, width)}
-    for i in range(layers):
-        at = f"transformer.h.{i}"
-        shapes |= {f"{at}.ln_{n}.weight": (width,) for n in (1, 2)}
-        shapes |= {f"{at}.attn.c_attn.weight": (3 * projected, width), f"{at}.attn.c_attn.bias": (3 * projected,)}
-        shapes |= {f"{at}.attn.c_proj.weight": (width, projected), f"{at}.mlp.c_proj.weight": (width, 8)}
-        shapes |= {f"{at}.mlp.{part}.weight": (8, width) for part in ("w1", "w2")}
-    return numbered({**shapes, "transformer.ln_f.weight": (width,), "lm_head.weight": (13, width)}, dtype)
-
-
-def visual(width=12, blocks=3):
-    """Qwen-VL's vision tower."""
-    at, shapes = "transformer.visual", {}
-    shapes |= {f"{at}.positional_embedding": (5, width), f"{at}.proj": (width, width), f"{at}.conv1.weight": (width, 3, 2, 2)}
-    for j in range(blocks):
-        block = f"{at}.transformer.resblocks.{j}"
-        shapes |= {f"{block}.ln_{n}.{kind}": (width,) for n in (1, 2) for kind in ("weight", "bias")}
-        shapes |= {f"{block}.attn.in_proj.weight": (3 * width, width), f"{block}.attn.in_proj.bias": (3 * width,)}
-        shapes |= {f"{block}.attn.out_proj.weight": (width, width), f"{block}.attn.out_proj.bias": (width,)}
-        shapes |= {f"{block}.mlp.c_fc.weight": (7, width), f"{block}.mlp.c_fc.bias": (7,)}
-        shapes |= {f"{block}.mlp.c_proj.weight": (width, 7), f"{block}.mlp.c_proj.bias": (width,)}
-    pool = f"{at}.attn_pool"
-    shapes |= {f"{pool}.pos_embed": (4, width), f"{pool}.query": (4, width), f"{pool}.kv_proj.weight": (width, width)}
-    shapes |= {f"{pool}.attn.in_proj_weight": (3 * width, width), f"{pool}.attn.in_proj_bias": (3 * width,)}
-    shapes |= {f"{pool}.attn.out_proj.weight": (width, width), f"{pool}.attn.out_proj.bias": (width,)}
-    norms = ("ln_pre", "ln_post", "attn_pool.ln_q", "attn_pool.ln_kv")
-    return numbered({**shapes, **{f"{at}.{norm}.{kind}": (width,) for norm in norms for kind in ("weight", "bias")}})
-
-
-def internlm2(heads, groups, dim, width, inner, layers, *, bias=False):
-    shapes = {"model.tok_embeddings.weight": (11, width)}
-    for i in range(layers):
-        at = f"model.layers.{i}"
-        shapes |= {f"{at}.attention.wqkv.weight": ((heads + 2 * groups) * dim, width), f"{at}.attention.wo.weight": (width, heads * dim)}
-        shapes |= {f"{at}.attention.wqkv.bias": ((heads + 2 * groups) * dim,), f"{at}.attention.wo.bias": (width,)} if bias else {}
-        shapes |= {f"{at}.feed_forward.w{n}.weight": (inner, width) for n in (1, 3)} | {f"{at}.feed_forward.w2.weight": (width, inner)}
-        shapes |= {f"{at}.{norm}_norm.weight": (width,) for norm in ("attention", "ffn")}
-    return numbered({**shapes, "model.norm.weight": (width,), "output.weight": (11, width)})
-
-
-def mixtral(experts, layers=2):
-    tensors = {name: tensor for name, tensor in llama(4, 2, 3, 12, 5, layers).items() if ".mlp." not in name}
-    shapes = {}
-    for i in range(layers):
-        at = f"model.layers.{i}.block_sparse_moe"
-        shapes[f"{at}.gate.weight"] = (experts, 12)
-        shapes |= {f"{at}.experts.{e}.w{n}.weight": (12, 5) if n == 2 else (5, 12) for e in range(experts) for n in (1, 2, 3)}
-    return tensors | numbered(shapes)
-
-
-def stacked(tensors, *, transposed=False):
-    """The experts of each layer in one tensor, in the order of their numbers."""
-    found, experts = {}, {}
-    for name, tensor in tensors.items():
-        if match := re.fullmatch(r"(.*\.ffn)\.(\d+)(\..*)", name):
-            experts.setdefault(match[1] + match[3], {})[int(match[2])] = tensor.T if transposed else tensor
-        else:
-            found[name] = tensor
-    return found | {name: torch.stack([parts[e] for e in sorted(parts)]) for name, parts in experts.items()}
 
 
 def split_grouped(fused, heads, groups):

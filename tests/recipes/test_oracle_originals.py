@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 from checkpoint_files import assert_same, read, run
-from safetensors.torch import load_file
-from test_originals_meta import (
+from meta_models import (
     DIM,
     mistral_params,
     mixtral,
@@ -19,6 +18,7 @@ from test_originals_meta import (
     write_consolidated,
     write_ranks,
 )  # fmt: skip
+from safetensors.torch import load_file
 from torch.nn.functional import embedding, silu
 
 pytestmark = [

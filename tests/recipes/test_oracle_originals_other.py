@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from checkpoint_files import assert_same, read, read_any, run, write
-from test_originals_other import detr, original
+from detr_models import detr, original
 
 pytestmark = [
     pytest.mark.oracle,

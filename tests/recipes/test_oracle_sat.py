@@ -11,9 +11,9 @@ import types
 import warnings
 
 import pytest
+import sat_models
 import torch
 from checkpoint_files import run
-from test_sat_families import make
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 VOCAB, LAYERS = 96, 2
@@ -140,7 +140,7 @@ BROKEN = {"CaiT": "cait_model", "YOLOS": "yolos_model", "CLIP": "clip_model"}  #
     ["llama", "mixtral-8x7b", "chatglm", "chatglm2", "chatglm3", "gpt2", "bert", "roberta", "vit", "deit", "cait", "yolos", "clip", "eva2"],
 )
 def test_sats_model_has_just_the_tensors_that_are_written(sat, family, tmp_path, monkeypatch):
-    make(family, tmp_path / "hf")
+    sat_models.write_family(family, tmp_path / "hf")
     assert run("convert", tmp_path / "hf", tmp_path / "sat", "--recipe", f"{family}-hf2sat", "--quiet") == 0
     config = json.loads((tmp_path / "sat" / "model_config.json").read_text())
     given = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "init_scale": 1e-5, "num_classes": 7, **config}

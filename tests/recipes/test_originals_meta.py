@@ -7,7 +7,23 @@ import sys
 import golden_cases
 import pytest
 import torch
-from checkpoint_files import assert_same, numbered, raw, read, refusal, run, write
+from checkpoint_files import assert_same, raw, read, refusal, run, write
+from meta_models import (
+    DIM,
+    FFN,
+    LAYERS,
+    VOCAB,
+    hf,
+    mistral_params,
+    mixtral,
+    mixtral_params,
+    params,
+    ranks,
+    spread,
+    whole,
+    write_consolidated,
+    write_ranks,
+)
 from safetensors.torch import load_file, save_file
 
 import streamconv
@@ -15,51 +31,6 @@ from streamconv.diagnose.matching import match_recipes
 from streamconv.notation import expressions
 from streamconv.recipes.originals import llama_meta
 from tools import make_checkpoint as made
-
-DIM, FFN, VOCAB, LAYERS = 32, 24, 48, 2
-
-
-def whole(heads=4, kv=4, *, head_dim=None, dim=DIM, ffn=FFN, layers=LAYERS, mlp=True, dtype=torch.bfloat16):
-    """A model's tensors under Meta's names, all different."""
-    d = head_dim or dim // heads
-    shapes = {"tok_embeddings.weight": (VOCAB, dim), "norm.weight": (dim,), "output.weight": (VOCAB, dim)}
-    for i in range(layers):
-        rows = {"wq": (heads * d, dim), "wk": (kv * d, dim), "wv": (kv * d, dim), "wo": (dim, heads * d)}
-        shapes |= {f"layers.{i}.attention.{name}.weight": shape for name, shape in rows.items()}
-        if mlp:
-            feed = {"w1": (ffn, dim), "w2": (dim, ffn), "w3": (ffn, dim)}
-            shapes |= {f"layers.{i}.feed_forward.{name}.weight": shape for name, shape in feed.items()}
-        shapes |= {f"layers.{i}.{name}.weight": (dim,) for name in ("attention_norm", "ffn_norm")}
-    return numbered(shapes, dtype)
-
-
-def params(heads=4, kv=4, *, dim=DIM, layers=LAYERS, **more):
-    grouped = {} if kv == heads else {"n_kv_heads": kv}
-    return {"dim": dim, "n_layers": layers, "n_heads": heads, "norm_eps": 1e-5, "vocab_size": -1, **grouped, **more}
-
-
-def ranks(tensors, count, *, by_rows=False, copies=1):
-    """What each rank holds; ``copies`` ranks in a row hold the same key and value heads."""
-
-    def part(name, tensor, rank):
-        if tensor.ndim == 1:
-            return tensor.clone()
-        if ".wk." in name or ".wv." in name:
-            return tensor.chunk(count // copies)[rank // copies].clone()
-        columns = ".wo." in name or ".w2." in name or (name == "tok_embeddings.weight" and not by_rows)
-        return tensor.chunk(count, dim=int(columns))[rank].clone()
-
-    return [{name: part(name, tensor, rank) for name, tensor in tensors.items()} for rank in range(count)]
-
-
-def write_ranks(folder, parts, config, name="consolidated.{:02}.pth"):
-    folder.mkdir(parents=True)
-    for number, part in enumerate(parts):
-        torch.save(part, folder / name.format(number))
-    if config is not None:
-        (folder / "params.json").write_text(json.dumps(config))
-    (folder / "tokenizer.model").write_bytes(b"pieces")
-    return folder
 
 
 def files_of(folder, pattern="consolidated.*"):
@@ -71,35 +42,6 @@ def assert_ranks(folder, parts):
     assert list(found) == [f"consolidated.{number:02}.pth" for number in range(len(parts))]
     for tensors, part in zip(found.values(), parts, strict=True):
         assert_same(tensors, part)
-
-
-def rotated(weight, heads):
-    """The rows of query or key as transformers' scripts permute them."""
-    rows, dim = weight.shape
-    return weight.view(heads, rows // heads // 2, 2, dim).transpose(1, 2).reshape(rows, dim)
-
-
-NAMES = {
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-}  # fmt: skip
-
-
-def hf(tensors, heads=4, kv=4):
-    """The same model as transformers has it."""
-    found = {}
-    for name, tensor in tensors.items():
-        kind = name.removesuffix(".weight")
-        layer = ""
-        if kind.startswith("layers."):
-            _, number, kind = kind.split(".", 2)
-            layer = f"model.layers.{number}."
-        if kind in NAMES:
-            turned = rotated(tensor, heads if kind.endswith("wq") else kv) if kind in ("attention.wq", "attention.wk") else tensor
-            found[f"{layer}{NAMES[kind]}.weight"] = turned
-    return found
 
 
 def convert(source, target, recipe, *options):
@@ -448,25 +390,6 @@ def test_without_params_the_config_is_not_guessed(tmp_path, capsys):
 # Mistral -----------------------------------------------------------------------------------------------------------
 
 
-def mistral_params(heads=4, kv=2, **more):
-    own = {"dim": DIM, "n_layers": LAYERS, "hidden_dim": FFN, "n_heads": heads, "n_kv_heads": kv, "norm_eps": 1e-5, "vocab_size": VOCAB}
-    return own | {"rope_theta": 1e6} | more
-
-
-def write_consolidated(folder, tensors, config, shards=1, index="consolidated.safetensors.index.json"):
-    folder.mkdir(parents=True)
-    names = list(tensors)
-    file_of = {name: f"consolidated-{1 + k * shards // len(names):05}-of-{shards:05}.safetensors" for k, name in enumerate(names)}
-    if shards == 1:
-        file_of = dict.fromkeys(names, "consolidated.safetensors")
-    for file in set(file_of.values()):
-        save_file({name: tensors[name] for name in names if file_of[name] == file}, folder / file)
-    if shards > 1 and index:
-        (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
-    (folder / "params.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize(
     ("shards", "index"), [(1, ""), (3, ""), (3, "consolidated.safetensors.index.json"), (2, "model.safetensors.index.json")]
@@ -575,42 +498,6 @@ def test_names_that_no_mistral_has(name, tmp_path, capsys):
 
 
 # Mixtral -----------------------------------------------------------------------------------------------------------
-
-
-def mixtral(experts=4, *, stacked=True, heads=4, kv=2, layers=LAYERS):
-    """A model's tensors under the original names and under those of Hugging Face."""
-    own, plain = whole(heads, kv, mlp=False, layers=layers), {}
-    plain |= hf(own, heads, kv)
-    for i in range(layers):
-        shapes = {"w1": (experts, FFN, DIM), "w2": (experts, DIM, FFN), "w3": (experts, FFN, DIM), "gate": (experts, DIM)}
-        made = {name: t * (i + 2) for name, t in numbered(shapes, torch.bfloat16).items()}
-        gate = made.pop("gate")
-        plain[f"model.layers.{i}.block_sparse_moe.gate.weight"] = gate
-        own[f"layers.{i}.{'block_sparse_moe' if stacked else 'feed_forward'}.gate.weight"] = gate
-        for name, tensor in made.items():
-            for e in range(experts):
-                plain[f"model.layers.{i}.block_sparse_moe.experts.{e}.{name}.weight"] = tensor[e].contiguous()
-                if not stacked:
-                    own[f"layers.{i}.feed_forward.experts.{e}.{name}.weight"] = tensor[e].contiguous()
-            if stacked:
-                rows = tensor.transpose(1, 2) if name == "w2" else tensor
-                own[f"layers.{i}.block_sparse_moe.{name}"] = rows.reshape(experts * FFN, DIM).clone()
-    return own, plain
-
-
-def mixtral_params(experts=4, layers=LAYERS, **more):
-    return {
-        "hidden_size": DIM, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": FFN,
-        "num_local_experts": experts, "vocab_size": VOCAB, "rms_norm_eps": 1e-5, "rope_theta": 1e6, **more,
-    }  # fmt: skip
-
-
-def spread(tensors, count):
-    """Whole tensors over files, in no order."""
-    parts = [{} for _ in range(count)]
-    for k, (name, tensor) in enumerate(tensors.items()):
-        parts[k * 5 % count][name] = tensor
-    return parts
 
 
 def merged(folder):

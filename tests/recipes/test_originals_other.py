@@ -9,7 +9,8 @@ import math
 import golden_cases
 import pytest
 import torch
-from checkpoint_files import assert_same, numbered, random_tensor, raw, read, read_any, refusal, run, write, write_bin
+from checkpoint_files import assert_same, numbered, random_tensor, raw, read, read_any, refusal, run, write
+from detr_models import detr, original
 
 import streamconv
 
@@ -23,13 +24,6 @@ CASES = {
     "detr-a": ("deformable-detr-original2hf", "model"),
     "vipllava-a": ("vipllava-original2hf", None),
 }
-
-
-def original(folder, tensors, root=None, config=None, name="pytorch_model.bin"):
-    """A checkpoint as these models' own code saves it."""
-    write_bin(folder, {root: tensors, "step": 7} if root else tensors, config=config)
-    (folder / "pytorch_model.bin").rename(folder / name)
-    return folder
 
 
 def convert(recipe, source, target, *more):
@@ -169,53 +163,6 @@ def test_gemma_of_another_kind_is_refused(change, message, tmp_path, capsys):
 
 
 # Deformable DETR ---------------------------------------------------------------------------------------------------
-
-
-def detr(*, levels=2, width=16, encoder=2, decoder=3, refine=False, two_stage=False, body=None):
-    """Names and shapes as in the original code; ``body`` are names of the backbone."""
-    weights = {"transformer.level_embed": (levels, width)}
-
-    def linear(name, out, inner):
-        return {f"{name}.weight": (out, inner), f"{name}.bias": (out,)}
-
-    def norm(name):
-        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-    def sampling(name):
-        points = 8 * levels * 4
-        found = linear(f"{name}.sampling_offsets", 2 * points, width) | linear(f"{name}.attention_weights", points, width)
-        return found | linear(f"{name}.value_proj", width, width) | linear(f"{name}.output_proj", width, width)
-
-    for part, layers in (("encoder", encoder), ("decoder", decoder)):
-        for i in range(layers):
-            layer = f"transformer.{part}.layers.{i}"
-            weights |= linear(f"{layer}.linear1", 24, width) | linear(f"{layer}.linear2", width, 24)
-            weights |= norm(f"{layer}.norm1") | norm(f"{layer}.norm2")
-            if part == "encoder":
-                weights |= sampling(f"{layer}.self_attn")
-                continue
-            weights |= sampling(f"{layer}.cross_attn") | norm(f"{layer}.norm3") | linear(f"{layer}.self_attn.out_proj", width, width)
-            weights |= {f"{layer}.self_attn.in_proj_weight": (3 * width, width), f"{layer}.self_attn.in_proj_bias": (3 * width,)}
-    heads = decoder + two_stage
-    for root in ("", "transformer.decoder.") if refine else ("",):
-        for i in range(heads):
-            for k, out in enumerate((width, width, 4)):
-                weights |= linear(f"{root}bbox_embed.{i}.layers.{k}", out, width)
-        if not root or two_stage:
-            weights |= {name: shape for i in range(heads) for name, shape in linear(f"{root}class_embed.{i}", 5, width).items()}
-    if two_stage:
-        weights |= linear("transformer.enc_output", width, width) | norm("transformer.enc_output_norm")
-        weights |= linear("transformer.pos_trans", 2 * width, 2 * width)
-        weights |= {f"transformer.pos_trans_norm.{kind}": (2 * width,) for kind in ("weight", "bias")}
-    else:
-        weights |= linear("transformer.reference_points", 2, width) | {"query_embed.weight": (9, 2 * width)}
-    for level in range(levels):
-        weights |= {f"input_proj.{level}.0.weight": (width, 4, 1, 1), f"input_proj.{level}.0.bias": (width,)} | norm(
-            f"input_proj.{level}.1"
-        )
-    for name in body or ("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer2.0.downsample.1.bias"):
-        weights[f"backbone.0.body.{name}"] = (4,)
-    return numbered(weights)
 
 
 def by_rules(tensors):

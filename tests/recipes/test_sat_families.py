@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import json
 
-import checkpoint_files
 import pytest
 import sat_models
 import torch
-from checkpoint_files import assert_same, numbered, read, run
-
-
-def make(family, folder, dtype=torch.float16):
-    shapes, config = sat_models.FAMILIES[family]
-    tensors = numbered(shapes(), dtype)
-    if family == "roberta":
-        tensors["roberta.embeddings.token_type_embeddings.weight"] = torch.zeros(1, sat_models.H, dtype=dtype)
-    checkpoint_files.write(folder, tensors, config=config)
-    return tensors
+from checkpoint_files import assert_same, read, run
 
 
 @pytest.mark.parametrize("family", sat_models.FAMILIES)
 def test_there_over_four_and_two_ranks_and_back(family, tmp_path):
     name = family.partition("/")[0]
-    tensors = make(family, tmp_path / "hf")
+    tensors = sat_models.write_family(family, tmp_path / "hf")
     assert run("convert", tmp_path / "hf", tmp_path / "one", "--recipe", f"{name}-hf2sat", "--quiet") == 0
     for ranks, source in ((4, "one"), (2, "4"), (1, "2")):
         again = ("--recipe", "sat-repartition", "--set", f"model_parallel={ranks}", "--quiet")

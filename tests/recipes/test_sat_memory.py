@@ -6,7 +6,7 @@ import json
 
 import pytest
 import sat_models
-from test_memory import MB, convert, process  # noqa: F401 - fixtures
+from processes import MB
 
 from tools import make_checkpoint as made
 
@@ -32,7 +32,7 @@ def sparse(folder, sizes, shards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_cogvlm_17b_takes_300_mb(convert, ranks, tmp_path):  # noqa: F811
+def test_cogvlm_17b_takes_300_mb(convert, ranks, tmp_path):
     source = sparse(tmp_path / "cogvlm", sat_models.COGVLM_17B, shards=8)
     done = convert(source, "--recipe", "cogvlm-hf2sat", "--set", f"model_parallel={ranks}", max_memory=300 * MB)
     assert done.peak <= 300 * MB

@@ -13,13 +13,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from checkpoint_files import write
+from processes import MB
 from safetensors.torch import save_file
 
 import streamconv
@@ -29,68 +28,6 @@ from streamconv.graph.ops import Cast
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import HELD_COMPUTE, Budget
 from tools import make_checkpoint as made
-
-MB = 1_000_000
-PROCESS = """
-import json, resource, sys
-from streamconv.cli.command import main
-out, files, *given = sys.argv[1:]
-if int(files):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (int(files), int(files)))
-code = main(given)
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-found = {"code": code, "peak": int(status["VmHWM"].split()[0]) * 1024, "modules": sorted(sys.modules)}
-json.dump(found, open(out, "w"))
-"""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished process: its exit code, the kernel's figure of its peak memory in bytes, what it loaded and printed."""
-
-    code: int
-    peak: int
-    modules: frozenset[str]
-    document: dict[str, Any]
-    error: str
-
-
-@pytest.fixture
-def process(tmp_path: Path) -> Callable[..., Run]:
-    """Runs a command line, with --json, in a process of its own."""
-    numbers = itertools.count()
-
-    def call(*arguments: object, files: int = 0) -> Run:
-        out = tmp_path / f"process{next(numbers)}.json"
-        command = [sys.executable, "-c", PROCESS, str(out), str(files), *map(str, arguments), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
-        assert out.exists(), done.stderr
-        found = json.loads(out.read_text())
-        document = json.loads(done.stdout) if done.stdout else {}
-        return Run(found["code"], found["peak"], frozenset(found["modules"]), document, done.stderr)
-
-    return call
-
-
-@pytest.fixture
-def convert(process, tmp_path) -> Callable[..., Run]:
-    """Converts to a new directory; the run succeeds and keeps to its plan and its limit."""
-    numbers = itertools.count()
-
-    def call(source: Path, *options: object, max_memory: int, **settings: Any) -> Run:
-        dst = tmp_path / f"dst{next(numbers)}"
-        done = process("convert", source, dst, "--max-memory", max_memory, *options, **settings)
-        assert done.code == 0, done.error
-        assert done.document["peak_rss"] <= done.document["peak_memory"] <= max_memory
-        # What the process takes for itself after the run: the document that it prints. The kernel's own mark is not exact: it has
-        # been seen to fall by some pages where a process lost some of its mapped ones, since each processor counts for itself.
-        assert -MB <= done.peak - done.document["peak_rss"] <= 4 * MB
-        for file in dst.rglob("*"):
-            if file.suffix == ".safetensors":
-                file.unlink()
-        return done
-
-    return call
 
 
 def keep_others(*rules: dict[str, object]) -> dict[str, object]:

@@ -25,8 +25,8 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hub_server import Hub, hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_graphs import graphs, settings_of, thresholds, world
 from servers import S3, Fault, Flaky, Request, flaky, s3, unavailable
-from test_evaluate import graphs, settings_of, thresholds, world
 
 from streamconv.convert import api
 from streamconv.errors import RunError
