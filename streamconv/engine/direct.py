@@ -13,14 +13,13 @@ import errno
 import mmap
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from streamconv.engine.io import BLOCK, CHUNK, NOFOLLOW, OwnFiles, PositionedReader, located, write
+from streamconv.engine.io import BLOCK, CHUNK, OwnFiles, PositionedReader, located
 
 LEAST = 256 << 10  # bytes: shorter ranges go through the page cache
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-_REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
+REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 _SHARING = ("btrfs", "xfs", "bcachefs", "zfs", "apfs")
 AVAILABLE = hasattr(os, "O_DIRECT") and hasattr(os, "preadv")
 
@@ -59,7 +58,7 @@ def allocate(fd: int, nbytes: int) -> None:
     """
     if _libc is None or _libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) == 0:
         return
-    if (number := ctypes.get_errno()) not in (*_REFUSED, errno.EINTR):
+    if (number := ctypes.get_errno()) not in (*REFUSED, errno.EINTR):
         raise OSError(number, os.strerror(number))
 
 
@@ -113,59 +112,12 @@ class DirectReader(PositionedReader):
         self._direct.close()
 
 
-class DirectWriter:
-    """Writes whole blocks directly, through the thread's ``buffer()``, and the edges through the page cache. For one thread."""
-
-    def __init__(self, limit: int, buffer: Callable[[], memoryview]) -> None:
-        self._direct = OwnFiles(lambda path: open_direct(path, os.O_WRONLY | NOFOLLOW), limit)
-        self._buffer = buffer
-
-    def takes(self, path: str, nbytes: int) -> bool:
-        """Whether a range of a file is to be written directly."""
-        return nbytes >= LEAST and self._direct.get(path) >= 0
-
-    def write(self, path: str, fd: int, view: memoryview, offset: int) -> None:
-        """Writes ``view`` at ``offset`` of ``path``, whose ordinary descriptor is ``fd``."""
-        if not self.takes(path, len(view)):
-            write(fd, view, offset)
-            return
-        first, last = blocks(offset, len(view))
-        write(fd, view[: first - offset], offset)
-        for start in range(first, last, CHUNK):
-            size = min(CHUNK, last - start)
-            self._buffer()[:size] = view[start - offset : start - offset + size]
-            self.write_buffer(path, fd, start, size)
-        write(fd, view[last - offset :], last)
-
-    def write_buffer(self, path: str, fd: int, offset: int, size: int) -> None:
-        """Writes the first ``size`` bytes of the buffer, in whole blocks, at a block's ``offset``."""
-        done, direct = 0, self._direct.get(path)
-        while done < size and done % BLOCK == 0 and direct >= 0:
-            try:
-                done += os.pwrite(direct, self._buffer()[done:size], offset + done)
-            except OSError as error:
-                if error.errno not in _REFUSED:
-                    raise
-                self._direct.refuse(path)
-                direct = -1
-        write(fd, self._buffer()[done:size], offset + done)
-
-    def close(self) -> None:
-        self._direct.close()
-
-
-def blocks(offset: int, nbytes: int) -> tuple[int, int]:
-    """The whole blocks within a range: first and last offset."""
-    first = -(-offset // BLOCK) * BLOCK
-    return first, max(first, (offset + nbytes) // BLOCK * BLOCK)
-
-
 def open_direct(path: str, flags: int) -> int:
     """A descriptor for direct I/O, or -1 where there is none."""
     try:
         return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC) if AVAILABLE else -1
     except OSError as error:
-        if error.errno in _REFUSED:
+        if error.errno in REFUSED:
             return -1
         raise
 
@@ -177,7 +129,7 @@ def _read_blocks(fd: int, offset: int, view: memoryview, least: int) -> int | No
         try:
             got = os.preadv(fd, [view[done:]], offset + done)
         except OSError as error:
-            if error.errno in _REFUSED:
+            if error.errno in REFUSED:
                 return None
             raise
         if got == 0:

@@ -26,10 +26,13 @@ _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, er
 
 
 class Files:
-    """Open descriptors by path, at most ``limit`` of them; the least recently used unused one is closed first."""
+    """Open descriptors by path, at most ``limit`` of them; the least recently used unused one is closed first.
 
-    def __init__(self, flags: int, limit: int) -> None:
-        self._flags, self._limit = flags | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0), limit
+    ``open_file`` may give -1 for a file that it cannot open its way.
+    """
+
+    def __init__(self, open_file: Callable[[str], int], limit: int) -> None:
+        self._open_file, self._limit = open_file, limit
         self._open: OrderedDict[str, tuple[int, list[int]]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -37,15 +40,16 @@ class Files:
     def use(self, path: str) -> Iterator[int]:
         """The descriptor of ``path``, not closed while in use."""
         with self._lock:
-            fd, users = self._open.pop(path, (-1, [0]))
-            if fd < 0:
+            if path in self._open:
+                fd, users = self._open.pop(path)
+            else:
                 for old, (unused, busy) in list(self._open.items()):
                     if len(self._open) < self._limit:
                         break
                     if not busy[0]:
-                        os.close(unused)
+                        _close(unused)
                         del self._open[old]
-                fd = os.open(path, self._flags)
+                fd, users = self._open_file(path), [0]
             self._open[path] = (fd, users)
             users[0] += 1
         try:
@@ -59,7 +63,12 @@ class Files:
         with self._lock:
             for name in [path] if path else list(self._open):
                 if name in self._open and not self._open[name][1][0]:
-                    os.close(self._open.pop(name)[0])
+                    _close(self._open.pop(name)[0])
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
 
 
 class OwnFiles:
@@ -88,13 +97,14 @@ class OwnFiles:
             self._close(path)
 
     def _close(self, path: str) -> None:
-        fd = self._open.pop(path, -1)
-        if fd >= 0:
-            os.close(fd)
+        _close(self._open.pop(path, -1))
 
 
 def share_descriptors(workers: int) -> tuple[int, int]:
-    """How many workers may run, and how many descriptors of each of three kinds each may hold, within what the process may open."""
+    """How many workers may run, and how many descriptors of each of two kinds each may hold, within what the process may open.
+
+    Beside these a run may have two open files for each worker to write to.
+    """
     try:
         import resource
 
@@ -103,7 +113,7 @@ def share_descriptors(workers: int) -> tuple[int, int]:
         soft = 512
     free = max(8, min(soft, 4096) - 32)
     workers = min(workers, max(1, free // 4))
-    return workers, max(1, min(8, (free - workers) // (3 * workers)))
+    return workers, max(1, min(8, (free - 2 * workers) // (2 * workers)))
 
 
 def block_buffer() -> memoryview:
@@ -291,13 +301,17 @@ def write(fd: int, view: memoryview, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
-def write_data(fd: int, view: memoryview, offset: int, block: int = 1 << 16) -> None:
-    """Writes ``view`` into a file of holes, leaving out blocks of zeros."""
-    zeros = bytes(block)
-    for start in range(0, len(view), block):
-        piece = view[start : start + block]
-        if piece != zeros[: len(piece)]:
-            write(fd, piece, offset + start)
+def filled(view: memoryview, block: int = 1 << 16) -> Iterator[tuple[int, int]]:
+    """Where in ``view`` there are bytes other than zeros, as ranges of whole blocks."""
+    zeros, start = bytes(block), 0
+    for at in range(0, len(view), block):
+        piece = view[at : at + block]
+        if piece == zeros[: len(piece)]:
+            if start < at:
+                yield start, at
+            start = at + len(piece)
+    if start < len(view):
+        yield start, len(view)
 
 
 def check_folder(path: Path) -> None:

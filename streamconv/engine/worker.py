@@ -1,16 +1,17 @@
-"""What one thread of an engine holds and does: it reads sources, computes tiles in memory of its own, writes to files of this machine."""
+"""What one thread of an engine holds and does: it reads sources, computes tiles in memory of its own, hands both to writers."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
-from streamconv.engine.direct import DirectWriter, blocks
-from streamconv.engine.io import CHUNK, Files, copy_range, data_ranges, located, write, write_data
+from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse
 from streamconv.engine.order import tile_pieces
 from streamconv.engine.readers import make_reader
+from streamconv.engine.writers import Writer
 from streamconv.errors import Interrupted
 from streamconv.graph.moves import Move, region
 from streamconv.planning.plan import Compute, Copy, Plan
@@ -34,6 +35,7 @@ class Worker:
         self._plan, self._stop = plan, stop
         self.reader = make_reader(plan.read_backend, descriptors, urls, stop)
         self._arena: Arena | None = None
+        self._is_sparse = cache(is_sparse)
         self.overflowed: Counter[str] = Counter()
         """The target whose values were too large for their dtype -> how many of those that this worker has evaluated."""
 
@@ -63,96 +65,34 @@ class Worker:
         self.raise_if_stopped()
         self.reader.read(path, offset, view)
 
-
-class FileWorker(Worker):
-    """A worker that writes to files of this machine.
-
-    Args:
-        targets: that it writes to, shared by all threads.
-        is_direct: it goes past the page cache where that pays.
-        is_sparse: whether a source, by its number, has holes, which are to stay holes.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        descriptors: int,
-        urls: Mapping[str, Entry],
-        stop: threading.Event,
-        *,
-        targets: Files,
-        is_direct: bool,
-        is_sparse: Callable[[int], bool],
-    ) -> None:
-        super().__init__(plan, descriptors, urls, stop)
-        self._targets, self._is_direct, self._is_sparse = targets, is_direct, is_sparse
-        self._writer = DirectWriter(descriptors, self.reader.buffer)
-
-    def close(self) -> None:
-        super().close()
-        self._writer.close()
-
-    def copy(self, segment: Copy, path: str) -> int:
-        """Does a task that takes bytes as they are; how many."""
-        source = self._plan.sources[segment.source].path
-        with self._targets.use(path) as target:
-            if is_url(source):
-                self._receive(source, segment, path, target)
-                return segment.nbytes
-            fd = self.reader.fd(source)
-            start, stop = segment.offset, segment.offset + segment.nbytes
-            for begin, end in data_ranges(fd, start, stop) if self._is_sparse(segment.source) else [(start, stop)]:
-                dst, nbytes = segment.dst + begin - start, end - begin
-                if self._is_direct and self._writer.takes(path, nbytes):
-                    self._copy_directly(source, begin, path, target, dst, nbytes)
-                else:
-                    with located(source, begin):
-                        copy_range(fd, target, begin, dst, nbytes, self.reader.buffer, source)
+    def copy(self, segment: Copy, writer: Writer) -> int:
+        """Has the writer take bytes as they are in a source; how many."""
+        path, start, stop = self._plan.sources[segment.source].path, segment.offset, segment.offset + segment.nbytes
+        self.reader.expect([(path, start, segment.nbytes)])
+        if is_url(path):
+            self._hand_over(path, start, segment.nbytes, segment.dst, writer)
+            return segment.nbytes
+        fd = self.reader.fd(path)
+        for begin, end in data_ranges(fd, start, stop) if self._is_sparse(path) else [(start, stop)]:
+            dst = segment.dst + begin - start
+            if not writer.copy_from(fd, begin, end - begin, dst, path):
+                self._hand_over(path, begin, end - begin, dst, writer)
         return segment.nbytes
 
-    def _copy_directly(self, source: str, src: int, path: str, target: int, dst: int, nbytes: int) -> None:
-        """Copies whole blocks of the target past the page cache, and the edges through it."""
-        reader, buffer = self.reader, self.reader.buffer()
-        first, last = blocks(dst, nbytes)
-        shift = src - dst
-        for begin, end in ((dst, first), (last, dst + nbytes)):
-            if begin < end:
-                with located(source, begin + shift):
-                    copy_range(reader.fd(source), target, begin + shift, begin, end - begin, reader.buffer, source)
-        for start in range(first, last, CHUNK):
+    def _hand_over(self, path: str, offset: int, nbytes: int, dst: int, writer: Writer) -> None:
+        """Reads a range by chunks, which all but the first begin at a block of the target."""
+        buffer, done = self.reader.buffer(), 0
+        while done < nbytes:
             self.raise_if_stopped()
-            size = min(CHUNK, last - start)
-            if at := reader.load(source, start + shift, size, buffer):
-                buffer[:size] = buffer[at : at + size]
-            self._writer.write_buffer(path, target, start, size)
+            size = min(CHUNK - (dst + done) % BLOCK, nbytes - done)
+            at = self.reader.load(path, offset + done, size, buffer)
+            writer.write(buffer[at : at + size], dst + done)
+            done += size
 
-    def _receive(self, source: str, segment: Copy, path: str, target: int) -> None:
-        """Copies from a URL, by one request, front to back: whole blocks of the target past the page cache where it takes them so."""
-        reader, writer, buffer = self.reader, self._writer, self.reader.buffer()
-        at, end, shift = segment.dst, segment.dst + segment.nbytes, segment.offset - segment.dst
-        reader.expect([(source, segment.offset, segment.nbytes)])
-        first, last = blocks(at, segment.nbytes) if self._is_direct and writer.takes(path, segment.nbytes) else (end, end)
-        while at < end:
-            self.raise_if_stopped()
-            size = min(CHUNK, (first if at < first else last if at < last else end) - at)
-            reader.read(source, at + shift, buffer[:size])
-            if first <= at < last:
-                writer.write_buffer(path, target, at, size)
-            else:
-                write(target, buffer[:size], at)
-            at += size
-
-    def compute(self, segment: Compute, tile: Move, path: str) -> int:
-        """Does a task that computes a tile; how many bytes."""
+    def compute(self, segment: Compute, tile: Move, writer: Writer) -> int:
+        """Has the writer take a tile; how many bytes."""
         itemsize = self._plan.nodes[segment.node].spec.dtype.itemsize
         packed = self.evaluate(segment, tile)
-        with self._targets.use(path) as target:
-            for at, offset, nbytes in tile_pieces(tile, itemsize):
-                piece, place = packed[at : at + nbytes], segment.dst + offset
-                if self._is_sparse(segment.source):
-                    write_data(target, piece, place)
-                elif self._is_direct:
-                    self._writer.write(path, target, piece, place)
-                else:
-                    write(target, piece, place)
+        for at, offset, nbytes in tile_pieces(tile, itemsize):
+            writer.write(packed[at : at + nbytes], segment.dst + offset)
         return tile.numel * itemsize

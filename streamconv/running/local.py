@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from streamconv.engine.direct import allocate, shares_extents
 from streamconv.engine.io import (
     CHUNK,
     NOFOLLOW,
-    Files,
     PositionedReader,
     describe_os_error,
     is_sparse,
@@ -36,7 +36,8 @@ from streamconv.engine.io import (
 )
 from streamconv.engine.order import Task, place_of, tasks_in_order
 from streamconv.engine.readers import BACKENDS, known_urls
-from streamconv.engine.worker import FileWorker
+from streamconv.engine.worker import Worker
+from streamconv.engine.writers import LocalFiles, Writer
 from streamconv.errors import DestinationError, RunError, SourceChanged, UsageError, unforeseen, writing
 from streamconv.graph.moves import Move
 from streamconv.planning.plan import Compute, Copy, Plan, Segment, SourceFile
@@ -115,8 +116,8 @@ class LocalEngine:
         self._root = Path(plan.root)
         self._sources = {source.path: source for source in plan.sources}
         self._workers, self._descriptors = share_descriptors(plan.workers)
-        self._targets = Files(os.O_RDWR | NOFOLLOW, min(16, self._workers))
         self._is_direct = plan.read_backend == "auto" and not shares_extents(self._root)
+        self._targets = LocalFiles(min(16, self._workers), is_direct=self._is_direct)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self.overflowed: Counter[str] = Counter()
@@ -124,7 +125,7 @@ class LocalEngine:
         self._urls = known_urls(plan)
         self._looked_at = dict.fromkeys(self._urls, time.monotonic())
         self._remaining: dict[int, int] = {}
-        self._sparse: dict[int, bool] = {}
+        self._keeps_holes: dict[int, bool] = {}
         self._local = threading.local()
         self._saving = threading.Lock()
         self._unsaved: dict[int, list[int]] = {}
@@ -239,7 +240,8 @@ class LocalEngine:
             fd = os.open(path, os.O_RDWR | NOFOLLOW | (0 if durable else os.O_CREAT | os.O_EXCL) | getattr(os, "O_BINARY", 0), 0o666)
             try:
                 os.truncate(fd, file.size)
-                if self._is_direct and not any(self._is_sparse(segment.source) for segment in file.segments):
+                self._keeps_holes[number] = any(map(self._is_sparse, {segment.source for segment in file.segments}))
+                if self._is_direct and not self._keeps_holes[number]:
                     allocate(fd, file.size)
                 for offset, data in file.literals:
                     write(fd, memoryview(data), offset)
@@ -410,33 +412,30 @@ class LocalEngine:
             with self._lock:
                 self.overflowed += self._worker().overflowed
 
-    def _worker(self) -> FileWorker:
+    def _worker(self) -> Worker:
         """This thread's worker."""
         if not hasattr(self._local, "worker"):
-            self._local.worker = FileWorker(
-                self._plan,
-                self._descriptors,
-                self._urls,
-                self._stop,
-                targets=self._targets,
-                is_direct=self._is_direct,
-                is_sparse=self._is_sparse,
-            )
-        worker: FileWorker = self._local.worker
+            self._local.worker = Worker(self._plan, self._descriptors, self._urls, self._stop)
+        worker: Worker = self._local.worker
         return worker
 
     def _is_sparse(self, number: int) -> bool:
-        if number not in self._sparse:  # a plan of constants has no sources at all
-            path = self._plan.sources[number].path if self._plan.sources else ""
-            self._sparse[number] = bool(path) and not is_url(path) and is_sparse(path)
-        return self._sparse[number]
+        path = self._plan.sources[number].path if self._plan.sources else ""  # a plan of constants has no sources at all
+        return bool(path) and not is_url(path) and is_sparse(path)
+
+    def _open(self, number: int) -> AbstractContextManager[Writer]:
+        """A file that is being made, for this thread."""
+        buffer, holes = self._worker().reader.buffer, self._keeps_holes[number]
+        return self._targets.open(str(self._partial(number)), buffer, keeps_holes=holes)
 
     def _copy(self, number: int, segment: Copy) -> int:
-        return self._worker().copy(segment, str(self._partial(number)))
+        with self._open(number) as file:
+            return self._worker().copy(segment, file)
 
     def _compute(self, number: int, segment: Compute, tile: Move | None) -> int:
         assert tile is not None
-        return self._worker().compute(segment, tile, str(self._partial(number)))
+        with self._open(number) as file:
+            return self._worker().compute(segment, tile, file)
 
 
 def _nbytes(plan: Plan, segment: Segment) -> int:

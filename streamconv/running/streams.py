@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from streamconv.engine.io import CHUNK, describe_os_error, share_descriptors
+from streamconv.engine.io import describe_os_error, share_descriptors
 from streamconv.engine.order import place_of
 from streamconv.engine.readers import known_urls
 from streamconv.engine.worker import Worker
+from streamconv.engine.writers import Stream
 from streamconv.errors import unforeseen
 from streamconv.planning.plan import Compute, Copy, FilePlan, Plan, Segment
 from streamconv.running.journal import Ledger
@@ -31,7 +32,6 @@ from streamconv.units import format_size
 
 _log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds after Ctrl-C in which threads may take back what they have begun to send
-_ZEROS = memoryview(bytes(64 << 10))
 
 
 def make_files(
@@ -119,19 +119,23 @@ class _Streams:
         file = self._plan.files[number]
 
         def attempt() -> None:
-            done = 0
+            told = 0
+
+            def hand_on(piece: memoryview) -> None:
+                nonlocal told
+                worker.raise_if_stopped()
+                send(piece)
+                told += len(piece)
+                self._report(len(piece))
+
             worker.overflowed.clear()
             try:
-                with self._sink.stream(file.path, file.size, room) as write:
-                    for piece in _pieces(self._plan, file, worker):
-                        worker.raise_if_stopped()
-                        write(piece)
-                        done += len(piece)
-                        self._report(len(piece))
+                with self._sink.stream(file.path, file.size, room) as send:
+                    _send(self._plan, file, worker, Stream(hand_on))
                     reads = find_reads(self._plan, file)
                     check_files(source for source in self._plan.sources if source.path in reads)
             except Failed:
-                self._report(-done)
+                self._report(-told)
                 raise
 
         again(attempt, self._sink.address(file.path), OVER, stop=self._stop)
@@ -144,37 +148,18 @@ class _Streams:
             self._tell(nbytes)
 
 
-def _pieces(plan: Plan, file: FilePlan, worker: Worker) -> Iterator[memoryview]:
-    """A file's bytes from the first to the last; each piece is good until the next is asked for."""
-    at = 0
+def _send(plan: Plan, file: FilePlan, worker: Worker, stream: Stream) -> None:
+    """Sends a file's bytes from the first to the last."""
     parts: list[tuple[int, bytes | Segment]] = [*file.literals, *((_start(plan, segment), segment) for segment in file.segments)]
     for start, part in sorted(parts, key=lambda item: item[0]):
-        yield from _zeros(start - at)
-        at = start
-        for piece in _part(plan, part, worker):
-            yield piece
-            at += len(piece)
-    yield from _zeros(file.size - at)
-
-
-def _part(plan: Plan, part: bytes | Segment, worker: Worker) -> Iterator[memoryview]:
-    if isinstance(part, bytes):
-        yield memoryview(part)
-    elif isinstance(part, Copy):
-        path, reader, buffer = plan.sources[part.source].path, worker.reader, worker.reader.buffer()
-        reader.expect([(path, part.offset, part.nbytes)])
-        for start in range(0, part.nbytes, CHUNK):
-            size = min(CHUNK, part.nbytes - start)
-            first = reader.load(path, part.offset + start, size, buffer)
-            yield buffer[first : first + size]
-    else:
-        for tile in part.move.tiles(part.tile):
-            yield worker.evaluate(part, tile)
-
-
-def _zeros(nbytes: int) -> Iterator[memoryview]:
-    for start in range(0, nbytes, len(_ZEROS)):
-        yield _ZEROS[: nbytes - start]
+        if isinstance(part, bytes):
+            stream.write(memoryview(part), start)
+        elif isinstance(part, Copy):
+            worker.copy(part, stream)
+        else:
+            for tile in part.move.tiles(part.tile):
+                worker.compute(part, tile, stream)
+    stream.fill(file.size)
 
 
 # Staging -----------------------------------------------------------------------------------------------------------

@@ -11,21 +11,25 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoint_files import write
+from hypothesis import given
+from hypothesis import strategies as st
 
 import streamconv
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine import check, direct, io, order
 from streamconv.engine.check import OutputCheck
-from streamconv.engine.direct import LEAST, DirectWriter, allocate, open_direct
-from streamconv.engine.io import BLOCK, BUFFER, CHUNK, PositionedReader
+from streamconv.engine.direct import LEAST, allocate, open_direct
+from streamconv.engine.io import BLOCK, BUFFER, CHUNK, PositionedReader, filled
 from streamconv.engine.order import tasks_in_order
 from streamconv.engine.readers import BACKENDS
+from streamconv.engine.writers import LocalFiles, Stream
 from streamconv.errors import RunError, SourceChanged
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph.node import Source
@@ -173,18 +177,47 @@ def short(call: Callable[..., int], most: int) -> Callable[..., int]:
 )
 def test_a_direct_write_changes_only_its_range(stored: Path, monkeypatch: pytest.MonkeyPatch, pwrite: Callable[..., int]) -> None:
     monkeypatch.setattr(os, "pwrite", pwrite)
-    reader = PositionedReader()
-    writer = DirectWriter(2, reader.buffer)
-    fd = os.open(stored, os.O_RDWR)
-    given, expected = memoryview(random.Random(1).randbytes(SIZE)), bytearray(DATA)
+    reader, files = PositionedReader(), LocalFiles(2, is_direct=True)
+    data, expected = memoryview(random.Random(1).randbytes(SIZE)), bytearray(DATA)
     for offset, length in RANGES:
-        writer.write(str(stored), fd, given[:length], offset)
-        expected[offset : offset + length] = given[:length]
-    os.close(fd)
-    writer.close()
+        with files.open(str(stored), reader.buffer, keeps_holes=False) as writer:
+            writer.write(data[:length], offset)
+        expected[offset : offset + length] = data[:length]
+    buffer = reader.buffer()
+    for at, length, offset in ((0, CHUNK, BLOCK), (7, CHUNK, 3 * BLOCK - 5), (BLOCK, CHUNK - 1, 5 * BLOCK)):  # from the buffer itself
+        buffer[at : at + length] = data[:length]
+        with files.open(str(stored), reader.buffer, keeps_holes=False) as writer:
+            writer.write(buffer[at : at + length], offset)
+        expected[offset : offset + length] = data[:length]
+    files.close()
     assert stored.read_bytes() == expected
     make_cold(stored)
     assert stored.read_bytes() == expected
+
+
+@given(st.lists(st.booleans(), max_size=6), st.integers(0, 15))
+def test_blocks_of_zeros_stay_holes(blocks: list[bool], rest: int) -> None:
+    data = b"".join((b"a" if full else b"\0") * 16 for full in blocks) + b"b" * rest
+    ranges = [*filled(memoryview(data), 16)]
+    kept = bytearray(len(data))
+    for start, stop in ranges:
+        kept[start:stop] = data[start:stop]
+    assert kept == data
+    assert all(any(data[at : at + 16]) for start, stop in ranges for at in range(start, stop, 16))
+    assert all(stop < start for (_, stop), (start, _) in pairwise(ranges))
+
+
+def test_a_stream_sends_zeros_for_what_is_left_out_and_nothing_twice() -> None:
+    sent: list[bytes] = []
+    stream = Stream(lambda view: sent.append(bytes(view)))
+    stream.write(memoryview(b"abc"), 2)
+    stream.write(memoryview(b"de"), 5)
+    assert not stream.copy_from(0, 0, 1, 7, "")
+    stream.fill(100_000)
+    assert b"".join(sent) == b"\0\0abcde" + bytes(100_000 - 7)
+    assert stream.sent == 100_000
+    with pytest.raises(AssertionError):
+        stream.write(memoryview(b"x"), 99_999)
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR, errno.ENOSPC])
