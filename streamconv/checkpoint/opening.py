@@ -15,6 +15,7 @@ from streamconv.checkpoint.entries import TensorEntry
 from streamconv.checkpoint.ties import Choice, explain_absent, find_ties, says_tie
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents
+from streamconv.formats.catalog import locate
 from streamconv.formats.container import Names
 from streamconv.formats.files import show, unreadable
 from streamconv.formats.foreign import reads
@@ -28,7 +29,7 @@ from streamconv.notation.names import natural_key, nearest, select
 from streamconv.notation.names import parse as parse_names
 from streamconv.notebook import SHOWN, table
 from streamconv.storage import hub_cache
-from streamconv.storage.remote import Location, RemotePath, exists, is_dir, locate, names_in
+from streamconv.storage.remote import Location, RemotePath, exists, is_dir, names_in
 from streamconv.text import one_line
 from streamconv.units import format_size
 

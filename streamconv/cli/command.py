@@ -22,6 +22,7 @@ from streamconv.diagnose.ranks import open_with_ranks
 from streamconv.engine.io import name_in
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import FormatError, Interrupted, StreamconvError, UsageError, writing
+from streamconv.formats.catalog import locate
 from streamconv.planning.plan import BEGINNING, Plan
 from streamconv.recipe.recipe import IDENTITY_OPTIONS
 from streamconv.running import run as running
@@ -30,7 +31,7 @@ from streamconv.running.progress import Progress
 from streamconv.running.results import Result
 from streamconv.storage import is_url
 from streamconv.storage.reading import read_whole
-from streamconv.storage.remote import locate, shown
+from streamconv.storage.remote import shown
 from streamconv.text import did_you_mean, join_lines, one_line
 from streamconv.units import parse_size
 

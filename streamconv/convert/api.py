@@ -24,6 +24,7 @@ from streamconv.engine.io import BLOCK
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import BudgetError, DestinationError, FormatError, StreamconvError, UsageError, writing
 from streamconv.formats import FileLayout
+from streamconv.formats.catalog import locate
 from streamconv.formats.registry import DEFAULT, containers
 from streamconv.graph.node import AnyNode, extents
 from streamconv.library.bridge import choose_kept
@@ -44,7 +45,7 @@ from streamconv.running.streams import staged_bytes
 from streamconv.schemes.detection import FILES
 from streamconv.storage import is_url
 from streamconv.storage.places import identify
-from streamconv.storage.remote import Location, locate, relative, shown
+from streamconv.storage.remote import Location, relative, shown
 from streamconv.units import format_size, parse_size
 
 if TYPE_CHECKING:

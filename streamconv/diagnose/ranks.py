@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from streamconv.checkpoint.opening import Checkpoint, detect_format, open_checkpoint
 from streamconv.diagnose.findings import Finding
 from streamconv.errors import StreamconvError
+from streamconv.formats.catalog import locate
 from streamconv.formats.container import Container
 from streamconv.formats.registry import by_suffix, containers
 from streamconv.graph.node import AnyNode
 from streamconv.notation.names import natural_key
-from streamconv.storage.remote import Location, is_dir, locate, names_in
+from streamconv.storage.remote import Location, is_dir, names_in
 
 _LOOSE = r"(?P<set>(?:.*[._-])?)(?:rank|tp)[._-]?(?P<rank>\d{1,5})(?:[._-]of[._-](?P<size>\d{1,5}))?"  # as anybody's file may be called
 _FEW = 3  # names in a message

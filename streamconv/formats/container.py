@@ -43,11 +43,14 @@ class Names:
         originals: how names of files start that libraries pass over where there are others.
         marker: the name of a file that says in which folder such files are; others may have a file of that name, too.
         nested: a pattern of such files' paths, below the folder with the marker.
+        nested_series: those that are numbered: what stands before and after a number of two digits or more, from 00.
         replaced: a glob of the paths of those that a new checkpoint replaces.
         ranks: patterns of names of files that are ranks, with the number as ``rank``, how many there are as ``size`` if that is said, and
             what else differs between sets of them as ``set``.
         rank_folder: the same, of folders that hold a file for a rank each ...
         rank_files: ... and that file's name, the first of these that is there.
+        asked_for: names by which a checkpoint is looked for on a server that cannot list; by default the index and the single file.
+        series: the same, of numbered files, as in `nested_series`.
     """
 
     noun: str
@@ -64,10 +67,13 @@ class Names:
     originals: str = ""
     marker: str = ""
     nested: str = r"(?!)"
+    nested_series: tuple[tuple[str, str], ...] = ()
     replaced: str = ""
     ranks: tuple[str, ...] = ()
     rank_folder: str = r"(?!)"
     rank_files: tuple[str, ...] = ()
+    asked_for: tuple[str, ...] = ()
+    series: tuple[tuple[str, str], ...] = ()
 
     @property
     def single(self) -> str:
@@ -86,6 +92,11 @@ class Names:
         """`weights`, or what they are by default."""
         ends = ("", ".index.json", ".index.*.json")
         return self.weights or tuple(f"*{suffix}{end}" for suffix in self.suffixes for end in ends)
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """`asked_for`, or what it is by default."""
+        return self.asked_for or ((self.index, self.single) if self.suffixes else ())
 
     def is_index(self, name: str) -> bool:
         return name == self.other_index or name.endswith(tuple(f"{suffix}.index.json" for suffix in self.suffixes))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, Extent, FileLayout, Source
+from streamconv.formats.catalog import locate
 from streamconv.formats.container import Beginning, Container, Names
 from streamconv.formats.files import (
     Opened,
@@ -30,7 +31,7 @@ from streamconv.formats.files import (
 )
 from streamconv.formats.indexes import Explain, check_index, unexplained
 from streamconv.formats.selection import Selection, find_files
-from streamconv.storage.remote import Location, locate, read_each, shown
+from streamconv.storage.remote import Location, read_each, shown
 
 KIND = Names(
     "a MindSpore checkpoint",
@@ -39,6 +40,7 @@ KIND = Names(
     (r"[^/]*\.ckpt", r".*/[^./][^/]*\.ckpt"),
     others=r".*strategy[^/]*\.ckpt",
     folders=r"rank_\d+",
+    asked_for=("model.ckpt",),
 )
 SLICE = 512 << 20  # bytes of a tensor in one record
 

@@ -63,6 +63,7 @@ KIND = Names(
         "open_clip": "open_clip_model",
     },
     originals="consolidated",
+    asked_for=("model.safetensors.index.json", "model.safetensors", "consolidated.safetensors", "param_name_map.json"),
     ranks=(r"consolidated\.(?P<rank>\d{1,5})\.safetensors", r"model(?P<rank>\d{1,5})-mp(?P<size>\d{1,5})\.safetensors"),
 )
 

@@ -31,6 +31,8 @@ KIND = Names(
     folders=LATEST,
     weights=(LATEST,),
     marker=LATEST,
+    asked_for=(LATEST,),
+    nested_series=(("mp_rank_", "_model_states.pt"),),
     nested=f"(?:{_ITERATION.pattern})/{_RANK.pattern}",
     replaced=f"{ITERATION}/mp_rank_*",
 )

@@ -92,6 +92,8 @@ KIND = Names(
         "open_clip": "open_clip_pytorch_model",
     },
     originals="consolidated",
+    asked_for=("pytorch_model.bin.index.json", "pytorch_model.bin", "consolidated.00.pth", "consolidated.pth"),
+    series=(("consolidated.", ".pth"), ("consolidated.", ".pt")),
     ranks=(
         r"consolidated\.(?P<rank>\d{1,5})(?P<set>\.(?:pth|pt))",  # of Meta
         r"mp_rank_(?P<rank>\d{1,5})(?P<set>_model_states)?\.pt",  # of DeepSpeed

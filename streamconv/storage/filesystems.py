@@ -14,7 +14,7 @@ from streamconv.errors import StreamconvError, UsageError
 from streamconv.storage import Entry
 from streamconv.storage.addresses import missing, refusal, scheme_of
 from streamconv.storage.retries import OVER, READING, Refused, again, fault
-from streamconv.storage.sources import Store
+from streamconv.storage.sources import Catalog, Store
 
 _VERSIONS = (  # what file systems call what changes with a file
     "ETag", "etag", "e_tag", "md5Hash", "md5", "sha256", "generation", "checksum", "LastModified", "last_modified", "mtime", "created",
@@ -85,7 +85,7 @@ class FileSystem(Store):
     def _path(self, url: str) -> str:
         return str(self._fs._strip_protocol(url))
 
-    def list(self, url: str) -> Mapping[str, Entry]:
+    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Entry]:  # noqa: ARG002, B008 - it can list
         above = self._path(url).strip("/")
         found = self._ask(url, self._fs.find, detail=True)
         rows = {name.strip("/"): row for name, row in found.items() if row.get("type", "file") == "file"}

@@ -17,13 +17,12 @@ from streamconv.errors import UsageError
 from streamconv.storage import Entry, is_url
 from streamconv.storage.addresses import WEB, forget, from_page, is_offline, public, refusal, scheme_of
 from streamconv.storage.ranges import read_range
-from streamconv.storage.sources import HEAD, Probed, in_parallel
+from streamconv.storage.sources import HEAD, Catalog, Probed, in_parallel
 from streamconv.storage.stores import opened, store_of
 
 _NEAR = 4 << 10  # bytes read where something is looked up in the middle of a file
 _TAIL = 32 << 10  # bytes read at the end of a file, where some have their directory
 _HEADS = 256  # heads of files kept until they are read
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")  # what is called so on a web server is a file
 _Place = TypeVar("_Place", bound="Path | RemotePath")
 _Found = TypeVar("_Found")
 
@@ -40,8 +39,8 @@ class Stat:
 class _Tree:
     """The files below a URL, listed at most once, and what has been read of them."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, catalog: Catalog) -> None:
+        self.url, self.catalog = url.rstrip("/"), catalog
         self.store = store_of(url)
         self.memo: dict[object, Any] = {}
         self._is_folder = url.endswith("/")
@@ -61,7 +60,7 @@ class _Tree:
         """All of them, by relative name; a size of -1 is not known yet."""
         with self._lock:
             if self._listed is None:
-                listed = self.store.list(self.url)
+                listed = self.store.list(self.url, self.catalog)
                 if not listed:
                     raise refusal(self.url, 404)
                 self._listed = dict(listed)
@@ -72,7 +71,7 @@ class _Tree:
         """Whether the URL is that of one file."""
         if self._is_folder:
             return False
-        return (scheme_of(self.url) in WEB and self.url.endswith(_SUFFIXES)) or "" in self.files()
+        return (scheme_of(self.url) in WEB and self.url.endswith(self.catalog.suffixes)) or "" in self.files()
 
     def entry(self, relative: str) -> Entry | None:
         """A file's, or None where there is none. What is not listed is asked for by itself.
@@ -196,7 +195,7 @@ class RemotePath:
         if self.relative:
             return RemotePath(self._tree, self.relative.rpartition("/")[0])
         if "" not in self._tree.memo:
-            self._tree.memo[""] = _Tree(self._tree.url.rpartition("/")[0] + "/")
+            self._tree.memo[""] = _Tree(self._tree.url.rpartition("/")[0] + "/", self._tree.catalog)
         return RemotePath(self._tree.memo[""])
 
     def absolute(self) -> RemotePath:
@@ -286,8 +285,10 @@ class RemotePath:
 Location = Path | RemotePath
 
 
-def locate(path: str | os.PathLike[str]) -> Location:
+def locate(path: str | os.PathLike[str], catalog: Catalog = Catalog()) -> Location:  # noqa: B008 - it is frozen
     """The path on this machine, or behind a URL. What a revision of a repository on the Hub stands for is looked up.
+
+    ``catalog`` says what files a folder behind it may consist of.
 
     Raises:
         StreamconvError: nothing knows such URLs, or the server does not answer.
@@ -304,7 +305,7 @@ def locate(path: str | os.PathLike[str]) -> Location:
         from streamconv.storage.repositories import cached_snapshot
 
         return Path(cached_snapshot(url))
-    return RemotePath(_Tree(store_of(url).pin(url)))
+    return RemotePath(_Tree(store_of(url).pin(url), catalog))
 
 
 class Shown(str):

@@ -12,7 +12,7 @@ from streamconv.errors import UsageError
 from streamconv.storage import Entry
 from streamconv.storage.addresses import Repository, credentials, is_offline, missing, refusal, repository
 from streamconv.storage.retries import READING, TRANSIENT, Failed, Refused, again, bare, fault
-from streamconv.storage.sources import Store, Target
+from streamconv.storage.sources import Catalog, Store, Target
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -88,7 +88,7 @@ class Hub(Store):
         above = f"hf://{f'{kind}s/' if kind else ''}{name}@{commit or quote(revision or 'main', safe='')}"
         return f"{above}/{path}" if path else above
 
-    def list(self, url: str) -> Mapping[str, Entry]:
+    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Entry]:  # noqa: ARG002, B008 - it can list
         place = repository(url)
         if place.path and (single := self._file(url, place)):
             return {"": single}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from streamconv.storage import Entry
@@ -28,6 +29,37 @@ class Probed(dict[str, Entry]):
         self.read: dict[str, bytes] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """Other files that there are by what one says: ``named`` are taken to be there, ``names`` are asked for.
+
+    ``series`` are numbered files that are asked for: what stands before and after a number of two digits or more, which begins at 00.
+    """
+
+    named: Collection[str] = ()
+    names: Collection[str] = ()
+    series: Collection[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """What files a folder on a web server may consist of, which may not be able to list it; whoever opens a folder knows that.
+
+    Attributes:
+        hints: the files that are asked for in any case.
+        suffixes: how files end: what is called so is no folder.
+        is_listing: whether names on a page are such a folder's; else the page is about something else.
+        tells: whether a file of that name says which others there are ...
+        read: ... and what it says, by its name and its bytes.
+    """
+
+    hints: Hints = Hints()
+    suffixes: tuple[str, ...] = ()
+    is_listing: Callable[[Iterable[str]], bool] = any
+    tells: Callable[[str], bool] = lambda _: False
+    read: Callable[[str, bytes], Hints] = lambda _, __: Hints()
+
+
 class Store(ABC):
     """What answers for the URLs of a scheme. The URLs it takes and gives are public ones.
 
@@ -39,10 +71,10 @@ class Store(ABC):
         return url
 
     @abstractmethod
-    def list(self, url: str) -> Mapping[str, Entry]:
+    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Entry]:
         """Every file below a URL by its relative name, ``""`` for one that is a file itself; empty where there is nothing.
 
-        A size is -1 where only `entry` tells it. What a server cannot list is `Probed`, by the names that checkpoints have.
+        A size is -1 where only `entry` tells it. What a server cannot list is `Probed`, by the names of the catalog.
         """
 
     @abstractmethod

@@ -20,7 +20,7 @@ from streamconv.storage.addresses import WEB, private, refusal
 from streamconv.storage.pace import Pace, waiting_for
 from streamconv.storage.probing import probe
 from streamconv.storage.retries import PATIENCE, READING, TRANSIENT, Failed, Refused, again, fault
-from streamconv.storage.sources import HEAD, Store, Target, in_parallel
+from streamconv.storage.sources import HEAD, Catalog, Store, Target, in_parallel
 
 if TYPE_CHECKING:
     import requests
@@ -32,7 +32,6 @@ RECEIVED = 256 << 10  # bytes taken from a connection at a time, at most
 _MAX_PAGE = 4 << 20  # bytes of a server's listing of a directory
 _DEPTH = 2  # folders below a checkpoint's that are looked into, where each takes a request ...
 _FOLDERS = 256  # ... at most
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _Found = TypeVar("_Found")
 _LINK = re.compile(r"""<a\s[^>]*?\bhref\s*=\s*("[^"]*"|'[^']*'|[^\s>]+)""", re.IGNORECASE)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -260,13 +259,13 @@ class Web(Store):
     def target(self, url: str) -> Target:
         return private(url), {}
 
-    def list(self, url: str) -> Mapping[str, Entry]:
+    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Entry]:  # noqa: B008 - it is frozen
         folder = url.rstrip("/") + "/"
         names = self._page(folder)
         if names is None:
             with suppress(Refused):
                 return {"": _first(url, 1)[0]}
-            return probe(url, _first)
+            return probe(url, _first, catalog)
         found: dict[str, Entry] = {}
         waiting: Sequence[tuple[str, Sequence[str]]] = [("", names)]
         for depth in range(_DEPTH + 1):
@@ -279,10 +278,10 @@ class Web(Store):
             if depth < _DEPTH:
                 listed = in_parallel(lambda name: self._page(folder + quote(name)) or (), folders)
                 waiting = tuple(zip(folders, listed, strict=True))
-        if "latest" in found or any(name.endswith(_WEIGHTS) for name in found):
+        if catalog.is_listing(found):
             return found
         with suppress(UsageError):  # the page was about something else
-            return probe(url, _first)
+            return probe(url, _first, catalog)
         return found
 
     def _page(self, folder: str) -> Sequence[str] | None:

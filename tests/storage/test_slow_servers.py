@@ -18,6 +18,7 @@ from streamconv.running.progress import Phase, Progress
 from streamconv.storage import Entry, pace, probing, remote, retries, web
 from streamconv.storage.ranges import Ranges
 from streamconv.storage.remote import locate
+from streamconv.storage.sources import Catalog
 from tools.range_server import Handler, Server
 
 SLOW = 0.3  # seconds that stand for the minutes of real patience
@@ -127,7 +128,7 @@ def test_whom_a_run_waits_for_is_shown(monkeypatch):
 
 def test_heads_of_many_files_are_kept_by_several_threads(monkeypatch):
     class Endless:
-        def list(self, _url: str) -> dict[str, Entry]:
+        def list(self, _url: str, _catalog: object) -> dict[str, Entry]:
             return {f"{k}.bin": Entry(-1) for k in range(4000)}
 
         def head(self, _url: str) -> tuple[Entry, bytes]:
@@ -137,7 +138,7 @@ def test_heads_of_many_files_are_kept_by_several_threads(monkeypatch):
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        tree = remote._Tree("memory://bucket/")
+        tree = remote._Tree("memory://bucket/", Catalog())
         tree.files()
         assert {entry.size for entry in remote.in_parallel(lambda k: tree.entry(f"{k}.bin"), range(4000)) if entry} == {8}
         assert sum(bool(tree.head(f"{k}.bin")) for k in range(4000)) == 256
