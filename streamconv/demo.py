@@ -16,7 +16,8 @@ from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
 from streamconv.formats import safetensors
 from streamconv.interrupts import Unwinding
-from streamconv.running.destination import Target
+from streamconv.running.directory import Directory
+from streamconv.running.output import check_free
 from streamconv.storage import is_url
 from streamconv.units import format_size
 
@@ -102,7 +103,7 @@ def run(directory: str | None = None, *, max_memory: str = "300MB", progress: bo
     """
     with _place(directory) as place:
         source, custom, back = (place / name for name in ("hf", "custom", "back"))
-        Target.of(source, None).check_free()
+        check_free(Directory(source))
         build(source)
         steps = [
             ("hf -> custom", api.convert(source, custom, recipe="internvl-hf2custom", max_memory=max_memory, progress=progress)),

@@ -119,7 +119,7 @@ def test_modules_do_not_import_each_other_in_circles():
 def test_a_worker_loads_no_recipe_and_no_container():
     """What a remote worker runs: a plan from JSON, by the engine."""
     code = (
-        "import sys; from streamconv.planning.plan import Plan; from streamconv.running import local, journal\n"
+        "import sys; from streamconv.planning.plan import Plan; from streamconv.running import local, lock\n"
         "own = {name for name in sys.modules if name.startswith('streamconv.')}\n"
         "print(sorted(own))"
     )

@@ -26,7 +26,10 @@ from streamconv.formats.catalog import locate
 from streamconv.planning.plan import BEGINNING, Plan
 from streamconv.recipe.recipe import IDENTITY_OPTIONS
 from streamconv.running import run as running
+from streamconv.running.destination import output_of
 from streamconv.running.kept import check_replaceable, check_report
+from streamconv.running.log import Line
+from streamconv.running.output import begun_plan
 from streamconv.running.progress import Progress
 from streamconv.running.results import Result
 from streamconv.storage import is_url
@@ -54,7 +57,7 @@ EXAMPLES = {
         "Llama-3-70B out --out plan.json",
         "hf://org/name@main s3://bucket/name --out plan.json",
     ),
-    "run": ("plan.json --verify", "plan.json --part 3/16", "plan.json --finish", "plan.json --engine ray"),
+    "run": ("plan.json --verify", "plan.json --part 3/16", "plan.json --finish", "plan.json --engine ray", "big --resume"),
     "inspect": ("Llama-3-8B", "model.safetensors --json", "hf://org/name@main"),
     "doctor": ("Llama-3-8B", "Llama-3-8B --data --json", "https://host/folder"),
     "verify": ("before after", "hf://org/name copy", "Meta-Llama-3-8B Llama-3-8B --recipe llama-meta2hf"),
@@ -232,7 +235,9 @@ def _build_parser() -> _Parser:
     plan = add("plan", "Say what convert would do; write nothing.", _conversion)
     plan.add_argument("--out", metavar="FILE", help="write the plan itself to this file")
     run = add("run", "Run a plan that 'plan --out' wrote.")
-    run.add_argument("plan", metavar="FILE", help="the plan; it holds no credentials: those of the environment are used")
+    run.add_argument(
+        "plan", metavar="FILE", help="the plan, or a DST where a run was interrupted; no credentials are in it: the environment has them"
+    )
     _engine(run)
     _pull_request(run)
     _again(run)
@@ -408,6 +413,20 @@ def _plan(args: argparse.Namespace, out: Console) -> int:
     return 0
 
 
+def _find_plan(path: str, *, goes_on: bool) -> tuple[Plan, Line]:
+    """The plan in a file, or that of an unfinished output, with the head of its log.
+
+    Raises:
+        StreamconvError: there is none.
+    """
+    target = output_of(path)
+    if target is None:
+        return _read_plan(path), {}
+    if not goes_on:
+        raise UsageError(f"{path}: is no plan but a DST: add --resume, to go on with what is begun there, or --part, or --finish")
+    return begun_plan(target.output, str(target.root))
+
+
 def _read_plan(path: str) -> Plan:
     """The plan in a file. Raises FormatError."""
     again = "make it with 'streamconv plan SRC DST --out FILE'"
@@ -420,7 +439,7 @@ def _read_plan(path: str) -> Plan:
 
 
 def _run(args: argparse.Namespace, out: Console) -> int:
-    made = _read_plan(args.plan)
+    made, head = _find_plan(args.plan, goes_on=args.resume or args.part is not None or args.finish)
     with _ending_softly() if args.part or is_url(made.root) else nullcontext():
         result = running.run(
             made,
@@ -428,7 +447,9 @@ def _run(args: argparse.Namespace, out: Console) -> int:
             resume=args.resume,
             verify=args.verify,
             checksum=args.checksum,
+            reclaim_source=head.get("reclaim", False),
             progress=Progress(_shows_bar(args), args.verbose, made.peak_memory),
+            settings=head.get("settings"),
             part=args.part,
             finish=args.finish,
             engine=args.engine,

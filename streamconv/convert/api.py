@@ -30,13 +30,15 @@ from streamconv.graph.node import AnyNode, extents
 from streamconv.library.bridge import choose_kept
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget, check_workers
-from streamconv.planning.plan import VERSION, FilePlan, Plan, Totals
+from streamconv.planning.plan import FilePlan, Plan, Totals
 from streamconv.planning.plan import Mapping as Row
 from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_options
 from streamconv.recipe.vocabulary import resize_vocab, sampling
 from streamconv.running.destination import RemoteTarget, Target, check_folders, check_names, target_of
-from streamconv.running.journal import forget_overwrite, journal_path, note_overwrite, read_journal
 from streamconv.running.kept import check_report, check_sources_stay
+from streamconv.running.lock import forget_overwrite, note_overwrite
+from streamconv.running.log import read_head
+from streamconv.running.output import LOG, begun_plan
 from streamconv.running.progress import Shown, bar
 from streamconv.running.reclaim import Reclaim
 from streamconv.running.results import Result
@@ -419,19 +421,18 @@ def convert(
 
 @contextmanager
 def _noted(target: Target | RemoteTarget, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
-    """Has an overwrite that is killed before its journal is begun be gone on with by resuming; one that is refused leaves nothing."""
+    """Has an overwrite that is killed before it is begun be gone on with by resuming; one that is refused leaves nothing."""
     if not overwrite or isinstance(target, RemoteTarget):
         yield
         return
-    path = journal_path(target.root, target.file)
-    note_overwrite(path, settings)
+    note_overwrite(target.output, settings)
     try:
         yield
     except StreamconvError as error:
         if error.exit_code == UsageError.exit_code:
-            forget_overwrite(path)
+            forget_overwrite(target.output)
         raise
-    forget_overwrite(path)
+    forget_overwrite(target.output)
 
 
 def _local_files(checkpoint: Checkpoint) -> list[Path]:
@@ -463,32 +464,23 @@ def _find_begun(src: AnyPath, target: Target | RemoteTarget, *, reclaim_source: 
     """
     if isinstance(target, RemoteTarget):
         return None
-    path = journal_path(target.root, target.file)
-    first, _ = read_journal(path)
-    if "reclaim" not in first:
+    text = target.output.load(LOG)
+    if text is None or not read_head(text).get("reclaim"):
         return None
     if not reclaim_source:
-        raise DestinationError(f"{path}: the interrupted run was begun with --reclaim-source: add it, to go on")
-    if first.get("version") != VERSION:
-        raise DestinationError(
-            f"{path}: the interrupted run is of another release (its plan is of version {first.get('version')}, not {VERSION}), and its "
-            "source cannot be planned again: finish it with that release"
-        )
-    try:
-        made = replace(Plan.from_json(first["reclaim"]), root=str(target.root), single=target.file)
-    except FormatError as error:
-        raise DestinationError(f"{path}: is damaged ({error}), and its source cannot be planned again: restore it from a copy") from error
+        raise DestinationError(f"{target.path}: the interrupted run was begun with --reclaim-source: add it, to go on")
+    made, _ = begun_plan(target.output, str(target.root))
     above = Path(os.path.abspath(src))  # noqa: PTH100 - links are looked for later
     if foreign := [file for file in Reclaim(made).files if not Path(file).is_relative_to(above if above.is_dir() else above.parent)]:
         raise DestinationError(
-            f"{path}: the interrupted run was another one (src was not {src}, it had {foreign[0]}): give the SRC of that run"
+            f"{target.path}: the interrupted run was another one (src was not {src}, it had {foreign[0]}): give the SRC of that run"
         )
     return made
 
 
 def _find_finished(target: Target | RemoteTarget, error: StreamconvError) -> Plan | None:
     """What is in DST, where the source cannot be opened because a run that is complete has given it back."""
-    if isinstance(target, RemoteTarget) or journal_path(target.root, target.file).exists():
+    if isinstance(target, RemoteTarget) or target.output.is_begun():
         return None
     try:
         found = open_checkpoint(target.path)

@@ -24,12 +24,13 @@ from streamconv.formats.json_text import MAX_JSON, read_json
 from streamconv.formats.registry import containers
 from streamconv.formats.selection import choose_variant
 from streamconv.graph.node import AnyNode
-from streamconv.running.lines import read_line
+from streamconv.running.log import read_head
+from streamconv.running.output import EARLIER, LOG, STATE
 from streamconv.storage.remote import Location, each, exists, names_in
 from streamconv.text import join_lines
 from streamconv.units import format_size
 
-FIRST_LINE = 1 << 20  # bytes of a journal in which its advice stands
+FIRST_LINE = 1 << 20  # bytes of a log in which its advice stands
 PIECE = 8 << 20  # bytes of a tensor that are looked at together
 _OTHER_CONFIGS = ("params.json", "model_config.json", "adapter_config.json")
 _TRANSFORMERS = {"model_type", "architectures", "transformers_version", "auto_map"}  # keys of its configs
@@ -260,18 +261,19 @@ def _check_files(
                 f"it is in {' and '.join(files)}", tensor, "which one counts depends on the loader", "remove the files that do not belong"
             )
     yield from _check_numbers(names, kind)
-    for rest in (file for file in names if file.endswith((".partial", ".streamconv.json", ".streamconv.json.new"))):
-        yield Finding("it is what an interrupted conversion left", rest, "the checkpoint is not complete", _read_advice(path / rest))
+    for rest in (file for file in names if file.endswith((".partial", f"{STATE}{EARLIER}"))):
+        yield Finding("it is what an interrupted conversion left", rest, "the checkpoint is not complete", _read_advice(path))
+    if exists(path / STATE / LOG):
+        yield Finding("a conversion into it is not done", f"{STATE}/{LOG}", "the checkpoint is not complete", _read_advice(path))
 
 
 def _read_advice(path: Location) -> str:
-    """What the journal of a conversion says that is to be done to end it; of an unfinished file what is usual."""
+    """What the log of a conversion says that is to be done to end it, or what is usual."""
     try:
-        text, _ = read_bytes(path, 0, FIRST_LINE, "a journal")
+        text, _ = read_bytes(path / STATE / LOG, 0, FIRST_LINE, "a log")
     except StreamconvError:
         text = b""
-    line = read_line(text.partition(b"\n")[0] + b"\n") or {}
-    return line.get("advice", "rerun with --resume or --overwrite")
+    return read_head(text).get("advice", "rerun with --resume or --overwrite")
 
 
 def _check_index(

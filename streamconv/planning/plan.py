@@ -19,7 +19,7 @@ from streamconv.graph.node import AnyNode
 from streamconv.notation.folding import fold, fold_names
 from streamconv.notebook import table
 from streamconv.planning import plan_text
-from streamconv.planning.plan_text import VERSION, Document, Graph, file_row, mapping_rows
+from streamconv.planning.plan_text import VERSION, Graph, file_row, mapping_rows
 from streamconv.planning.proof import Proof
 from streamconv.planning.segments import (
     Account,
@@ -246,17 +246,29 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as one JSON document; `from_json` reads it back."""
+        return b"".join(self.json_pieces()).decode()
+
+    def json_pieces(self) -> Iterator[bytes]:
+        """The bytes of `to_json`, piece by piece, so that the text of a large plan need not be held."""
         graph = Graph(self.sources)
         roots = tuple(graph.add(node) for node in self.nodes)
-        document = Document(
-            **{name: getattr(self, name) for name in _AS_THEY_ARE},
-            ops=tuple(graph.ops),
-            graph=tuple(graph.rows),
-            nodes=roots,
-            files=tuple(map(file_row, self.files)),
-            mapping=mapping_rows(self.mapping),
-        )
-        return codec.encode(document).decode()
+        rows: dict[str, Iterable[Any]] = {
+            "ops": graph.ops,
+            "graph": graph.rows,
+            "files": map(file_row, self.files),
+            "mapping": mapping_rows(self.mapping),
+        }
+        yield b'{"streamconv_plan":%d' % VERSION
+        for name in plan_text.FIELDS:
+            yield b',"%s":' % name.encode()
+            if name in rows:
+                yield b"["
+                for number, row in enumerate(rows[name]):
+                    yield b"," * (number > 0) + codec.encode(row)
+                yield b"]"
+            else:
+                yield codec.encode(roots if name == "nodes" else getattr(self, name))
+        yield b"}"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:

@@ -124,6 +124,9 @@ class Document(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     sidecars: tuple[str, ...] = ()
 
 
+FIELDS = Document.__struct_fields__[1:]  # after its version
+
+
 class _Version(Struct):
     """What of a document says whether it can be read."""
 
@@ -236,9 +239,9 @@ def _read_segment(row: CopyRow | ComputeRow) -> Segment:
     return Compute(row.node, row.dst, move, row.tile, row.source, row.offset, row.itemsize)
 
 
-def mapping_rows(mapping: Iterable[Mapping]) -> tuple[MappingRow, ...]:
+def mapping_rows(mapping: Iterable[Mapping]) -> Iterator[MappingRow]:
     """Rows of the mapping as they stand in a document."""
-    return tuple(MappingRow(m.target, m.sources, m.layout, m.spec.dtype.name, m.spec.shape) for m in mapping)
+    return (MappingRow(m.target, m.sources, m.layout, m.spec.dtype.name, m.spec.shape) for m in mapping)
 
 
 def read_mapping(rows: Iterable[MappingRow]) -> tuple[Mapping, ...]:

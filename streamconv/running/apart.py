@@ -1,4 +1,4 @@
-"""Runs that make each file of an output by itself: a part of a plan, the end of its parts, or all of it by Ray or behind a URL."""
+"""Runs that hold a lease: a part of a plan, the end of its parts, or all of it by Ray or behind a URL. Each file is made by itself."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ from streamconv.errors import DestinationError, Interrupted, RunError, UsageErro
 from streamconv.interrupts import Unwinding
 from streamconv.planning.plan import Plan
 from streamconv.running import parts
-from streamconv.running.destination import check_empty, check_names, check_room, check_staging, old_names, outdated, prepare
+from streamconv.running.bucket import Bucket
+from streamconv.running.destination import check_names, check_room, check_staging, prepare
+from streamconv.running.directory import Directory, holds, new_suffix
 from streamconv.running.kept import check_sources_stay
-from streamconv.running.local import check_sources, holds
+from streamconv.running.lease import Lease, files_to_make
+from streamconv.running.local import LocalEngine, check_sources
+from streamconv.running.log import Log
+from streamconv.running.output import Output, check_earlier, tidy
 from streamconv.running.progress import Progress, bar
 from streamconv.running.results import Overflow, Part, Result, check_outputs, watch
+from streamconv.running.stale import find_stale_beside, list_stale
 from streamconv.storage import is_url
 from streamconv.storage.sinks import Sink
+
+MakeFiles = Callable[..., Counter[str]]
 
 
 class Apart:
@@ -45,12 +53,8 @@ class Apart:
             raise UsageError("--overwrite goes with --part: --finish has nothing to overwrite")
         self._plan, self._part, self._is_all = plan, part, not part and not finish
         self._overwrite, self._resume, self._verify, self._checksum = overwrite, resume, verify, checksum
-        self._numbers = parts.files_to_make(plan, part)
+        self._numbers = files_to_make(plan, part)
         self._sink: Sink | None = None
-        self._claim = parts.Claim(plan, part[1] if part else 0)
-        self._make: Callable[..., Counter[str]] = partial(parts.make_files, check=self._claim.check)
-        self._join: Callable[[], AbstractContextManager[Callable[..., Counter[str]]]] = lambda: nullcontext(self._make)
-        self._path_of: Callable[[str], Path | str] = Path(plan.root).joinpath
         self._overflowed: Counter[str] = Counter()
         self._seen = 0
 
@@ -66,11 +70,18 @@ class Apart:
                 raise UsageError(f"--checksum: {plan.root} would have to be read back: leave it out")
             if not self._is_all and not takes_streams(plan.root):
                 raise UsageError(f"--part: {plan.root} takes files of one process alone: give s3://, gs:// or a path, or leave it out")
-            self._sink = sink = open_sink(plan.root, create_pr=create_pr, outdated=partial(outdated, plan))
-            self._claim = parts.SinkClaim(plan, sink, self._part[1] if self._part else 0)
-            self._make, self._path_of = partial(make_files, sink=sink), sink.address
+            self._sink = open_sink(plan.root, create_pr=create_pr, outdated=partial(find_stale_beside, plan))
+            self._output: Output = Bucket(self._sink, plan.single)
+            self._make: MakeFiles = partial(make_files, sink=self._sink)
         elif create_pr:
             raise UsageError("--create-pr: goes with a DST on the Hub, such as hf://org/name")
+        else:
+            self._output = Directory(Path(plan.root), plan.single)
+            self._make = parts.make_files
+        self._lease = Lease(self._output, plan, self._part[1] if self._part else 0)
+        if not self._sink:
+            self._make = partial(self._make, check=self._lease.check)
+        self._join: Callable[[], AbstractContextManager[MakeFiles]] = lambda: nullcontext(self._make)
         if engine == "ray":
             from streamconv.running import ray
 
@@ -80,32 +91,34 @@ class Apart:
         """Makes what is not there, and ends what is to be ended."""
         started, plan, waiting = time.perf_counter(), self._plan, list[int]()
         if self._overwrite and self._resume:
-            self._overwrite = not self._claim.exists()
+            self._overwrite = not self._lease.is_begun()
+        check_earlier(self._output, overwrite=self._overwrite)
         check_sources_stay(plan, overwrite=self._overwrite)
         check_sources(plan.for_files(self._numbers))
         with Unwinding(), watch() as figures:
             try:
-                if not (found := self._is_done()):
+                if not (is_done := self._is_done()):
                     try:
                         waiting = self._make_files(progress)
                         if not self._part:
                             self._finish(progress)
                     except DestinationError:
-                        if self._is_all or not (found := self._is_done()):  # else other processes have finished it by now
+                        if self._is_all or not (is_done := self._is_done()):  # else other processes have finished it by now
                             raise
-                if found:
+                if is_done:
                     mine = plan.for_files(self._numbers) if self._part else plan
-                    check_outputs(mine, progress, lambda number: self._path_of(mine.files[number].path), found=True)
+                    check_outputs(mine, progress, lambda number: self._output.address(mine.files[number].path), found=True)
+                    tidy(self._output, plan.single)
             except OSError as error:
                 raise describe_os_error(error, plan.root) from error
             except (KeyboardInterrupt, Interrupted):
                 again = " with --resume" if self._is_all else ""
-                raise Interrupted(f"interrupted: rerun the same command{again} to go on with {self._claim.where}") from None
+                raise Interrupted(f"interrupted: rerun the same command{again} to go on with {self._output.where}") from None
         seconds = time.perf_counter() - started
         made, part = (plan.for_files(waiting) if self._part else plan), (None if self._is_all else self._describe(waiting))
         if self._sink and self._sink.pull_request:
             made = replace(made, notes=(*made.notes, f"pull request: {self._sink.pull_request}"))
-        verified, place = True if self._verify or found else None, self._path_of(plan.single or "")
+        verified, place = True if self._verify or is_done else None, self._output.address(plan.single or "")
         overflow = Overflow(self._overflowed, complete=self._seen == len(plan.files))
         return Result(made, seconds, memory.peak(), figures["anonymous"], verified, part=part, place=place, overflow=overflow)
 
@@ -118,14 +131,14 @@ class Apart:
             self._write(make, waiting, progress)
         if self._part and self._verify and (different := self._find_different(waiting, progress)):
             names = ", ".join(self._plan.files[number].path for number in sorted(different))
-            raise RunError(f"{self._claim.where}: {names}: not what was written: check disk and memory, then run the part again")
+            raise RunError(f"{self._output.where}: {names}: not what was written: check disk and memory, then run the part again")
         return waiting
 
     def _is_done(self) -> bool:
         """Whether all is there already and nothing says any more whose files they are: they are then compared."""
         every = range(len(self._plan.files))
         goes_on = (not self._is_all or self._resume) and not self._overwrite
-        return goes_on and not self._claim.exists() and len(self._claim.finished(every)) == len(every)
+        return goes_on and not self._lease.is_begun() and len(self._lease.find_done(every)) == len(every)
 
     def _take(self, progress: bool | Progress) -> list[int]:
         """Takes DST, or goes on with what is begun there; the files to make.
@@ -133,68 +146,85 @@ class Apart:
         Raises:
             StreamconvError: DST is another's, or has no room, or replicas differ.
         """
-        plan, claim, root = self._plan, self._claim, Path(self._plan.root)
-        begun = claim.exists() and not (self._is_all and self._overwrite)
-        if begun and self._is_all and not self._resume:
+        plan, lease, root = self._plan, self._lease, Path(self._plan.root)
+        is_begun = lease.is_begun() and not (self._is_all and self._overwrite)
+        if is_begun and self._is_all and not self._resume:
             raise DestinationError(
-                f"{claim.where}: holds an unfinished conversion: continue it with --resume, start afresh with --overwrite"
+                f"{self._output.where}: holds an unfinished conversion: continue it with --resume, start afresh with --overwrite"
             )
-        if begun:
-            claim.check()
+        if is_begun:
+            lease.check()
         elif not self._overwrite:
             try:
-                check_empty(plan, self._sink)
+                self._output.check_empty()
             except DestinationError:
-                if not claim.exists():  # else another part was quicker
+                if not lease.is_begun():  # else another part was quicker
                     raise
-        doomed = old_names(plan, self._sink) if self._overwrite and not begun else None
-        if self._is_all and not begun:
+        stale = list_stale(plan, self._output) if self._overwrite and not is_begun else None
+        if self._is_all and not is_begun:
             check_replicas(plan)
         if not self._sink:
-            there = {k for k in self._numbers if begun and holds(root / plan.files[k].path, plan.files[k].size)}
-            check_room(plan.for_files(k for k in self._numbers if k not in there), root, [root / name for name in doomed or ()])
-            check_names(plan, root, parts.new_suffix())
-            prepare(plan, root, overwrite=True, resume=False)
+            there = {k for k in self._numbers if is_begun and holds(root / plan.files[k].path, plan.files[k].size)}
+            check_room(plan.for_files(k for k in self._numbers if k not in there), root, stale or ())
+            check_names(plan, root, new_suffix())
+            prepare(plan, root, suffix=new_suffix())
         else:
             check_staging(plan)
-        if self._is_all and self._overwrite and claim.exists():
-            claim.give_up()
-        if begun:
-            claim.go_on()
+        if self._is_all and self._overwrite and lease.is_begun():
+            lease.give_up()
+        if is_begun:
+            lease.go_on()
         else:
-            claim.take(doomed)
-        done = claim.finished(self._numbers)
+            lease.take(stale)
+        done = lease.find_done(self._numbers)
         if self._verify and self._part:
             done -= self._find_different(sorted(done), progress)
         waiting = [number for number in self._numbers if number not in done]
-        claim.make_way(waiting)
+        lease.make_way(waiting)
         return waiting
 
-    def _write(self, make: Callable[..., Counter[str]], numbers: Sequence[int], progress: bool | Progress) -> None:
+    def _write(self, make: MakeFiles, numbers: Sequence[int], progress: bool | Progress) -> None:
         with writing(), bar(sum(self._plan.files[k].size for k in numbers), "converting", show=progress) as tell:
-            found = make(self._plan, numbers, tell)
-        self._overflowed += found
+            overflowed = make(self._plan, numbers, tell)
+        self._overflowed += overflowed
         self._seen += len(numbers)
 
     def _find_different(self, numbers: Sequence[int], progress: bool | Progress) -> set[int]:
         """Those of these files that do not hold what the plan makes of the sources."""
         made = self._plan.for_files(numbers)
         with bar(made.totals.bytes_written, "verifying", show=progress) as tell:
-            check, every = OutputCheck(made, tell, lambda k: self._path_of(made.files[k].path)), range(len(numbers))
+            check = OutputCheck(made, tell, lambda k: self._output.address(made.files[k].path))
+            every = range(len(numbers))
             return {numbers[k] for k in check.find_wrong_literals(every) | check.compare(tasks_in_order(made, every))}
 
     def _finish(self, progress: bool | Progress) -> None:
-        def check(made: Sequence[int]) -> set[int]:
-            if not self._is_all:  # which has looked before it began
-                check_replicas(self._plan)
-            return self._find_different(made, progress) if self._verify else set()
+        """Looks at every file, writes the commit where it is not made yet, and leaves.
 
-        parts.finish(
-            self._plan, self._claim, lambda numbers: self._write(self._make, numbers, progress=False), check, checksum=self._checksum
-        )
+        Raises:
+            DestinationError: files are missing or wrong; names each, and the part that makes it. Nothing is written.
+            SourceChanged: a source is not what was planned with.
+        """
+        plan, lease = self._plan, self._lease
+        count = lease.check()["parts"]
+        check_sources(plan)
+        made = files_to_make(plan)
+        lost = set(made) - lease.find_done(made)
+        if not lost and not self._is_all:  # which has looked before it began
+            check_replicas(plan)
+        altered = self._find_different(made, progress) if self._verify and not lost else set()
+        if wrong := sorted(lost | altered):
+            which = ", ".join(f"{lease.describe(k)}{f' (part {k % count}/{count})' if count else ''}" for k in wrong)
+            compared = " with --verify" if altered else ""
+            advice = f"run those parts{compared}, then --finish again" if count else "run it again with --resume"
+            raise DestinationError(f"{self._output.where}: {len(wrong)} of {len(plan.files)} files not there as planned: {which}; {advice}")
+        self._output.clear_up(plan)
+        self._write(self._make, [number for number in range(len(plan.files)) if number not in made], progress=False)
+        if self._checksum:
+            LocalEngine(plan, Log()).write_sums({})
+        lease.leave()
 
     def _describe(self, made: Sequence[int]) -> Part:
-        every, names = parts.files_to_make(self._plan), tuple(self._plan.files[number].path for number in made)
-        complete = not self._claim.exists()
-        there = len(every) if complete else len(self._claim.finished(every))
-        return Part("/".join(map(str, self._part or ())), names, len(self._numbers) - len(made), there, len(every), complete)
+        every, names = files_to_make(self._plan), tuple(self._plan.files[number].path for number in made)
+        is_complete = not self._lease.is_begun()
+        there = len(every) if is_complete else len(self._lease.find_done(every))
+        return Part("/".join(map(str, self._part or ())), names, len(self._numbers) - len(made), there, len(every), is_complete)

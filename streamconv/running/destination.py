@@ -1,35 +1,30 @@
-"""DST: what a path means as a destination, whether it may be written, and what has to go first."""
+"""DST: what a path means as a destination, and whether it may be written."""
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 from streamconv.checkpoint.opening import Checkpoint
-from streamconv.checkpoint.stems import has_stems
 from streamconv.engine.io import check_folder
 from streamconv.errors import DestinationError, SpaceError, UsageError
-from streamconv.formats.container import Names
-from streamconv.formats.registry import DEFAULT, by_suffix, containers, find_format
-from streamconv.formats.unrelated import is_weights
+from streamconv.formats.registry import DEFAULT, by_suffix, find_format
 from streamconv.planning.plan import Plan
-from streamconv.running.journal import DRAFT, IN_PARTS, Journal, journal_path, read_journal
-from streamconv.running.journal import NAME as JOURNAL
-from streamconv.running.local import PARTIAL, partial
-from streamconv.running.parts import UNFINISHED
+from streamconv.running.bucket import Bucket
+from streamconv.running.directory import PARTIAL, Directory, partial
+from streamconv.running.output import check_free, state_name
 from streamconv.storage import is_url
 from streamconv.storage.addresses import public
 from streamconv.storage.filenames import LONGEST
 from streamconv.storage.places import Identity, identify, identify_with_parents
 from streamconv.storage.remote import walk
-from streamconv.storage.sinks import Sink, open_sink
+from streamconv.storage.sinks import open_sink
 from streamconv.text import did_you_mean
 from streamconv.units import format_size
 
@@ -59,23 +54,10 @@ class Target:
     def path(self) -> Path:
         return self.root / self.file if self.file else self.root
 
-    def check_free(self) -> None:
-        """Refuses a DST that has something in it."""
-        path, journal = self.path, journal_path(self.root, self.file)
-        if read_journal(journal)[0].get("parts"):
-            raise DestinationError(f"{path}: {IN_PARTS}, or start afresh with --overwrite")
-        if journal.exists():
-            raise DestinationError(f"{path}: holds an unfinished conversion: continue it with --resume, start afresh with --overwrite")
-        self.check_empty()
-
-    def check_empty(self) -> None:
-        """Refuses a DST that has something in it beside a journal or a claim."""
-        path = self.path
-        occupied = (
-            os.path.lexists(path) if self.file else path.is_dir() and any(not entry.name.startswith(JOURNAL) for entry in path.iterdir())
-        )
-        if occupied:
-            raise DestinationError(f"{path}: already exists and is not empty: give another DST, or --overwrite, or --resume")
+    @property
+    def output(self) -> Directory:
+        """What is at DST."""
+        return Directory(self.root, self.file)
 
     def check(self, checkpoint: Checkpoint, *, overwrite: bool, resume: bool) -> None:
         """Refuses a DST that is, holds or lies in SRC, or that has something in it."""
@@ -88,7 +70,7 @@ class Target:
         if above is not None and not above.is_dir() and not self.root.exists():
             raise DestinationError(f"{path}: {above} is not a directory: give another DST")
         if not overwrite and not resume:
-            self.check_free()
+            check_free(self.output)
 
     def _check_source(self, src: Path, files: Iterable[Path]) -> None:
         """Refuses a DST that is, holds or lies in SRC, by whatever mounts and links."""
@@ -133,21 +115,24 @@ class RemoteTarget:
     def path(self) -> str:
         return f"{self.root}/{self.file}" if self.file else self.root
 
+    @property
+    def output(self) -> Bucket:
+        """What is at DST."""
+        return Bucket(open_sink(self.root, create_pr=self.create_pr), self.file)
+
     def check(self, checkpoint: Checkpoint, *, overwrite: bool, resume: bool) -> None:
         """Refuses a DST that is, holds or lies in SRC, or that has something in it, as far as its store tells."""
-        path, src, sink = self.path, str(checkpoint.path), open_sink(self.root, create_pr=self.create_pr)
+        path, src, output = self.path, str(checkpoint.path), self.output
         if self.create_pr:
             return
-        if path == src or sink.holds(src):
+        if path == src or output.sink.holds(src):
             raise DestinationError(f"{path}: DST is SRC: give another DST" + ", or --create-pr" * path.startswith("hf://"))
         if f"{path}/".startswith(f"{src}/"):
             raise DestinationError(f"{path}: DST lies inside SRC {src}: give a DST outside of it")
         if f"{src}/".startswith(f"{path}/"):
             raise DestinationError(f"{path}: SRC {src} lies inside DST: give another DST")
         if not overwrite and not resume:
-            if sink.load_state(journal_path(Path(), self.file).name):
-                raise DestinationError(f"{path}: holds an unfinished conversion: continue it with --resume, start afresh with --overwrite")
-            _check_empty(sink, self.file)
+            check_free(output)
 
 
 def target_of(
@@ -169,6 +154,16 @@ def target_of(
     if create_pr:
         raise UsageError(f"--create-pr: {dst} is no repository on the Hub: give hf://org/name")
     return Target.of(str(dst).removeprefix("file://"), format, default)
+
+
+def output_of(path: str) -> Target | RemoteTarget | None:
+    """The DST that a path names, if it is a folder, a URL, or a file that a run has begun; None if it is another file."""
+    if os.path.isdir(path) or is_url(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
+        return target_of(path, None)
+    if Path(path).suffix not in by_suffix():
+        return None
+    target = target_of(path, None)
+    return target if target.output.is_begun() or target.output.load_earlier() is not None else None
 
 
 def _read_format(path: PurePath, format: str | None, *, is_one: bool) -> str | None:  # noqa: A002
@@ -194,12 +189,6 @@ def _check_suffix(path: PurePath) -> None:
             f"{path}: {path.suffix} files are not written, and it would be a directory{near}; give a file in {', '.join(choices)}, "
             "or a directory of another name"
         )
-
-
-def _check_empty(sink: Sink, single: str | None) -> None:
-    there = [name for name in sink.list() if (name == single if single else not name.startswith(JOURNAL))]
-    if there:
-        raise DestinationError(f"{sink.url}: holds {there[0]} already: give another DST, or --overwrite, or --resume")
 
 
 def check_staging(plan: Plan) -> None:
@@ -233,7 +222,7 @@ def check_names(plan: Plan, root: Path, suffix: str = PARTIAL) -> None:
     above = next(parent for parent in (root, *root.parents) if parent.exists())
     longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else LONGEST
     names = [file.path.rpartition("/")[2] + suffix for file in plan.files]
-    names.append(journal_path(Path(), plan.single).name + (DRAFT if suffix == PARTIAL else suffix))
+    names.append(state_name(plan.single))
     for name in names:
         if len(os.fsencode(name)) > longest:
             raise DestinationError(
@@ -242,12 +231,12 @@ def check_names(plan: Plan, root: Path, suffix: str = PARTIAL) -> None:
             )
 
 
-def check_room(plan: Plan, root: Path, doomed: Iterable[Path]) -> None:
-    """Raises SpaceError unless the disk has room for a plan's files, once the ``doomed`` ones are gone and those in their place."""
+def check_room(plan: Plan, root: Path, stale: Iterable[str] = ()) -> None:
+    """Raises SpaceError unless the disk has room for a plan's files, once the ``stale`` ones are gone and those in their place."""
     existing = next(parent for parent in (root, *root.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     replaced = {name for file in plan.files for path in [root / file.path] for name in (path, partial(path))}
-    present = sum(_allocated(path) for path in replaced.union(doomed))
+    present = sum(_allocated(path) for path in replaced.union(root / name for name in stale))
     if plan.totals.disk_needed > free + present:
         raise SpaceError(
             f"{root}: no room on the disk: the output needs {format_size(plan.totals.disk_needed)}, {format_size(free)} are free: "
@@ -266,103 +255,13 @@ def _allocated(path: Path) -> int:
     return getattr(found, "st_blocks", -(-found.st_size // 512)) * 512
 
 
-def old_files(plan: Plan, root: Path) -> list[Path]:
-    """What ``--overwrite`` removes: DST itself if it is one file, else the weight and index files in it, links to nowhere included.
-
-    Weight files that an interrupted run left unfinished are among them, and those in folders of components that a plan makes.
-    """
-    if plan.single:
-        return [root / plan.single]
-    if not root.is_dir():
-        return []
-    folders = component_folders(plan)
-    below = [f"*/{PurePosixPath(names.replaced).name}" for names in _nesting()] + [f"{glob.escape(folder)}/*" for folder in folders]
-    inside = (path for pattern in below for path in root.glob(pattern) if not path.parent.is_symlink())
-    names = {path.relative_to(root).as_posix(): path for path in (*root.iterdir(), *inside) if not path.is_dir()}
-    return [path for name, path in names.items() if is_old(name, names, folders)]
-
-
-def component_folders(plan: Plan) -> set[str]:
-    """Folders below DST that hold a component of the model each, such as a pipeline's ``unet``."""
-    if not has_stems(plan.format):
-        return set()
-    return {PurePosixPath(file.path).parent.as_posix() for file in plan.files if file.tensors} - {"."}
-
-
-def old_names(plan: Plan, sink: Sink | None) -> list[str]:
-    """`old_files` of a plan's DST, which may be a sink, relative to its root."""
-    if sink:
-        there = sink.list()
-        folders = component_folders(plan)
-        return [name for name in there if (name == plan.single if plan.single else is_old(name, there, folders))]
-    return [path.relative_to(plan.root).as_posix() for path in old_files(plan, Path(plan.root))]
-
-
-def is_old(name: str, there: Collection[str], folders: Collection[str]) -> bool:
-    """Whether a file, by its name relative to DST, is what an output replaces: no weights of other models in folders of their own.
-
-    ``folders`` are those of components.
-
-    A file that says where others are, such as ``latest``, is where such are ``there``: others have files of that name, too.
-    """
-    whole = UNFINISHED.sub("", name).removesuffix(PARTIAL)
-    for names in _nesting():
-        if name == names.marker:
-            return any(map(names.is_nested, there))
-    folder, _, file = whole.rpartition("/")
-    ours = UNFINISHED.search(name) or (is_weights(file) and not file.endswith(PARTIAL))
-    return (folder in {"", *folders} and bool(ours)) or any(names.replaces(whole) for names in _nesting())
-
-
-def _nesting() -> list[Names]:
-    """The names of containers whose files lie in folders of their own."""
-    return [container.names for container in containers().values() if container.names.marker]
-
-
-def outdated(plan: Plan, put: Collection[str], there: Iterable[str]) -> list[str]:
-    """The old weight and index files that a pull request removes, together with the last of a plan's files: those of the plan's container.
-
-    Loaders would take them for parts of the output. Other containers stay.
-
-    Args:
-        plan: of the output.
-        put: files that are put there; there is nothing to remove yet if the plan's last one is not among them.
-        there: files of the repository, or of a folder in it.
-    """
-    made, kind = {file.path for file in plan.files}, containers()[plan.format].names
-    if plan.single or plan.files[-1].path not in put:
-        return []
-    names = list(there)
-    folders = component_folders(plan)
-    old = (name for name in names if is_old(name, names, folders) and (kind.is_part(name) or kind.replaces(name)))
-    return [name for name in old if name not in made]
-
-
-def check_empty(plan: Plan, sink: Sink | None) -> None:
-    """Refuses a plan's DST, which may be a sink, if it has something in it."""
-    if not sink:
-        Target(Path(plan.root), plan.single, plan.format).check_empty()
-    else:
-        _check_empty(sink, plan.single)
-
-
-def prepare(plan: Plan, root: Path, *, overwrite: bool, resume: bool) -> None:
+def prepare(plan: Plan, root: Path, *, suffix: str = PARTIAL) -> None:
     """Makes DST a folder that can be written, or says why it cannot be."""
     try:
         check_folders(plan, root)
-        check_names(plan, root)
+        check_names(plan, root, suffix)
         root.mkdir(parents=True, exist_ok=True)
-        if not overwrite and not resume:
-            Target(root, plan.single, plan.format).check_free()
         if not os.access(root, os.W_OK | os.X_OK):
             raise DestinationError(f"{root}: cannot be written: make it writable or give another DST")
     except OSError as error:
         raise DestinationError(f"{root}: cannot be written: {error.strerror}; give another DST") from error
-
-
-def clear(plan: Plan, root: Path, journal: Journal) -> None:
-    """Removes what an output replaces; what the run in ``journal`` has made itself stays."""
-    own = {root / name for name in journal.finished} | {partial(root / name) for name in journal.durable}
-    for path in old_files(plan, root):
-        if path not in own:
-            path.unlink(missing_ok=True)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from streamconv.errors import DestinationError, UsageError
 from streamconv.planning.plan import Plan
-from streamconv.running.destination import component_folders, is_old, old_files
-from streamconv.running.journal import journal_path
-from streamconv.running.local import SUMS, partial
+from streamconv.running.directory import Directory, partial
+from streamconv.running.local import SUMS
+from streamconv.running.output import state_name
+from streamconv.running.stale import find_stale, list_stale
 from streamconv.storage import is_url
 from streamconv.storage.places import Place, identify, place_of, places_of
 
@@ -30,19 +31,22 @@ def check_sources_stay(plan: Plan, read: Iterable[Path] = (), *, overwrite: bool
         _check_urls(plan, overwrite=overwrite)
         return
     root = Path(plan.root)
-    doomed = {place_of(path): path for path in (*_made(plan), *(old_files(plan, root) if overwrite else ()))}
+    stale = [root / name for name in list_stale(plan, Directory(root, plan.single))] if overwrite else []
+    replaced = {place_of(path): path for path in (*_made(plan), *stale)}
     for path in (*_sources(plan), *read):
         for place in places_of(path):
-            if place in doomed:
-                whose = "" if path == doomed[place] else f", as {path}"
-                raise DestinationError(f"{doomed[place]}: would be replaced, and is read{whose}: give another DST, or a copy of that file")
+            if place in replaced:
+                whose = "" if path == replaced[place] else f", as {path}"
+                raise DestinationError(
+                    f"{replaced[place]}: would be replaced, and is read{whose}: give another DST, or a copy of that file"
+                )
 
 
 def _check_urls(plan: Plan, *, overwrite: bool) -> None:
-    names, folders = {file.path for file in plan.files}, component_folders(plan)
     sources = [source.path.removeprefix(f"{plan.root}/") for source in plan.sources if source.path.startswith(f"{plan.root}/")]
+    replaced = {file.path for file in plan.files}.union(find_stale(plan, sources) if overwrite and not plan.single else ())
     for name in sources:
-        if name in names or (overwrite and not plan.single and is_old(name, sources, folders)):
+        if name in replaced:
             raise DestinationError(f"{plan.root}/{name}: would be replaced, and is read: give another DST, or a copy of that file")
 
 
@@ -90,7 +94,7 @@ def _known(plan: Plan, read: Iterable[Path]) -> Iterator[tuple[Place, Path]]:
 def _made(plan: Plan) -> Iterator[Path]:
     """What an output puts into its folder, for a time or for good."""
     root = Path(plan.root)
-    yield journal_path(root, plan.single)
+    yield root / state_name(plan.single)
     for file in plan.files:
         yield root / file.path
         yield partial(root / file.path)

@@ -2,7 +2,7 @@
 
 Files are created at their final size under ``NAME.partial`` and filled in any order. A file that is complete is synced and
 renamed; the plan's last file, the commit, only after all others. Now and then what is done of the others is synced, too, and noted
-in the journal: a later run compares it, and finished files, with what the plan makes of the sources, and goes on from there.
+in the log: a later run compares it, and finished files, with what the plan makes of the sources, and goes on from there.
 Comparing costs nothing unless there was a crash; a digest of each file would have every run read all it has written.
 """
 
@@ -41,7 +41,8 @@ from streamconv.engine.writers import LocalFiles, Writer
 from streamconv.errors import DestinationError, RunError, SourceChanged, UsageError, unforeseen, writing
 from streamconv.graph.moves import Move
 from streamconv.planning.plan import Compute, Copy, Plan, Segment, SourceFile
-from streamconv.running.journal import Journal, Ledger
+from streamconv.running.directory import PARTIAL, holds, partial
+from streamconv.running.log import Log
 from streamconv.running.reclaim import Reclaim, find_reads
 from streamconv.storage import is_url
 from streamconv.storage.ranges import fingerprint, fingerprints
@@ -52,15 +53,9 @@ SAVE_BYTES = 1 << 30  # bytes of output, at most, after which what is done is ma
 SAVE_SECONDS = 10.0  # ... or after so long
 LOOK_SECONDS = 30.0  # between two looks at a source behind a URL
 SUMS = "SHA256SUMS"
-PARTIAL = ".partial"
 _log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 """Told how many bytes of output have come since the last call."""
-
-
-def partial(path: Path, suffix: str = PARTIAL) -> Path:
-    """The name of an output file until it is complete."""
-    return path.with_name(f"{path.name}{suffix}")
 
 
 def check_sources(plan: Plan, *, given_back: Container[str] = ()) -> None:
@@ -94,7 +89,7 @@ class LocalEngine:
 
     Args:
         plan: what to run.
-        journal: of this plan, begun; or a ledger, which no other run will know of.
+        log: what of the plan is done, and is noted as it becomes durable.
         progress: told of bytes of output.
         checksum: write `SUMS`, too.
         reclaim: makes the files one after the other, and gives back what each was made of.
@@ -104,14 +99,14 @@ class LocalEngine:
     def __init__(
         self,
         plan: Plan,
-        journal: Ledger,
+        log: Log,
         progress: Progress = lambda _: None,
         *,
         checksum: bool = False,
         reclaim: Reclaim | None = None,
         suffix: str = PARTIAL,
     ) -> None:
-        self._plan, self._journal, self._progress = plan, journal, progress
+        self._plan, self._log, self._progress = plan, log, progress
         self._checksum, self._reclaim, self._suffix = checksum, reclaim, suffix
         self._root = Path(plan.root)
         self._sources = {source.path: source for source in plan.sources}
@@ -145,7 +140,7 @@ class LocalEngine:
             with writing():  # by an earlier run, too
                 self._take_up()
                 if self._reclaim:
-                    self._reclaim.release(self._journal.finished, self._journal.finished)
+                    self._reclaim.release(self._log.finished, self._log.finished)
                     for number in range(len(self._plan.files)):
                         self._make([number])
                 else:
@@ -159,17 +154,17 @@ class LocalEngine:
     def _make(self, numbers: Iterable[int]) -> None:
         """Makes these files and, unless it is the commit, finishes them."""
         waiting = self._create(numbers)
-        durable = {number: self._journal.durable.get(self._plan.files[number].path, set()) for number in waiting}
+        durable = {number: self._log.durable.get(self._plan.files[number].path, set()) for number in waiting}
         self._work(task for task in tasks_in_order(self._plan, waiting) if place_of(self._plan, task) not in durable[task[0]])
         self._check_sources()
         if self._reclaim:  # whose comparison takes as much memory as the work itself, which is over now
             for number in waiting:
-                if self._plan.files[number].path not in self._journal.finished and not self._is_commit(number):
+                if self._plan.files[number].path not in self._log.finished and not self._is_commit(number):
                     self._finish(number)
 
     def _check_sources(self, paths: Iterable[str] | None = None) -> None:
         """Looks at these sources, or at all; not at those that may have been given back."""
-        given_back = self._reclaim.touched(self._journal.finished) if self._reclaim else ()
+        given_back = self._reclaim.touched(self._log.finished) if self._reclaim else ()
         wanted = self._sources if paths is None else paths
         try:
             check_files(self._sources[path] for path in wanted if path not in given_back)
@@ -194,34 +189,34 @@ class LocalEngine:
         return partial(self._path(number), self._suffix)
 
     def _present_path(self, number: int) -> Path:
-        return self._path(number) if self._plan.files[number].path in self._journal.finished else self._partial(number)
+        return self._path(number) if self._plan.files[number].path in self._log.finished else self._partial(number)
 
     def _take_up(self) -> None:
         """Compares what an earlier run has left with what it should be; what differs is made again."""
         known = [file.path for file in self._plan.files]
-        kept = [number for number, name in enumerate(known) if name in self._journal.finished or name in self._journal.durable]
+        kept = [number for number, name in enumerate(known) if name in self._log.finished or name in self._log.durable]
         if not kept:
             return
         wrong = {number for number in kept if not holds(self._present_path(number), self._plan.files[number].size)}
         for number in set(kept) - wrong:
             _drop_cache(self._present_path(number))
-        finished = [number for number in kept if known[number] in self._journal.finished]
-        hashed = [number for number in finished if self._journal.finished[known[number]]]
+        finished = [number for number in kept if known[number] in self._log.finished]
+        hashed = [number for number in finished if self._log.finished[known[number]]]
         for number in set(hashed) - wrong:
-            recorded = self._journal.finished[known[number]]
+            recorded = self._log.finished[known[number]]
             kind = Crc32 if recorded.startswith(Crc32.PREFIX) else hashlib.sha256
             if self._read_digest(number, self._present_path(number), kind) != recorded:
                 wrong.add(number)
         compared = [number for number in kept if number not in wrong and number not in hashed]
         check = OutputCheck(self._plan, path_of=self._present_path)
         wrong |= check.find_wrong_literals(number for number in compared if number in finished)
-        durable = {number: self._journal.durable.get(known[number]) for number in compared}
+        durable = {number: self._log.durable.get(known[number]) for number in compared}
         tasks = tasks_in_order(self._plan, [number for number in compared if number not in wrong])
         wrong |= check.compare(task for task in tasks if (places := durable[task[0]]) is None or place_of(self._plan, task) in places)
         for number in sorted(wrong):
             if self._reclaim and number in finished:
                 raise DestinationError(f"{self._path(number)}: is damaged, and its source was given back: restore it from a copy")
-            self._journal.forget(known[number])
+            self._log.forget(known[number])
         for number in set(finished) - wrong:
             self._progress(self._plan.files[number].size)
 
@@ -230,10 +225,10 @@ class LocalEngine:
 
         Files of which something is durable are there.
         """
-        waiting = [number for number in numbers if self._plan.files[number].path not in self._journal.finished]
+        waiting = [number for number in numbers if self._plan.files[number].path not in self._log.finished]
         for number in waiting:
             file, path = self._plan.files[number], self._partial(number)
-            durable = self._journal.durable.get(file.path, set())
+            durable = self._log.durable.get(file.path, set())
             if not durable:
                 make_folders(self._root, file.path)
                 path.unlink(missing_ok=True)
@@ -281,20 +276,20 @@ class LocalEngine:
         elif self._is_costly(number):
             digest = self._read_digest(number, temporary, Crc32)
         if self._checksum and self._is_commit(number):
-            self.write_sums({**self._journal.finished, name: digest})
+            self.write_sums({**self._log.finished, name: digest})
         with self._saving:
             self._targets.close(str(temporary))
             temporary.replace(path)
             sync_directory(str(path.parent))
-            self._journal.finish(name, digest)
+            self._log.finish(name, digest)
             self._unsaved.pop(number, None)
         _log.info("%s: %s done", name, format_size(self._plan.files[number].size))
         if self._reclaim:
-            self._reclaim.release(self._journal.finished, [name])
+            self._reclaim.release(self._log.finished, [name])
 
     def _is_costly(self, number: int) -> bool:
         """Whether a later run would have to ask servers again to compare a file with its sources, had it no digest."""
-        return bool(self._urls) and isinstance(self._journal, Journal) and not self._is_commit(number)
+        return bool(self._urls) and self._log.is_kept and not self._is_commit(number)
 
     def _compare(self, number: int) -> None:
         """Compares a file that is about to be finished with its sources, as the disk has it."""
@@ -354,11 +349,10 @@ class LocalEngine:
 
     def _commit(self) -> None:
         last = len(self._plan.files) - 1
-        if self._plan.files[last].path not in self._journal.finished:
+        if self._plan.files[last].path not in self._log.finished:
             self._finish(last)
         elif self._checksum:
-            self.write_sums(self._journal.finished)
-        self._journal.end()
+            self.write_sums(self._log.finished)
         sync_directory(str(self._root))
 
     def _note(self, number: int, place: int, nbytes: int) -> None:
@@ -374,12 +368,12 @@ class LocalEngine:
                     return
                 pending, self._unsaved, self._unsaved_bytes = self._unsaved, {}, 0
             names = {file: self._plan.files[file].path for file in pending}
-            done = {file: places for file, places in pending.items() if names[file] not in self._journal.finished}
+            done = {file: places for file, places in pending.items() if names[file] not in self._log.finished}
             for file in done:
                 with self._targets.use(str(self._partial(file))) as fd:
                     getattr(os, "fdatasync", os.fsync)(fd)
             if done:
-                self._journal.record({names[file]: places for file, places in done.items()})
+                self._log.record({names[file]: places for file, places in done.items()})
             self._saved_at = time.monotonic()
 
     def _is_due(self) -> bool:
@@ -447,14 +441,6 @@ def _nbytes(plan: Plan, segment: Segment) -> int:
 def _task_nbytes(plan: Plan, task: Task) -> int:
     _, segment, tile = task
     return segment.nbytes if isinstance(segment, Copy) else tile.numel * plan.nodes[segment.node].spec.dtype.itemsize if tile else 0
-
-
-def holds(path: Path, size: int) -> bool:
-    """Whether at ``path`` there is a file of this size, and no link."""
-    try:
-        return path.is_file() and not path.is_symlink() and path.stat().st_size == size
-    except OSError:
-        return False
 
 
 def _drop_cache(path: Path) -> None:

@@ -30,8 +30,9 @@ from streamconv.errors import BudgetError, DestinationError, Interrupted, RunErr
 from streamconv.planning.fitting import MARGIN, Budget, base_of, refit
 from streamconv.planning.plan import Plan
 from streamconv.running import parts
-from streamconv.running.journal import journal_path
-from streamconv.running.local import Progress, check_sources, partial
+from streamconv.running.directory import new_suffix
+from streamconv.running.local import Progress, check_sources
+from streamconv.running.output import LOG, STATE, state_name
 from streamconv.storage import is_url
 from streamconv.storage.sinks import open_sink
 from streamconv.units import format_size
@@ -96,7 +97,7 @@ def join(plan: Plan, address: str | None = None) -> Iterator[MakeFiles]:
     """Joins a cluster of which every node sees what the plan needs; yields what makes files of the plan there.
 
     Args:
-        plan: what files will be made of; `parts.Claim` says in DST that it is this plan's by the time they are.
+        plan: what files will be made of; a `Lease` says in DST that it is this plan's by the time they are.
         address: of the cluster; unless given, that of ``RAY_ADDRESS``, of this machine's, or of one that is started here.
 
     Raises:
@@ -199,7 +200,7 @@ class _Cluster:
 
     def __init__(self, ray: Any, plan: Plan) -> None:
         self._ray, self._plan = ray, plan
-        self._mark, self._word = journal_path(Path(), plan.single).name, plan.digest()
+        self._mark, self._word = f"{state_name(plan.single)}/{LOG}", plan.digest()
         self._base = self._bound = 0
         self._overflowed: Counter[str] = Counter()
         self._task = ray.remote(max_calls=TASKS, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")(_make)
@@ -221,7 +222,7 @@ class _Cluster:
     def _leave_mark(self) -> Iterator[str]:
         """The name of a file in DST that is there while the block runs; DST, too, unless there is one."""
         root = Path(self._plan.root)
-        mark = partial(Path(self._mark), parts.new_suffix()).name
+        mark = f"{STATE}{new_suffix()}"
         with ExitStack() as stack:
             if not is_url(self._plan.root):
                 try:
@@ -474,7 +475,7 @@ def _find_fault(plan: Plan, mark: str, word: str) -> str:
         else:
             if word not in (root / mark).read_text():
                 return f"sees another {root} than the driver"
-            draft = partial(journal_path(root, plan.single), parts.new_suffix())
+            draft = root / f"{STATE}{new_suffix()}"
             draft.touch(exist_ok=False)
             draft.unlink()
         check_sources(plan)

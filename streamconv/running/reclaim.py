@@ -2,7 +2,7 @@
 
 Output files are made one after the other. When one is durable and has been compared with its sources, whatever no unfinished file reads
 of the source files it came from is given back, their tables of contents first of all, so that nothing takes what is left for a
-checkpoint; a file that nothing reads any more is deleted. From then on the plan is to be had from the journal only.
+checkpoint; a file that nothing reads any more is deleted. From then on the plan is to be had from DST only.
 """
 
 from __future__ import annotations

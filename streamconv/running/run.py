@@ -1,6 +1,6 @@
 """Runs plans: what may be written, what is done already, the engine, and what a run took.
 
-An ordinary run has DST to itself and keeps a journal. Where files are made apart (in parts, by Ray, behind a URL) a claim takes its place.
+An ordinary run has DST to itself: it holds a lock. Where files are made apart (in parts, by Ray, behind a URL) runs hold a lease.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from streamconv import memory
 from streamconv.engine.check import check_replicas
 from streamconv.engine.io import describe_os_error
 from streamconv.engine.readers import BACKENDS
-from streamconv.errors import DestinationError, FormatError, Interrupted, UsageError, writing
+from streamconv.errors import DestinationError, FormatError, Interrupted, UsageError
 from streamconv.formats.registry import containers
 from streamconv.interrupts import Unwinding
 from streamconv.planning.plan import Plan
 from streamconv.running.apart import Apart
-from streamconv.running.destination import Target, check_room, clear, old_files, prepare
-from streamconv.running.journal import Journal, is_overwrite_noted, journal_path, read_journal
+from streamconv.running.destination import check_room, prepare
+from streamconv.running.directory import Directory
 from streamconv.running.kept import check_sources_stay
 from streamconv.running.local import SUMS, LocalEngine, check_sources
+from streamconv.running.lock import Lock, is_overwrite_noted
+from streamconv.running.output import LOG, check_earlier, check_free, finished_files, tidy
 from streamconv.running.progress import Progress, Shown, bar, how_to_show
 from streamconv.running.reclaim import Reclaim
 from streamconv.running.results import Overflow, Result, check_outputs, watch
+from streamconv.running.stale import list_stale
 from streamconv.storage import is_url
 
 ENGINES = ("local", "ray")
@@ -94,37 +97,39 @@ def run(
         return apart.run(progress)
     started = time.perf_counter()
     root = Path(plan.root)
-    if resume and is_overwrite_noted(journal_path(root, plan.single), settings or {}):
-        overwrite, resume = True, False  # as it would have gone on, had it not been killed before its journal was begun
+    output = Directory(root, plan.single)
+    if resume and is_overwrite_noted(output, settings or {}):
+        overwrite, resume = True, False  # as it would have gone on, had it not been killed before it was begun
     elif overwrite and resume:
-        resume = journal_path(root, plan.single).exists() or _is_complete(plan)
+        resume = output.is_begun() or _is_complete(plan, output)
         overwrite = not resume
+    check_earlier(output, overwrite=overwrite)
     check_sources_stay(plan, overwrite=overwrite)
     if checksum:  # the source's own, if it has one, is of other files
         plan = replace(plan, files=tuple(file for file in plan.files if file.path != SUMS))
     reclaim = Reclaim(plan) if reclaim_source else None
-    journal = Journal(journal_path(root, plan.single), plan, settings, overwrite=overwrite, reclaim=reclaim_source)
-    done = read_journal(journal.path)[1] if resume else {}
+    lock = Lock(output, plan, settings, reclaim=reclaim_source)
+    done = finished_files(output.load(LOG)) if resume else {}
     check_sources(plan, given_back=reclaim.touched(done) if reclaim else ())
     overflowed: Mapping[str, int] = {}
     with Unwinding(), watch() as figures:
         try:
-            finished = resume and _is_complete(plan)
-            if not finished:
-                check_room(with_reclaim(plan, done) if reclaim else plan, root, old_files(plan, root) if overwrite else [])
+            is_done = resume and _is_complete(plan, output)
+            if not is_done:
+                check_room(with_reclaim(plan, done) if reclaim else plan, root, list_stale(plan, output) if overwrite else [])
                 if not (reclaim and done):
                     check_replicas(plan)
-                overflowed = _write(
-                    plan, journal, overwrite=overwrite, resume=resume, checksum=checksum, reclaim=reclaim, progress=progress
-                )
+                overflowed = _write(plan, lock, overwrite=overwrite, resume=resume, checksum=checksum, reclaim=reclaim, progress=progress)
             elif checksum:
-                LocalEngine(plan, journal).write_sums({})
-            if (verify and not reclaim) or finished:
-                check_outputs(plan, progress, found=finished)
+                LocalEngine(plan, lock.log).write_sums({})
+            if (verify and not reclaim) or is_done:
+                check_outputs(plan, progress, found=is_done)
+            if is_done:
+                tidy(output, plan.single)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted: rerun the same command with --resume to go on with {root}") from None
-    overflow = Overflow(overflowed, complete=not (finished or done))
-    verified = True if verify or finished else None
+    overflow = Overflow(overflowed, complete=not (is_done or done))
+    verified = True if verify or is_done else None
     return Result(plan, time.perf_counter() - started, memory.peak(), figures["anonymous"], verified, overflow=overflow)
 
 
@@ -139,36 +144,36 @@ def _check_known(plan: Plan) -> None:
 
 
 def _write(
-    plan: Plan, journal: Journal, *, overwrite: bool, resume: bool, checksum: bool, reclaim: Reclaim | None, progress: bool | Progress
+    plan: Plan, lock: Lock, *, overwrite: bool, resume: bool, checksum: bool, reclaim: Reclaim | None, progress: bool | Progress
 ) -> Mapping[str, int]:
     """Writes a plan's files, with DST to itself; how many values overflowed, by target."""
     root = Path(plan.root)
-    goes_on = resume and journal.path.exists()
-    prepare(plan, root, overwrite=overwrite, resume=goes_on)
+    output = Directory(root, plan.single)
+    goes_on = resume and output.is_begun()
+    if not overwrite and not goes_on:
+        check_free(output)
+    prepare(plan, root)
     try:
-        journal.begin(resume=goes_on)
-        if journal.overwrites:
-            with writing():
-                clear(plan, root, journal)
-        elif not goes_on:  # another run may have finished in between
+        lock.take(goes_on=goes_on, stale=(lambda: output.look(list_stale(plan, output))) if overwrite else None)
+        if not overwrite and not lock.goes_on:  # another run may have finished in between
             try:
-                Target(root, plan.single, plan.format).check_empty()
+                output.check_empty()
             except DestinationError:
-                journal.end()
+                lock.leave()
                 raise
         with bar(plan.totals.bytes_written, "converting", show=progress) as tell:
-            engine = LocalEngine(plan, journal, tell, checksum=checksum, reclaim=reclaim)
+            engine = LocalEngine(plan, lock.log, tell, checksum=checksum, reclaim=reclaim)
             engine.run()
-            return engine.overflowed
+        lock.leave()
     except OSError as error:
         raise describe_os_error(error, str(root)) from error
+    else:
+        return engine.overflowed
     finally:
-        journal.close()
+        lock.release()
 
 
-def _is_complete(plan: Plan) -> bool:
+def _is_complete(plan: Plan, output: Directory) -> bool:
     """Whether DST holds all files of the plan at their sizes and no run is pending."""
-    root = Path(plan.root)
-    return not journal_path(root, plan.single).exists() and all(
-        (root / file.path).is_file() and (root / file.path).stat().st_size == file.size for file in plan.files
-    )
+    paths = {output.root / file.path: file.size for file in plan.files}
+    return not output.is_begun() and all(path.is_file() and path.stat().st_size == size for path, size in paths.items())

@@ -20,8 +20,8 @@ from streamconv.engine.worker import Worker
 from streamconv.engine.writers import Stream
 from streamconv.errors import unforeseen
 from streamconv.planning.plan import Compute, Copy, FilePlan, Plan, Segment
-from streamconv.running.journal import Ledger
 from streamconv.running.local import LocalEngine, Progress, check_files
+from streamconv.running.log import Log
 from streamconv.running.reclaim import find_reads
 from streamconv.storage.objects import ObjectSink, stream_bytes, takes_streams
 from streamconv.storage.retries import OVER, Failed, again
@@ -172,7 +172,7 @@ def _make_staged(plan: Plan, numbers: list[int], tell: Progress, check: Callable
         check()
         with staging() as folder:
             mine = replace(plan.for_files(group), root=str(folder), single=None)
-            engine = LocalEngine(mine, Ledger(), tell)
+            engine = LocalEngine(mine, Log(), tell)
             engine.run()
             sink.put({file.path: folder / file.path for file in mine.files})
             overflowed += engine.overflowed

@@ -802,20 +802,20 @@ def test_resume_with_other_workers_and_memory_goes_on(source, tmp_path, monkeypa
     assert_same(read(tmp_path / "dst"), tensors())
 
 
-def test_resume_with_a_damaged_journal_is_refused(source, tmp_path, capsys, monkeypatch):
+def test_resume_with_a_damaged_log_is_refused(source, tmp_path, capsys, monkeypatch):
     stop_after(monkeypatch, 8)
     assert run("convert", source, tmp_path / "dst", "--quiet") == 3
     monkeypatch.undo()
-    journal = tmp_path / "dst" / ".streamconv.json"
+    log = tmp_path / "dst" / ".streamconv" / "log.jsonl"
     for text in ("", "[]", '{"plan": 1', "null"):
-        journal.write_text(text)
+        log.write_text(text)
         assert "--overwrite" in refusal(capsys, "convert", source, tmp_path / "dst", "--resume")
 
 
 def test_resume_where_nothing_is_to_be_resumed(source, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "draft").mkdir()
-    (tmp_path / "draft" / ".streamconv.json.new").write_text("{")
+    (tmp_path / "draft" / ".streamconv").mkdir(parents=True)
+    (tmp_path / "draft" / ".streamconv" / "log.jsonl.new").write_text("{")
     for dst in (tmp_path / "new", tmp_path / "empty", tmp_path / "draft", tmp_path / "one.safetensors"):
         assert run("convert", source, dst, "--resume", "--quiet") == 0
     assert tree(tmp_path / "new") == tree(tmp_path / "empty") == tree(tmp_path / "draft")

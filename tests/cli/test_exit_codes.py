@@ -12,8 +12,9 @@ from streamconv import errors
 from streamconv.cli import command as cli
 from streamconv.convert import api
 from streamconv.diagnose import report_page
-from streamconv.running import apart, local, parts
+from streamconv.running import apart, lease, local
 from streamconv.running import run as running
+from streamconv.running.directory import Directory
 
 CLASSES = [
     getattr(errors, name) for name in ("UsageError", "DestinationError", "FormatError", "CoverageError", "SpaceError", "RecipeError")
@@ -45,7 +46,7 @@ def failing(kind: type[Exception]):
         (local.LocalEngine, "_copy", []),
         (local.LocalEngine, "_seal", []),
         (local.LocalEngine, "_commit", []),
-        (running, "clear", ["--overwrite"]),
+        (Directory, "remove", ["--overwrite"]),
         (report_page, "describe_conversion", ["--report", "{tmp}/report.html"]),
         (api, "compare", ["--compare", "{tmp}/src"]),
     ],
@@ -66,7 +67,7 @@ def test_so_it_is_in_parts(kind, source, tmp_path, monkeypatch):
         patched.setattr(apart, "check_room", failing(kind))
         assert code_of("run", tmp_path / "plan.json", "--part", "1/1") == 2
     with monkeypatch.context() as patched:
-        patched.setattr(parts.Claim, "take", failing(kind))
+        patched.setattr(lease.Lease, "take", failing(kind))
         assert code_of("run", tmp_path / "plan.json", "--part", "1/1") in (0, 2)
 
 

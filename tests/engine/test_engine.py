@@ -37,8 +37,8 @@ from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget
 from streamconv.planning.plan import Copy, Plan
 from streamconv.running import local
-from streamconv.running.journal import Journal
 from streamconv.running.local import LocalEngine
+from streamconv.running.log import Log
 
 SIZE = 4 * CHUNK + 12_345
 DATA = random.Random(0).randbytes(SIZE)
@@ -260,9 +260,7 @@ def expected(number: int, start: int) -> bytes:
 
 
 def run(plan: Plan) -> None:
-    journal = Journal(Path(plan.root) / "journal", plan)
-    journal.begin(resume=False)
-    LocalEngine(plan, journal).run()
+    LocalEngine(plan, Log()).run()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

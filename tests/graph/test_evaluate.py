@@ -28,8 +28,8 @@ from streamconv.graph.tiles import choose_tile
 from streamconv.notation.axes import parse
 from streamconv.planning.plan import Compute, Copy, Plan
 from streamconv.running import local
-from streamconv.running.journal import Journal
 from streamconv.running.local import LocalEngine
+from streamconv.running.log import Log
 
 # ------------------------------------------------------------------------------------------------------------------ oracle
 
@@ -77,9 +77,7 @@ def run(plan: Plan) -> dict[str, bytes]:
         patch.setattr(evaluate, "Arena", Watched)
         patch.setattr(evaluate, "evaluate", watched)
         patch.setattr(local.os, "fsync", lambda _: None)
-        journal = Journal(root / "journal", plan)
-        journal.begin(resume=False)
-        LocalEngine(plan, journal, told.append).run()
+        LocalEngine(plan, Log(), told.append).run()
     assert max(used, default=0) <= plan.arena
     assert sum(told) == sum(file.size for file in plan.files)
     made = {path.name: path.read_bytes() for path in root.iterdir()}

@@ -17,7 +17,7 @@ from checkpoint_files import ROOMY, random_tensor, run, write
 
 from streamconv.engine import direct
 from streamconv.running import local
-from streamconv.running import run as running
+from streamconv.running.log import Log
 from tools import crash, faults, make_checkpoint, measure
 
 Usage = namedtuple("Usage", "total used free")
@@ -273,9 +273,9 @@ def test_a_changed_source_is_told_before_the_rest_is_done(source, tmp_path, caps
     assert len(done) == 2
 
 
-def test_a_journal_that_cannot_be_written_is_one_line(source, tmp_path, capsys, monkeypatch):
+def test_a_log_that_cannot_be_written_is_one_line(source, tmp_path, capsys, monkeypatch):
     def fail(*_: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(running.Journal, "_append", fail)
+    monkeypatch.setattr(Log, "append", fail)
     assert os.strerror(errno.EROFS) in failure(capsys, "convert", source, tmp_path / "dst", "--quiet")

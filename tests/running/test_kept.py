@@ -112,7 +112,8 @@ def test_a_reference_that_reclaiming_takes(source, tmp_path, bind, capsys):
 
 REPORTS = [
     "in/src/config.json", "in/src/model-00001-of-00002.safetensors", "in/src/sub/vocab.txt", "link.html", "dst", "dst/model.safetensors",
-    "dst/model.safetensors/x.html", "dst/config.json", "dst/.streamconv.json", "dst/SHA256SUMS", "dst/sub/vocab.txt", "mine.txt", "fifo",
+    "dst/model.safetensors/x.html", "dst/config.json", "dst/.streamconv/log.jsonl",
+    "dst/SHA256SUMS", "dst/sub/vocab.txt", "mine.txt", "fifo",
     "dst/model.safetensors.partial", "dst/page.html",
 ]  # fmt: skip
 

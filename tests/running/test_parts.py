@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoint_files import ROOMY, failure, numbered, random_tensor, refusal, run, write
@@ -28,10 +27,15 @@ from streamconv.errors import CoverageError, DestinationError, RunError, UsageEr
 from streamconv.planning.plan import Plan
 from streamconv.running import apart, local, parts
 from streamconv.running import run as running
+from streamconv.running.directory import Directory
+from streamconv.running.lease import Lease
+from streamconv.running.output import begun_plan
+from streamconv.storage import Entry
 from tools import crash
 from tools.crash import read_tree
 
-CLAIM = ".streamconv.json"
+STATE = ".streamconv"
+LOG, PLAN = f"{STATE}/log.jsonl", f"{STATE}/plan.json"
 SLOWED = """
 import os, random, sys, time
 from streamconv.cli import command as cli
@@ -139,12 +143,12 @@ def test_an_attempt_to_take_dst_may_be_taken_away_by_the_one_that_has_it(plan, m
 
     def link_after_another(draft: Path, path: Path) -> None:
         monkeypatch.setattr(os, "link", link)
-        parts.Claim(whole).take([path.name for path in root.iterdir()])
+        Lease(Directory(root), whole).take([path.relative_to(root).as_posix() for path in root.rglob("*")])
         link(draft, path)
 
     monkeypatch.setattr(os, "link", link_after_another)
-    parts.Claim(whole).take()
-    assert [path.name for path in root.iterdir()] == [CLAIM]
+    Lease(Directory(root), whole).take()
+    assert sorted(read_tree(root)) == [LOG, PLAN]
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -155,34 +159,34 @@ def test_what_another_has_made_meanwhile_is_not_taken_away(plan, tmp_path, wante
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
     dst.mkdir()
     (dst / name).write_bytes(b"?" * len(wanted[name]))
-    look, looked = parts.Claim._look, list[str]()
+    whole, look, looked = Plan.from_json(plan.read_text()), Directory.look, list[str]()
 
-    def look_before_another(claim: parts.Claim, names: Iterable[str]) -> dict[str, list[Any]]:
-        found = look(claim, names)
+    def look_before_another(output: Directory, names: Iterable[str]) -> dict[str, Entry]:
+        found = look(output, names)
         looked.extend(found)
         if looked.count(name) == 2:  # noted, and about to go
-            parts.make_files(claim._plan, [[file.path for file in claim._plan.files].index(name)])
+            parts.make_files(whole, [[file.path for file in whole.files].index(name)])
         return found
 
-    monkeypatch.setattr(parts.Claim, "_look", look_before_another)
-    parts.Claim(Plan.from_json(plan.read_text())).take([])
+    monkeypatch.setattr(Directory, "look", look_before_another)
+    Lease(Directory(dst), whole).take([])
     assert looked.count(name) == 2
     assert (dst / name).read_bytes() == wanted[name]
-    assert {path.name for path in dst.iterdir()} == {name, CLAIM}
+    assert {path.name for path in dst.iterdir()} == {name, STATE}
 
 
 def test_what_another_has_made_meanwhile_is_not_in_the_way(plan, tmp_path, wanted):
     whole = Plan.from_json(plan.read_text())
     (tmp_path / "dst").mkdir()
-    claim, name = parts.Claim(whole), whole.files[3].path
-    claim.take()
-    assert not claim.finished([3])
+    lease, name = Lease(Directory(tmp_path / "dst"), whole), whole.files[3].path
+    lease.take()
+    assert not lease.find_done([3])
     parts.make_files(whole, [3])
-    claim.make_way([3])
+    lease.make_way([3])
     assert (tmp_path / "dst" / name).read_bytes() == wanted[name]
     (tmp_path / "dst" / name).write_bytes(b"?" * len(wanted[name]))
-    assert not claim.finished([3])
-    claim.make_way([3])
+    assert not lease.find_done([3])
+    lease.make_way([3])
     assert not (tmp_path / "dst" / name).exists()
 
 
@@ -243,7 +247,7 @@ def test_more_parts_than_files_and_one_file(source, tmp_path, capsys):
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "another.txt").write_text("stays")
     make(path, *range(1, 4), of=3)
-    assert (tmp_path / "dst" / f".one.safetensors{CLAIM}").exists()
+    assert (tmp_path / "dst" / f".one.safetensors{LOG}").exists()
     assert "its files are made in parts" in refusal(capsys, "convert", source, tmp_path / "dst" / "one.safetensors")
     assert run("run", path, "--finish", "--quiet") == 0
     assert run("convert", source, tmp_path / "other.safetensors", "--quiet") == 0
@@ -268,11 +272,11 @@ def test_a_part_makes_its_files_in_groups(plan, tmp_path, monkeypatch):
         patch.setattr(local.LocalEngine, "run", fail_third)
         assert run("run", plan, "--part", "1/1") == 3
     assert [len(names) for names in calls] == [1, 1, 1]
-    assert sorted({*read_tree(tmp_path / "dst")} - {CLAIM}) == sorted(calls[0] + calls[1])
+    assert sorted({*read_tree(tmp_path / "dst")} - {LOG, PLAN}) == sorted(calls[0] + calls[1])
     assert run("run", plan, "--part", "1/1", "--quiet") == 0
 
 
-# Claims ------------------------------------------------------------------------------------------------------------
+# Leases ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -289,7 +293,7 @@ def test_of_plans_that_take_a_dst_at_once_one_has_it(plan, source, tmp_path, mon
         def take(whole: Plan, barrier: threading.Barrier = barrier, took: list[Plan] = took) -> None:
             barrier.wait()
             with suppress(DestinationError):
-                parts.Claim(whole).take()
+                Lease(Directory(Path(whole.root)), whole).take()
                 took.append(whole)
 
         threads = [threading.Thread(target=take, args=(whole,)) for whole in (mine, other) * 3]
@@ -297,11 +301,12 @@ def test_of_plans_that_take_a_dst_at_once_one_has_it(plan, source, tmp_path, mon
             thread.start()
         for thread in threads:
             thread.join()
-        (holder,) = [whole for whole in (mine, other) if f'"{whole.digest()}"' in (Path(mine.root) / CLAIM).read_text()]
-        assert [path.name for path in Path(mine.root).iterdir()] == [CLAIM]
-        parts.Claim(holder).check()
+        (holder,) = [whole for whole in (mine, other) if f'"{whole.digest()}"' in (Path(mine.root) / LOG).read_text()]
+        assert sorted(read_tree(Path(mine.root))) == [LOG, PLAN]
+        assert begun_plan(Directory(Path(mine.root)), mine.root)[0].digest() == holder.digest() or not links
+        Lease(Directory(Path(mine.root)), holder).check()
         with pytest.raises(DestinationError, match="another plan"):
-            parts.Claim(other if holder is mine else mine).check()
+            Lease(Directory(Path(mine.root)), other if holder is mine else mine).check()
         if links:
             assert took == [holder] * 3
 
@@ -320,18 +325,17 @@ def test_overwrite_removes_what_was_there_and_nothing_made_since(plan, source, t
     assert read_tree(dst) == wanted | {"notes.txt": b"stay"}
 
 
-def test_a_claim_removes_nothing_outside(plan, tmp_path, capsys):
+def test_a_lease_removes_nothing_outside(plan, tmp_path, capsys):
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    claim = parts.Claim(Plan.from_json(plan.read_text()))
     (tmp_path / "dst").mkdir()
-    claim.take()
-    path = tmp_path / "dst" / CLAIM
+    Lease(Directory(tmp_path / "dst"), Plan.from_json(plan.read_text())).take()
+    path = tmp_path / "dst" / LOG
     said = json.loads(path.read_text())
-    path.write_text(json.dumps(said | {"old": {"../victim": [4, victim.stat().st_mtime_ns]}}) + "\n")
+    path.write_text(json.dumps(said | {"stale": {"../victim": {"size": 4, "tag": str(victim.stat().st_mtime_ns)}}}) + "\n")
     make(plan, 0)
     assert victim.exists()
-    path.write_text(json.dumps(said | {"old": 3}) + "\n")
+    path.write_text(json.dumps(said | {"stale": 3}) + "\n")
     assert "cannot be read" in refusal(capsys, "run", plan, "--part", "1/4")
 
 
@@ -344,7 +348,7 @@ def test_ordinary_runs_leave_parts_alone(plan, source, tmp_path, capsys, wanted)
     assert read_tree(tmp_path / "dst") == before
     capsys.readouterr()
     assert run("doctor", tmp_path / "dst") == 1
-    assert f"problem: {CLAIM}" in capsys.readouterr().out
+    assert f"problem: {LOG}" in capsys.readouterr().out
     (tmp_path / "dst" / "model-00001-of-00009.safetensors.0123456789ab.partial").write_text("left by a killed part")
     assert run("convert", source, tmp_path / "dst", *SMALL, "--overwrite") == 0
     assert read_tree(tmp_path / "dst") == wanted
@@ -371,7 +375,7 @@ def test_a_dst_that_is_lost_to_another_ends_the_work(plan, tmp_path, monkeypatch
 
     def lose(engine: local.LocalEngine) -> None:
         real(engine)
-        (tmp_path / "dst" / CLAIM).write_text(json.dumps({"parts": 3, "old": {}, "plan": "x"}) + "\n")
+        (tmp_path / "dst" / LOG).write_text(json.dumps({"parts": 3, "stale": {}, "plan": "x"}) + "\n")
 
     monkeypatch.setattr(local.LocalEngine, "run", lose)
     assert "another plan" in failure(capsys, 3, "run", plan, "--part", "1/1")
@@ -480,7 +484,7 @@ def test_a_scheduler_that_ends_a_part_leaves_nothing_unfinished(plan, tmp_path, 
     before = signal.getsignal(signal.SIGTERM)
     assert "rerun the same command" in failure(capsys, 130, "run", plan, "--part", "1/4")
     assert signal.getsignal(signal.SIGTERM) is before
-    assert {*read_tree(tmp_path / "dst")} == {CLAIM}
+    assert {*read_tree(tmp_path / "dst")} == {LOG, PLAN}
 
 
 # What is refused ---------------------------------------------------------------------------------------------------
@@ -552,7 +556,7 @@ def test_replicas_are_compared_once_for_all_parts(plan, tmp_path, monkeypatch, c
     monkeypatch.setattr(apart, "check_replicas", differ)
     make(plan)
     before = read_tree(tmp_path / "dst")
-    assert f"differ in {len(before)} files" in refusal(capsys, "run", plan, "--finish")
+    assert f"differ in {len(before) - 1} files" in refusal(capsys, "run", plan, "--finish")
     assert read_tree(tmp_path / "dst") == before
 
 

@@ -27,8 +27,8 @@ from streamconv.convert import api
 from streamconv.errors import BudgetError, RunError, UsageError
 from streamconv.planning.fitting import Budget, base_of, refit
 from streamconv.planning.plan import Plan
-from streamconv.running.journal import Ledger
 from streamconv.running.local import LocalEngine
+from streamconv.running.log import Log
 from streamconv.running.progress import Progress
 from streamconv.running.run import run
 from tools.crash import read_tree
@@ -83,7 +83,7 @@ def test_a_plan_for_another_process_makes_the_same_files(tmp_path, options):
     assert refit(small, Budget(4 << 30, plan.workers, lambda: base_of(plan))) == plan
     assert 20 << 20 < base_of(plan) < plan.peak_memory
     for number in range(len(plan.files)):
-        LocalEngine(small.for_files([number]), Ledger()).run()
+        LocalEngine(small.for_files([number]), Log()).run()
     api.convert(source, tmp_path / "whole", max_memory=ROOMY, max_shard_size="2MB", **options)
     assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
 

@@ -15,7 +15,8 @@ import streamconv
 from streamconv.convert import api
 from streamconv.errors import RunError
 from streamconv.running import local, reclaim
-from streamconv.running.journal import Journal
+from streamconv.running.lock import Lock
+from streamconv.running.log import Log
 from streamconv.running.reclaim import Reclaim, can_punch, find_gaps
 from tools.crash import read_tree
 
@@ -47,8 +48,8 @@ def allocated(*folders: Path) -> int:
 
 
 def stop_at(patch: pytest.MonkeyPatch, step: str, number: int) -> None:
-    """Fails a run when it comes to a step of `Reclaim`, the engine or its journal for that time."""
-    owner = {"release": Reclaim, "finish": Journal, "end": Journal}.get(step, local.LocalEngine)
+    """Fails a run when it comes to a step of `Reclaim`, the engine, its log or its lock for that time."""
+    owner = {"release": Reclaim, "finish": Log, "leave": Lock}.get(step, local.LocalEngine)
     real, left = getattr(owner, step), [number]
 
     def stopping(self: object, *given: object, **more: object) -> object:
@@ -99,13 +100,13 @@ def test_a_plan_says_how_much_room_it_takes(source, tmp_path, way, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
-@pytest.mark.parametrize("step", ["release", "finish", "_finish", "_copy", "end"])
+@pytest.mark.parametrize("step", ["release", "finish", "_finish", "_copy", "leave"])
 def test_stopped_at_any_step_it_goes_on(source, tmp_path, monkeypatch, way, step, number):
     assert run("convert", source, tmp_path / "whole", *SMALL) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, step, number)
         code = run("convert", source, tmp_path / "dst", *RECLAIM)
-    assert code == (0 if step == "end" and number else 3)
+    assert code == (0 if step == "leave" and number else 3)
     with monkeypatch.context() as patch:
         stop_at(patch, step, number + 1)
         assert run("convert", source, tmp_path / "dst", *RECLAIM, "--resume") in {0, 3}

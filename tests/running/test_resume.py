@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -22,12 +23,16 @@ from streamconv.convert import api
 from streamconv.digests import format_sums
 from streamconv.engine import order
 from streamconv.errors import DestinationError, RunError
-from streamconv.running import journal, local
+from streamconv.planning.plan import VERSION
+from streamconv.running import difference, directory, local, lock
 from streamconv.running import run as running
+from streamconv.running.directory import Directory
+from streamconv.running.log import Log, read_lines
 from tools.crash import read_tree
 
 SMALL = ["--max-shard-size", "500KB", "--quiet", "-j", "1"]
-JOURNAL = ".streamconv.json"
+STATE = ".streamconv"
+LOG, PLAN = f"{STATE}/log.jsonl", f"{STATE}/plan.json"
 
 
 @pytest.fixture
@@ -77,9 +82,8 @@ def go_on(monkeypatch: pytest.MonkeyPatch, source: Path, dst: Path, *options: st
 @pytest.mark.parametrize("options", [[], ["--dtype", "bf16"], ["--checksum"]])
 def test_what_is_durable_is_not_done_again(source, tmp_path, monkeypatch, options):
     before = interrupt(monkeypatch, source, tmp_path / "dst", *options, after=28 if not options[1:] else 7)
-    state = journal.Journal(tmp_path / "dst" / JOURNAL, api.plan(source, tmp_path / "x", max_memory=ROOMY))
-    for line in (tmp_path / "dst" / JOURNAL).read_text().splitlines():
-        state._read(json.loads(line))
+    state = Log()
+    state.replay(read_lines((tmp_path / "dst" / LOG).read_bytes())[0])
     kept = {(name, place) for name, places in state.durable.items() for place in places}
     assert kept | {(name, 0) for name in state.finished}
     after = go_on(monkeypatch, source, tmp_path / "dst", *options)
@@ -104,7 +108,7 @@ def test_what_is_kept_is_checked_first(source, tmp_path, monkeypatch, options, w
     finished = sorted(path for path in dst.glob("*model-*") if not path.name.endswith(".partial"))
     assert finished
     if what == "half done":
-        places = [json.loads(line).get("durable", {}) for line in (dst / JOURNAL).read_text().splitlines()]
+        places = [json.loads(line).get("durable", {}) for line in (dst / LOG).read_text().splitlines()]
         half = [(dst / f"{name}.partial", at[0]) for found in places for name, at in found.items() if (dst / f"{name}.partial").exists()]
         for path, at in half:
             flip(path, at + 5)
@@ -177,15 +181,13 @@ def test_the_same_in_other_words_goes_on(source, tmp_path, monkeypatch):
 
 def test_another_version_of_the_plan_is_named(source, tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, source, tmp_path / "dst")
-    monkeypatch.setattr(journal, "VERSION", journal.VERSION + 1)
-    assert f"of version {journal.VERSION - 1}, not {journal.VERSION}" in refusal(
-        capsys, "convert", source, tmp_path / "dst", *SMALL, "--resume"
-    )
+    monkeypatch.setattr(difference, "VERSION", VERSION + 1)
+    assert f"of version {VERSION}, not {VERSION + 1}" in refusal(capsys, "convert", source, tmp_path / "dst", *SMALL, "--resume")
 
 
 def test_a_line_that_was_cut_off_counts_for_nothing(source, tmp_path, monkeypatch):
     interrupt(monkeypatch, source, tmp_path / "dst")
-    with (tmp_path / "dst" / JOURNAL).open("a") as file:
+    with (tmp_path / "dst" / LOG).open("a") as file:
         file.write('{"finished": "model-00003-of')
     assert run("convert", source, tmp_path / "dst", *SMALL, "--resume") == 0
     assert run("convert", source, tmp_path / "whole", *SMALL) == 0
@@ -196,7 +198,7 @@ def test_old_files_go_even_if_the_run_that_was_to_remove_them_died(source, tmp_p
     dst = tmp_path / "dst"
     write(dst, {"old": random_tensor(4)})
     with monkeypatch.context() as patch:
-        patch.setattr(running, "clear", lambda *_: (_ for _ in ()).throw(RunError("killed")))
+        patch.setattr(Directory, "remove", lambda *_: (_ for _ in ()).throw(RunError("killed")))
         assert run("convert", source, dst, *SMALL, "--overwrite") == 3
     assert (dst / "model.safetensors").exists()
     assert run("convert", source, dst, *SMALL, "--resume") == 0
@@ -216,7 +218,7 @@ def test_an_overwrite_that_is_killed_before_its_journal_is_begun_is_gone_on_with
         monkeypatch.setattr(*at, lambda *_, **__: os._exit(9))
         run("convert", source, dst, *SMALL, "--overwrite")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    assert {name: data for name, data in read_tree(dst).items() if name != f"{JOURNAL}.new"} == before
+    assert {name: data for name, data in read_tree(dst).items() if name != f"{LOG}.new"} == before
     assert "not empty" in refusal(capsys, "convert", source, dst, "--resume")  # another conversion
     assert run("convert", source, dst, *SMALL, "--resume") == 0
     assert run("convert", source, tmp_path / "whole", *SMALL) == 0
@@ -231,19 +233,19 @@ def test_a_journal_that_cannot_be_read_now_is_not_taken_for_none(source, tmp_pat
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "read_whole", fail)
+        patch.setattr(directory, "read_whole", fail)
         for option in ("--overwrite", "--resume", "--quiet"):
             capsys.readouterr()
             assert run("convert", source, tmp_path / "dst", *SMALL, option) in {2, 3}
             assert os.strerror(errno.EIO) in capsys.readouterr().err
     found = read_tree(tmp_path / "dst")
-    assert {name: data for name, data in found.items() if name != f"{JOURNAL}.new"} == before
+    assert {name: data for name, data in found.items() if name != f"{LOG}.new"} == before
 
 
 def test_the_same_command_with_resume_goes_on_with_an_overwrite(source, tmp_path, monkeypatch):
     dst = tmp_path / "dst"
     write(dst, {"old": random_tensor(4)})
-    monkeypatch.setattr(journal, "note_overwrite", lambda *_: None)
+    monkeypatch.setattr(api, "note_overwrite", lambda *_: None)
     interrupt(monkeypatch, source, dst, "--overwrite")
     begun = go_on(monkeypatch, source, dst, "--overwrite")
     assert len(begun) < 28
@@ -253,6 +255,64 @@ def test_the_same_command_with_resume_goes_on_with_an_overwrite(source, tmp_path
     assert go_on(monkeypatch, source, dst, "--overwrite")
     assert run("convert", source, tmp_path / "whole", *SMALL) == 0
     assert read_tree(dst) == read_tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", [["--dtype", "bf16"], ["--reclaim-source", "--yes"], ["--single-file"], []])
+def test_dst_says_itself_how_to_go_on(source, tmp_path, monkeypatch, capsys, options):
+    """Whatever was begun there, and wherever it has moved since."""
+    single = "/one.safetensors" if options == ["--single-file"] else ""
+    given = [option for option in options if option != "--single-file"]
+    assert run("convert", source, f"{tmp_path}/whole{single}", *SMALL, *(given if "--yes" not in given else [])) == 0
+    (tmp_path / "dst").mkdir()
+    interrupt(monkeypatch, source, Path(f"{tmp_path}/dst{single}"), *given, after=7)
+    assert run("run", f"{tmp_path}/dst{single}", "--quiet") == 2
+    (tmp_path / "dst").rename(tmp_path / "moved")
+    begun = []
+    with monkeypatch.context() as patch:
+        begun = watch(patch)
+        assert run("run", f"{tmp_path}/moved{single}", "--resume", "--quiet") == 0
+    assert begun
+    assert read_tree(tmp_path / "moved") == read_tree(tmp_path / "whole")
+    assert bool(list(source.glob("*.safetensors"))) == ("--yes" not in options)
+    assert "holds no unfinished conversion" in refusal(capsys, "run", tmp_path / "moved", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"dtype": "bf16"}, "w0 was float32[300, 300], is bfloat16[300, 300]"),
+        ({"format": "torch"}, "the container was safetensors, is torch"),
+        ({"max_shard_size": "1MB"}, "model-00001-of-00005.safetensors was none of its files"),
+    ],
+)
+def test_a_plan_that_is_another_one_is_compared(source, tmp_path, monkeypatch, capsys, change, named):
+    """Where no command says by which options it was made."""
+    interrupt(monkeypatch, source, tmp_path / "dst")
+    other = api.plan(source, tmp_path / "dst", resume=True, **({"max_shard_size": "500KB", "max_memory": ROOMY} | change))
+    with pytest.raises(DestinationError, match=re.escape(named)):
+        running.run(other, resume=True)
+
+
+@pytest.mark.parametrize("at", [b"log.jsonl", b"plan.json"])
+def test_a_run_that_is_killed_while_it_leaves(source, tmp_path, at):
+    """What it leaves of its state goes with the next one."""
+    if not (pid := os.fork()):
+        real = Path.unlink
+
+        def unlink(path: Path, **more: bool) -> None:
+            real(path, **more)
+            if os.fsencode(path.name) == at:
+                os._exit(9)
+
+        Path.unlink = unlink
+        run("convert", source, tmp_path / "dst", *SMALL)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert (tmp_path / "dst" / STATE).exists()
+    assert run("convert", source, tmp_path / "dst", *SMALL, "--resume") == 0
+    assert run("convert", source, tmp_path / "whole", *SMALL) == 0
+    assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
+    assert not (tmp_path / "dst" / STATE).exists()
 
 
 def test_an_overwrite_that_is_refused_leaves_no_note(source, tmp_path, capsys):
@@ -270,9 +330,9 @@ def test_sources_that_cannot_be_read_for_the_journal_are_no_others(source, tmp_p
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "_read_ends", fail)
+        patch.setattr(lock, "_read_ends", fail)
         assert run("convert", source, tmp_path / "dst", *SMALL) == 3
-    assert not (tmp_path / "dst" / JOURNAL).exists()
+    assert not (tmp_path / "dst" / LOG).exists()
     assert not list((tmp_path / "dst").iterdir())
 
 
@@ -283,10 +343,12 @@ import sys, time
 from pathlib import Path
 from streamconv.convert import api
 from streamconv.running import run as running
-from streamconv.running.journal import Journal
+from streamconv.running.directory import Directory
+from streamconv.running.lock import Lock
 made = api.plan(sys.argv[1], sys.argv[2], max_memory="4GB", max_shard_size="500KB")
 Path(sys.argv[2]).mkdir()
-Journal(Path(sys.argv[2]) / ".streamconv.json", made, api._describe(sys.argv[1], {"max_shard_size": "500KB"})).begin(resume=False)
+lock = Lock(Directory(Path(sys.argv[2])), made, api._describe(sys.argv[1], {"max_shard_size": "500KB"}))
+lock.take(goes_on=False)
 print("begun", flush=True)
 time.sleep(600)
 """
@@ -303,7 +365,7 @@ def test_two_runs_exclude_each_other_until_one_is_dead(source, tmp_path, capsys,
             def refuse(*_: object) -> None:
                 raise OSError(errno.ENOLCK, "no locks")
 
-            monkeypatch.setattr(journal.fcntl, "flock", refuse)
+            monkeypatch.setattr(lock.fcntl, "flock", refuse)
         for more in (["--resume"], ["--overwrite"]):
             message = refusal(capsys, "convert", source, dst, *SMALL, *more)
             assert f"process {holder.pid} on {socket.gethostname()}" in message
@@ -317,24 +379,24 @@ def test_two_runs_exclude_each_other_until_one_is_dead(source, tmp_path, capsys,
 
 
 def test_who_holds_a_lock_on_another_host_is_taken_to_live(monkeypatch):
-    me = journal._describe_process()
-    assert journal._is_alive({**me, "host": "elsewhere"})
-    assert not journal._is_alive(me)  # an earlier run of this process
-    assert not journal._is_alive({**me, "pid": 1, "started": 0.0})  # the number was given to another one
+    me = lock._describe_process()
+    assert lock._is_alive({**me, "host": "elsewhere"})
+    assert not lock._is_alive(me)  # an earlier run of this process
+    assert not lock._is_alive({**me, "pid": 1, "started": 0.0})  # the number was given to another one
 
 
 def test_a_run_that_finished_while_another_waited(source, tmp_path):
     made = api.plan(source, tmp_path / "dst", max_memory=ROOMY)
-    first, second = (journal.Journal(tmp_path / "dst" / JOURNAL, made) for _ in range(2))
+    first, second = (lock.Lock(Directory(tmp_path / "dst"), made) for _ in range(2))
     (tmp_path / "dst").mkdir()
-    first.begin(resume=False)
+    first.take(goes_on=False)
     with pytest.raises(DestinationError, match="is writing there"):
-        second.begin(resume=True)
-    first.end()
+        second.take(goes_on=True)
+    first.leave()
     assert not list((tmp_path / "dst").iterdir())
-    second.begin(resume=True)
-    assert not second.finished
-    second.end()
+    second.take(goes_on=True)
+    assert not second.goes_on
+    second.leave()
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -342,13 +404,13 @@ def test_a_run_that_finished_while_another_waited(source, tmp_path):
 def test_of_two_runs_that_begin_at_once_one_is_refused(source, tmp_path, monkeypatch, at, resume):
     """Wherever the first is in its looks at DST when the second comes."""
     made = api.plan(source, tmp_path / "dst", max_memory=ROOMY)
-    first, second = (journal.Journal(tmp_path / "dst" / JOURNAL, made) for _ in range(2))
+    first, second = (lock.Lock(Directory(tmp_path / "dst"), made) for _ in range(2))
     (tmp_path / "dst").mkdir()
     real, calls, refused = os.open, itertools.count(1), []
 
-    def begin(run: journal.Journal) -> None:
+    def begin(run: lock.Lock) -> None:
         try:
-            run.begin(resume=resume)
+            run.take(goes_on=resume)
         except DestinationError as error:
             refused.append(str(error))
 
@@ -363,8 +425,8 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(source, tmp_path, monkeyp
     assert next(calls) > at
     assert len(refused) == 1
     assert "is writing there" in refused[0]
-    assert [path.name for path in (tmp_path / "dst").iterdir()] == [JOURNAL]
-    (first if first._fd >= 0 else second).end()
+    assert sorted(read_tree(tmp_path / "dst")) == [LOG, PLAN]
+    (first if first.log.is_kept else second).leave()
     assert not list((tmp_path / "dst").iterdir())
 
 
@@ -475,8 +537,8 @@ def test_dst_never_looks_complete_before_it_is(source, tmp_path, monkeypatch):
     assert read_tree(source) == before
     renamed = [name for event, name in events if event == "rename"]
     assert renamed[-1] == "model.safetensors.index.json"
-    assert sorted(set(renamed) - {JOURNAL}) == sorted(read_tree(dst))
-    for name in set(renamed) - {JOURNAL}:
+    assert sorted(set(renamed) - {"log.jsonl"}) == sorted(read_tree(dst))
+    for name in set(renamed) - {"log.jsonl"}:
         at = events.index(("rename", name))
         assert ("sync", f"{name}.partial") in events[:at]
         assert events[at + 1] == ("sync", "dst")

@@ -33,8 +33,10 @@ from streamconv.graph import evaluate
 from streamconv.graph.moves import Move, region
 from streamconv.graph.tiles import choose_tile
 from streamconv.running import local
-from streamconv.running.journal import NAME, Ledger, read_journal
+from streamconv.running.directory import Directory
 from streamconv.running.local import LocalEngine
+from streamconv.running.log import Log
+from streamconv.running.output import LOG, finished_files
 from streamconv.storage import Entry, ranges, retries, stores, web
 from streamconv.storage.addresses import public
 from streamconv.storage.ranges import Ranges, read_range
@@ -502,7 +504,7 @@ def test_copies_are_one_request_each(library, tmp_path, monkeypatch):
         copies = [(s.offset, s.offset + s.nbytes) for file in made.files for s in file.segments]
         proxy.forget()
         (tmp_path / "dst").mkdir()
-        LocalEngine(made, Ledger()).run()
+        LocalEngine(made, Log()).run()
         assert sorted(at for at in asked(proxy) if at != (0, 1)) == sorted(copies)
         assert proxy.sent < sum(stop - start for start, stop in copies) + 100
 
@@ -524,11 +526,11 @@ def test_sources_are_looked_at_now_and_then(library, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "LOOK_SECONDS", 1e9)
     made = api.plan(f"{library.url}/safetensors", tmp_path / "dst", max_memory="4GB")
     (tmp_path / "dst").mkdir()
-    LocalEngine(made, Ledger()).run()
+    LocalEngine(made, Log()).run()
     assert len(looked) < 10  # before, after, and for each file
     looked.clear()
     monkeypatch.setattr(local, "LOOK_SECONDS", 0.0)
-    engine = LocalEngine(made, Ledger(), suffix=".again")
+    engine = LocalEngine(made, Log(), suffix=".again")
     engine.run()
     assert len(looked) > 100
 
@@ -622,13 +624,13 @@ def test_an_interrupted_run_is_gone_on_with(checkpoints, library, tmp_path, how)
 
         def hold(request: Request) -> bool:
             """No answer, once a file is done, before the run is over: it is always hit in the middle."""
-            if read_journal(dst / NAME)[1]:
+            if finished_files(Directory(dst).load(LOG)):
                 go_on.wait(600)
             return False
 
         proxy.only = hold
         process = start("convert", url, dst, *given)
-        while process.poll() is None and not read_journal(dst / NAME)[1]:
+        while process.poll() is None and not finished_files(Directory(dst).load(LOG)):
             time.sleep(0.02)
         process.send_signal(how)
         with suppress(subprocess.TimeoutExpired):  # what waits for an answer takes no notice before it has one
@@ -638,7 +640,7 @@ def test_an_interrupted_run_is_gone_on_with(checkpoints, library, tmp_path, how)
         assert process.returncode == (130 if how == signal.SIGINT else -how)
         assert how == signal.SIGKILL or "--resume" in said
         proxy.faults = ()
-        kept = next(iter(read_journal(dst / NAME)[1]))
+        kept = next(iter(finished_files(Directory(dst).load(LOG))))
         for damaged in [path for path in dst.glob("model-*.safetensors") if path.name != kept][:1]:  # it is made again
             data = bytearray(damaged.read_bytes())
             data[len(data) // 2] ^= 255

@@ -41,7 +41,8 @@ from streamconv.storage.objects import PART, PARTS, ObjectSink, part_size
 from streamconv.storage.sinks import open_sink
 
 MB = 10**6
-STATE = ".streamconv.json"
+STATE = ".streamconv/log.jsonl"
+PLAN = ".streamconv/plan.json"
 SECRETS = ("testing-secret", "hf_writes", "Signature")
 RECIPES = {
     "fuse": [{"rule": "{i}.{q,k,v}", "right": "{i}.qkv", "layout": "(h q) c, h c, h c -> (h (q + 1 + 1)) c", "dims": {"h": 8}}],
@@ -286,6 +287,7 @@ def test_a_store_that_lists_nothing(checkpoints: Path, tmp_path: Path, name: str
     assert run("convert", checkpoints / "safetensors", "hashing://some/where", *given) == 0
     made = {path.removeprefix("some/where/"): digest for path, digest in Hashing.digests.items()}
     assert made.pop(STATE)
+    assert made.pop(PLAN)
     assert made == {path: hashlib.sha256(data).hexdigest() for path, data in files_in(tmp_path / "local").items()}
 
 
@@ -312,7 +314,7 @@ def test_a_store_that_always_fails_keeps_nothing(
     assert "--resume" in said
     assert not any(secret in said for secret in SECRETS)
     whole = {path.removeprefix("made/"): data for path, data in Failing.files.items()}
-    state = whole.pop(STATE)
+    state = whole.pop(STATE) + whole.pop(PLAN)
     assert not any(secret.encode() in state for secret in SECRETS)
     assert run("convert", checkpoints / "safetensors", tmp_path / "local", *options(name, checkpoints)) == 0
     expected = files_in(tmp_path / "local")
@@ -322,7 +324,7 @@ def test_a_store_that_always_fails_keeps_nothing(
     before = dict(Failing.files)
     assert run("convert", checkpoints / "safetensors", "failing://made", *options(name, checkpoints), "--resume") == 0
     assert {path.removeprefix("made/"): data for path, data in Failing.files.items()} == expected
-    assert all(Failing.files[path] is data for path, data in before.items() if not path.endswith(STATE))
+    assert all(Failing.files[path] is data for path, data in before.items() if ".streamconv" not in path)
 
 
 def test_a_changed_source_leaves_no_file(checkpoints: Path, tmp_path: Path) -> None:
@@ -519,7 +521,7 @@ def test_parts_over_old_files_in_a_bucket(store: S3, checkpoints: Path, tmp_path
     assert run("plan", src, f"{store.url}/made", *SMALL, "--overwrite", "--out", plan) == 0
     assert run("run", plan, "--part", "1/3", "--quiet", "--overwrite") == 0
     left = objects_in(store, "made/")
-    assert set(left) == {".streamconv.json", *made} - {"model.safetensors.index.json"}
+    assert set(left) == {STATE, PLAN, *made} - {"model.safetensors.index.json"}
     names = [path for path in made if path.startswith("model-0")]
     assert [name for name in names if left[name] == made[name]] == [names[k] for k in range(len(names)) if k % 3 == 1]
     line = refusal(capsys, "run", plan, "--finish", "--quiet")

@@ -1,0 +1,151 @@
+"""An output that several processes write, on any hosts that see it, in any order, any number of times: each with the same plan.
+
+Nobody locks it, since hosts that share a file system may share no locks. Each file is made under a name of its own and published when it is
+complete and durable, so that two may be at the same one. The log's head says that DST is this plan's; it goes when all is there: until then
+DST is incomplete, and what stands under its final name is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from streamconv import codec
+from streamconv.errors import DestinationError
+from streamconv.planning.plan import VERSION, Plan
+from streamconv.running.log import Line, read_head
+from streamconv.running.output import IN_PARTS, LOG, PLAN, Output, describe
+from streamconv.storage import Entry
+from streamconv.storage.filenames import find_fault
+
+
+def files_to_make(plan: Plan, part: tuple[int, int] | None = None) -> list[int]:
+    """The numbers of the files that are made apart, or those of part I of N: of file k iff k and I leave the same rest by N.
+
+    They are all but the commit, if that is an index, which is written last; on the Hub, where it is a commit of git, too, with the files
+    that hold no tensors.
+    """
+    count = len(plan.files) - (not plan.files[-1].segments)
+    mine = [number for number in range(count) if part is None or number % part[1] == part[0] % part[1]]
+    if count < len(plan.files) and plan.root.startswith("hf://"):
+        return [number for number in mine if plan.files[number].tensors]
+    return mine
+
+
+class Lease:
+    """The right of every process with the same plan to make files of an output.
+
+    Args:
+        output: where they go.
+        plan: the whole plan.
+        parts: how many parts a user divides it into, to speak of them.
+    """
+
+    def __init__(self, output: Output, plan: Plan, parts: int = 0) -> None:
+        self._output, self._plan, self._parts = output, plan, parts
+        self._seen: dict[str, Entry] = {}
+
+    def is_begun(self) -> bool:
+        """Whether the output is taken, by this plan or another."""
+        return self._output.is_begun()
+
+    def take(self, stale: Iterable[str] | None = None) -> None:
+        """Takes the output, unless another process has it by now, and goes on.
+
+        Whoever takes it notes which files go first, as which versions: everybody removes those, and no file made since.
+
+        Args:
+            stale: what ``--overwrite`` removes, beside files in the places of the plan's; without effect on what others have begun.
+
+        Raises:
+            DestinationError: it is another plan's, or that of one process alone.
+        """
+        old = {} if stale is None else self._output.look([*stale, *(file.path for file in self._plan.files)])
+        if not self.is_begun():  # looked at after the files: what is among them was not made by others since
+            self._output.drop_earlier()
+            head: Line = {**describe(self._plan), "advice": IN_PARTS, "stale": old, "parts": self._parts}
+            self._output.keep(LOG, lambda: [codec.encode(head) + b"\n"])
+            self.check()  # another plan may have been quicker
+            self._output.keep(PLAN, self._plan.json_pieces)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Goes on with what is begun.
+
+        Raises:
+            DestinationError: nothing is, or by another plan or by one process alone.
+        """
+        stale = self.check().get("stale", {})
+        self._remove({name: version for name, version in stale.items() if not find_fault(name)})
+
+    def check(self) -> Line:
+        """The head of the output's log.
+
+        Raises:
+            DestinationError: there is none, or another one.
+        """
+        where, text = self._output.where, self._output.load(LOG)
+        if text is None:
+            raise DestinationError(f"{where}: holds no part of this plan: make its files with --part first")
+        head = read_head(text)
+        if not head:
+            raise DestinationError(f"{where}: {LOG} there cannot be read: remove it, or give another DST")
+        if "parts" not in head:
+            raise DestinationError(f"{where}: holds an unfinished conversion that is none in parts: continue that, or give another DST")
+        if head.get("plan") != self._plan.digest() or head.get("version") != VERSION:
+            raise DestinationError(
+                f"{where}: holds parts of another plan (other sources, options or release): finish that one, give another DST, "
+                f"or remove {LOG} there and start with --overwrite"
+            )
+        return head
+
+    def find_done(self, numbers: Sequence[int]) -> set[int]:
+        """Those of these files that are done: present at their size and with their literals, and no stale ones."""
+        standing = self._standing()
+        files = self._plan.files
+        self._seen = self._output.look(files[number].path for number in numbers)
+        new = {name: version for name, version in self._seen.items() if version != standing.get(name)}
+        present = [k for k in numbers if files[k].path in new and new[files[k].path].size == files[k].size]
+        return set(present) - self._output.find_wrong(self._plan, present)
+
+    def make_way(self, numbers: Iterable[int]) -> None:
+        """Removes what is in the places of these files, as `find_done` has seen it: what others have made since stays."""
+        names = {self._plan.files[number].path for number in numbers}
+        self._remove({name: version for name, version in self._seen.items() if name in names})
+
+    def describe(self, number: int) -> str:
+        """What is wrong with a file that is not as it should be."""
+        file = self._plan.files[number]
+        version = self._output.look([file.path]).get(file.path)
+        if version is None:
+            return f"{file.path} is missing"
+        return f"{file.path} has {version.size} bytes of {file.size}" if version.size != file.size else f"{file.path} holds something else"
+
+    def give_up(self) -> None:
+        """Has ``--overwrite`` start afresh with what others have begun, whoever they are.
+
+        Raises:
+            DestinationError: it is that of one process alone.
+        """
+        if "parts" not in read_head(self._output.load(LOG) or b""):
+            self.check()
+        self.leave()
+
+    def leave(self) -> None:
+        """The output is complete: nothing of the state stays."""
+        self._output.leave()
+
+    def _standing(self) -> Mapping[str, Entry]:
+        """The stale files that stand until new ones replace them."""
+        if not self._output.stays:
+            return {}
+        head = read_head(self._output.load(LOG) or b"")
+        made = self._names(files_to_make(self._plan)) if head.get("parts") else ()
+        return {name: version for name, version in head.get("stale", {}).items() if name in made}
+
+    def _remove(self, seen: Mapping[str, Entry]) -> None:
+        standing = self._standing()
+        gone = {name: version for name, version in seen.items() if name not in standing}
+        self._output.remove(gone, self._names(range(len(self._plan.files))))
+
+    def _names(self, numbers: Iterable[int]) -> Collection[str]:
+        return {self._plan.files[number].path for number in numbers}
