@@ -220,6 +220,12 @@ def open_checkpoint(
     Raises:
         FormatError: damaged or not a checkpoint.
         UsageError: not there, or not readable.
+
+    >>> checkpoint = streamconv.open("model")
+    >>> checkpoint.format, len(checkpoint), checkpoint["w"].shape
+    ('safetensors', 3, (2, 3))
+    >>> checkpoint["w"][1].tolist()
+    [3.0, 4.0, 5.0]
     """
     if variant is not None:
         check_variant(variant)

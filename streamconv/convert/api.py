@@ -93,6 +93,12 @@ def plan(
 
     Raises:
         StreamconvError: anything that can be refused before the first byte.
+
+    >>> plan = streamconv.plan("model", "half", dtype="bf16", max_memory="4GB")
+    >>> [(row.target, str(row.spec)) for row in plan.mapping]
+    [('layers.0.b', 'bfloat16[2]'), ('layers.1.b', 'bfloat16[2]'), ('w', 'bfloat16[2, 3]')]
+    >>> [(file.path, file.size) for file in plan.files], plan.totals.bytes_computed
+    ([('model.safetensors', 244)], 20)
     """
     floor, joined = memory.peak(), 0
     if engine == "ray":
@@ -557,8 +563,14 @@ def verify(
 ) -> Comparison:
     """Compares two checkpoints tensor by tensor; with a recipe, what it makes of ``a`` with ``b``.
 
+    Names, dtypes, shapes and bytes must be the same; how tensors lie in files, and their containers, may differ. Without a recipe
+    nothing is written; see `convert` for the arguments.
+
     Raises:
         StreamconvError: one cannot be read, or the recipe does not fit.
+
+    >>> streamconv.verify("model", "model", max_memory="4GB").equal
+    True
     """
     dtype = None if dtype is None else dtype_name(dtype)
     if read_backend not in BACKENDS:

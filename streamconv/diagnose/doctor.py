@@ -79,6 +79,12 @@ def doctor(path: str | os.PathLike[str], *, data: bool = False, root: str | None
 
     Raises:
         StreamconvError: there is nothing at ``path`` that could be a checkpoint.
+
+    >>> examination = streamconv.doctor("model", data=True)
+    >>> [(finding.where, finding.what) for finding in examination.findings if "layers" not in finding.where]
+    [('config.json', 'it is missing')]
+    >>> examination.tensors, examination.nbytes, examination.recipes
+    (3, 40, [])
     """
     found = examine(path, data=data, root=root, variant=variant)
     with suppress(StreamconvError):

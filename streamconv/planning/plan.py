@@ -245,7 +245,12 @@ class Plan:
     # JSON ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """The plan as one JSON document; `from_json` reads it back."""
+        """The plan as one JSON document, which any machine that sees the sources can run; `from_json` reads it back.
+
+        >>> plan = streamconv.plan("model", "copy", max_memory="4GB")
+        >>> streamconv.Plan.from_json(plan.to_json()).to_json() == plan.to_json()
+        True
+        """
         return b"".join(self.json_pieces()).decode()
 
     def json_pieces(self) -> Iterator[bytes]:
@@ -272,10 +277,18 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
-        """Reads a plan back.
+        """Reads a plan back, and proves that it holds: see `check`. No source is looked at.
 
         Raises:
-            FormatError: not a plan, of another version, or one that does not hold: see `check`.
+            FormatError: not a plan, of another version, or one that does not hold.
+
+        >>> plan = streamconv.plan("model", "copy", max_memory="4GB")
+        >>> streamconv.Plan.from_json(plan.to_json()).digest() == plan.digest()
+        True
+        >>> streamconv.Plan.from_json("{}")
+        Traceback (most recent call last):
+        ...
+        streamconv.errors.FormatError: ...
         """
         try:
             document = plan_text.read(text)

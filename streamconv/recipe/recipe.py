@@ -96,6 +96,14 @@ class Recipe:
         right: how those of the target are.
         reference: the script and version that the facts come from.
         then: a recipe that takes what this one makes, before anything is written: such as the partition of tensors over ranks.
+
+    >>> rules = streamconv.Rule("layers.{i}.b", "h.{i}.bias"), streamconv.Rule("w", "top", "a b -> b a")
+    >>> recipe = streamconv.Recipe("toy-a2b", "biases under other names, a matrix transposed", rules)
+    >>> plan = streamconv.plan("model", "toy", recipe=recipe, max_memory="4GB")
+    >>> [(row.target, str(row.spec)) for row in plan.mapping]
+    [('h.0.bias', 'float32[2]'), ('h.1.bias', 'float32[2]'), ('top', 'float32[3, 2]')]
+    >>> recipe.inverse("toy-b2a").rules[1].layout
+    'b a -> a b'
     """
 
     name: str

@@ -41,6 +41,11 @@ class Registry:
         Raises:
             UsageError: there is none.
             RecipeError: the file is not a recipe.
+
+        >>> sorted(streamconv.recipes.get("gemma-original2hf").options)
+        ['head_dim', 'num_attention_heads', 'num_key_value_heads']
+        >>> streamconv.recipes.get("gemma-original2hf:inverse").name
+        'gemma-original2hf:inverse'
         """
         if name.endswith(INVERSE):
             forward = self.get(name.removesuffix(INVERSE))

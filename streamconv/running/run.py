@@ -84,6 +84,11 @@ def run(
 
     Raises:
         StreamconvError: see the classes; nothing is lost.
+
+    >>> plan = streamconv.plan("model", "copy", max_memory="4GB")
+    >>> result = streamconv.run(plan, verify=True)
+    >>> result.verified, streamconv.open("copy")["w"][0].tolist()
+    (True, [0.0, 1.0, 2.0])
     """
     progress = how_to_show(progress)
     if engine not in ENGINES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import inspect
 import itertools
 import subprocess
@@ -232,16 +231,6 @@ def test_doctor_and_recipes(tmp_path):
         "import streamconv, streamconv.diagnose.doctor, streamconv.cli; assert callable(streamconv.doctor) and callable(streamconv.verify)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
-
-
-@pytest.mark.parametrize("documented", [streamconv.TensorEntry, streamconv.Checkpoint, streamconv.convert])
-def test_examples_in_docstrings(documented, tmp_path, monkeypatch):
-    tensors = {"w": torch.arange(6.0).reshape(2, 3), "layers.0.b": torch.zeros(2), "layers.1.b": torch.ones(2)}
-    write(tmp_path / "model", tensors)
-    monkeypatch.chdir(tmp_path)
-    (example,) = doctest.DocTestFinder(recurse=False).find(documented, globs={"streamconv": streamconv, "np": np, "torch": torch})
-    assert len(example.examples) > 1
-    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_the_package_says_that_it_is_typed():
