@@ -1,6 +1,6 @@
 """streamconv: converts model checkpoints bigger than the machine, in bounded memory.
 
-``open``, ``plan``, ``run``, ``convert``, ``verify`` and ``doctor`` are the calls; `Recipe` and its `Rule`, `Drop`, `Tie`, `Option`
+``open``, ``plan``, ``run``, ``convert``, ``verify`` and ``doctor`` are the calls; `Recipe` and its `Rule`, `Drop`, `Make`, `Tie`, `Option`
 declare a conversion; every error derives from `StreamconvError`. Paths may be URLs, with the extra ``remote``.
 """
 
@@ -31,7 +31,7 @@ from streamconv.errors import (
     UsageError,
 )
 from streamconv.planning.plan import Plan
-from streamconv.recipe import Drop, Option, Recipe, Rule, Side, Tie
+from streamconv.recipe import Drop, Make, Option, Recipe, Rule, Side, Tie
 from streamconv.running.results import Result
 from streamconv.running.run import run
 
@@ -46,6 +46,7 @@ __all__ = [
     "Drop",
     "FormatError",
     "Interrupted",
+    "Make",
     "NotationError",
     "Option",
     "OutOfBounds",

@@ -22,7 +22,7 @@ from streamconv.graph.node import Node, extents
 from streamconv.notation.folding import Fold, fold
 from streamconv.notation.names import nearest
 from streamconv.planning.plan import Plan
-from streamconv.recipe import Drop, Recipe, Rule, Tie
+from streamconv.recipe import Drop, Make, Recipe, Rule, Tie
 from streamconv.running.kept import check_replaceable
 from streamconv.storage import is_url
 from streamconv.storage.remote import relative
@@ -226,10 +226,13 @@ def explain_recipe(recipe: Recipe) -> str:
         when = f"   when {fact.when}" if fact.when else ""
         if isinstance(fact, Rule):
             how = " ".join(filter(None, (str(fact.op.get("op", "")), fact.layout)))
-            lines += [f"  {fact.left}", f"   -> {fact.right}{'  (optional)' if fact.optional else ''}{when}"]
+            optional = f"  (optional when {fact.optional})" if isinstance(fact.optional, str) else "  (optional)" if fact.optional else ""
+            lines += [f"  {fact.left}", f"   -> {fact.right}{optional}{when}"]
             lines += [f"      {how}"] if how else []
         elif isinstance(fact, Drop):
-            lines += [f"  {fact.left}", f"   {'not made' if fact.flipped else 'dropped'}: {fact.reason}{when}"]
+            lines += [f"  {fact.left}", f"   dropped: {fact.reason}{when}"]
+        elif isinstance(fact, Make):
+            lines += [f"  {fact.right}", f"   {'made' if fact.op else 'not made'}: {fact.reason}{when}"]
         elif isinstance(fact, Tie):
             how = f"left out where it repeats {fact.stored}" if fact.flipped else f"repeats {fact.left} where nothing else makes it"
             lines += [f"  {fact.right}", f"   {how}{when}"]

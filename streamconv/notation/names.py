@@ -8,7 +8,13 @@
     {part:q,k}   the same with a label, which the first colon ends
     {name*}      one or more characters of any kind; once per pattern at most
 
-A capture written twice must be written alike and stands for the same value: ``layers.{i}.x.{i}``.
+A capture written twice must be written alike and stands for the same value: ``layers.{i}.x.{i}``. Numbers may come with arithmetic,
+which is for who uses the pattern to do (here the number is what stands in the name), before the digits or the prefix, if any:
+
+    {i+n}        the number i + n, so that i counts from 0 where names count from n; {i-n} likewise
+    {i=n}        the number n; it stands for nothing that counts
+    {r=*:02}     any number: all names hold the same tensor
+    {r//k:02}    any number r; k names that follow each other hold the same tensor
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from itertools import product
 from typing import Literal, NamedTuple
 
 from streamconv.errors import NotationError, RecipeError
+from streamconv.notation import expressions
 
 __all__ = ["Capture", "Matcher", "Pattern", "Values", "natural_key", "nearest", "overlap", "parse"]
 
@@ -33,7 +40,10 @@ _Atoms = tuple["str | Capture", ...]
 
 _TOKEN = re.compile(r"[^{}]+|(?P<brace>\{\{|\}\})|\{(?P<body>[^{}]*)\}")
 _BODY = re.compile(
-    r"(?:(?P<label>[^,:]*):)?(?P<list>[^,]*,.*)|(?P<name>[^,:?*]*)(?:(?P<rest>\*)|\?(?P<prefix>.*)|:0(?P<width>[1-9]|1[0-7]))?", re.DOTALL
+    r"(?:(?P<label>[^,:]*):)?(?P<list>[^,]*,.*)"
+    r"|(?P<name>[^,:?*=+/-]*)(?:(?P<operator>[+=-]|//)(?P<operand>[^,:?]+))?"
+    r"(?:(?P<rest>\*)|\?(?P<prefix>.*)|:0(?P<width>[1-9]|1[0-7]))?",
+    re.DOTALL,
 )
 _DIGITS = "0123456789"
 _NO_DIGITS = dict.fromkeys(map(ord, _DIGITS))
@@ -44,13 +54,18 @@ LONGEST = 8192  # characters of a pattern
 
 @dataclass(frozen=True)
 class Capture:
-    """A variable part of a pattern; ``prefix`` is a text where the number is optional."""
+    """A variable part of a pattern; ``prefix`` is a text where the number is optional.
+
+    ``operator`` and ``operand`` are a number's arithmetic: "+", "-", "//" or "=" and an expression, "=" and "*", or both empty.
+    """
 
     name: str
     kind: Literal["int", "list", "rest"]
     alternatives: tuple[str, ...] = ()
     width: int = 1
     prefix: str | None = None
+    operator: str = ""
+    operand: str = ""
 
     @property
     def expression(self) -> str:
@@ -170,13 +185,16 @@ def _capture(text: str, at: int, body: str, automatic: str) -> Capture:
     """What stands between braces from text[at] on; a list without a label is called ``automatic``."""
     form = _BODY.fullmatch(body)
     if form is None:
-        raise NotationError("expected the like of {i}, {i:02}, {i?_}, {name*}, {a,b} or {label:a,b}", text, at)
+        raise NotationError("expected the like of {i}, {i:02}, {i?_}, {i+1}, {name*}, {a,b} or {label:a,b}", text, at)
     name = form["name"] if form["list"] is None else form["label"]
     if name is not None and not re.fullmatch(r"(?!list[0-9]+\Z)[A-Za-z_][A-Za-z0-9_]*", name):
         problem = "is kept for lists without a label" if name.isidentifier() and name.isascii() else "is no identifier"
         raise NotationError(f"{name!r} {problem}" if name else "a name is missing", text, at)
     if form["list"] is None:
-        return Capture(name, "rest" if form["rest"] else "int", width=int(form["width"] or 1), prefix=form["prefix"])
+        kind: Literal["int", "rest"] = "rest" if form["rest"] else "int"
+        operator, operand = form["operator"] or "", form["operand"] or ""
+        _check_operand(text, at + form.start("operand"), operator, operand)
+        return Capture(name, kind, width=int(form["width"] or 1), prefix=form["prefix"], operator=operator, operand=operand)
     alternatives = form["list"].split(",")
     at += form.start("list")
     for n, alternative in enumerate(alternatives):
@@ -184,6 +202,14 @@ def _capture(text: str, at: int, body: str, automatic: str) -> Capture:
             raise NotationError(f"{alternative!r} a second time in one list" if any(alternatives) else "an empty list", text, at)
         at += len(alternative) + 1
     return Capture(name or automatic, "list", tuple(alternatives))
+
+
+def _check_operand(text: str, at: int, operator: str, operand: str) -> None:
+    """Raises NotationError where a number's arithmetic cannot be done."""
+    if operator == "//" and not re.fullmatch(r"\w+", operand):
+        raise NotationError(f"{operand!r} after // is no name and no number", text, at)
+    if operator and (operator, operand) != ("=", "*"):
+        expressions.check(operand)
 
 
 class _State(NamedTuple):

@@ -1,12 +1,12 @@
 """How recipes are declared, and what they make of a checkpoint's tensors."""
 
 from streamconv.recipe.recipe import (
-    ALL,
     PLAIN,
     Conversion,
     Dim,
     Drop,
     Fact,
+    Make,
     Model,
     Option,
     Recast,
@@ -18,16 +18,17 @@ from streamconv.recipe.recipe import (
     from_config,
     identity,
     read_identity_options,
+    sparse,
     writer,
 )
 
 __all__ = [
-    "ALL",
     "PLAIN",
     "Conversion",
     "Dim",
     "Drop",
     "Fact",
+    "Make",
     "Model",
     "Option",
     "Recast",
@@ -39,5 +40,6 @@ __all__ = [
     "from_config",
     "identity",
     "read_identity_options",
+    "sparse",
     "writer",
 ]

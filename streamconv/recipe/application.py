@@ -13,12 +13,12 @@ from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode, apply, rearrange
 from streamconv.graph.ops import Cast, Rearrange
 from streamconv.notation import expressions
-from streamconv.notation.names import Matcher, Pattern
+from streamconv.notation.names import Matcher, Values
 from streamconv.notation.names import parse as parse_names
 from streamconv.recipe import steps
-from streamconv.recipe.facts import Dim, Drop, Fact, Rule, Tie, capture_of
-from streamconv.recipe.grouping import Group, Grouping, Values, grid
-from streamconv.recipe.sizes import Sizes, near_keys, scope_of
+from streamconv.recipe.facts import Dim, Fact, Make, Rule, Tie, capture_of
+from streamconv.recipe.grouping import Group, Grouping, grid
+from streamconv.recipe.sizes import Numbering, Sizes, near_keys, scope_of
 
 MOST_PARTS = 1_000_000  # tensors that one tensor can be taken apart into
 
@@ -75,34 +75,38 @@ def canonical(entries: Iterable[str], aliases: Sequence[tuple[str, str]]) -> dic
     return found
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Facts as they are applied: those of one recipe, with the ``title`` that its messages begin with."""
-
-    title: str
-    facts: Sequence[Fact]
-    dims: Mapping[str, Dim]
-    requires: Mapping[str, str] = field(default_factory=dict)
-
-
 class Application:
-    """One application of a stage to tensors, which are stored ones or made by the stage before; ``rows`` say what they are made of."""
+    """One application of facts to tensors, which are stored ones or made by the stage before.
+
+    Args:
+        title: what messages begin with.
+        facts: those of one recipe.
+        dims: its sizes.
+        requires: its conditions, and what to say where one does not hold.
+        entries: the tensors.
+        scope: what expressions may use.
+        rows: what the tensors are made of.
+        recast: which dtype a target shall have.
+    """
 
     def __init__(
         self,
-        stage: Stage,
+        title: str,
+        facts: Sequence[Fact],
+        dims: Mapping[str, Dim],
+        requires: Mapping[str, str],
+        *,
         entries: Mapping[str, AnyNode],
         scope: Mapping[str, Any],
-        *,
         rows: Mapping[str, Row],
-        recast: Recast = keep_dtype,
+        recast: Recast,
     ) -> None:
-        self.title, self.requires, self.recast = stage.title, stage.requires, recast
+        self.title, self.requires, self.recast = title, requires, recast
         self.entries, self.rows = entries, rows
         self.order = {name: k for k, name in enumerate(entries)}
         self.scope = scope_of(entries, scope)
-        self.sizes = Sizes(stage.title, stage.dims, self.scope)
-        self.facts = [fact for fact in stage.facts if not fact.when or expressions.evaluate(fact.when, self.scope)]
+        self.sizes = Sizes(title, dims, self.scope)
+        self.facts = [fact for fact in facts if not fact.when or expressions.evaluate(fact.when, self.scope)]
         self.outputs: dict[str, tuple[int, AnyNode, Row]] = {}
         self.dropped: list[str] = []
         self.reasons: dict[str, str] = {}
@@ -166,13 +170,14 @@ class Application:
         stacks, lengths, names = self._stacks(rule, group)
         kept = [name for stack in stacks for name in stack]
         nodes = [self.entries[name] for name in kept]
-        values: Values = {**{right: group.values[left] for left, right in binding.each}, **self.sizes.places(rule)}
+        values: Values = {right: group.values[left] for left, right in binding.each}
+        right = self.sizes.numbering(rule, binding.right)
         where = f"{self.title}, {names[0]}: "
         if rule.partial:
             values |= dict.fromkeys(binding.right_lists, 0)
         if binding.layout is None:
             made = self._step(rule, nodes, group.values, where) if rule.op else nodes[0]
-            for target in self._alike(rule, binding.right, values):
+            for target in self._alike(rule, right, values):
                 changed = rule.op and made is not nodes[0]
                 how = steps.describe(str(rule.op["op"]), self._given(rule, group.values)) if changed else ""
                 self._emit(target, made, names, how, rule)
@@ -188,7 +193,7 @@ class Application:
                 )
         ops = self._ops(rule, group, tuple(shapes), tuple(len(stack) for stack in stacks), where)
         choices = itertools.product(*(range(len(capture_of(binding.right, n).alternatives)) for n in binding.right_lists))
-        copies = [self.sizes.copies(rule, n) for n in binding.right_counts]
+        copies = [self.sizes.repeats(rule, n) for n in binding.right_counts]
         sizes, ready = ops[0].sizes, iter(ops)
         for choice in choices:
             chosen = {**values, **dict(zip(binding.right_lists, choice, strict=True))}
@@ -198,7 +203,7 @@ class Application:
                     target
                     for repeat in itertools.product(*map(range, copies))
                     for numbers in [[n * c + k for n, c, k in zip(counts, copies, repeat, strict=True)]]
-                    for target in self._alike(rule, binding.right, {**chosen, **dict(zip(binding.right_counts, numbers, strict=True))})
+                    for target in self._alike(rule, right, {**chosen, **dict(zip(binding.right_counts, numbers, strict=True))})
                 ]
                 try:
                     made = rearrange(op, tuple(self._one_dtype(rule, targets[0], nodes)))
@@ -211,7 +216,7 @@ class Application:
         """For each left tensor the names behind it, the sizes of the leading axes that they count along, and all names, copies too."""
         binding = rule.binding
         members: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
-        copies = [self.sizes.copies(rule, n) for n in binding.left_counts]
+        copies = [self.sizes.repeats(rule, n) for n in binding.left_counts]
         said = [(self.sizes.dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_counts, copies, strict=True)]
         last = [max(1 + max(counts[k] for _, counts in group.members), known) for k, known in enumerate(said)]
         for (choice, counts), alike in sorted(group.members.items()):
@@ -233,11 +238,10 @@ class Application:
                 **dict(zip(binding.left_lists, missing[0], strict=True)),
                 **dict(zip(binding.left_counts, missing[1], strict=True)),
                 **dict.fromkeys(binding.left_alike, 0),
-                **self.sizes.places(rule),
             }
             present = next(iter(members.values()))
             raise CoverageError(
-                f"{self.title}: {binding.left.format(values)} is missing, while {present} is there: "
+                f"{self.title}: {self.sizes.numbering(rule, binding.left).write(values)} is missing, while {present} is there: "
                 f"{len(choices) * math.prod(last)} tensors go together, {len(group.members)} were found"
             )
         stacks = [[members[choice, counts] for counts in grid(lengths)] for choice in choices]
@@ -274,14 +278,14 @@ class Application:
 
     # Targets ---------------------------------------------------------------------------------------------------
 
-    def _step(self, fact: Rule | Drop, nodes: Sequence[AnyNode], values: Values, where: str) -> AnyNode:
+    def _step(self, fact: Rule | Make, nodes: Sequence[AnyNode], values: Values, where: str) -> AnyNode:
         """What a fact's ``op`` makes of nodes."""
         try:
             return steps.take(str(fact.op["op"]), nodes, self._given(fact, values), self.entries)
         except CoverageError as error:
             raise CoverageError(f"{where}{error}") from error
 
-    def _given(self, fact: Rule | Drop, values: Values) -> dict[str, Any]:
+    def _given(self, fact: Rule | Make, values: Values) -> dict[str, Any]:
         """What a fact's ``op`` takes."""
         scope, found = {**self.scope, **values}, {}
         for key, text in fact.op.items():
@@ -305,18 +309,14 @@ class Application:
         cast = parse_dtype(rule.cast).name if rule and rule.cast and not rule.flipped else None
         return cast or asked if rule and rule.firm else asked or cast
 
-    def _alike(self, fact: Rule | Drop, pattern: Pattern, values: Values) -> Iterator[str]:
-        """The names of ``pattern``, one for each number of the captures that ``values`` leave open."""
-        missing = [capture.name for capture in pattern.captures if capture.name not in values]
-        ranges = []
-        for name in missing:
-            first = self.sizes.number(fact, fact.offset.get(name, 0), f"offset of {name}")
-            count = self.sizes.number(fact, self.sizes.dim(fact, name), f"number of {name}")
-            ranges.append(range(first, first + min(count, MOST_PARTS + 1)))
-        if math.prod(map(len, ranges)) > MOST_PARTS:
-            raise CoverageError(f"{self.title}: {pattern.text!r} would be more than {MOST_PARTS} tensors, which no model has")
-        for numbers in itertools.product(*ranges):
-            yield pattern.format({**values, **dict(zip(missing, numbers, strict=True))})
+    def _alike(self, fact: Rule | Make, names: Numbering, values: Values) -> Iterator[str]:
+        """The names of a pattern, one for each number of the captures that ``values`` leave open."""
+        missing = [name for name in names.open if name not in values]
+        counts = [min(self.sizes.count(fact, name), MOST_PARTS + 1) for name in missing]
+        if math.prod(counts) > MOST_PARTS:
+            raise CoverageError(f"{self.title}: {names.pattern.text!r} would be more than {MOST_PARTS} tensors, which no model has")
+        for numbers in itertools.product(*map(range, counts)):
+            yield names.write({**values, **dict(zip(missing, numbers, strict=True))})
 
     def _emit(self, target: str, node: AnyNode, names: Sequence[str], how: str, rule: Rule | None = None) -> None:
         wanted = self._cast(rule, target, node.spec)
@@ -339,12 +339,12 @@ class Application:
 
     def _make_again(self) -> None:
         """The targets that no source has and that can be computed."""
-        for drop in self.facts:
-            if isinstance(drop, Drop) and drop.flipped and drop.op:
-                node = self._step(drop, [], {}, f"{self.title}, {drop.left}: ")
+        for fact in self.facts:
+            if isinstance(fact, Make) and fact.op:
+                node = self._step(fact, [], {}, f"{self.title}, {fact.right}: ")
                 names = [name for name, entry in self.entries.items() if entry is node]
-                for target in self._alike(drop, parse_names(drop.left), {}):
-                    self._emit(target, node, names, steps.describe(str(drop.op["op"]), self._given(drop, {})))
+                for target in self._alike(fact, self.sizes.numbering(fact, parse_names(fact.right)), {}):
+                    self._emit(target, node, names, steps.describe(str(fact.op["op"]), self._given(fact, {})))
 
 
 def identity(entries: Mapping[str, AnyNode], recast: Recast = keep_dtype) -> Conversion:

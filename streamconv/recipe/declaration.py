@@ -9,12 +9,21 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from streamconv.errors import RecipeError
-from streamconv.recipe.facts import Drop, Fact, Option, Rule, Tie
+from streamconv.recipe.facts import Drop, Fact, Make, Option, Rule, Tie
 
 MOST = 4096  # items of a list or mapping in a recipe file; nobody has written a tenth of that
 LARGEST = 2**63  # whole numbers stay below it
 MOST_SHARDS = 100_000
-KINDS: dict[str, type[Fact]] = {"rule": Rule, "drop": Drop, "tie": Tie}
+KINDS: dict[str, type[Fact]] = {"rule": Rule, "drop": Drop, "make": Make, "tie": Tie}
+FIRST = {"rule": "left", "drop": "left", "make": "right", "tie": "left"}
+"""The field that a fact in a file begins with, under the name of its kind."""
+_NUMBERS = "is said by the number itself, in the names"
+_FORMER = {
+    "complete": "rules are complete; leave it out, and say sparse: true of those of which names may be missing",
+    "offset": f"it {_NUMBERS}: {{i+n}} on the side that is larger",
+    "at": f"it {_NUMBERS}: {{i=n}}",
+    "copies": f"it {_NUMBERS}: {{r=*}} where all hold the same, {{r//k}} where k that follow each other do",
+}
 
 
 @contextmanager
@@ -52,13 +61,26 @@ def _fact(row: object, where: str) -> Fact:
     if kind is None:
         found = ", ".join(map(str, fact))[:200] or "nothing"
         raise RecipeError(f"{where}: expected one of {', '.join(KINDS)}, found {found}")
-    if "left" in fact:
-        raise RecipeError(f"{where}: unknown field 'left'; the left side stands after {kind!r}")
-    fact["left"] = fact.pop(kind)
+    first = FIRST[kind]
+    if first in fact:
+        raise RecipeError(f"{where}: unknown field {first!r}; the {first} side stands after {kind!r}")
+    if former := next((key for key in _FORMER if key in fact), None):
+        with within(former):
+            raise RecipeError(f"{where}: no field {former!r} any more: {_FORMER[former]}")
+    if kind == "drop" and "flipped" in fact:
+        with within("flipped"):
+            raise RecipeError(f"{where}: no field 'flipped' any more: a drop of the other side is a make")
+    fact[first] = fact.pop(kind)
     for key in ("op", "undo"):
         fact |= {key: _spelt_out(fact[key])} if key in fact else {}
     made: Fact = build(KINDS[kind], fact, where)
     return made
+
+
+def row_of(fact: Fact) -> dict[str, Any]:
+    """A fact as a recipe file has it."""
+    kind = type(fact).__name__.lower()
+    return {kind: getattr(fact, FIRST[kind]), **without_defaults(fact, FIRST[kind])}
 
 
 def _spelt_out(step: object) -> object:
@@ -160,8 +182,9 @@ STEP = Value(
 )
 TEXTS = Value(_is_texts, "a list of texts", _LIST)
 VALUES: dict[str, Value] = {
-    **dict.fromkeys(("optional", "fallback", "complete", "partial", "firm", "required", "flipped"), FLAG),
-    **dict.fromkeys(("dims", "copies", "offset", "at"), SIZES),
+    **dict.fromkeys(("fallback", "sparse", "partial", "firm", "required", "flipped"), FLAG),
+    "dims": SIZES,
+    "optional": Value(lambda value: isinstance(value, bool | str), "true, false or an expression", {"type": ["boolean", "string"]}),
     **dict.fromkeys(("op", "undo"), STEP),
     **dict.fromkeys(("choices", "ranks", "files", "expects", "also"), TEXTS),
     "shards": Value(

@@ -22,7 +22,6 @@ from streamconv.notation.names import parse as parse_names
 from streamconv.recipe.steps import undo
 from streamconv.storage.filenames import find_fault
 
-ALL = "all"  # of `Rule.copies`: every number holds the same tensor
 Dim = int | str | Mapping[str, "int | str"]
 """A size: a number, an expression over config and options, or one of these for each alternative of a for-each list.
 
@@ -35,25 +34,25 @@ class Rule:
     """``left`` names correspond to ``right`` names.
 
     A capture or list that stands on both sides is a for-each; on one side it enumerates tensors: a capture counts along a
-    leading axis of its name, a list gives the layout's tensors in order.
+    leading axis of its name, a list gives the layout's tensors in order. Of numbers with arithmetic (see `names`), ``{i+n}`` is ``{i}``
+    of the other side; ``{i=n}`` stands on one side and counts nothing; ``{r=*}`` does, all whose tensors are one and the same, of which
+    ``dims`` say how many there are; and ``{r//k}`` counts tensors of which k that follow each other are: the first is read, all are
+    written.
 
     Attributes:
         layout: how the left tensors become the right ones; None: a new name only.
-        dims: sizes of axes that shapes do not give, beside the recipe's.
+        dims: sizes of axes that shapes do not give, beside the recipe's; expressions of names may use them too.
         when: an expression; the rule holds where it is true.
         where: an expression that may use the captures; the rule is for the names for which it is true, before rules without one.
-        optional: the rule may match nothing.
+        optional: the rule may match nothing; or an expression, where it is true.
         fallback: the rule is for names that no other one matches.
-        complete: where the rule matches anything, no name may be missing: every number up to the largest that any complete rule has for a
-            capture called so (and those that ``dims`` say), with every alternative; of a list with a label only those that it has at all.
+        sparse: names may be missing. Else, where the rule matches anything, none is: every number up to the largest that any such rule has
+            for a capture called so (and those that ``dims`` say), with every alternative; of a list with a label only those that it has at
+            all. Rules with ``where``, ``fallback`` or ``{name*}`` are sparse, as nobody can say what their names are.
         partial: of the tensors that a list on the left names only the first must be there, the ``op`` takes those that are; the way back
             makes the first.
         cast: dtype of the right side, unless ``--dtype`` asks for another; the way back keeps what is stored.
         firm: ``cast`` holds whatever ``--dtype`` asks for.
-        copies: for a capture that counts tensors, how many that follow each other are one and the same: the first is read, all are
-            written. `ALL`: the capture is no axis of the layout; ``dims`` says how many there are.
-        offset: for a for-each number, by how much the left one is larger than the right one.
-        at: for a number on one side that counts nothing, the one for which the rule holds.
         op: what is done to the left tensors beyond a layout: its name under ``op``, and what it takes (see `steps`).
         undo: the same for the way back; arithmetic needs none.
     """
@@ -64,15 +63,12 @@ class Rule:
     dims: Mapping[str, Dim] = field(default_factory=dict)
     when: str | None = None
     where: str | None = None
-    optional: bool = False
+    optional: bool | str = False
     fallback: bool = False
-    complete: bool = False
+    sparse: bool = False
     partial: bool = False
     cast: str | None = None
     firm: bool = False
-    copies: Mapping[str, Dim] = field(default_factory=dict)
-    offset: Mapping[str, Dim] = field(default_factory=dict)
-    at: Mapping[str, Dim] = field(default_factory=dict)
     op: Mapping[str, Dim] = field(default_factory=dict)
     undo: Mapping[str, Dim] = field(default_factory=dict)
     flipped: bool = False
@@ -94,25 +90,45 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drop:
-    """``left`` names have no counterpart; ``reason`` says why that is right.
+    """``left`` names have no counterpart; ``reason`` says why that is right. The way back is a `Make`.
 
-    The way back makes them by ``op`` (see `steps`), or not at all. ``when``, ``where`` and ``fallback`` are as for a `Rule`;
-    ``dims`` say how many there are of a name that counts, ``offset`` from which number on.
+    Attributes:
+        op: how the way back makes them; nothing: it does not.
+        dims: how many there are of a name that counts, for the way back.
+        when: as for a `Rule`; ``where``, ``optional`` and ``fallback`` too.
     """
 
     left: str
     reason: str
     when: str | None = None
     where: str | None = None
-    optional: bool = True
+    optional: bool | str = True
     fallback: bool = False
     op: Mapping[str, Dim] = field(default_factory=dict)
     dims: Mapping[str, Dim] = field(default_factory=dict)
-    offset: Mapping[str, Dim] = field(default_factory=dict)
-    flipped: bool = False
+
+    def flip(self) -> Make:
+        return Make(self.left, self.reason, self.when, self.where, self.optional, self.fallback, self.op, self.dims)
+
+
+@dataclass(frozen=True)
+class Make:
+    """``right`` names have no counterpart: ``op`` makes them (see `steps`), or nothing does.
+
+    The way back is a `Drop`, which has the same fields.
+    """
+
+    right: str
+    reason: str
+    when: str | None = None
+    where: str | None = None
+    optional: bool | str = True
+    fallback: bool = False
+    op: Mapping[str, Dim] = field(default_factory=dict)
+    dims: Mapping[str, Dim] = field(default_factory=dict)
 
     def flip(self) -> Drop:
-        return replace(self, flipped=not self.flipped)
+        return Drop(self.right, self.reason, self.when, self.where, self.optional, self.fallback, self.op, self.dims)
 
 
 @dataclass(frozen=True)
@@ -139,7 +155,17 @@ class Tie:
         return replace(self, flipped=not self.flipped)
 
 
-Fact = Rule | Drop | Tie
+Fact = Rule | Drop | Make | Tie
+
+
+def sparse(*facts: Fact) -> tuple[Fact, ...]:
+    """These facts, of whose rules' names any may be missing."""
+    return tuple(replace(fact, sparse=True) if isinstance(fact, Rule) else fact for fact in facts)
+
+
+def pattern_of(fact: Fact) -> str:
+    """The names that a fact is known by."""
+    return fact.right if isinstance(fact, Make) else fact.left
 
 
 @dataclass(frozen=True)
@@ -232,7 +258,8 @@ class Binding:
     """How a rule's captures on both sides correspond.
 
     ``each`` pairs the for-each captures (left name, right name); ``lists`` and ``counts`` are those that enumerate tensors on
-    the left or right, by capture name in order of appearance, ``alike`` those whose tensors are all the same.
+    the left or right, by capture name in order of appearance, ``alike`` those whose tensors are all the same, ``repeats`` how many
+    that follow each other are.
     """
 
     left: Pattern
@@ -245,6 +272,7 @@ class Binding:
     right_counts: tuple[str, ...]
     left_alike: tuple[str, ...]
     right_alike: tuple[str, ...]
+    repeats: Mapping[str, str]
 
 
 def capture_of(pattern: Pattern, name: str) -> Capture:
@@ -266,16 +294,15 @@ def _bind(rule: Rule) -> Binding:
     single = [tuple(c.name for c in lists[k] if c.name not in {pair[k] for pair in paired}) for k in (0, 1)]
     counts: list[tuple[str, ...]] = []
     alike: list[tuple[str, ...]] = []
+    repeats: dict[str, str] = {}
     for k, side in enumerate((left, right)):
-        own = [c.name for c in side.captures if c.kind == "int" and c.name not in names[1 - k] and c.name not in rule.at]
-        alike.append(tuple(name for name in own if rule.copies.get(name) == ALL))
-        counts.append(tuple(name for name in own if name not in alike[k]))
-    if unknown := set(rule.copies) - {name for group in (*counts, *alike) for name in group}:
-        raise RecipeError(f"copies of {', '.join(sorted(unknown))}: no name on one side counts that")
-    if unknown := set(rule.offset) - {c.name for c in plain if c.kind == "int"}:
-        raise RecipeError(f"offset of {', '.join(sorted(unknown))}: no number on both sides is called that")
-    if unknown := set(rule.at) - (names[0] ^ names[1]):
-        raise RecipeError(f"at {', '.join(sorted(unknown))}: no number on one side is called that")
+        numbers = [c for c in side.captures if c.kind == "int"]
+        if both := next((c for c in numbers if c.operator in ("=", "//") and c.name in names[1 - k]), None):
+            raise RecipeError(f"{{{both.name}{both.operator}{both.operand}}} must stand on one side only")
+        own = [c for c in numbers if c.name not in names[1 - k]]
+        alike.append(tuple(c.name for c in own if (c.operator, c.operand) == ("=", "*")))
+        counts.append(tuple(c.name for c in own if c.operator != "="))
+        repeats |= {c.name: c.operand for c in own if c.operator == "//"}
     for k, side in enumerate((left, right)):
         made = math.prod(len(c.alternatives) for c in side.captures if c.name in single[k])
         width = len((layout.left, layout.right)[k]) if layout else 1
@@ -286,12 +313,10 @@ def _bind(rule: Rule) -> Binding:
                 raise RecipeError(
                     f"{side.text!r} enumerates {', '.join(counts[k])}: the layout's tensors there must begin with {' '.join(counts[k])}"
                 )
-    if rule.complete and (rule.where or rule.offset or any(c.kind == "rest" for c in left.captures)):
-        raise RecipeError("a complete rule has no where, offset or {*}: all its names must be known")
     if counts != [(), ()] and not layout:
         raise RecipeError(f"{', '.join((*counts[0], *counts[1]))} stand on one side only: that takes a layout")
     each = (*((c.name, c.name) for c in plain), *paired)
-    return Binding(left, right, layout, each, single[0], single[1], counts[0], counts[1], alike[0], alike[1])
+    return Binding(left, right, layout, each, single[0], single[1], counts[0], counts[1], alike[0], alike[1], repeats)
 
 
 def _pair_lists(rule: Rule, lists: list[list[Capture]], *, several: bool) -> list[tuple[str, str]]:

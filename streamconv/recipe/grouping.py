@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode
 from streamconv.notation import expressions
-from streamconv.notation.names import Matcher, nearest
+from streamconv.notation.names import Matcher, Values, nearest
 from streamconv.notation.names import parse as parse_names
-from streamconv.recipe.facts import Drop, Fact, Rule, Tie, capture_of
-from streamconv.recipe.sizes import Sizes
-
-Values = dict[str, int | str]
+from streamconv.recipe.facts import Drop, Fact, Rule, capture_of
+from streamconv.recipe.sizes import Numbering, Sizes
 
 
 @dataclass
@@ -38,19 +36,14 @@ class Grouping:
 
     def run(self, entries: Mapping[str, AnyNode]) -> list[tuple[Rule, dict[tuple[object, ...], Group]]]:
         """The rules with what they take of ``entries``: the values of the for-each captures -> the tensors."""
-        facts = [fact for fact in self._facts if isinstance(fact, Rule) or (isinstance(fact, Drop) and not fact.flipped)]
+        facts = [fact for fact in self._facts if isinstance(fact, Rule | Drop)]
         matcher = Matcher([parse_names(fact.left) for fact in facts])
-        places = [self._sizes.places(fact) for fact in facts]
-        offsets = [self._sizes.offsets(fact) for fact in facts]
+        sides = [self._numberings(fact) for fact in facts]
         groups: list[dict[tuple[object, ...], Group]] = [{} for _ in facts]
         used = [False] * len(facts)
         unmatched = []
         for name in entries:
-            found = [
-                (k, shifted)
-                for k, values in matcher.match(name)
-                if (shifted := self._hold(facts[k], values, offsets[k], places[k])) is not None
-            ]
+            found = [(k, values) for k, numbers in matcher.match(name) if (values := self._hold(facts[k], numbers, *sides[k])) is not None]
             if len(found) > 1:
                 found = _narrowest(facts, found)
             if not found:
@@ -72,20 +65,29 @@ class Grouping:
             group.members.setdefault(place, {})[tuple(int(values[n]) for n in binding.left_alike)] = name
         self._check_coverage(facts, used, unmatched, entries)
         instances = [(fact, group) for fact, group in zip(facts, groups, strict=True) if isinstance(fact, Rule)]
-        self._check_complete([(rule, group) for rule, group in instances if rule.complete and group])
+        self._check_complete([(rule, group) for rule, group in instances if group and not _is_sparse(rule)])
         return instances
 
-    def _hold(self, fact: Fact, values: Values, offsets: Mapping[str, int], places: Mapping[str, int]) -> Values | None:
-        """The values as the right side counts them, or None where the fact is not for them."""
-        if any(values.get(name, place) != place for name, place in places.items()):
-            return None
-        if isinstance(fact, Tie) or (fact.where and not expressions.evaluate(fact.where, {**self._sizes.scope, **values})):
-            return None
-        shifted = {name: int(values[name]) - offset for name, offset in offsets.items()}
-        return None if any(number < 0 for number in shifted.values()) else {**values, **shifted}
+    def _numberings(self, fact: Rule | Drop) -> tuple[Numbering, Numbering | None]:
+        """The names on the left of a fact, and on its right."""
+        right = self._sizes.numbering(fact, fact.binding.right) if isinstance(fact, Rule) else None
+        return self._sizes.numbering(fact, parse_names(fact.left)), right
 
-    def _check_coverage(self, facts: Sequence[Fact], used: list[bool], unmatched: list[str], entries: Mapping[str, AnyNode]) -> None:
-        needed = [fact for fact, seen in zip(facts, used, strict=True) if not seen and not isinstance(fact, Tie) and not fact.optional]
+    def _hold(self, fact: Rule | Drop, numbers: Values, left: Numbering, right: Numbering | None) -> Values | None:
+        """The values of captures for the numbers in a name, or None where the fact is not for it."""
+        values = left.read(numbers)
+        if values is None or (fact.where and not expressions.evaluate(fact.where, {**self._sizes.scope, **values})):
+            return None
+        if isinstance(fact, Rule) and right and not right.has({theirs: values[mine] for mine, theirs in fact.binding.each}):
+            return None
+        return values
+
+    def _is_optional(self, fact: Rule | Drop) -> bool:
+        """Whether a fact may match nothing."""
+        return bool(expressions.evaluate(fact.optional, self._sizes.scope)) if isinstance(fact.optional, str) else fact.optional
+
+    def _check_coverage(self, facts: Sequence[Rule | Drop], used: list[bool], unmatched: list[str], entries: Mapping[str, AnyNode]) -> None:
+        needed = [fact for fact, seen in zip(facts, used, strict=True) if not seen and not self._is_optional(fact)]
         unused = sorted(needed, key=lambda fact: isinstance(fact, Drop))
         if unmatched:
             hint = ""
@@ -101,7 +103,8 @@ class Grouping:
             if near := nearest(unused[0].left, entries):
                 hint = f"; the nearest tensor is {near[0]}"
             more = f" and {len(unused) - 1} more rules" if len(unused) > 1 else ""
-            when = f" (the rule holds when {unused[0].when})" if unused[0].when else ""
+            needs = [unused[0].when, f"not ({unused[0].optional})" if unused[0].optional else None]
+            when = f" (the rule holds when {' and '.join(filter(None, needs))})" if any(needs) else ""
             raise CoverageError(
                 f"{self._title}: rule {unused[0].left!r}{more}: no tensor for it{hint}; is this the right recipe and source?{when}"
             )
@@ -126,18 +129,25 @@ class Grouping:
             if len(instances) != math.prod(map(len, choices)):  # numbers may be huge: something is missing early
                 index = ([c[n] for c, n in zip(choices, place, strict=True)] for place in grid([len(c) for c in choices]))
                 missing = next(one for one in index if tuple(one) not in instances)
-                values = {capture.name: 0 for capture in rule.binding.left.captures} | dict(zip(names, missing, strict=True))
+                values: Values = {capture.name: 0 for capture in rule.binding.left.captures}
+                values |= dict(zip(names, missing, strict=True))
+                name = self._sizes.numbering(rule, rule.binding.left).write(values)
                 there = next(name for group in instances.values() for alike in group.members.values() for name in alike.values())
                 raise CoverageError(
-                    f"{self._title}: {rule.binding.left.format(values)} is missing, while {self._label(there)} is there: "
-                    f"{math.prod(map(len, choices))} of its kind go together, {len(instances)} were found; mend the source"
+                    f"{self._title}: {name} is missing, while {self._label(there)} is there: {math.prod(map(len, choices))} of its kind go "
+                    f"together, {len(instances)} were found; mend the source, or let the rule be sparse"
                 )
 
 
-def _narrowest(facts: Sequence[Fact], found: list[tuple[int, Values]]) -> list[tuple[int, Values]]:
+def _is_sparse(rule: Rule) -> bool:
+    """Whether names of a rule may be missing."""
+    return bool(rule.sparse or rule.where or rule.fallback or any(capture.kind == "rest" for capture in rule.binding.left.captures))
+
+
+def _narrowest(facts: Sequence[Rule | Drop], found: list[tuple[int, Values]]) -> list[tuple[int, Values]]:
     """Of several facts that match, those with a ``where``, else those that are no fallback."""
-    found = [one for one in found if getattr(facts[one[0]], "where", None)] or found
-    return [one for one in found if not getattr(facts[one[0]], "fallback", False)] or found
+    found = [one for one in found if facts[one[0]].where] or found
+    return [one for one in found if not facts[one[0]].fallback] or found
 
 
 def grid(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:

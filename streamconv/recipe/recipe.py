@@ -20,15 +20,15 @@ from streamconv.notation import expressions
 from streamconv.notation.names import LONGEST, Matcher
 from streamconv.notation.names import parse as parse_names
 from streamconv.recipe import declaration, steps, vocabulary
-from streamconv.recipe.application import Application, Conversion, Recast, Row, Stage, canonical, identity, keep_dtype
-from streamconv.recipe.facts import ALL, PLAIN, Dim, Drop, Fact, Option, Rule, Side, Tie, from_config
-from streamconv.recipe.sizes import near_keys, scope_of
+from streamconv.recipe.application import Application, Conversion, Recast, Row, canonical, identity, keep_dtype
+from streamconv.recipe.facts import PLAIN, Dim, Drop, Fact, Make, Option, Rule, Side, Tie, from_config, pattern_of, sparse
+from streamconv.recipe.sizes import near_keys, plain_names, scope_of
 from streamconv.recipe.vocabulary import resize_vocab
 from streamconv.text import did_you_mean
 
 __all__ = [
-    "ALL", "PLAIN", "Conversion", "Dim", "Drop", "Fact", "Model", "Option", "Recast", "Recipe", "Rule", "Side", "Tie", "find_writer",
-    "from_config", "identity", "read_identity_options", "writer",
+    "PLAIN", "Conversion", "Dim", "Drop", "Fact", "Make", "Model", "Option", "Recast", "Recipe", "Rule", "Side", "Tie", "find_writer",
+    "from_config", "identity", "read_identity_options", "sparse", "writer",
 ]  # fmt: skip
 
 
@@ -133,7 +133,7 @@ class Recipe:
                 for pair in side.aliases:
                     _check_alias(*pair)
                 for pattern in (*side.ranks, *side.files):
-                    parse_names(pattern)
+                    plain_names(pattern)
         except RecipeError as error:
             raise RecipeError(f"recipe {self.name}: {error}") from error
         for number, fact in enumerate(self.rules):
@@ -141,7 +141,7 @@ class Recipe:
                 try:
                     _check_fact(fact)
                 except (RecipeError, UsageError) as error:
-                    raise RecipeError(f"recipe {self.name}, rule {fact.left[:200]!r}: {error}") from error
+                    raise RecipeError(f"recipe {self.name}, rule {pattern_of(fact)[:200]!r}: {error}") from error
 
     @property
     def stages(self) -> list[Recipe]:
@@ -177,9 +177,7 @@ class Recipe:
     def lost(self) -> list[str]:
         """What this direction does not bring back, a line for each rule that says so."""
         facts = [fact for stage in self.stages for fact in stage.rules]
-        drops = [
-            f"{fact.left}: not made again ({fact.reason})" for fact in facts if isinstance(fact, Drop) and fact.flipped and not fact.op
-        ]
+        drops = [f"{fact.right}: not made again ({fact.reason})" for fact in facts if isinstance(fact, Make) and not fact.op]
         casts = [
             f"{fact.left}: keeps its dtype, the other direction casts to {fact.cast}"
             for fact in facts
@@ -290,7 +288,8 @@ class Recipe:
         ``names`` says how many tensors each stands for. The second share is 0 where none was found, also because rules take any name;
         below 1 otherwise, the recipe cannot fit.
         """
-        facts = [fact for fact in self.rules if isinstance(fact, Rule) or fact.flipped == isinstance(fact, Tie)]
+        ties = [fact for fact in self.rules if isinstance(fact, Tie) and fact.flipped]
+        facts = [*(fact for fact in self.rules if isinstance(fact, Rule | Drop)), *ties]
         matcher = Matcher([parse_names(fact.right if isinstance(fact, Tie) else fact.left) for fact in facts])
         found = {stored: matcher.match(known) for known, stored in canonical(names, self.source.aliases).items()}
         used = {number for matches in found.values() for number, _ in matches}
@@ -303,13 +302,13 @@ class Recipe:
         self, nodes: Mapping[str, AnyNode], rows: Mapping[str, Row], scope: Mapping[str, Any], values: Mapping[str, Any], recast: Recast
     ) -> Conversion:
         """One stage of `apply`: what this recipe, without the ones that follow, makes of tensors that ``rows`` say the origin of."""
-        facts = Stage(f"recipe {self.name}", self.rules, self.dims, self.requires)
-        return Application(facts, nodes, {**scope, **values}, rows=rows, recast=recast).run()
+        title, known = f"recipe {self.name}", {**scope, **values}
+        return Application(title, self.rules, self.dims, self.requires, entries=nodes, scope=known, rows=rows, recast=recast).run()
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON values, as a recipe file holds it."""
         data = declaration.without_defaults(self)
-        data["rules"] = [{type(fact).__name__.lower(): fact.left, **declaration.without_defaults(fact, "left")} for fact in self.rules]
+        data["rules"] = [declaration.row_of(fact) for fact in self.rules]
         data["options"] = {name: declaration.without_defaults(option) for name, option in self.options.items()}
         data |= {name: declaration.without_defaults(side) for name, side in (("left", self.left), ("right", self.right))}
         data["then"] = self.then.to_dict() if self.then else {}
@@ -354,28 +353,28 @@ def _check_sizes(dims: Mapping[str, Dim]) -> None:
 
 def _check_alias(other: str, known: str) -> None:
     """Raises RecipeError where two names of a tensor do not have the same captures."""
-    first, second = ({(capture.name, capture.kind) for capture in parse_names(text).captures} for text in (other, known))
+    first, second = ({(capture.name, capture.kind) for capture in plain_names(text).captures} for text in (other, known))
     if first != second:
         raise RecipeError(f"the names {other!r} and {known!r} of one tensor must have the same captures")
 
 
 def _check_fact(fact: Fact) -> None:
     """Raises RecipeError or UsageError where something in a fact cannot be read."""
-    for pattern in (fact.left, *([] if isinstance(fact, Drop) else [fact.right])):
+    for pattern in [pattern_of(fact), *([fact.right] if isinstance(fact, Rule | Tie) else [])]:
         parse_names(pattern)
     if fact.when:
         expressions.check(fact.when)
     if isinstance(fact, Tie):
         return
-    if fact.where:
-        expressions.check(fact.where)
+    for condition in (fact.where, fact.optional):
+        if isinstance(condition, str):
+            expressions.check(condition)
     _check_sizes(fact.dims)
     steps.check(fact.op)
     if isinstance(fact, Rule):
         if fact.layout and len(fact.layout) > LONGEST:
             raise NotationError(f"a layout of {len(fact.layout)} characters, {LONGEST} at most", fact.layout, LONGEST)
         _ = fact.binding
-        _check_sizes({name: size for name, size in fact.copies.items() if size != ALL} | dict(fact.offset) | dict(fact.at))
         steps.check(fact.undo)
         if fact.cast:
             parse_dtype(fact.cast)

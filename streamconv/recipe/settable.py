@@ -8,7 +8,7 @@ from dataclasses import replace
 from streamconv.notation.axes import parse as parse_layout
 from streamconv.notation.expressions import find_names
 from streamconv.notation.names import parse as parse_names
-from streamconv.recipe.facts import ALL, Dim, Drop, Fact, Option, Rule
+from streamconv.recipe.facts import Dim, Fact, Option, Rule, Tie, pattern_of
 from streamconv.recipe.recipe import Recipe
 
 _OTHER = ("config", "sidecar", "given")  # which stand for whole files
@@ -51,18 +51,24 @@ def _expression_names(recipe: Recipe) -> Iterator[str]:
     """The names in the expressions that sizes are."""
     yield from _names(recipe.dims.values(), ())
     for fact in recipe.rules:
-        if isinstance(fact, Rule | Drop):
-            texts = [fact.left, *([fact.right] if isinstance(fact, Rule) else [])]
-            captures = [capture.name for text in texts for capture in parse_names(text).captures]
-            sizes = [fact.dims, fact.offset, fact.op]
-            sizes += [fact.copies, fact.at, fact.undo] if isinstance(fact, Rule) else []
-            for given in sizes:
-                yield from _names((size for key, size in given.items() if key != "op"), captures)
+        if isinstance(fact, Tie):
+            continue
+        captures = [capture for text in _patterns(fact) for capture in parse_names(text).captures]
+        numbers = {capture.name: capture.operand for capture in captures if capture.operator and capture.operand != "*"}
+        known = [capture.name for capture in captures] + [*recipe.dims, *fact.dims]
+        yield from _names(numbers.values(), known)
+        for given in (fact.dims, fact.op, fact.undo if isinstance(fact, Rule) else {}):
+            yield from _names((size for key, size in given.items() if key != "op"), [capture.name for capture in captures])
+
+
+def _patterns(fact: Fact) -> list[str]:
+    """The patterns of a fact's names."""
+    return [pattern_of(fact), *([fact.right] if isinstance(fact, Rule) else [])]
 
 
 def _names(sizes: Iterable[Dim], captures: Iterable[str]) -> Iterator[str]:
     for size in sizes:
         if isinstance(size, Mapping):
             yield from _names(size.values(), captures)
-        elif isinstance(size, str) and size != ALL:
+        elif isinstance(size, str):
             yield from (name for name in find_names(size.removeprefix("=")) if name not in captures)

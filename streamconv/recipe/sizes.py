@@ -1,4 +1,4 @@
-"""The numbers of facts: what their expressions can ask for, and what axes, copies and offsets come to for one checkpoint."""
+"""The numbers of facts: what their expressions can ask for, and what axes and the arithmetic of names come to for one checkpoint."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from streamconv.errors import CoverageError
+from streamconv.errors import CoverageError, NotationError
 from streamconv.graph.node import AnyNode
 from streamconv.notation import expressions
+from streamconv.notation.names import Capture, Pattern, Values
 from streamconv.notation.names import parse as parse_names
-from streamconv.recipe.facts import ALL, Dim, Drop, Fact, Rule
+from streamconv.recipe.facts import Dim, Fact, Rule, Tie, pattern_of
 
 MOST_COPIES = 100_000  # of a tensor
 
@@ -22,7 +23,7 @@ def scope_of(entries: Mapping[str, AnyNode], scope: Mapping[str, Any]) -> dict[s
     """``scope`` with what expressions can ask of the tensors: ``has``, ``count`` and ``shape`` of a name pattern; and ``max``, ``min``."""
 
     def matching(text: str) -> Iterator[str]:
-        pattern = parse_names(text)
+        pattern = plain_names(text)
         return (name for name in entries if pattern.match(name) is not None)
 
     def shape(text: str) -> list[int] | None:
@@ -49,6 +50,44 @@ def near_keys(given: object, scope: Mapping[str, Any]) -> str:
     return f"; config.json has {', '.join(sorted(found))}" if found else ""
 
 
+def plain_names(text: str) -> Pattern:
+    """The pattern of names that belong to no rule. Raises NotationError where numbers come with arithmetic."""
+    pattern = parse_names(text)
+    if odd := next((capture for capture in pattern.captures if capture.operator), None):
+        raise NotationError(f"{_written(odd)} is for names of a rule: give {{{odd.name}}}", text, 0)
+    return pattern
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """The names of a pattern, its numbers' arithmetic done: ``shifts`` is n of ``{i+n}``, ``places`` that of ``{i=n}``."""
+
+    pattern: Pattern
+    shifts: Mapping[str, int]
+    places: Mapping[str, int]
+
+    def read(self, numbers: Values) -> Values | None:
+        """The values of captures for the numbers in a name; None where the pattern is not for that name."""
+        if any(numbers[name] != place for name, place in self.places.items()):
+            return None
+        values = {name: int(numbers[name]) - shift for name, shift in self.shifts.items()}
+        return None if any(value < 0 for value in values.values()) else {**numbers, **values}
+
+    def has(self, values: Values) -> bool:
+        """Whether there is a name for these values: ``{i-1}`` has none for 0."""
+        return all(int(values[name]) + shift >= 0 for name, shift in self.shifts.items() if name in values)
+
+    def write(self, values: Values) -> str:
+        """The name that these values of captures make."""
+        numbers = {name: int(values[name]) + shift for name, shift in self.shifts.items() if name in values}
+        return self.pattern.format({**values, **numbers, **self.places})
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """The captures that values are needed for."""
+        return tuple(capture.name for capture in self.pattern.captures if capture.name not in self.places)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes that the facts of one stage have in ``scope``: ``dims`` are those of the stage, ``title`` begins messages.
@@ -60,7 +99,7 @@ class Sizes:
     dims: Mapping[str, Dim]
     scope: Mapping[str, Any]
 
-    def near(self, rule: Rule | Drop) -> str:
+    def near(self, rule: Rule) -> str:
         """See `near_keys`, of all that says the size of an axis."""
         texts: list[str] = []
         for dim in (*self.dims.values(), *rule.dims.values()):
@@ -68,45 +107,66 @@ class Sizes:
             texts += (size for size in sizes if isinstance(size, str))
         return near_keys(" ".join(texts), self.scope)
 
-    def dim(self, rule: Rule | Drop, axis: str, chosen: tuple[str, ...] = (), *, firm: bool = False) -> int | None:
-        """The size of an axis, in distinct tensors where it counts copies too; None where nothing says it, ``firm``: before shapes do."""
-        given: Any = rule.dims.get(axis, self.dims.get(axis))
+    def dim(self, fact: Fact, axis: str, chosen: tuple[str, ...] = (), *, firm: bool = False) -> int | None:
+        """The size of an axis, in tensors that differ; None where nothing says it, ``firm``: before shapes do."""
+        own = {} if isinstance(fact, Tie) else fact.dims
+        given: Any = own.get(axis, self.dims.get(axis))
         if isinstance(given, Mapping):
             given = next((given[choice] for choice in chosen if choice in given), None)
         if firm and isinstance(given, str) and not given.startswith("="):
             return None
-        value = expressions.evaluate(given.removeprefix("="), self.scope) if isinstance(given, str) else given
+        value = self._value(given)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
             raise CoverageError(f"{self.title}: the size of axis {axis}, {given!r}, is {value!r}, not a whole number")
-        copies = self.copies(rule, axis)
-        if value is not None and value % copies:
-            raise CoverageError(f"{self.title}: {value} of {axis} cannot hold each tensor {copies} times ({rule.left!r})")
-        return value // copies if value is not None else None
+        repeats = self.repeats(fact, axis)
+        if value is not None and value % repeats:
+            raise CoverageError(f"{self.title}: {value} of {axis} cannot hold each tensor {repeats} times ({pattern_of(fact)!r})")
+        return value // repeats if value is not None else None
 
-    def copies(self, rule: Rule | Drop, name: str) -> int:
+    def repeats(self, fact: Fact, name: str) -> int:
         """How many numbers of a capture that follow each other hold the same tensor."""
-        given = rule.copies.get(name, 1) if isinstance(rule, Rule) else 1
-        count = 1 if given == ALL else self.number(rule, given, f"copies of {name}")
+        text = fact.binding.repeats.get(name) if isinstance(fact, Rule) else None
+        if text is None:
+            return 1
+        count = self._number(fact, f"{{{name}//{text}}}", text, least=1)
         if count > MOST_COPIES:
-            raise CoverageError(f"{self.title}: {count} copies of {name} ({rule.left!r}): no model has more than {MOST_COPIES}")
+            raise CoverageError(f"{self.title}: {count} copies of {name} ({pattern_of(fact)!r}): no model has more than {MOST_COPIES}")
         return count
 
-    def number(self, rule: Rule | Drop, given: Dim | None, what: str) -> int:
-        """What a size in a fact comes to; ``what`` says it in a message, and is 1 at least unless it begins with "offset"."""
-        value = expressions.evaluate(given, self.scope) if isinstance(given, str) else given
-        if not isinstance(value, int) or isinstance(value, bool) or value < (0 if what.startswith("offset") else 1):
+    def count(self, fact: Fact, name: str) -> int:
+        """How many numbers there are of a capture that only ``dims`` say."""
+        size = self.dim(fact, name)
+        return self._number(fact, f"number of {name}", size, least=1)
+
+    def numbering(self, fact: Fact, pattern: Pattern) -> Numbering:
+        """The names of one side of a fact."""
+        shifts, places = {}, {}
+        for capture in pattern.captures:
+            if capture.operator in ("+", "-"):
+                text = f"0 {capture.operator} {capture.operand}"
+                shifts[capture.name] = self._number(fact, _written(capture), text)
+            elif capture.operator == "=" and capture.operand != "*":
+                places[capture.name] = self._number(fact, _written(capture), capture.operand, least=0)
+        return Numbering(pattern, shifts, places)
+
+    def _number(self, fact: Fact, what: str, given: Dim | None, least: int | None = None) -> int:
+        """What a size in a fact comes to; ``what`` says it in a message."""
+        value = expressions.evaluate(given, self._with_dims(fact, given)) if isinstance(given, str) else given
+        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
             how = f"give it with --set or in config.json{near_keys(given, self.scope)}"
-            raise CoverageError(f"{self.title}: {what} ({rule.left!r}), {given!r}, is {value!r}: {how}")
+            raise CoverageError(f"{self.title}: {what} ({pattern_of(fact)!r}), {given!r}, is {value!r}: {how}")
         return value
 
-    def offsets(self, fact: Fact) -> dict[str, int]:
-        """What to take from a left number to get the right one."""
-        if not isinstance(fact, Rule):
-            return {}
-        return {name: self.number(fact, size, f"offset of {name}") * (-1 if fact.flipped else 1) for name, size in fact.offset.items()}
+    def _with_dims(self, fact: Fact, text: str) -> Mapping[str, Any]:
+        """What an expression of names may use: ``dims`` too."""
+        known = {**self.dims, **({} if isinstance(fact, Tie) else fact.dims)}
+        used = {name: known[name] for name in expressions.find_names(text) if name in known}
+        return {**self.scope, **{name: self._value(size) for name, size in used.items()}}
 
-    def places(self, fact: Fact) -> dict[str, int]:
-        """The values of the numbers that count nothing."""
-        if not isinstance(fact, Rule):
-            return {}
-        return {name: self.number(fact, size, f"offset {name}") for name, size in fact.at.items()}
+    def _value(self, given: Any) -> Any:
+        return expressions.evaluate(given.removeprefix("="), self.scope) if isinstance(given, str) else given
+
+
+def _written(capture: Capture) -> str:
+    """A number with arithmetic, as a pattern has it."""
+    return f"{{{capture.name}{capture.operator}{capture.operand}}}"

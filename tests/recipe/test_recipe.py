@@ -20,7 +20,7 @@ from streamconv import recipes
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError, RecipeError, UsageError
 from streamconv.formats import Source
-from streamconv.recipe import Drop, Option, Recipe, Rule, Side, Tie, registry
+from streamconv.recipe import Drop, Fact, Option, Recipe, Rule, Side, Tie, registry
 
 
 def recipe_of(*rules, **settings):
@@ -65,7 +65,7 @@ def refused(recipe, shapes, **arguments):
 
 def test_captures_on_both_sides_are_a_for_each(tmp_path):
     tensors = numbered({f"a.{i}.{kind}": (2, i + 1) for i in (0, 3, 10) for kind in ("weight", "bias")})
-    recipe = recipe_of(Rule("a.{i}.{kind:weight,bias}", "b.{i}.{kind:w,b}"))
+    recipe = recipe_of(Rule("a.{i}.{kind:weight,bias}", "b.{i}.{kind:w,b}", sparse=True))
     both_ways(
         tmp_path, tensors, recipe, {name.replace("a.", "b.").replace("weight", "w").replace("bias", "b"): t for name, t in tensors.items()}
     )
@@ -289,7 +289,7 @@ def test_a_replica_of_another_shape_or_dtype_is_refused(other):
 
 QKV = recipe_of(
     Rule("layers.{i}.attn.{q,k,v}_proj.weight", "h.{i}.qkv", "a c, b c, b c -> (a + b + b) c"),
-    Rule("layers.{i}.experts.{e}.w", "h.{i}.experts", "e a b -> e a b", optional=True),
+    Rule("layers.{i}.experts.{e}.w", "h.{i}.experts", "e a b -> e a b", optional=True, sparse=True),
     Rule("norm.weight", "ln"),
 )
 LAYER = {f"layers.{i}.attn.{part}_proj.weight": (4, 2) for i in (0, 1) for part in "qkv"}
@@ -394,12 +394,12 @@ def test_what_a_recipe_requires():
         recipe_of(Rule("a", "b"), requires={"n ==": "never"})
 
 
-def test_complete_rules_miss_no_name():
-    """Numbers go up to the largest of any complete rule or as dims say; alternatives are all there, of a labelled list those in use."""
+def test_rules_miss_no_name_unless_they_are_sparse():
+    """Numbers go up to the largest of any such rule or as dims say; alternatives are all there, of a labelled list those in use."""
     recipe = recipe_of(
-        Rule("{base:,m.}{i}.{q,k}.w", "{base:,m.}{i}.w{q,k}", complete=True),
-        Rule("{base:,m.}{i}.{part:q,k}.b", "{base:,m.}{i}.b{part:q,k}", complete=True, optional=True),
-        Rule("{base:,m.}{i}.rest", "{base:,m.}{i}.rest", optional=True),
+        Rule("{base:,m.}{i}.{q,k}.w", "{base:,m.}{i}.w{q,k}"),
+        Rule("{base:,m.}{i}.{part:q,k}.b", "{base:,m.}{i}.b{part:q,k}", optional=True),
+        Rule("{base:,m.}{i}.rest", "{base:,m.}{i}.rest", optional=True, sparse=True),
         dims={"i": "layers"},
     )
     whole = {f"{at}{i}.{part}.w": (1,) for at in ("", "m.") for i in (0, 1, 2) for part in "qk"}
@@ -415,10 +415,17 @@ def test_complete_rules_miss_no_name():
     assert "3.q.w is missing" in refused(recipe, {**whole, f"{10**17}.k.w": (1,), f"{10**17}.q.w": (1,)})  # at once
 
 
-@pytest.mark.parametrize("rule", [{"left": "{x*}", "right": "{x*}"}, {"where": "i > 1"}, {"offset": {"i": 1}}])
-def test_complete_rules_must_know_their_names(rule):
-    with pytest.raises(RecipeError, match="a complete rule has no where, offset or"):
-        recipe_of(Rule(**{"left": "a.{i}", "right": "b.{i}", **rule}, complete=True))
+def test_numbers_with_arithmetic_are_counted_from_their_first():
+    recipe = recipe_of(Rule("a.{i+1}", "b.{i}"), Rule("c.{i}", "d.{i}"))
+    assert "a.2 is missing, while a.1 is there" in refused(recipe, {"a.1": (1,), "c.0": (1,), "c.1": (1,)})
+    assert list(recipe.apply(entries({"a.1": (1,), "a.2": (1,), "c.0": (1,), "c.1": (1,)})).outputs) == ["b.0", "b.1", "d.0", "d.1"]
+
+
+@pytest.mark.parametrize(
+    "rule", [Rule("a.{x*}", "b.{x*}"), Rule("a.{i}", "b.{i}", where="i > 1"), Rule("a.{i}", "b.{i}", fallback=True)], ids=str
+)
+def test_rules_whose_names_nobody_knows_are_sparse(rule):
+    assert len(recipe_of(rule).apply(entries({"a.2": (1,), "a.5": (1,)})).outputs) == 2
 
 
 def test_only_dropped_tensors_are_nothing_to_convert():
@@ -471,6 +478,10 @@ def test_option_values():
         (lambda: Rule("x.{e}", "x", "a -> a"), "must begin with e"),
         (lambda: Rule("x.{n*}", "y"), "{n*} must stand on both sides"),
         (lambda: Rule("x.{i", "y"), "'{' is not closed"),
+        (lambda: Rule("x.{i=1}", "y.{i}"), "{i=1} must stand on one side only"),
+        (lambda: Rule("x.{i//2}", "y.{i}"), "{i//2} must stand on one side only"),
+        (lambda: Rule("x.{i+1 +}", "y.{i}"), "not an expression"),
+        (lambda: Rule("x", "y", optional="1 +"), "not an expression"),
         (lambda: Rule("x", "y", "a b -> b"), "axis 'a' is on one side only"),
         (lambda: Rule("x", "y", cast="float33"), "unknown dtype 'float33'"),
         (lambda: Rule("x", "y", when="import os"), "not an expression"),
@@ -609,7 +620,7 @@ def rule(**fields):
         ({"rules": []}, "'rules' must be a list"),
         ({"rules": {"rule": "a"}}, "'rules' must be a list"),
         ({"rules": ["a -> b"]}, "rule 1: expected a mapping, found str"),
-        ({"rules": [{"right": "b"}]}, "rule 1: expected one of rule, drop, tie, found right"),
+        ({"rules": [{"right": "b"}]}, "rule 1: expected one of rule, drop, make, tie, found right"),
         ({"rules": [{"rule": "a"}]}, "rule 1: missing right"),
         ({"rules": [{"tie": "a"}]}, "rule 1: missing right, stored"),
         ({"rules": [{"drop": "a"}]}, "rule 1: missing reason"),
@@ -619,7 +630,9 @@ def rule(**fields):
         (rule(drop="c"), "unknown field 'drop'"),
         (rule(layout=None), "layout must be text"),
         (rule(layout="a -> b"), "is on one side only"),
-        (rule(optional="yes"), "optional must be true or false"),
+        (rule(optional=3), "optional must be true, false or an expression"),
+        (rule(optional="("), "not an expression"),
+        (rule(complete=True), "no field 'complete' any more: rules are complete; leave it out, and say sparse: true"),
         (rule(flipped=1), "flipped must be true or false"),
         (rule(dims=[1]), "dims must be a mapping"),
         (rule(dims={"h": [1]}), "dims must be a mapping"),
@@ -650,8 +663,10 @@ def rule(**fields):
         ({**GOOD, "then": {**GOOD, "name": "b", "left": {"writes": "shutil:rmtree"}}}, "names code to run"),
         ({**GOOD, "then": {"name": "b"}}, "then: 'rules' must be a list"),
         (rule(op={"op": "explode"}), "op 'explode' is unknown"),
-        (rule(copies={"r": 2}), "copies of r: no name on one side counts that"),
-        (rule(offset={"i": 2}), "offset of i"),
+        (rule(copies={"r": 2}), "no field 'copies' any more: it is said by the number itself, in the names: {r=*}"),
+        (rule(offset={"i": 2}), "no field 'offset' any more: it is said by the number itself, in the names: {i+n}"),
+        (rule(at={"i": 2}), "no field 'at' any more: it is said by the number itself, in the names: {i=n}"),
+        ({"rules": [{"drop": "a", "reason": "b", "flipped": True}]}, "no field 'flipped' any more: a drop of the other side is a make"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
@@ -827,7 +842,7 @@ def cases(draw):
     for number, form in enumerate(draw(st.lists(st.sampled_from([*FORMS.values()]), min_size=1, max_size=4))):
         prefix = f"{draw(st.sampled_from(['model', 'a.b', 'x{y}', 'ä']))}{number}"
         before = prefix.replace("{", "{{").replace("}", "}}") + ".{i}."
-        rules.append(Rule(before + form.left, before + form.right, form.layout))
+        rules.append(Rule(before + form.left, before + form.right, form.layout, sparse=True))
         dtype = draw(st.sampled_from(dtypes))
         for i in draw(st.sets(st.integers(0, 12), min_size=1, max_size=3)):
             sizes = Sizes(*(draw(st.integers(1, 5)) for _ in range(3)))
@@ -836,6 +851,48 @@ def cases(draw):
                     tensors[f"{prefix}.{i}.{template.replace('{e}', str(e))}"] = random_bytes(shape, dtype, seed=len(tensors))
     order = draw(st.permutations(sorted(tensors)))
     return recipe_of(*rules, dims=DIMS), {name: tensors[name] for name in order}
+
+
+NUMBERS = [("{i}", "{i}"), ("{i+1}", "{i}"), ("{i}", "{i+n}"), ("{i+n}", "{i-1}"), ("{i=n-1}", "x"), ("{r=*}", "x"), ("{r=*:02}", "{i=2}")]
+COUNTED = [("{e}", "x", "e a -> e a"), ("{e+1}", "x", "e a -> a e"), ("{r//k:02}", "x", "r a -> (r a)"), ("x", "{r//2}", "(r a) -> r a")]
+
+
+@st.composite
+def declared(draw):
+    """A recipe of facts of every kind, with every kind of number in their names, turned one way or the other."""
+    facts: list[Fact] = []
+    for k in range(draw(st.integers(1, 5))):
+        choice: dict[str, object] = {
+            "optional": draw(st.sampled_from([False, True, "tied", "n > 1"])),
+            "when": draw(st.sampled_from([None, "tied"])),
+            "fallback": draw(st.booleans()),
+        }
+        left, right, layout = draw(st.sampled_from([(*pair, None) for pair in NUMBERS] + COUNTED))
+        casts: dict[str, object] = draw(
+            st.sampled_from([{}, {"cast": "float32", "firm": True}, {"sparse": True}, {"dims": {"k": "n", "a": {"q": 2}}}])
+        )
+        step: dict[str, object] = draw(st.sampled_from([{}, {"op": {"op": "zeros", "size": "n"}}]))
+        fact = draw(
+            st.sampled_from(
+                [
+                    Rule(f"a{k}.{left}", f"b{k}.{right}", layout, **choice, **casts),
+                    Rule(f"a{k}", f"b{k}", op={"op": "scale", "value": 2}, **choice),
+                    Drop(f"a{k}.{{i+n}}", "unused", **choice, **step, dims={"i": 2}),
+                    Tie(f"a{k}", f"b{k}", "b", when="tied"),
+                ]
+            )
+        )
+        facts.append(fact.flip() if draw(st.booleans()) else fact)
+    return recipe_of(*facts, options={"n": Option("a number", 2), "tied": Option("a switch", default=False)})
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(recipe=declared())
+def test_any_recipe_flips_back_to_itself_and_is_data(recipe):
+    assert recipe.inverse("test-b2a").inverse(recipe.name, recipe.summary) == recipe
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    for fact in recipe.rules:
+        assert fact.flip().flip() == fact
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])

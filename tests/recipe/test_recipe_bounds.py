@@ -53,11 +53,11 @@ FILES = {
     "a fraction": (RULE + "dims: {a: 1.5}", "dims must be a mapping of axes to numbers"),
     "no size": (RULE + "dims: {a: null}", "dims must be a mapping of axes to numbers"),
     "too many made": (
-        RULE + "- {drop: 'x.{i}', reason: r, flipped: true, op: {op: zeros, size: 4}, dims: {i: 1000000000000}}",
+        RULE + "- {make: 'x.{i}', reason: r, op: {op: zeros, size: 4}, dims: {i: 1000000000000}}",
         "tensors, which no model has",
     ),
     "too many copies": (
-        "rules: [{rule: 'w{r}', right: w, layout: 'r a b -> r a b', copies: {r: 1000000000000}}, {drop: 'm{x*}', reason: r}]",
+        "rules: [{rule: 'w{r//k}', right: w, layout: 'r a b -> r a b', dims: {k: 1000000000000}}, {drop: 'm{x*}', reason: r}]",
         "1000000000000 copies of r",
     ),
     "null": ("null", "expected a mapping, found NoneType"),

@@ -36,9 +36,9 @@ right:
     ("old", "new", "line", "column", "part"),
     [
         ("reason: not needed", "reasons: not needed", 10, 5, "unknown field 'reasons'"),
-        ("    reason: not needed", "    optional: 3\n    reason: r", 10, 5, "optional must be true or false"),
+        ("    reason: not needed", "    optional: 3\n    reason: r", 10, 5, "optional must be true, false or an expression"),
         ("    reason: not needed\n", "", 9, 5, "missing reason"),
-        ('- drop: "c"', '- drip: "c"', 9, 5, "expected one of rule, drop, tie"),
+        ('- drop: "c"', '- drip: "c"', 9, 5, "expected one of rule, drop, make, tie"),
         ('right: "b.{i}"', 'right: "b.{i"', 7, 15, "'{' is not closed"),
         ('"a.{i}"', "a.{i", 6, 13, "'{' is not closed"),
         ("(h d) c -> h d c", "(h d) c -> h d ) c", 8, 29, "at character"),

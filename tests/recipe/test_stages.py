@@ -1,4 +1,4 @@
-"""Recipes of several stages, files by rank, copies, offsets, fallbacks, steps: what facts can say beyond one-to-one names."""
+"""Recipes of several stages, files by rank, numbers with arithmetic, fallbacks, steps: what facts can say beyond one-to-one names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError
 from streamconv.formats import Extent, Source
 from streamconv.graph.ops import InvFreq
-from streamconv.recipe import Drop, Option, Recipe, Rule, Side
+from streamconv.recipe import Drop, Make, Option, Recipe, Rule, Side
 
 RANKS = Side(format="torch", ranks=("rank{r:02}.pth",), config="params.json")
 RANK = "rank{r:02}.pth"
@@ -26,8 +26,8 @@ PARTITION = Recipe(
     rules=(
         Rule("{name*}.column", f"{RANK}/{{name*}}.column", "(r c) ... -> r c ..."),
         Rule("{name*}.row", f"{RANK}/{{name*}}.row", "o (r c) -> r o c"),
-        Rule("{name*}.shared", f"{RANK}/{{name*}}.shared", "(r h) c -> r h c", copies={"r": "max(1, ranks // kv)"}),
-        Rule("{name*}", f"{RANK}/{{name*}}", copies={"r": "all"}, fallback=True),
+        Rule("{name*}.shared", "rank{r//k:02}.pth/{name*}.shared", "(r h) c -> r h c", dims={"k": "max(1, ranks // kv)"}),
+        Rule("{name*}", "rank{r=*:02}.pth/{name*}", fallback=True),
     ),
     dims={"r": "ranks"},
     options={
@@ -135,8 +135,8 @@ def test_where_is_about_the_captures():
     assert list(apply(rules, names, options={"layers": Option("", 9)}).outputs) == [f"m.{i}.w" for i in range(5)]
 
 
-def test_an_offset_counts_anew():
-    rules = [Rule("l.{i}.w", "l.{i}.w", where="i < n"), Rule("l.{i}.w", "extra.{i}", offset={"i": "n"}, where="i >= n")]
+def test_numbers_may_be_counted_anew():
+    rules = [Rule("l.{i}.w", "l.{i}.w", where="i < n"), Rule("l.{i+n}.w", "extra.{i}")]
     config = {"n": 2}
     made = apply(rules, {f"l.{i}.w": (1,) for i in range(4)}, config=config)
     assert {row.target: row.sources for row in made.rows} == {
@@ -145,15 +145,15 @@ def test_an_offset_counts_anew():
         "extra.0": ("l.2.w",),
         "extra.1": ("l.3.w",),
     }
-    rules = [Rule("l.{i}.w", "l.{i}.w"), Rule("m.{i}.w", "extra.{i}", offset={"i": "n"})]
+    rules = [Rule("l.{i}.w", "l.{i}.w", sparse=True), Rule("m.{i+n}.w", "extra.{i}")]
     back = apply(rules, {"l.0.w": (1,), "extra.0": (1,), "extra.1": (1,)}, config=config, back=True)
     assert list(back.outputs) == ["l.0.w", "m.2.w", "m.3.w"]
     with pytest.raises(CoverageError, match=r"m\.1\.w: no rule"):
         apply(rules, {"l.0.w": (1,), "m.1.w": (1,)}, config=config)
 
 
-def test_copies_that_are_all_the_same():
-    rules = [Rule("l.{i}.freqs", "freqs", copies={"i": "all"}), Rule("w", "w")]
+def test_numbers_that_all_hold_the_same():
+    rules = [Rule("l.{i=*}.freqs", "freqs"), Rule("w", "w")]
     made = apply(rules, {"l.0.freqs": (4,), "l.1.freqs": (4,), "w": (1,)})
     assert list(made.outputs) == ["freqs", "w"]
     back = apply(rules, {"freqs": (4,), "w": (1,)}, back=True, dims={"i": "layers"}, config={"layers": 3})
@@ -165,7 +165,7 @@ def test_copies_that_are_all_the_same():
 
 
 def test_what_has_no_source_is_made():
-    rules = [Rule("w", "w"), Drop("l.{i}.inv_freq", "computed", flipped=True, op={"op": "inv_freq", "dim": "d"}, dims={"i": 2})]
+    rules = [Rule("w", "w"), Make("l.{i}.inv_freq", "computed", op={"op": "inv_freq", "dim": "d"}, dims={"i": 2})]
     made = apply(rules, {"w": (1,)}, config={"d": 8})
     assert [(row.target, row.sources, row.spec.shape) for row in made.rows][1:] == [("l.0.inv_freq", (), (4,)), ("l.1.inv_freq", (), (4,))]
     assert isinstance(made.outputs["l.1.inv_freq"].op, InvFreq)

@@ -321,8 +321,8 @@ def test_a_head_that_is_no_longer_the_embedding_is_said_to_be_so(tmp_path, capsy
 
 
 def test_a_number_at_one_place_stands_on_one_side_only():
-    with pytest.raises(streamconv.RecipeError, match="at i: no number on one side is called that"):
-        streamconv.Recipe("x", "", (streamconv.Rule("a.{i}", "b.{i}", at={"i": 1}),))
+    with pytest.raises(streamconv.RecipeError, match=r"\{i=1\} must stand on one side only"):
+        streamconv.Recipe("x", "", (streamconv.Rule("a.{i=1}", "b.{i}"),))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(3, 3, 4), (6, 1, 2), (6, 2, 4), (5, 5, 6)])

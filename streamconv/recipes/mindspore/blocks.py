@@ -18,10 +18,10 @@ def _block(left: str, right: str, norms: str, linears: str, fused: str, layout: 
     """A block: its two norms, its linear layers but q, k, v (projection, mapping, projection back), which are transposed, and q, k, v."""
     linears, own = f"{left}.{{{linears}}}", f"{right}.{{attention.projection,output.mapping,output.projection}}"
     return (
-        Rule(f"{left}.{{{norms}}}.{_BOTH}", f"{right}.layernorm{{1,2}}.{_OWN_NORM}", when=when, complete=True),
-        Rule(f"{left}.{fused}.{_BOTH}", f"{right}.attention.dense{{1,2,3}}.{_BOTH}", layout, when=when, complete=True),
-        Rule(f"{linears}.weight", f"{own}.weight", "o c -> c o", when=when, complete=True),
-        Rule(f"{linears}.bias", f"{own}.bias", when=when, complete=True),
+        Rule(f"{left}.{{{norms}}}.{_BOTH}", f"{right}.layernorm{{1,2}}.{_OWN_NORM}", when=when),
+        Rule(f"{left}.{fused}.{_BOTH}", f"{right}.attention.dense{{1,2,3}}.{_BOTH}", layout, when=when),
+        Rule(f"{linears}.weight", f"{own}.weight", "o c -> c o", when=when),
+        Rule(f"{linears}.bias", f"{own}.bias", when=when),
     )
 
 
@@ -30,8 +30,8 @@ def _bloom(prefix: str, when: str) -> tuple[Rule, ...]:
     own_embedding = f"{prefix}embedding"
     return (
         Rule(f"{prefix}word_embeddings.weight", f"{own_embedding}.word_embedding.embedding_table", when=when),
-        Rule(f"{prefix}word_embeddings_layernorm.{_BOTH}", f"{own_embedding}.norm.{_OWN_NORM}", when=when, complete=True),
-        Rule(f"{prefix}ln_f.{_BOTH}", f"{prefix}ln_f.{_OWN_NORM}", when=when, complete=True),
+        Rule(f"{prefix}word_embeddings_layernorm.{_BOTH}", f"{own_embedding}.norm.{_OWN_NORM}", when=when),
+        Rule(f"{prefix}ln_f.{_BOTH}", f"{prefix}ln_f.{_OWN_NORM}", when=when),
         *_block(
             f"{prefix}h.{{i}}",
             f"{prefix}blocks.{{i}}",
@@ -83,10 +83,9 @@ _WIZARDCODER = Recipe(
             "(q + d + d) ... -> q ..., d ..., d ...",
         ),
         Drop("transformer.h.{i}.attn.{buffer:bias,masked_bias}", "the causal mask, which the model makes itself"),
-        Rule(f"transformer.ln_f.{_BOTH}", f"backbone.layernorm.{_OWN_NORM}", complete=True),
-        Rule("transformer.{wte,wpe}.weight", "backbone.embedding.{word,position}_embedding.embedding_table", complete=True),
-        Rule("lm_head.weight", "head.head_weight", when="not tie_word_embeddings"),
-        Rule("lm_head.weight", "head.head_weight", when="tie_word_embeddings", optional=True),
+        Rule(f"transformer.ln_f.{_BOTH}", f"backbone.layernorm.{_OWN_NORM}"),
+        Rule("transformer.{wte,wpe}.weight", "backbone.embedding.{word,position}_embedding.embedding_table"),
+        Rule("lm_head.weight", "head.head_weight", optional="tie_word_embeddings"),
         Tie(_WTE, "head.head_weight", _OWN_WTE, when="tie_word_embeddings"),
         *TRAINING,
     ),
@@ -130,18 +129,18 @@ def _vit(family: str, norm: str, other_norm: str, summary: str) -> Recipe:
         rules=(
             Rule("cls_token", "vit.cls_tokens"),
             Rule("pos_embed", "vit.pos_embed"),
-            Rule(f"patch_embed.proj.{_BOTH}", f"vit.patch_embed.proj.{_BOTH}", complete=True),
+            Rule(f"patch_embed.proj.{_BOTH}", f"vit.patch_embed.proj.{_BOTH}"),
             Rule("mask_token", "vit.mask_tokens", when=_DECODER),
             Rule("decoder_pos_embed", "vit.decoder_pos_embed", when=_DECODER),
-            Rule(f"decoder_{{embed,pred}}.{_BOTH}", f"vit.decoder_{{embed,pred}}.{_BOTH}", when=_DECODER, complete=True),
+            Rule(f"decoder_{{embed,pred}}.{_BOTH}", f"vit.decoder_{{embed,pred}}.{_BOTH}", when=_DECODER),
             *(
                 rule
                 for at, when in (("blocks.{i}", None), ("decoder_blocks.{j}", _DECODER))
                 for rule in _block(at, f"vit.{at}", "norm1,norm2", "attn.proj,mlp.fc1,mlp.fc2", "attn.qkv", _THIRDS, when)
             ),
-            Rule(f"{{at:,decoder_}}norm.{_BOTH}", last, optional=True, complete=True),
-            Rule(f"fc_norm.{_BOTH}", f"vit.fc_norm.{_OWN_NORM}", optional=True, complete=True),
-            Rule(f"head.{_BOTH}", f"head.{_BOTH}", optional=True, complete=True),
+            Rule(f"{{at:,decoder_}}norm.{_BOTH}", last, optional=True),
+            Rule(f"fc_norm.{_BOTH}", f"vit.fc_norm.{_OWN_NORM}", optional=True),
+            Rule(f"head.{_BOTH}", f"head.{_BOTH}", optional=True),
             Rule("head.{rest*}", "head.{rest*}", optional=True, fallback=True),
             *TRAINING,
         ),

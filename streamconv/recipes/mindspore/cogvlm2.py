@@ -5,32 +5,30 @@ Facts: see `mindformers`, whose script goes one way, and cuts q, k, v where thos
 
 from __future__ import annotations
 
-from streamconv.recipe import ALL, Option, Recipe, Rule, from_config
+from streamconv.recipe import Option, Recipe, Rule, from_config
 from streamconv.recipes.mindspore.mindformers import HF, LAYER_COUNT, MS, REFERENCE, TRAINING, both_ways
 
 _LAYER = "model.layers.{i}"
 _VIT, _OWN_VIT = "model.vision.transformer.layers.{l}", "vision_encoder.blocks.{l}"
-_ROPE = f"{_LAYER}.self_attn.rotary_emb.inv_freq"
+_ROPE = "model.layers.{i=*}.self_attn.rotary_emb.inv_freq"
 _VIDEO, _FULL = "modal == 'video'", "sft == 'full'"
 
 _VISION = (
     Rule("model.vision.patch_embedding.cls_embedding", "vision_encoder.cls_token", "n c -> 1 n c"),
     Rule("model.vision.patch_embedding.position_embedding.weight", "vision_encoder.pos_embed", "n c -> 1 n c"),
-    Rule("model.vision.patch_embedding.proj.{weight,bias}", "vision_encoder.patch_embed.proj.{weight,bias}", complete=True),
+    Rule("model.vision.patch_embedding.proj.{weight,bias}", "vision_encoder.patch_embed.proj.{weight,bias}"),
     Rule(
         f"{_VIT}.attention.{{query_key_value,dense}}.{{kind:weight,bias}}",
         f"{_OWN_VIT}.attn.{{qkv,proj}}.{{kind:weight,bias}}",
-        complete=True,
     ),
-    Rule(f"{_VIT}.mlp.{{fc1,fc2}}.{{kind:weight,bias}}", f"{_OWN_VIT}.mlp.{{fc1,fc2}}.{{kind:weight,bias}}", complete=True),
-    Rule(f"{_VIT}.{{input,post_attention}}_layernorm.{{weight,bias}}", f"{_OWN_VIT}.norm{{1,2}}.{{gamma,beta}}", complete=True),
-    Rule("model.vision.linear_proj.norm1.{weight,bias}", "mlp_adapter.linear_proj.norm1.{gamma,beta}", complete=True),
+    Rule(f"{_VIT}.mlp.{{fc1,fc2}}.{{kind:weight,bias}}", f"{_OWN_VIT}.mlp.{{fc1,fc2}}.{{kind:weight,bias}}"),
+    Rule(f"{_VIT}.{{input,post_attention}}_layernorm.{{weight,bias}}", f"{_OWN_VIT}.norm{{1,2}}.{{gamma,beta}}"),
+    Rule("model.vision.linear_proj.norm1.{weight,bias}", "mlp_adapter.linear_proj.norm1.{gamma,beta}"),
     Rule(
         "model.vision.linear_proj.{linear_proj,gate_proj,dense_h_to_4h,dense_4h_to_h}.{kind:weight,bias}",
         "mlp_adapter.linear_proj.{linear_proj,gate_proj,dense_h_to_4h,dense_4h_to_h}.{kind:weight,bias}",
-        complete=True,
     ),
-    Rule("model.vision.{conv.weight,conv.bias,boi,eoi}", "mlp_adapter.{conv.weight,conv.bias,boi,eoi}", complete=True),
+    Rule("model.vision.{conv.weight,conv.bias,boi,eoi}", "mlp_adapter.{conv.weight,conv.bias,boi,eoi}"),
 )
 
 
@@ -39,17 +37,16 @@ def _video(prefix: str, when: str) -> tuple[Rule, ...]:
     own = f"{prefix}{_LAYER}"
     return (
         Rule("model.embed_tokens.weight", f"{prefix}model.tok_embeddings.embedding_weight", when=when),
-        Rule("{model.norm,lm_head}.weight", f"{prefix}{{model.norm_out,lm_head}}.weight", when=when, complete=True),
+        Rule("{model.norm,lm_head}.weight", f"{prefix}{{model.norm_out,lm_head}}.weight", when=when),
         Rule(
             f"{_LAYER}.self_attn.language_expert_query_key_value.weight",
             f"{own}.attention.{{wq,wk,wv}}.weight",
             "(q + k + k) c -> q c, k c, k c",
             when=when,
-            complete=True,
         ),
-        Rule(f"{_LAYER}.self_attn.language_expert_dense.weight", f"{own}.attention.wo.weight", when=when, complete=True),
-        Rule(f"{_LAYER}.mlp.language_mlp.{{gate,up,down}}_proj.weight", f"{own}.feed_forward.w{{1,3,2}}.weight", when=when, complete=True),
-        Rule(f"{_LAYER}.{{input,post_attention}}_layernorm.weight", f"{own}.{{attention,ffn}}_norm.weight", when=when, complete=True),
+        Rule(f"{_LAYER}.self_attn.language_expert_dense.weight", f"{own}.attention.wo.weight", when=when),
+        Rule(f"{_LAYER}.mlp.language_mlp.{{gate,up,down}}_proj.weight", f"{own}.feed_forward.w{{1,3,2}}.weight", when=when),
+        Rule(f"{_LAYER}.{{input,post_attention}}_layernorm.weight", f"{own}.{{attention,ffn}}_norm.weight", when=when),
     )
 
 
@@ -64,13 +61,12 @@ def _image(prefix: str, when: str) -> tuple[Rule, ...]:
     return (
         Rule("model.embed_tokens.weight", f"{prefix}model.tok_embeddings.embedding_weight", when=when),
         Rule("model.norm.weight", f"{prefix}model.norm_out.weight", when=when),
-        *(Rule(name, f"{prefix}{name}", when=when, complete=True) for name in kept),
-        Rule(bias, f"{prefix}{bias}", when=when, optional=True, complete=True),
+        *(Rule(name, f"{prefix}{name}", when=when) for name in kept),
+        Rule(bias, f"{prefix}{bias}", when=when, optional=True),
         Rule(
             f"{_LAYER}.mlp.{{part:language,vision}}_mlp.{{gate_proj,up_proj,down_proj}}.weight",
             f"{prefix}{_LAYER}.mlp.{{part:language,vision}}_mlp.{{w1,w3,w2}}.weight",
             when=when,
-            complete=True,
         ),
     )
 
@@ -86,7 +82,7 @@ _COGVLM2 = Recipe(
         *_video(_LORA_PREFIX, f"{_VIDEO} and not {_FULL}"),
         *_image("llm_model.", f"not {_VIDEO}"),
         *(
-            Rule(_ROPE, f"{prefix}model.freqs_mgr.freqs", copies={"i": ALL}, when=when, optional=True)
+            Rule(_ROPE, f"{prefix}model.freqs_mgr.freqs", when=when, optional=True)
             for prefix, when in (("llm_model.", _FULL), (_LORA_PREFIX, f"not {_FULL}"))
         ),
         *TRAINING,

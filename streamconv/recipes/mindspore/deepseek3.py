@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, from_config, writer
+from streamconv.recipe import Drop, Make, Model, Option, Recipe, Rule, Side, from_config, writer
 from streamconv.recipes.mindspore.mindformers import TRAINING, as_many, both_ways
 
 _WRITES = "streamconv.recipes.mindspore.deepseek3:hf_files"
 _LAYER = "model.layers.{i}"
+_PREDICTED = "model.layers.{i+depth}"  # a layer for multi-token prediction, which are numbered after the others
 _ATTENTION, _OWN_ATTENTION = f"{_LAYER}.self_attn", f"{_LAYER}.attention"
 _MLP, _OWN_MLP = f"{_LAYER}.mlp", f"{_LAYER}.feed_forward"
 _EXPERTS, _OWN_EXPERTS = f"{_MLP}.experts.{{e}}", f"{_OWN_MLP}.routed_experts"
@@ -32,27 +33,24 @@ def _norm(left: str, right: str, **more: Any) -> Rule:
 
 
 _MLA = (
-    Rule(f"{_ATTENTION}.{{q_a_proj,o_proj}}.weight", f"{_OWN_ATTENTION}.{{q2l_proj,wo}}.weight", complete=True),
-    _norm(f"{_ATTENTION}.{{q_a,kv_a}}_layernorm.weight", f"{_OWN_ATTENTION}.{{lq,lkv}}_norm.weight", complete=True),
+    Rule(f"{_ATTENTION}.{{q_a_proj,o_proj}}.weight", f"{_OWN_ATTENTION}.{{q2l_proj,wo}}.weight"),
+    _norm(f"{_ATTENTION}.{{q_a,kv_a}}_layernorm.weight", f"{_OWN_ATTENTION}.{{lq,lkv}}_norm.weight"),
     Rule(
         f"{_ATTENTION}.q_b_proj.weight",
         f"{_OWN_ATTENTION}.{{l2q_nope_proj,l2q_pe_proj}}.weight",
         "(h (a + r two)) c -> (h a) c, (h two r) c",
-        complete=True,
     ),
     Rule(
         f"{_ATTENTION}.kv_a_proj_with_mqa.weight",
         f"{_OWN_ATTENTION}.{{kv2l_latent_kv,kv2l_k_pe}}.weight",
         "(l + r two) c -> l c, (two r) c",
-        complete=True,
     ),
     Rule(
         f"{_ATTENTION}.kv_b_proj.weight",
         f"{_OWN_ATTENTION}.{{lkv2kv_k_nope,lkv2kv_v}}.weight",
         "(h (a + v)) c -> (h a) c, (h v) c",
-        complete=True,
     ),
-    _norm(f"{_LAYER}.{{input,post_attention}}_layernorm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight", complete=True),
+    _norm(f"{_LAYER}.{{input,post_attention}}_layernorm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight"),
 )
 
 
@@ -60,14 +58,14 @@ def _router(own: str, weight: str, bias: str, when: str, *, firm: bool) -> tuple
     """The router, whose matrix stays float32 where it is ``firm``."""
     cast = "float32" if firm else None
     return (
-        Rule(f"{_MLP}.gate.weight", f"{own}.{weight}", "e c -> e c", when=when, optional=True, cast=cast, firm=firm),
-        _norm(f"{_MLP}.gate.e_score_correction_bias", f"{own}.{bias}", layout="e -> e", when=when, optional=True),
+        Rule(f"{_MLP}.gate.weight", f"{own}.{weight}", "e c -> e c", when=when, optional=True, sparse=True, cast=cast, firm=firm),
+        _norm(f"{_MLP}.gate.e_score_correction_bias", f"{own}.{bias}", layout="e -> e", when=when, optional=True, sparse=True),
     )
 
 
 _MOE = (
-    Rule("model.layers.{d}.mlp.{gate,down,up}_proj.weight", "model.layers.{d}.feed_forward.w{1,2,3}.weight", optional=True, complete=True),
-    Rule(f"{_MLP}.shared_experts.{{gate,down,up}}_proj.weight", f"{_OWN_MLP}.shared_experts.w{{1,2,3}}.weight", optional=True),
+    Rule("model.layers.{d}.mlp.{gate,down,up}_proj.weight", "model.layers.{d}.feed_forward.w{1,2,3}.weight", optional=True),
+    Rule(f"{_MLP}.shared_experts.{{gate,down,up}}_proj.weight", f"{_OWN_MLP}.shared_experts.w{{1,2,3}}.weight", optional=True, sparse=True),
     *_router(_OWN_EXPERTS, "router_dense.weight", "topk_bias", _GROUPED, firm=False),
     *_router(f"{_OWN_EXPERTS}.router", "dense.weight", "router.topk_bias", f"not {_GROUPED}", firm=True),
     Rule(
@@ -76,14 +74,16 @@ _MOE = (
         "e f c, e f c -> e c (f + f)",
         when=_GROUPED,
         optional=True,
+        sparse=True,
     ),
-    Rule(f"{_EXPERTS}.down_proj.weight", f"{_OWN_EXPERTS}.ffn.w2", "e c f -> e f c", when=_GROUPED, optional=True),
+    Rule(f"{_EXPERTS}.down_proj.weight", f"{_OWN_EXPERTS}.ffn.w2", "e c f -> e f c", when=_GROUPED, optional=True, sparse=True),
     Rule(
         f"{_EXPERTS}.{{gate,down,up}}_proj.weight",
         f"{_OWN_EXPERTS}.ffn.w{{1,2,3}}.weight",
         "e f c -> e f c",
         when=f"not {_GROUPED}",
         optional=True,
+        sparse=True,
     ),
 )
 
@@ -91,19 +91,18 @@ _MOE = (
 def _copy(name: str, own: str) -> Drop:
     """A tensor that the layers for multi-token prediction repeat."""
     return Drop(
-        f"{_LAYER}.{name}",
+        f"{_PREDICTED}.{name}",
         f"MindSpore's model has {own} for it",
         when="num_nextn_predict_layers",
         op={"op": "same", "tensor": f"'{own}'"},
         dims={"i": "num_nextn_predict_layers"},
-        offset={"i": _DEPTH},
     )
 
 
 _MTP = (
-    _norm(f"{_LAYER}.{{enorm,hnorm}}.weight", "model.mtp_hidden_fusers.{i}.{norm_emb,norm}.weight", optional=True, offset={"i": _DEPTH}),
-    Rule(f"{_LAYER}.eh_proj.weight", "model.mtp_hidden_fusers.{i}.dense.weight", optional=True, offset={"i": _DEPTH}),
-    _norm(f"{_LAYER}.shared_head.norm.weight", "model.mtp_norms.{i}.weight", optional=True, offset={"i": _DEPTH}),
+    _norm(f"{_PREDICTED}.{{enorm,hnorm}}.weight", "model.mtp_hidden_fusers.{i}.{norm_emb,norm}.weight", optional=True, sparse=True),
+    Rule(f"{_PREDICTED}.eh_proj.weight", "model.mtp_hidden_fusers.{i}.dense.weight", optional=True, sparse=True),
+    _norm(f"{_PREDICTED}.shared_head.norm.weight", "model.mtp_norms.{i}.weight", optional=True, sparse=True),
     _copy("embed_tokens.weight", _EMBEDDING),
     _copy("shared_head.head.weight", _HEAD),
 )
@@ -164,13 +163,11 @@ _WHOLE = {
     ),
 }
 
-_LEFT_OUT = tuple(
-    Drop(name, "a layer beyond --set num_layers", when=f"{_TAKEN} < {_ALL}", where=where, flipped=flipped)
-    for name, where, flipped in (
-        (f"{_LAYER}.{{rest*}}", f"i >= {_TAKEN}", False),
-        (f"{_LAYER}.{{rest*}}", f"i >= {_TAKEN}", True),
-        ("model.{part:mtp_hidden_fusers,mtp_norms}.{i}.{rest*}", "i >= num_nextn_predict_layers", True),
-    )
+_REASON, _FEWER = "a layer beyond --set num_layers", f"{_TAKEN} < {_ALL}"
+_LEFT_OUT = (
+    Drop(f"{_LAYER}.{{rest*}}", _REASON, _FEWER, where=f"i >= {_TAKEN}"),
+    Make(f"{_LAYER}.{{rest*}}", _REASON, _FEWER, where=f"i >= {_TAKEN}"),
+    Make("model.{part:mtp_hidden_fusers,mtp_norms}.{i}.{rest*}", _REASON, _FEWER, where="i >= num_nextn_predict_layers"),
 )
 
 _SPLIT = Recipe(
@@ -188,6 +185,7 @@ _SPLIT = Recipe(
     ),
     dims={
         "i": _TAKEN,
+        "depth": _DEPTH,
         "d": "min(first_k_dense_replace, num_layers)",
         "h": "=n_head",
         "a": "=qk_nope_head_dim",

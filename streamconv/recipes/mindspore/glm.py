@@ -28,8 +28,8 @@ def _said(help: str, what: str) -> Option:  # noqa: A002 - the field's name
 def _split(left: str, right: str, layout: str, when: str) -> tuple[Rule, ...]:
     """A linear layer whose rows are reordered or belong to several layers."""
     return (
-        Rule(f"{left}.weight", f"{right}.weight", layout, when=when, complete=True),
-        Rule(f"{left}.bias", f"{right}.bias", layout, when=when, optional=True, complete=True),
+        Rule(f"{left}.weight", f"{right}.weight", layout, when=when),
+        Rule(f"{left}.bias", f"{right}.bias", layout, when=when, optional=True),
     )
 
 
@@ -39,7 +39,7 @@ _GLM = Recipe(
     rules=(
         Rule("transformer.embedding.word_embeddings.weight", "transformer.embedding.embedding_weight"),
         *(
-            Rule(name, name, optional=optional, complete=True)
+            Rule(name, name, optional=optional)
             for name, optional in (
                 (f"{_LAYER}.{{input,post_attention}}_layernorm.weight", False),
                 (f"{_LAYER}.{{input,post_attention}}_layernorm.bias", True),

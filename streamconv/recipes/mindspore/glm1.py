@@ -15,8 +15,8 @@ _INPUT_NORM = (f"{_LAYER}.input_layernorm.{_NORM}", f"{_LAYER}.input_layernorm.{
 _FACTORS = (f"{PET},{LORA}", f"{PET},{LORA}")
 
 
-def _same(name: str, when: str | None = None, *, optional: bool = False, complete: bool = False) -> Rule:
-    return Rule(name, name, when=when, optional=optional, complete=complete)
+def _same(name: str, when: str | None = None, *, optional: bool = False, sparse: bool = False) -> Rule:
+    return Rule(name, name, when=when, optional=optional, sparse=sparse)
 
 
 _NAMES = Recipe(
@@ -24,17 +24,17 @@ _NAMES = Recipe(
     summary="",
     rules=(
         Rule("transformer.word_embeddings.weight", "transformer.word_embeddings.embedding_table"),
-        Rule(*_INPUT_NORM, when="half", complete=True, cast="float16", firm=True),
-        Rule(*_INPUT_NORM, when="not half", complete=True),
-        Rule(f"{_LAYER}.post_attention_layernorm.{_NORM}", f"{_LAYER}.post_attention_layernorm.{_OWN_NORM}", complete=True),
+        Rule(*_INPUT_NORM, when="half", cast="float16", firm=True),
+        Rule(*_INPUT_NORM, when="not half"),
+        Rule(f"{_LAYER}.post_attention_layernorm.{_NORM}", f"{_LAYER}.post_attention_layernorm.{_OWN_NORM}"),
         *(
             rule
             for part in ("attention.query_key_value", "attention.dense", *_MLP)
             for rule in linear(f"{_LAYER}.{part}", f"{_LAYER}.{part}")
         ),
-        Rule(f"transformer.final_layernorm.{_NORM}", f"transformer.final_layernorm.{_OWN_NORM}", complete=True),
+        Rule(f"transformer.final_layernorm.{_NORM}", f"transformer.final_layernorm.{_OWN_NORM}"),
         _same("lm_head.weight"),
-        _same(f"{_LAYER}.attention.rotary_emb.inv_freq", optional=True),
+        _same(f"{_LAYER}.attention.rotary_emb.inv_freq", optional=True, sparse=True),
         _same("transformer.prefix_encoder.{rest*}", optional=True),
         *TRAINING,
     ),
@@ -63,7 +63,7 @@ _CODEGEEX2 = Recipe(
     summary="CodeGeeX2: Hugging Face to MindSpore",
     rules=(
         Rule("transformer.embedding.word_embeddings.weight", "transformer.embedding.embedding_table"),
-        _same(f"{_LAYER2}.{{input,post_attention}}_layernorm.weight", complete=True),
+        _same(f"{_LAYER2}.{{input,post_attention}}_layernorm.weight"),
         *(
             rule
             for part in ("self_attention.query_key_value", "self_attention.dense", *_MLP)

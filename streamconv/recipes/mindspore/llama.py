@@ -60,7 +60,7 @@ def _llama(lora: tuple[str, str] = _UNKNOWN) -> tuple[Fact, ...]:
         Rule(f"{_BASE}embed_tokens.weight", f"{_BASE}{_EMBEDDING}"),
         *linear(f"{_LAYER}.self_attn.o_proj", f"{_LAYER}.attention.wo", lora),
         *linear(f"{_LAYER}.mlp.{{part:gate,down,up}}_proj", f"{_LAYER}.feed_forward.w{{part:1,2,3}}", lora),
-        Rule(f"{_LAYER}.{{input,post_attention}}_layernorm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight", complete=True),
+        Rule(f"{_LAYER}.{{input,post_attention}}_layernorm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight"),
         Rule(f"{_BASE}norm.weight", f"{_BASE}norm_out.weight"),
     )
 
@@ -109,7 +109,7 @@ _INTERNLM = replace(
     _LLAMA,
     name="internlm-hf2ms",
     summary="InternLM: Hugging Face to MindSpore",
-    rules=(*_llama(), *_attention(), *_HEAD, Rule(_BUFFER, _BUFFER, optional=True), *TRAINING),
+    rules=(*_llama(), *_attention(), *_HEAD, Rule(_BUFFER, _BUFFER, optional=True, sparse=True), *TRAINING),
     reference=REFERENCE.format("research/internlm"),
 )
 
@@ -120,9 +120,7 @@ _BAICHUAN2 = replace(
     summary="Baichuan 2: Hugging Face to MindSpore, q, k, v split",
     rules=(
         *_llama((LORA, MINDPET)),
-        Rule(
-            f"{_LAYER}.self_attn.W_pack.{{kind:weight,bias}}", f"{_LAYER}.attention.w{{q,k,v}}.{{kind:weight,bias}}", _THIRDS, complete=True
-        ),
+        Rule(f"{_LAYER}.self_attn.W_pack.{{kind:weight,bias}}", f"{_LAYER}.attention.w{{q,k,v}}.{{kind:weight,bias}}", _THIRDS),
         *(
             Rule(
                 f"{_LAYER}.self_attn.W_pack.{left}",
@@ -130,6 +128,7 @@ _BAICHUAN2 = replace(
                 _THIRDS,
                 when="lora == 'stacked'",
                 optional=True,
+                sparse=True,
             )
             for left, right in zip(LORA.split(","), MINDPET.split(","), strict=True)
         ),
@@ -163,11 +162,10 @@ _INTERNLM2 = Recipe(
             f"{_LAYER}.attention.w{{q,k,v}}.{{kind:weight,bias}}",
             "(k (g d + d + d)) ... -> (k g d) ..., (k d) ..., (k d) ...",
             when="not qkv_concat",
-            complete=True,
         ),
         *linear(f"{_LAYER}.attention.wo", f"{_LAYER}.attention.wo", _UNKNOWN),
         *linear(f"{_LAYER}.feed_forward.w{{part:1,2,3}}", f"{_LAYER}.feed_forward.w{{part:1,2,3}}", _UNKNOWN),
-        Rule(f"{_LAYER}.{{attention,ffn}}_norm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight", complete=True),
+        Rule(f"{_LAYER}.{{attention,ffn}}_norm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight"),
         Rule(f"{_BASE}norm.weight", f"{_BASE}norm_out.weight"),
         *head("model.tok_embeddings.weight", f"model.{_EMBEDDING}", listed=False, names=("output.weight", "lm_head.weight")),
         _NO_BUFFER,
@@ -198,10 +196,10 @@ _MIXTRAL = Recipe(
     rules=(
         Rule("model.embed_tokens.weight", f"model.{_EMBEDDING}"),
         *linear("model.layers.{i}.self_attn.{part:q,k,v,o}_proj", "model.layers.{i}.attention.w{part:q,k,v,o}", _UNKNOWN),
-        Rule(f"{_MOE}.gate.weight", f"{_OWN_MOE}.router.dense.weight", complete=True),
-        Rule(*_EXPERTS, "e a b -> e a b", when="not use_gmm", complete=True),
-        Rule(*_EXPERTS, "e a b -> e b a", when="use_gmm", complete=True),
-        Rule("model.layers.{i}.{input,post_attention}_layernorm.weight", "model.layers.{i}.{attention,ffn}_norm.weight", complete=True),
+        Rule(f"{_MOE}.gate.weight", f"{_OWN_MOE}.router.dense.weight"),
+        Rule(*_EXPERTS, "e a b -> e a b", when="not use_gmm"),
+        Rule(*_EXPERTS, "e a b -> e b a", when="use_gmm"),
+        Rule("model.layers.{i}.{input,post_attention}_layernorm.weight", "model.layers.{i}.{attention,ffn}_norm.weight"),
         Rule("model.norm.weight", "model.norm_out.weight"),
         *head(EMBEDDING, OWN_EMBEDDING, listed=None),
         _NO_BUFFER,
@@ -239,12 +237,12 @@ def _fused(when: str) -> tuple[Rule, ...]:
     grouped, plain = f"{when} and layout == 'grouped'", f"{when} and layout == 'plain'"
     no_groups = "a ..., b ..., b ... -> (a + b + b) ..."
     return (
-        Rule(f"{parts}.weight", f"{_QKV}.weight", no_groups, when=plain, complete=True),
-        Rule(f"{parts}.weight", f"{_QKV}.weight", _GROUPED, when=grouped, complete=True),
-        Rule(f"{parts}.bias", f"{_QKV}.bias", no_groups, when=f"{when} and not group_bias", optional=True, complete=True),
-        Rule(f"{parts}.bias", f"{_QKV}.bias", _GROUPED, when=f"{when} and group_bias", optional=True, complete=True),
-        Rule(*gate_up, "f ..., f ... -> (f + f) ...", when=plain, complete=True),
-        Rule(*gate_up, "f ..., f ... -> (f (1 + 1)) ...", when=grouped, complete=True),
+        Rule(f"{parts}.weight", f"{_QKV}.weight", no_groups, when=plain),
+        Rule(f"{parts}.weight", f"{_QKV}.weight", _GROUPED, when=grouped),
+        Rule(f"{parts}.bias", f"{_QKV}.bias", no_groups, when=f"{when} and not group_bias", optional=True),
+        Rule(f"{parts}.bias", f"{_QKV}.bias", _GROUPED, when=f"{when} and group_bias", optional=True),
+        Rule(*gate_up, "f ..., f ... -> (f + f) ...", when=plain),
+        Rule(*gate_up, "f ..., f ... -> (f (1 + 1)) ...", when=grouped),
     )
 
 
@@ -266,12 +264,12 @@ _LLAMA_FUSE = Recipe(
     summary="Llama in MindSpore: q, k, v in one tensor, gate and up in one tensor",
     rules=(
         *_fused("True"),
-        Rule(f"{_BASE}{{{_EMBEDDING},norm_out.weight}}", f"{_BASE}{{{_EMBEDDING},norm_out.weight}}"),
+        Rule(f"{_BASE}{{{_EMBEDDING},norm_out.weight}}", f"{_BASE}{{{_EMBEDDING},norm_out.weight}}", sparse=True),
         Rule("lm_head.weight", "lm_head.weight", optional=True),
         *(rule for name in ("attention.wo", "feed_forward.w2") for rule in linear(f"{_LAYER}.{name}", f"{_LAYER}.{name}", _UNKNOWN)),
-        Rule(f"{_LAYER}.{{attention,ffn}}_norm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight", complete=True),
+        Rule(f"{_LAYER}.{{attention,ffn}}_norm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight"),
         *TRAINING,
-        *(drop.flip() for drop in TRAINING),
+        *(fact.flip() for fact in TRAINING),
     ),
     dims={**LAYER_COUNT, **_FUSED_DIMS},
     options=_fused_options("plain", "False"),  # mindformers' own script does not group llama's biases

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
-from streamconv.recipe import Drop, Fact, Model, Option, Recipe, Rule, Side, Tie, writer
+from streamconv.recipe import Drop, Fact, Make, Model, Option, Recipe, Rule, Side, Tie, writer
 
 RECIPES = ()
 REFERENCE = "mindformers r1.3.0 (f90b5b9), convert_weight.py and convert_reversed.py of {}"
@@ -25,14 +25,14 @@ _COUNTERS = (
     "current_iterator_step,last_overflow_iterator_step,accu_step"
 )
 TRAINING = (
-    Drop(f"{{state:{_STATE}}}.{{rest*}}", "state of the optimizer", flipped=True),
-    Drop(f"{{counter:{_COUNTERS}}}", "state of the training", flipped=True),
+    Make(f"{{state:{_STATE}}}.{{rest*}}", "state of the optimizer"),
+    Make(f"{{counter:{_COUNTERS}}}", "state of the training"),
 )
 """What a MindSpore checkpoint of a training run holds beside the weights."""
 
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 LAYER_COUNT = {"i": " or ".join(f"{root}.{key}" for root in ("config", "sidecar") for key in _DEPTHS)}
-"""How many layers there must be: of rules that are ``complete``."""
+"""How many layers there must be: of rules that are not sparse."""
 
 TIED = {
     "tie_word_embeddings": Option(
@@ -55,16 +55,13 @@ def head(
         names: of the head, on both sides.
     """
     (left, right), inner = names, embedding.split(".", maxsplit=1)[0]
-    rules = (
-        # A model without what its head is put on has none.
-        Rule(left, right, when=f"not tie_word_embeddings and has('{inner}.{{rest*}}')"),
-        Rule(left, right, when=f"tie_word_embeddings or not has('{inner}.{{rest*}}')", optional=True),
-    )
+    # A model without what its head is put on has none.
+    rule = Rule(left, right, optional=f"tie_word_embeddings or not has('{inner}.{{rest*}}')")
     if listed is None:
-        return rules
+        return (rule,)
     if listed:
-        return (*rules, Tie(embedding, right, own_embedding, when="tie_word_embeddings"))
-    return (*rules, Tie(own_embedding, left, embedding, when=f"tie_word_embeddings and has('{embedding}')", flipped=True))
+        return (rule, Tie(embedding, right, own_embedding, when="tie_word_embeddings"))
+    return (rule, Tie(own_embedding, left, embedding, when=f"tie_word_embeddings and has('{embedding}')").flip())
 
 
 LORA = "lora_A.weight,lora_B.weight"
@@ -82,9 +79,9 @@ def linear(left: str, right: str, lora: tuple[str, str] = (LORA, PET), when: str
         when: as for a rule.
     """
     return (
-        Rule(f"{left}.weight".replace("{part:", "{"), f"{right}.weight".replace("{part:", "{"), when=when, complete=True),
-        Rule(f"{left}.bias", f"{right}.bias", when=when, optional=True, complete=True),
-        Rule(f"{left}.{{factor:{lora[0]}}}", f"{right}.{{factor:{lora[1]}}}", when=when, optional=True),
+        Rule(f"{left}.weight".replace("{part:", "{"), f"{right}.weight".replace("{part:", "{"), when=when),
+        Rule(f"{left}.bias", f"{right}.bias", when=when, optional=True),
+        Rule(f"{left}.{{factor:{lora[0]}}}", f"{right}.{{factor:{lora[1]}}}", when=when, optional=True, sparse=True),
     )
 
 
@@ -103,10 +100,10 @@ def as_many(total: str, what: Mapping[str, tuple[str, ...]], *, or_none: bool = 
 LAYERS = {"layers": Option("how many layers to take, the rest is left out; all where it is not given", kind="int")}
 
 
-def only_layers(left: str, right: str) -> tuple[Drop, Drop]:
+def only_layers(left: str, right: str) -> tuple[Drop, Make]:
     """Leaves out the layers ``{i}`` from option ``layers`` on; ``left`` and ``right`` match all names of a layer on their side."""
     beyond, reason = "layers != None and i >= layers", "a layer beyond --set layers"
-    return (Drop(left, reason, where=beyond), Drop(right, reason, where=beyond, flipped=True))
+    return (Drop(left, reason, where=beyond), Make(right, reason, where=beyond))
 
 
 def both_ways(forward: Recipe) -> tuple[Recipe, Recipe]:

@@ -30,7 +30,7 @@ IS_QWEN2_MOE = f"has('{_LAYER}.{{at:mlp.shared_expert_gate,feed_forward.shared_e
 
 def _norms(**more: Any) -> tuple[Rule, ...]:
     return (
-        Rule(f"{_LAYER}.{{input,post_attention}}_layernorm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight", complete=True, **more),
+        Rule(f"{_LAYER}.{{input,post_attention}}_layernorm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight", **more),
         Rule("model.norm.weight", "model.norm_out.weight", **more),
     )
 
@@ -41,9 +41,9 @@ def _experts(shared: str, **more: Any) -> tuple[Rule, ...]:
     return (
         Rule("model.embed_tokens.weight", "model.tok_embeddings.embedding_weight"),
         Rule(f"{_ROUTER}.weight", f"{_OWN_ROUTER}.weight", "e c -> e c", **more),
-        Rule(*stacked, "e a b -> e a b", when="not use_gmm"),
-        Rule(*stacked, "e a b -> e b a", when="use_gmm"),
-        Rule(f"{_MLP}.{shared}.{_EACH}", f"{_OWN_MLP}.shared_experts.{_OWN_EACH}"),
+        Rule(*stacked, "e a b -> e a b", when="not use_gmm", sparse=True),
+        Rule(*stacked, "e a b -> e b a", when="use_gmm", sparse=True),
+        Rule(f"{_MLP}.{shared}.{_EACH}", f"{_OWN_MLP}.shared_experts.{_OWN_EACH}", sparse=True),
     )
 
 
@@ -51,21 +51,21 @@ _LOW_RANK = f"has('{_LAYER}.{{at:self_attn.q_a_proj,attention.q2l_proj}}.weight'
 _FIRM: dict[str, Any] = {"cast": "float32", "firm": True}
 
 DEEPSEEK_V2 = (
-    *_experts("shared_experts", **_FIRM),
-    Rule(f"model.layers.{{d}}.mlp.{_EACH}", f"model.layers.{{d}}.feed_forward.{_OWN_EACH}", optional=True, complete=True),
-    Rule(f"{_ATTENTION}.{{kv_a_proj_with_mqa,kv_b_proj,o_proj}}.weight", f"{_OWN_ATTENTION}.{{kv2l,lkv2kv,wo}}.weight", complete=True),
-    Rule(f"{_ATTENTION}.kv_a_layernorm.weight", f"{_OWN_ATTENTION}.lkv_norm.weight", complete=True, **_FIRM),
+    *_experts("shared_experts", sparse=True, **_FIRM),
+    Rule(f"model.layers.{{d}}.mlp.{_EACH}", f"model.layers.{{d}}.feed_forward.{_OWN_EACH}", optional=True),
+    Rule(f"{_ATTENTION}.{{kv_a_proj_with_mqa,kv_b_proj,o_proj}}.weight", f"{_OWN_ATTENTION}.{{kv2l,lkv2kv,wo}}.weight"),
+    Rule(f"{_ATTENTION}.kv_a_layernorm.weight", f"{_OWN_ATTENTION}.lkv_norm.weight", **_FIRM),
     # Large models have queries of low rank, the small one does not.
-    Rule(f"{_ATTENTION}.q_proj.weight", f"{_OWN_ATTENTION}.q_proj.weight", when=f"not {_LOW_RANK}", complete=True),
-    Rule(f"{_ATTENTION}.{{q_a,q_b}}_proj.weight", f"{_OWN_ATTENTION}.{{q2l,l2q}}_proj.weight", when=_LOW_RANK, complete=True),
-    Rule(f"{_ATTENTION}.q_a_layernorm.weight", f"{_OWN_ATTENTION}.lq_norm.weight", when=_LOW_RANK, complete=True, **_FIRM),
+    Rule(f"{_ATTENTION}.q_proj.weight", f"{_OWN_ATTENTION}.q_proj.weight", when=f"not {_LOW_RANK}"),
+    Rule(f"{_ATTENTION}.{{q_a,q_b}}_proj.weight", f"{_OWN_ATTENTION}.{{q2l,l2q}}_proj.weight", when=_LOW_RANK),
+    Rule(f"{_ATTENTION}.q_a_layernorm.weight", f"{_OWN_ATTENTION}.lq_norm.weight", when=_LOW_RANK, **_FIRM),
     *_norms(**_FIRM),
 )
 """All but the head."""
 
 QWEN2_MOE = (
-    *_experts("shared_expert", complete=True),
-    Rule(f"{_MLP}.shared_expert_gate.weight", f"{_OWN_MLP}.shared_experts_gate.weight", complete=True),
+    *_experts("shared_expert"),
+    Rule(f"{_MLP}.shared_expert_gate.weight", f"{_OWN_MLP}.shared_experts_gate.weight"),
     *linear(f"{_ATTENTION}.{{part:q,k,v,o}}_proj", f"{_OWN_ATTENTION}.w{{part:q,k,v,o}}"),
     *_norms(),
 )

@@ -35,9 +35,14 @@ def _language(at: str = "", split: str | None = None) -> tuple[Fact, ...]:
     """All but embedding and head, whose names on MindSpore's side begin with ``at``; q, k, v are split where ``split`` holds."""
     own = f"{at}transformer.layers.{{i}}"
     return (
-        Rule(f"{_LAYER}.ln_{{1,2}}.weight", f"{own}.{{attention,ffn}}_norm.weight", complete=True),
-        Rule(f"{_LAYER}.attn.c_attn.{_KIND}", f"{own}.attention.w{{q,k,v}}.{_KIND}", _THIRDS, when=split, complete=True),
-        Rule(f"{_LAYER}.attention.w{{q,k,v}}.{{factor:{LORA}}}", f"{own}.attention.w{{q,k,v}}.{{factor:{MINDPET}}}", optional=True),
+        Rule(f"{_LAYER}.ln_{{1,2}}.weight", f"{own}.{{attention,ffn}}_norm.weight"),
+        Rule(f"{_LAYER}.attn.c_attn.{_KIND}", f"{own}.attention.w{{q,k,v}}.{_KIND}", _THIRDS, when=split),
+        Rule(
+            f"{_LAYER}.attention.w{{q,k,v}}.{{factor:{LORA}}}",
+            f"{own}.attention.w{{q,k,v}}.{{factor:{MINDPET}}}",
+            optional=True,
+            sparse=True,
+        ),
         *linear(
             f"{_LAYER}.{{part:attn.c_proj,mlp.w1,mlp.w2,mlp.c_proj}}",
             f"{own}.{{part:attention.wo,feed_forward.w1,feed_forward.w3,feed_forward.w2}}",
@@ -79,29 +84,27 @@ _LAYER_NORMS = "{ln_pre,ln_post,attn_pool.ln_q,attn_pool.ln_kv}"
 
 def _projection(left: str, right: str) -> tuple[Rule, Rule]:
     return (
-        Rule(f"{left}.out_proj.weight", f"{right}.projection.weight", "o c -> c o", complete=True),
-        Rule(f"{left}.out_proj.bias", f"{right}.projection.bias", complete=True),
+        Rule(f"{left}.out_proj.weight", f"{right}.projection.weight", "o c -> c o"),
+        Rule(f"{left}.out_proj.bias", f"{right}.projection.bias"),
     )
 
 
 _VISION = (
-    Rule(f"{_SEEN}.{_PLAIN}", f"{_ENCODER}.{_PLAIN}", complete=True),
-    Rule(f"{_SEEN}.{_LAYER_NORMS}.{_KIND}", f"{_ENCODER}.{_LAYER_NORMS}.{_NORM}", complete=True),
-    Rule(f"{_BLOCK}.ln_{{1,2}}.{_KIND}", f"{_OWN_BLOCK}.ln_{{1,2}}.{_NORM}", complete=True),
+    Rule(f"{_SEEN}.{_PLAIN}", f"{_ENCODER}.{_PLAIN}"),
+    Rule(f"{_SEEN}.{_LAYER_NORMS}.{_KIND}", f"{_ENCODER}.{_LAYER_NORMS}.{_NORM}"),
+    Rule(f"{_BLOCK}.ln_{{1,2}}.{_KIND}", f"{_OWN_BLOCK}.ln_{{1,2}}.{_NORM}"),
     Rule(
         f"{_BLOCK}.attn.in_proj.{_KIND}",
         f"{_OWN_BLOCK}.attn.dense{{1,2,3}}.{_KIND}",
         "(h (d + d + d)) ... -> (h d) ..., (h d) ..., (h d) ...",
-        complete=True,
     ),
     *_projection(f"{_BLOCK}.attn", f"{_OWN_BLOCK}.attn"),
-    Rule(f"{_BLOCK}.mlp.{{c_fc,c_proj}}.{_KIND}", f"{_OWN_BLOCK}.mlp.{{c_fc,c_proj}}.{_KIND}", complete=True),
+    Rule(f"{_BLOCK}.mlp.{{c_fc,c_proj}}.{_KIND}", f"{_OWN_BLOCK}.mlp.{{c_fc,c_proj}}.{_KIND}"),
     Rule(f"{_SEEN}.attn_pool.kv_proj.weight", f"{_ENCODER}.attn_pool.kv_proj.weight", optional=True),
     Rule(
         f"{_SEEN}.attn_pool.attn.in_proj_{{weight,bias}}",
         f"{_ENCODER}.attn_pool.attn.dense{{1,2,3}}.{{weight,bias}}",
         _THIRDS,
-        complete=True,
     ),
     *_projection(f"{_SEEN}.attn_pool.attn", f"{_ENCODER}.attn_pool.attn"),
 )
@@ -123,7 +126,7 @@ _QWENVL = Recipe(
     rules=(
         *_padded(Rule(_WTE, f"{_LLM}{_OWN_WTE}")),
         *_language(_LLM, "not use_qkv_concat"),
-        Rule(f"{_LAYER}.attn.c_attn.{_KIND}", f"{_LLM}transformer.layers.{{i}}.attention.w.{_KIND}", when="use_qkv_concat", complete=True),
+        Rule(f"{_LAYER}.attn.c_attn.{_KIND}", f"{_LLM}transformer.layers.{{i}}.attention.w.{_KIND}", when="use_qkv_concat"),
         *_VISION,
         *TRAINING,
         *(

@@ -6,7 +6,7 @@ as true, or drop q, k, v that are not complete, these rules do not.
 
 from __future__ import annotations
 
-from streamconv.recipe import Option, Recipe, Rule, Side
+from streamconv.recipe import Fact, Option, Recipe, Rule, Side, sparse
 from streamconv.recipes.mindspore.mindformers import MS, REFERENCE, TRAINING
 
 _BLOCK = "layers.{s}.blocks.{b}"
@@ -14,33 +14,35 @@ _BOTH, _OWN_BOTH = "{weight,bias}", "{gamma,beta}"
 _KIND, _OWN_KIND = "{kind:weight,bias}", "{kind:gamma,beta}"
 
 
-def _encoder(prefix: str, when: str) -> tuple[Rule, ...]:
+def _encoder(prefix: str, when: str) -> tuple[Fact, ...]:
     """All but the head."""
     left, right = f"{prefix}{_BLOCK}", f"encoder.{_BLOCK}"
 
-    def rule(left: str, right: str, layout: str | None = None, *, optional: bool = False, complete: bool = False) -> Rule:
-        return Rule(left, right, layout, when=when, optional=optional, complete=complete)
+    def rule(left: str, right: str, layout: str | None = None, *, optional: bool = False) -> Rule:
+        return Rule(left, right, layout, when=when, optional=optional)
 
     return (
-        rule(f"{prefix}patch_embed.proj.{_BOTH}", f"encoder.patch_embed.projection.{_BOTH}", complete=True),
-        rule(f"{prefix}patch_embed.norm.{_BOTH}", f"encoder.patch_embed.norm.{_OWN_BOTH}", optional=True, complete=True),
-        rule(f"{prefix}norm.{_BOTH}", f"encoder.norm.{_OWN_BOTH}", complete=True),
+        rule(f"{prefix}patch_embed.proj.{_BOTH}", f"encoder.patch_embed.projection.{_BOTH}"),
+        rule(f"{prefix}patch_embed.norm.{_BOTH}", f"encoder.patch_embed.norm.{_OWN_BOTH}", optional=True),
+        rule(f"{prefix}norm.{_BOTH}", f"encoder.norm.{_OWN_BOTH}"),
         rule(f"{prefix}absolute_pos_embed", "encoder.absolute_pos_embed", optional=True),
-        rule(f"{left}.norm{{1,2}}.{_KIND}", f"{right}.norm{{1,2}}.{_OWN_KIND}"),
-        rule(f"{left}.attn.qkv.{_KIND}", f"{right}.attn.{{q,k,v}}.{_KIND}", "(o + o + o) ... -> o ..., o ..., o ..."),
-        rule(f"{left}.attn.proj.{_KIND}", f"{right}.attn.proj.{_KIND}"),
-        rule(
-            f"{left}.attn.relative_position_{{bias_table,index}}",
-            f"{right}.attn.relative_position_bias.relative_position_{{bias_table,index}}",
+        # Stages have different numbers of blocks.
+        *sparse(
+            rule(f"{left}.norm{{1,2}}.{_KIND}", f"{right}.norm{{1,2}}.{_OWN_KIND}"),
+            rule(f"{left}.attn.qkv.{_KIND}", f"{right}.attn.{{q,k,v}}.{_KIND}", "(o + o + o) ... -> o ..., o ..., o ..."),
+            rule(f"{left}.attn.proj.{_KIND}", f"{right}.attn.proj.{_KIND}"),
+            rule(
+                f"{left}.attn.relative_position_{{bias_table,index}}",
+                f"{right}.attn.relative_position_bias.relative_position_{{bias_table,index}}",
+            ),
+            rule(f"{left}.attn_mask", f"{right}.attn_mask", optional=True),
+            rule(f"{left}.mlp.{{fc1,fc2}}.weight", f"{right}.mlp.{{mapping,projection}}.weight", "o c -> c o"),
+            rule(f"{left}.mlp.{{fc1,fc2}}.bias", f"{right}.mlp.{{mapping,projection}}.bias"),
         ),
-        rule(f"{left}.attn_mask", f"{right}.attn_mask", optional=True),
-        rule(f"{left}.mlp.{{fc1,fc2}}.weight", f"{right}.mlp.{{mapping,projection}}.weight", "o c -> c o"),
-        rule(f"{left}.mlp.{{fc1,fc2}}.bias", f"{right}.mlp.{{mapping,projection}}.bias"),
         rule(
             f"{prefix}layers.{{d}}.downsample.{{reduction.weight,norm.weight,norm.bias}}",
             "encoder.layers.{d}.downsample.{reduction.weight,norm.gamma,norm.beta}",
             optional=True,
-            complete=True,
         ),
     )
 
@@ -58,10 +60,10 @@ _SWIN = Recipe(
     summary="Swin: PyTorch (microsoft/Swin-Transformer, SimMIM) to MindSpore, q, k, v split",
     rules=(
         *_encoder("", "not is_pretrain"),
-        Rule(f"head.{_BOTH}", f"head.{_BOTH}", when="not is_pretrain", optional=True, complete=True),
+        Rule(f"head.{_BOTH}", f"head.{_BOTH}", when="not is_pretrain", optional=True),
         *_encoder("encoder.", "is_pretrain"),
         Rule("encoder.mask_token", "encoder.mask_token", when="is_pretrain"),
-        Rule(f"decoder.0.{_BOTH}", f"decoder.{_BOTH}", when="is_pretrain", complete=True),
+        Rule(f"decoder.0.{_BOTH}", f"decoder.{_BOTH}", when="is_pretrain"),
         *TRAINING,
     ),
     options={

@@ -25,7 +25,7 @@ def _around(embedding: str, norm: str, when: str | None = None) -> tuple[Rule, .
 def _layer(left: str, attention: tuple[str, str], own_attention: tuple[str, str], when: str | None = None) -> tuple[Fact, ...]:
     """A layer but for its MLP: norms, what goes into attention, and what comes out."""
     return (
-        Rule(f"{left}.{{input,post_attention}}_layernorm.weight", f"{_OWN}.{{attention,ffn}}_norm.weight", when=when, complete=True),
+        Rule(f"{left}.{{input,post_attention}}_layernorm.weight", f"{_OWN}.{{attention,ffn}}_norm.weight", when=when),
         *(rule for pair in zip(attention, own_attention, strict=True) for rule in _linear(left, *pair, when)),
         Drop(f"{left}.{{part:self_attention,self_attn}}.rotary_emb.inv_freq", "the model computes it from its config", when=when),
     )
@@ -43,11 +43,7 @@ def _mlp(left: str, when: str | None = None) -> tuple[Rule, ...]:
 
 
 _ATTENTION = ("self_attention.{part:query,key_value}", "self_attention.dense"), ("attention.w{part:q,k_v}", "attention.wo")
-_UNTIED = "False in [config.tie_word_embeddings, sidecar.tie_word_embeddings]"
-_HEAD = (
-    Rule("lm_head.weight", "lm_head.weight", when=_UNTIED),
-    Rule("lm_head.weight", "lm_head.weight", when=f"not ({_UNTIED})", optional=True),
-)
+_HEAD = Rule("lm_head.weight", "lm_head.weight", optional="False not in [config.tie_word_embeddings, sidecar.tie_word_embeddings]")
 
 
 def _telechat(prefix: str, when: str) -> tuple[Fact, ...]:
@@ -93,7 +89,7 @@ _TELECHAT2 = Recipe(
     summary="TeleChat2: Hugging Face to MindSpore, experts stacked",
     rules=(
         *_around("transformer.word_embeddings.weight", "transformer.ln_f.weight"),
-        *_HEAD,
+        _HEAD,
         *_layer(_LAYER, *_ATTENTION),
         *_mlp(_LAYER, f"not ({_SPARSE})"),
         # Where there are experts, some layers may have none.
@@ -102,9 +98,17 @@ _TELECHAT2 = Recipe(
             f"{_OWN}.feed_forward.{_OWN_PARTS}.{{kind:weight,bias}}",
             when=_SPARSE,
             optional=True,
+            sparse=True,
         ),
-        Rule(f"{_ROUTER}.{{kind:weight,bias}}", f"{_OWN_ROUTER}.{{kind:weight,bias}}", when=_SPARSE),
-        Rule(f"{_EXPERTS}.{{e}}.{_PARTS}.weight", f"{_OWN_EXPERTS}.{_OWN_PARTS}.weight", "e o c -> e o c", _EXPERT_COUNT, when=_SPARSE),
+        Rule(f"{_ROUTER}.{{kind:weight,bias}}", f"{_OWN_ROUTER}.{{kind:weight,bias}}", when=_SPARSE, sparse=True),
+        Rule(
+            f"{_EXPERTS}.{{e}}.{_PARTS}.weight",
+            f"{_OWN_EXPERTS}.{_OWN_PARTS}.weight",
+            "e o c -> e o c",
+            _EXPERT_COUNT,
+            when=_SPARSE,
+            sparse=True,
+        ),
         Rule(
             f"{_EXPERTS}.{{e}}.{_PARTS}.bias",
             f"{_OWN_EXPERTS}.{_OWN_PARTS}.bias",
@@ -112,6 +116,7 @@ _TELECHAT2 = Recipe(
             _EXPERT_COUNT,
             when=_SPARSE,
             optional=True,
+            sparse=True,
         ),
         *TRAINING,
     ),
@@ -149,13 +154,12 @@ _FUSE = Recipe(
     name="telechat2-ms-fuse",
     summary="TeleChat2 in MindSpore: q, k, v in one tensor, gate and up in one tensor",
     rules=(
-        Rule(f"{_OWN}.attention.{{wq,wk_v}}.weight", _FUSED, "(H d) c, (K (d + d)) c -> (H d + K d + K d) c", complete=True),
+        Rule(f"{_OWN}.attention.{{wq,wk_v}}.weight", _FUSED, "(H d) c, (K (d + d)) c -> (H d + K d + K d) c"),
         Rule(
             f"{_OWN}.feed_forward.{{w1,w3}}.weight",
             f"{_OWN}.feed_forward.w_gate_hidden.weight",
             "f c, f c -> (f + f) c",
             optional=True,
-            complete=True,
         ),
         Rule("{rest*}", "{rest*}", fallback=True),
     ),
@@ -179,8 +183,8 @@ _TELECHAT3 = Recipe(
     summary="TeleChat3: Hugging Face to MindSpore",
     rules=(
         *_around("model.embed_tokens.weight", "model.norm.weight"),
-        *_HEAD,
-        Rule(_MAPPING, _MAPPING, optional=True, complete=True),
+        _HEAD,
+        Rule(_MAPPING, _MAPPING, optional=True),
         *_layer(_OWN, ("self_attn.{part:q,k,v}_proj", "self_attn.o_proj"), ("attention.w{part:q,k,v}", "attention.wo")),
         *_mlp(_OWN),
         *TRAINING,

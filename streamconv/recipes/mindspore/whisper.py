@@ -16,9 +16,9 @@ def _layers(side: str, number: str, attention: str, norms: str) -> tuple[Rule, .
     same = (f"{attention}.{{q,k,v,out}}_proj.weight", f"{attention}.{{q,v,out}}_proj.bias", "{fc1,fc2}.{weight,bias}")
     return (
         Rule(f"{stack}.embed_positions.weight", f"{stack}.embed_positions.embedding_weight"),
-        *(Rule(f"{layer}.{name}", f"{layer}.{name}", complete=True) for name in same),
-        Rule(f"{layer}.{{{norms}}}_layer_norm.{{weight,bias}}", f"{layer}.{{{norms}}}_layer_norm.{{gamma,beta}}", complete=True),
-        Rule(f"{stack}.layer_norm.{{weight,bias}}", f"{stack}.layer_norm.{{gamma,beta}}", complete=True),
+        *(Rule(f"{layer}.{name}", f"{layer}.{name}") for name in same),
+        Rule(f"{layer}.{{{norms}}}_layer_norm.{{weight,bias}}", f"{layer}.{{{norms}}}_layer_norm.{{gamma,beta}}"),
+        Rule(f"{stack}.layer_norm.{{weight,bias}}", f"{stack}.layer_norm.{{gamma,beta}}"),
     )
 
 
@@ -28,8 +28,8 @@ _WHISPER = Recipe(
     name="whisper-hf2ms",
     summary="Whisper: Hugging Face to MindSpore, kernels of the convolutions one high",
     rules=(
-        Rule(f"{_CONV}.weight", f"{_CONV}.weight", "o c k -> o c 1 k", complete=True),
-        Rule(f"{_CONV}.bias", f"{_CONV}.bias", complete=True),
+        Rule(f"{_CONV}.weight", f"{_CONV}.weight", "o c k -> o c 1 k"),
+        Rule(f"{_CONV}.bias", f"{_CONV}.bias"),
         *_layers("encoder", "i", "self_attn", "self_attn,final"),
         Rule("{base:,model.}decoder.embed_tokens.weight", "{base:,model.}decoder.embed_tokens.embedding_weight"),
         *_layers("decoder", "j", "{self_attn,encoder_attn}", "self_attn,encoder_attn,final"),

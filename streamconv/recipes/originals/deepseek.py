@@ -6,7 +6,7 @@ Facts: deepseek-ai/DeepSeek-V3 at 9b4e978, ``inference/convert.py``.
 from __future__ import annotations
 
 from streamconv.library.parallel import RANKS, TensorParallel
-from streamconv.recipe import Drop, Option, Recipe, Rule, from_config
+from streamconv.recipe import Drop, Option, Recipe, Rule, from_config, sparse
 
 LAYER, OWN = "model.layers.{i}", "layers.{i}"
 _STORED = ("{weight,weight_scale_inv}", "{weight,scale}")
@@ -35,7 +35,7 @@ _LAYERS = from_config(n_layers="num_hidden_layers")
 TO_RANKS = Recipe(
     name="deepseek3-hf2mp",
     summary="DeepSeek-V3 or R1, in fp8 or not, to the files that DeepSeek's own inference code reads, one for each rank",
-    rules=(
+    rules=sparse(
         Drop(f"{LAYER}.{{rest*}}", "the layer that predicts one token more is not used by that code", where="i >= n_layers"),
         Rule("model.embed_tokens.weight", "embed.weight"),
         Rule("model.norm.weight", "norm.weight"),

@@ -19,38 +19,33 @@ _BOXES = f"bbox_embed.{{head}}.layers.{{n}}.{_KIND}"
 _CLASSES = f"class_embed.{{head}}.{_KIND}"
 
 
-def _layer(left: str, right: str, layout: str | None = None) -> Rule:
-    """A rule for names of which every layer has all."""
-    return Rule(left, right, layout, complete=True)
-
-
 _RULES = (
     Rule("backbone.0.body.{rest*}", "model.backbone.conv_encoder.model.{rest*}"),
     Rule("transformer.level_embed", "model.level_embed"),
-    _layer(f"{_ENCODER}.self_attn.{_SAMPLING}.{_KIND}", f"{_HF_ENCODER}.self_attn.{_SAMPLING}.{_KIND}"),
-    _layer(f"{_ENCODER}.norm{{1,2}}.{_KIND}", f"{_HF_ENCODER}.{{self_attn_layer_norm,final_layer_norm}}.{_KIND}"),
-    _layer(f"{_ENCODER}.linear{{1,2}}.{_KIND}", f"{_HF_ENCODER}.fc{{1,2}}.{_KIND}"),
-    _layer(f"{_DECODER}.cross_attn.{_SAMPLING}.{_KIND}", f"{_HF_DECODER}.encoder_attn.{_SAMPLING}.{_KIND}"),
-    _layer(
+    Rule(f"{_ENCODER}.self_attn.{_SAMPLING}.{_KIND}", f"{_HF_ENCODER}.self_attn.{_SAMPLING}.{_KIND}"),
+    Rule(f"{_ENCODER}.norm{{1,2}}.{_KIND}", f"{_HF_ENCODER}.{{self_attn_layer_norm,final_layer_norm}}.{_KIND}"),
+    Rule(f"{_ENCODER}.linear{{1,2}}.{_KIND}", f"{_HF_ENCODER}.fc{{1,2}}.{_KIND}"),
+    Rule(f"{_DECODER}.cross_attn.{_SAMPLING}.{_KIND}", f"{_HF_DECODER}.encoder_attn.{_SAMPLING}.{_KIND}"),
+    Rule(
         f"{_DECODER}.norm{{1,2,3}}.{_KIND}",
         f"{_HF_DECODER}.{{encoder_attn_layer_norm,self_attn_layer_norm,final_layer_norm}}.{_KIND}",
     ),
-    _layer(f"{_DECODER}.linear{{1,2}}.{_KIND}", f"{_HF_DECODER}.fc{{1,2}}.{_KIND}"),
-    _layer(
+    Rule(f"{_DECODER}.linear{{1,2}}.{_KIND}", f"{_HF_DECODER}.fc{{1,2}}.{_KIND}"),
+    Rule(
         f"{_DECODER}.self_attn.in_proj_{_KIND}",
         f"{_HF_DECODER}.self_attn.{{q,k,v}}_proj.{_KIND}",
         "(h + h + h) ... -> h ..., h ..., h ...",
     ),
-    _layer(f"{_DECODER}.self_attn.out_proj.{_KIND}", f"{_HF_DECODER}.self_attn.out_proj.{_KIND}"),
-    Rule(f"transformer.reference_points.{_KIND}", f"model.reference_points.{_KIND}", optional=True),
+    Rule(f"{_DECODER}.self_attn.out_proj.{_KIND}", f"{_HF_DECODER}.self_attn.out_proj.{_KIND}"),
+    Rule(f"transformer.reference_points.{_KIND}", f"model.reference_points.{_KIND}", optional=True, sparse=True),
     Rule("query_embed.weight", "model.query_position_embeddings.weight", optional=True),
-    Rule(f"input_proj.{{level}}.{{n}}.{_KIND}", f"model.input_proj.{{level}}.{{n}}.{_KIND}"),
+    Rule(f"input_proj.{{level}}.{{n}}.{_KIND}", f"model.input_proj.{{level}}.{{n}}.{_KIND}", sparse=True),
     # The heads; with refinement the decoder has them too, and transformers saves only those: to both codes they are one.
-    Rule(_CLASSES, _CLASSES, optional=True),
-    Rule(_BOXES, _BOXES, optional=True),
-    Rule(f"transformer.decoder.{_CLASSES}", f"model.decoder.{_CLASSES}", optional=True),
-    Rule(f"transformer.decoder.{_BOXES}", f"model.decoder.{_BOXES}", optional=True),
-    Rule(f"transformer.{_STAGES}.{_KIND}", f"model.{_STAGES}.{_KIND}", optional=True),
+    Rule(_CLASSES, _CLASSES, optional=True, sparse=True),
+    Rule(_BOXES, _BOXES, optional=True, sparse=True),
+    Rule(f"transformer.decoder.{_CLASSES}", f"model.decoder.{_CLASSES}", optional=True, sparse=True),
+    Rule(f"transformer.decoder.{_BOXES}", f"model.decoder.{_BOXES}", optional=True, sparse=True),
+    Rule(f"transformer.{_STAGES}.{_KIND}", f"model.{_STAGES}.{_KIND}", optional=True, sparse=True),
 )
 _HAS_HEADS = {
     " or ".join(f"has('{root}{name}.{{head}}.{rest}weight')" for root in ("", "transformer.decoder.", "model.decoder.")): (

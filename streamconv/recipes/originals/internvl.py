@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, Tie, writer
+from streamconv.recipe import Make, Model, Option, Recipe, Rule, Side, Tie, sparse, writer
 
 _VIT, _OWN = "vision_tower.encoder.layer.{i}", "vision_model.encoder.layers.{i}"
 _LM, _LM2 = "language_model.model.layers.{i}", "language_model.model.layers.{i}"
@@ -53,8 +53,7 @@ _VISION = (
 
 _TEXT = (
     Rule("language_model.model.{rest*}", "language_model.model.{rest*}", when=_LLAMA),
-    Rule("language_model.lm_head.weight", "language_model.lm_head.weight", when=f"{_LLAMA} and not tied"),
-    Rule("language_model.lm_head.weight", "language_model.lm_head.weight", when=f"{_LLAMA} and tied", optional=True),
+    Rule("language_model.lm_head.weight", "language_model.lm_head.weight", when=_LLAMA, optional="tied"),
     Rule("language_model.lm_head.bias", "language_model.lm_head.bias", when=_LLAMA, optional=True),
     Tie(
         "language_model.model.embed_tokens.weight",
@@ -66,8 +65,7 @@ _TEXT = (
 
 _INTERNLM2_TEXT = (
     Rule("language_model.model.embed_tokens.weight", "language_model.model.tok_embeddings.weight", when=_INTERNLM2),
-    Rule("language_model.lm_head.weight", "language_model.output.weight", when=f"{_INTERNLM2} and not tied"),
-    Rule("language_model.lm_head.weight", "language_model.output.weight", when=f"{_INTERNLM2} and tied", optional=True),
+    Rule("language_model.lm_head.weight", "language_model.output.weight", when=_INTERNLM2, optional="tied"),
     Tie(
         "language_model.model.embed_tokens.weight",
         "language_model.output.weight",
@@ -84,7 +82,7 @@ _INTERNLM2_TEXT = (
     Rule(f"{_LM}.self_attn.o_proj.{{kind:weight,bias}}", f"{_LM2}.attention.wo.{{kind:weight,bias}}", when=_INTERNLM2),
     Rule(f"{_LM}.mlp.{{gate_proj,down_proj,up_proj}}.weight", f"{_LM2}.feed_forward.{{w1,w2,w3}}.weight", when=_INTERNLM2),
     Rule(f"{_LM}.{{input_layernorm,post_attention_layernorm}}.weight", f"{_LM2}.{{attention_norm,ffn_norm}}.weight", when=_INTERNLM2),
-    Drop(f"{_LM2}.attention.rotary_emb.inv_freq", "the model computes it from its config", when=_INTERNLM2, flipped=True),
+    Make(f"{_LM2}.attention.rotary_emb.inv_freq", "the model computes it from its config", when=_INTERNLM2),
 )
 
 _IN_MEMORY = (
@@ -97,7 +95,7 @@ _IN_MEMORY = (
 _HF2CUSTOM = Recipe(
     name="internvl-hf2custom",
     summary="InternVL: Hugging Face layout to InternVL's own, q, k, v of the vision tower fused",
-    rules=(*_VISION, *_TEXT, *_INTERNLM2_TEXT),
+    rules=sparse(*_VISION, *_TEXT, *_INTERNLM2_TEXT),
     dims={
         "g": f"{_TEXT_CONFIG}.num_key_value_heads",
         "d": f"{_TEXT_CONFIG}.head_dim or {_TEXT_CONFIG}.hidden_size // {_TEXT_CONFIG}.num_attention_heads",

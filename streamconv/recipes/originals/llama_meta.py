@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamconv.recipe import ALL, Drop, Model, Option, Recipe, Rule, Side, Tie, from_config, writer
+from streamconv.recipe import Drop, Make, Model, Option, Recipe, Rule, Side, Tie, from_config, writer
 
 _HF, _OWN = "model.layers.{i}", "layers.{i}"
 _RANK = "consolidated.{r:02}.pth"
+_EVERY_RANK = "consolidated.{r=*:02}.pth"
 
 WIDTH = f"(shape('model.norm.weight') or shape('norm.weight') or shape('{_RANK}/norm.weight'))[0]"
 HEAD = f"(has('lm_head.weight') or has('output.weight') or has('{_RANK}/output.weight'))"
@@ -25,22 +26,22 @@ _ASKED = "has('norm.weight') and ('tied' in given or 'llama_version' in given)"
 ATTENTION = (
     Rule("model.embed_tokens.weight", "tok_embeddings.weight"),
     # Half of a head's rows, then the other half, against pairs of rows: how the two sides lay out what is rotated together.
-    Rule(f"{_HF}.self_attn.{{q,k}}_proj.weight", f"{_OWN}.attention.{{wq,wk}}.weight", "(h two j) c -> (h j two) c", complete=True),
-    Rule(f"{_HF}.self_attn.{{v,o}}_proj.weight", f"{_OWN}.attention.{{wv,wo}}.weight", complete=True),
-    Rule(f"{_HF}.{{input,post_attention}}_layernorm.weight", f"{_OWN}.{{attention_norm,ffn_norm}}.weight", complete=True),
+    Rule(f"{_HF}.self_attn.{{q,k}}_proj.weight", f"{_OWN}.attention.{{wq,wk}}.weight", "(h two j) c -> (h j two) c"),
+    Rule(f"{_HF}.self_attn.{{v,o}}_proj.weight", f"{_OWN}.attention.{{wv,wo}}.weight"),
+    Rule(f"{_HF}.{{input,post_attention}}_layernorm.weight", f"{_OWN}.{{attention_norm,ffn_norm}}.weight"),
     Rule("model.norm.weight", "norm.weight"),
     Rule("lm_head.weight", "output.weight", when="not tied"),
     Tie("model.embed_tokens.weight", "output.weight", "tok_embeddings.weight", when=f"tied and not ({_ASKED})"),
-    Drop("output.weight", "Hugging Face's side has the embedding for it", when=f"tied and {_ASKED}", flipped=True),
+    Make("output.weight", "Hugging Face's side has the embedding for it", when=f"tied and {_ASKED}"),
     Drop(f"{_HF}.self_attn.rotary_emb.inv_freq", "the model computes it from its config"),
-    Drop("rope.freqs", "the model computes it from its config", flipped=True),
-    Drop(f"{_OWN}.attention.inner_attention.rope.freqs", "the model computes it from its config", flipped=True),
+    Make("rope.freqs", "the model computes it from its config"),
+    Make(f"{_OWN}.attention.inner_attention.rope.freqs", "the model computes it from its config"),
 )
 """All but the feed-forward layers; option ``tied`` says whether Hugging Face's side has no head of its own."""
 
 RULES = (
     *ATTENTION,
-    Rule(f"{_HF}.mlp.{{gate,down,up}}_proj.weight", f"{_OWN}.feed_forward.{{w1,w2,w3}}.weight", complete=True),
+    Rule(f"{_HF}.mlp.{{gate,down,up}}_proj.weight", f"{_OWN}.feed_forward.{{w1,w2,w3}}.weight"),
 )
 
 DIMS: dict[str, Any] = {"i": "n_layers", "two": 2, "h": {"q": "=n_heads", "k": "=n_kv_heads"}}
@@ -51,9 +52,9 @@ SILU = {"config.hidden_act in [None, 'silu']": "the original's code has no activ
 _RANKED = "model_parallel > 0"
 
 
-def _partition(name: str, layout: str | None, **more: Any) -> Rule:
-    alike = {"copies": {"r": ALL}} if layout is None else {}
-    return Rule(name, f"{_RANK}/{name}", layout, **{"when": _RANKED, **alike, **more})
+def _partition(name: str, layout: str | None, rank: str = _RANK, **more: Any) -> Rule:
+    """What the files of ranks, called by the pattern ``rank``, hold of a tensor."""
+    return Rule(name, f"{rank}/{name}", layout, sparse=True, **{"when": _RANKED, **more})
 
 
 RANKS = Side(
@@ -72,18 +73,18 @@ PARTITION = Recipe(
         _partition("tok_embeddings.weight", "(r v) c -> r v c", when=f"{_RANKED} and embedding == 'rows'"),
         _partition("tok_embeddings.weight", "v (r c) -> r v c", when=f"{_RANKED} and embedding == 'columns'"),
         _partition(f"{_OWN}.attention.wq.weight", "(r g d) c -> r (g d) c"),
-        _partition(f"{_OWN}.attention.{{wk,wv}}.weight", "(r g d) c -> r (g d) c", copies={"r": "max(1, model_parallel // n_kv_heads)"}),
+        _partition(f"{_OWN}.attention.{{wk,wv}}.weight", "(r g d) c -> r (g d) c", "consolidated.{r//repeats:02}.pth"),
         _partition(f"{_OWN}.attention.wo.weight", "c (r g d) -> r c (g d)"),
         _partition(f"{_OWN}.feed_forward.{{w1,w3}}.weight", "(r f) c -> r f c"),
         _partition(f"{_OWN}.feed_forward.w2.weight", "c (r f) -> r c f"),
-        _partition(f"{_OWN}.{{attention_norm,ffn_norm}}.weight", None),
-        _partition("norm.weight", None),
+        _partition(f"{_OWN}.{{attention_norm,ffn_norm}}.weight", None, _EVERY_RANK),
+        _partition("norm.weight", None, _EVERY_RANK),
         _partition("output.weight", "(r v) c -> r v c", optional=True),
-        _partition("rope.freqs", None, optional=True),
-        _partition(f"{_OWN}.attention.inner_attention.rope.freqs", None, optional=True),
+        _partition("rope.freqs", None, _EVERY_RANK, optional=True),
+        _partition(f"{_OWN}.attention.inner_attention.rope.freqs", None, _EVERY_RANK, optional=True),
         Rule("{rest*}", "{rest*}", when=f"not {_RANKED}"),
     ),
-    dims={"r": "=model_parallel", "d": f"=head_dim or {WIDTH} // n_heads"},
+    dims={"r": "=model_parallel", "repeats": "max(1, model_parallel // n_kv_heads)", "d": f"=head_dim or {WIDTH} // n_heads"},
     right=RANKS,
 )
 """The partition over ranks; option ``model_parallel`` says how many there are, 0: tensors are whole, in files of any kind."""

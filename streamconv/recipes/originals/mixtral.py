@@ -17,13 +17,11 @@ _HF, _OWN = "model.layers.{i}.block_sparse_moe", "layers.{i}"
 _STACKED, _SEPARATE = "experts == 'stacked'", "experts == 'separate'"
 
 _EXPERTS = (
-    Rule(f"{_HF}.experts.{{e}}.{{w1,w3}}.weight", f"{_OWN}.block_sparse_moe.{{w1,w3}}", "e f c -> (e f) c", when=_STACKED, complete=True),
-    Rule(f"{_HF}.experts.{{e}}.w2.weight", f"{_OWN}.block_sparse_moe.w2", "e c f -> (e f) c", when=_STACKED, complete=True),
-    Rule(f"{_HF}.gate.weight", f"{_OWN}.block_sparse_moe.gate.weight", "e c -> e c", when=_STACKED, complete=True),
-    Rule(
-        f"{_HF}.experts.{{e}}.{{w1,w2,w3}}.weight", f"{_OWN}.feed_forward.experts.{{e}}.{{w1,w2,w3}}.weight", when=_SEPARATE, complete=True
-    ),
-    Rule(f"{_HF}.gate.weight", f"{_OWN}.feed_forward.gate.weight", "e c -> e c", when=_SEPARATE, complete=True),
+    Rule(f"{_HF}.experts.{{e}}.{{w1,w3}}.weight", f"{_OWN}.block_sparse_moe.{{w1,w3}}", "e f c -> (e f) c", when=_STACKED),
+    Rule(f"{_HF}.experts.{{e}}.w2.weight", f"{_OWN}.block_sparse_moe.w2", "e c f -> (e f) c", when=_STACKED),
+    Rule(f"{_HF}.gate.weight", f"{_OWN}.block_sparse_moe.gate.weight", "e c -> e c", when=_STACKED),
+    Rule(f"{_HF}.experts.{{e}}.{{w1,w2,w3}}.weight", f"{_OWN}.feed_forward.experts.{{e}}.{{w1,w2,w3}}.weight", when=_SEPARATE),
+    Rule(f"{_HF}.gate.weight", f"{_OWN}.feed_forward.gate.weight", "e c -> e c", when=_SEPARATE),
 )
 
 _MIXTRAL = Recipe(

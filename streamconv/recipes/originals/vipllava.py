@@ -35,7 +35,7 @@ _BIASED = (
 
 def _biases(modules: str) -> Rule:
     left = f"model.layers.{{i}}.{modules}.bias"
-    return Rule(left, f"language_model.{left}", optional=True, complete=True)
+    return Rule(left, f"language_model.{left}", optional=True)
 
 
 def _grown(left: str, right: str, stream: int) -> Rule:
@@ -54,16 +54,15 @@ _VIPLLAVA = Recipe(
     rules=(
         _grown(_EMBEDDING, _HF_EMBEDDING, 0),
         _grown("lm_head.weight", "language_model.lm_head.weight", 1),
-        Rule(f"model.layers.{{i}}.{_LAYER}.weight", f"language_model.model.layers.{{i}}.{_LAYER}.weight", complete=True),
+        Rule(f"model.layers.{{i}}.{_LAYER}.weight", f"language_model.model.layers.{{i}}.{_LAYER}.weight"),
         *(_biases(modules) for modules in _BIASED),
         Rule("model.norm.weight", "language_model.model.norm.weight"),
-        Rule(f"{_FROM}.embeddings.{_EMBEDDINGS}", f"{_TO}.embeddings.{_EMBEDDINGS}", complete=True),
-        Rule(f"{_FROM}.{{pre_layrnorm,post_layernorm}}.{_KIND}", f"{_TO}.{{pre_layrnorm,post_layernorm}}.{_KIND}", complete=True),
-        Rule(f"{_FROM}.encoder.layers.{{n}}.{_BLOCK}.{_KIND}", f"{_TO}.encoder.layers.{{n}}.{_BLOCK}.{_KIND}", complete=True),
+        Rule(f"{_FROM}.embeddings.{_EMBEDDINGS}", f"{_TO}.embeddings.{_EMBEDDINGS}"),
+        Rule(f"{_FROM}.{{pre_layrnorm,post_layernorm}}.{_KIND}", f"{_TO}.{{pre_layrnorm,post_layernorm}}.{_KIND}"),
+        Rule(f"{_FROM}.encoder.layers.{{n}}.{_BLOCK}.{_KIND}", f"{_TO}.encoder.layers.{{n}}.{_BLOCK}.{_KIND}"),
         Rule(
             f"model.mm_projector.{{clip_layernorm,final_linear.0,final_linear.2}}.{_KIND}",
             f"multi_modal_projector.{{projector_layernorm,linear_1,linear_2}}.{_KIND}",
-            complete=True,
         ),
         Drop("{rest*}.inv_freq", "the model computes it from its config"),
         Drop(f"{_FROM}.embeddings.position_ids", "the numbers from 0 on"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Rule, Side, Tie, from_config, writer
+from streamconv.recipe import Drop, Make, Model, Option, Rule, Side, Tie, from_config, writer
 from streamconv.recipes.sat.partition import COMPUTED, KIND, TEXT_KEYS, Config, inv_freq, pair
 
 _SAT = "transformer.layers.{i}"
@@ -69,7 +69,7 @@ _GLM2 = "transformer.encoder.layers.{i}"
 _HALVES = "(a + a) c -> a c, a c"
 
 
-def _chatglm2(halves: str, base: int | str = 10000) -> tuple[Rule | Drop, ...]:
+def _chatglm2(halves: str, base: int | str = 10000) -> tuple[Rule | Drop | Make, ...]:
     """ChatGLM2 and 3; the rows of the wide layer are those of two, ``halves``."""
     return (
         Rule("transformer.embedding.word_embeddings.weight", "transformer.word_embeddings.weight"),
@@ -155,8 +155,7 @@ TIED = {
 def _head(left: str, right: str, embedding: str) -> tuple[Rule | Tie, ...]:
     """The head, which SAT always stores."""
     return (
-        Rule(left, right, when="not tie_word_embeddings"),
-        Rule(left, right, when="tie_word_embeddings", optional=True),
+        Rule(left, right, optional="tie_word_embeddings"),
         Tie(embedding, right, "transformer.word_embeddings.weight", when="tie_word_embeddings"),
     )
 
@@ -211,8 +210,8 @@ def _encoder(root: str) -> tuple[Rule | Drop, ...]:
         Rule(f"{layer}.{{intermediate,output}}.dense.{KIND}", f"{_SAT}.mlp.{{{_DENSE}}}.{KIND}"),
         Rule(f"{root}.embeddings.LayerNorm.{KIND}", f"transformer.layers.0.input_layernorm.{KIND}"),
         Rule(f"{layer}.attention.output.LayerNorm.{KIND}", f"{_SAT}.post_attention_layernorm.{KIND}"),
-        Rule(f"{_SAT}.input_layernorm.{KIND}", f"{layer}.output.LayerNorm.{KIND}", offset={"i": 1}, fallback=True, optional=True).flip(),
-        Rule(f"{layer}.output.LayerNorm.{KIND}", f"transformer.final_layernorm.{KIND}", at={"i": "num_hidden_layers - 1"}),
+        Rule(f"{layer}.output.LayerNorm.{KIND}", f"transformer.layers.{{i+1}}.input_layernorm.{KIND}", fallback=True, optional=True),
+        Rule(f"{root}.encoder.layer.{{i=num_hidden_layers-1}}.output.LayerNorm.{KIND}", f"transformer.final_layernorm.{KIND}"),
         Drop(f"{root}.embeddings.position_ids", "counts from 0"),
         Drop(f"{root}.pooler.dense.{KIND}", "SAT's model has no pooler"),
     )

@@ -19,8 +19,7 @@ DECODER = (
 )
 """The embedding and the norms."""
 HEAD = (
-    Rule("lm_head.weight", "mixins.lm.lm_head.weight", when="not tie_word_embeddings"),
-    Rule("lm_head.weight", "mixins.lm.lm_head.weight", when="tie_word_embeddings", optional=True),
+    Rule("lm_head.weight", "mixins.lm.lm_head.weight", optional="tie_word_embeddings"),
     Tie("model.embed_tokens.weight", "mixins.lm.lm_head.weight", "transformer.word_embeddings.weight", when="tie_word_embeddings"),
 )
 """The head, which SAT always stores."""

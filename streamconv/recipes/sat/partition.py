@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
-from streamconv.recipe import PLAIN, Dim, Drop, Fact, Model, Option, Recipe, Rule, Side, writer
+from streamconv.recipe import PLAIN, Dim, Fact, Make, Model, Option, Recipe, Rule, Side, sparse, writer
 
 REFERENCE = "THUDM/SwissArmyTransformer 63dc23a (0.4.12), "
 _RANK = "mp_rank_{r:02}_model_states.pt"
@@ -40,7 +40,7 @@ def _vocab(name: str) -> str:
 def _partition(
     names: str, layout: str, *, dims: Mapping[str, Dim] | None = None, when: str | None = None, where: str | None = None
 ) -> Rule:
-    return Rule(names, f"{_RANK}/{names}", layout, dims=dims or {}, when=when, where=where, optional=True)
+    return Rule(names, f"{_RANK}/{names}", layout, dims=dims or {}, when=when, where=where, optional=True, sparse=True)
 
 
 _COLUMNS, _ROWS = "(r a) ... -> r a ...", "o (r a) -> r o a"
@@ -61,7 +61,7 @@ _PARTITION = Recipe(
         _partition("{p*}.layers.{i}.mlp.dense_4h_to_h{e?_}.weight", _ROWS),
         _partition("mixins.{part:rotary.vision_dense_list,mlp.vision_dense_4h_to_h_list}.{i}.weight", _ROWS),
         *(_partition(name, "(r v) c -> r v c", when=_vocab(name)) for name in _EMBEDDINGS),
-        Rule("{name*}", f"{_RANK}/{{name*}}", fallback=True, copies={"r": "all"}),
+        Rule("{name*}", "mp_rank_{r=*:02}_model_states.pt/{name*}", fallback=True),
     ),
     dims={"r": f"None if has('{_FIRST}/{{name*}}') else model_parallel"},
     options={"model_parallel": Option("how many ranks to write", 1)},
@@ -211,10 +211,10 @@ COMPUTED = "the model computes it"
 KIND = "{kind:weight,bias}"
 
 
-def inv_freq(name: str, size: str, base: int | str = 10000, like: str = "", when: str | None = None) -> Drop:
+def inv_freq(name: str, size: str, base: int | str = 10000, like: str = "", when: str | None = None) -> Make:
     """The frequencies of a rotary embedding of ``size`` dimensions, which SAT's models want to load; of the dtype of ``like``."""
     op = {"op": "inv_freq", "dim": size, "base": base, **({"like": f"'{like}'"} if like else {})}
-    return Drop(name, COMPUTED, when=when, op=op, flipped=True)
+    return Make(name, COMPUTED, when=when, op=op)
 
 
 def _merged(right: Side) -> list[Recipe]:
@@ -239,7 +239,7 @@ def pair(
     """
     hf = replace(hf, writes=f"{writes}_hf")
     known = {"tokenizer_type": Option("what model_config.json says of the tokenizer"), **(options or {})}
-    parts = [Recipe(name="", summary="", rules=rules, dims=dims or {}) for rules in stages]
+    parts = [Recipe(name="", summary="", rules=sparse(*rules), dims=dims or {}) for rules in stages]
     parts[0] = replace(parts[0], options=known, requires=requires or {}, left=hf)
     back = chain(*parts).inverse("")
     there = replace(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamconv.recipe import Drop, Fact, Model, Option, Rule, Side, writer
+from streamconv.recipe import Drop, Fact, Make, Model, Option, Rule, Side, writer
 from streamconv.recipes.sat.partition import COMPUTED, KIND, Config, pair
 
 _NORMS = "{input,post_attention}_layernorm"
@@ -104,25 +104,23 @@ _CAIT: tuple[Fact, ...] = (
 _POSITIONS, _WORDS = "encoder.transformer.position_embeddings.weight", "decoder.transformer.word_embeddings.weight"
 
 
-def _idle(name: str, size: str, rows: str | int = 0) -> Drop:
+def _idle(name: str, size: str, rows: str | int = 0) -> Make:
     """A tensor that SAT's model has and does not use."""
-    return Drop(
+    return Make(
         name,
         "the model does not use it",
         op={"op": "zeros", "size": size, "rows": rows, "like": f"'{_WORDS}'"},
         dims={"i": f"count('{_DECODER}.input_layernorm.weight')"},
-        flipped=True,
     )
 
 
 _WIDTH = f"shape('{_POSITIONS}')[1]"
 _CAIT_IDLE: tuple[Fact, ...] = (
     Rule("{name*}", "{name*}", fallback=True),
-    Drop(
+    Make(
         "encoder.transformer.word_embeddings.weight",
         "the model does not use it",
         op={"op": "same", "tensor": f"'{_WORDS}'"},
-        flipped=True,
     ),
     _idle("decoder.transformer.position_embeddings.weight", _WIDTH, f"shape('{_POSITIONS}')[0]"),
     _idle(f"{_DECODER}.attention.query_key_value.weight", _WIDTH, f"3 * {_WIDTH}"),
@@ -209,12 +207,11 @@ _CLIP: tuple[Fact, ...] = (
 _EVA, _OWN = "blocks.{i}", "transformer.layers.{i}"
 _EVA_BIAS: tuple[Fact, ...] = (
     Rule("{name*}", "{name*}", fallback=True),
-    Drop(
+    Make(
         f"{_EVA}.attn.k_bias",
         "keys have no bias there",
         op={"op": "zeros", "size": f"shape('{_EVA}.attn.q_bias')[0]", "like": "'blocks.0.attn.q_bias'"},
         dims={"i": f"count('{_EVA}.attn.q_bias')"},
-        flipped=True,
     ),
     Drop(f"{_EVA}.attn.rope.freqs_{{part:cos,sin}}", COMPUTED),
 )
