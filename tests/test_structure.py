@@ -26,12 +26,12 @@ PACKAGES = {
     "": 700,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 1_000,  # strings and integers
     "storage": 1_800,  # where files are; most of it is what servers need
-    "graph": 1_300,  # nodes, ops, and how a region of one is made
+    "graph": 1_200,  # nodes, ops, and how a region of one is made
     "formats": 2_300,  # containers, the machine for pickles, and what files of others are
     "checkpoint": 900,  # finding out what a path holds
     "schemes": 250,  # quantizations
     "recipe": 1_600,  # the mechanism of recipes
-    "library": 800,  # what other libraries know
+    "library": 850,  # what other libraries know, and the op that runs their code
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_200,  # nodes to plans
     "engine": 950,  # bytes of one machine
@@ -182,7 +182,7 @@ def test_nothing_is_left_to_do(module):
     text = MODULES[module].read_text()
     assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", text)
     assert not re.search(r"^\s*except\s*:", text, re.MULTILINE)
-    assert "raise NotImplemented" not in text or module == "graph.ops"
+    assert "raise NotImplemented" not in text
 
 
 def test_names_say_what_is_inside():

@@ -1,7 +1,7 @@
 """Of a tensor that goes by several names, the one under which it is kept where a container stores it once.
 
 It is the name that transformers' ``save_pretrained`` keeps, so that base classes find it, too: the embedding rather than the head, what is
-shared rather than the encoder's or the decoder's. Most names tell; where they do not, the model's class may (see `bridge.choose_kept`).
+shared rather than the encoder's or the decoder's. Most names tell; where they do not, the model's class may (see `model.choose_kept`).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from streamconv.formats import FileLayout
 from streamconv.formats.catalog import locate
 from streamconv.formats.registry import DEFAULT, containers
 from streamconv.graph.node import AnyNode, extents
-from streamconv.library.bridge import choose_kept
+from streamconv.library.model import choose_kept
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget, check_workers
 from streamconv.planning.plan import FilePlan, Plan, Totals

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from streamconv.graph.moves import Move, identity, packed_strides
+from streamconv.graph.moves import Move, identity, packed, packed_strides
 from streamconv.graph.node import AnyNode, Extent, Node, Source, as_bytes
-from streamconv.graph.ops import Elementwise
+from streamconv.graph.ops import Compute, Elementwise, Layout, Reduce, Values
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -84,46 +84,63 @@ def _below(node: AnyNode, numel: int, *, scattered: bool = False) -> int:
     """What evaluating ``numel`` elements takes beside their own buffer; scattered ones are picked from spans."""
     if not isinstance(node, Node):
         return round_up(max(numel * node.spec.dtype.itemsize * 5 // 4, SPAN)) + round_up(BAND) if scattered else 0
-    if node.op.streams:  # which reads its input's rows in order, whatever region is wanted
-        buffers = node.op.scratch([child.spec for child in node.inputs])
+    op, specs = node.op, [child.spec for child in node.inputs]
+    if isinstance(op, Layout):
+        return max((_below(child, numel, scattered=True) for child in node.inputs), default=0)
+    if isinstance(op, Reduce):  # which reads its inputs in order, whatever region is wanted
+        buffers = op.buffers(specs)
         below = max(_below(child, buffers[0][0]) for child in node.inputs)
         return below + sum(round_up(count * itemsize) for count, itemsize in buffers) + round_up(BAND)
-    parts = list(zip(node.inputs, node.op.reach(numel, [child.spec for child in node.inputs]), strict=True))
-    below = max((_below(child, count, scattered=scattered or node.op.layout_only) for child, count in parts), default=0)
-    if node.op.layout_only:
-        return below
-    return below + node.op.temporary + sum(round_up(count * child.spec.dtype.itemsize) for child, count in parts)
+    assert isinstance(op, Compute)
+    parts = list(zip(node.inputs, op.reach(numel, specs), strict=True))
+    alike = [scattered or not (isinstance(op, Elementwise) and k == 0) for k in range(len(parts))]  # other regions may be of any kind
+    below = max((_below(child, count, scattered=kind) for (child, count), kind in zip(parts, alike, strict=True)), default=0)
+    return below + op.scratch(specs) + sum(round_up(count * child.spec.dtype.itemsize) for child, count in parts)
 
 
 def evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read) -> None:
     """Writes the region ``move`` of ``node`` into the flat array ``out``."""
     if not isinstance(node, Node):
         _gather(node, move.simplify(), out, arena, read)
-    elif node.op.layout_only:
-        pieces = node.op.pull(move)
-        assert pieces is not None
-        for number, piece in pieces:
+        return
+    mark, op = arena.mark, node.op
+    if isinstance(op, Layout):
+        for number, piece in op.pull(move):
             evaluate(node.inputs[number], piece, out, arena, read)
-    elif node.op.streams:
-        mark, (child,) = arena.mark, node.inputs
-        buffers = [arena.take(count, itemsize) for count, itemsize in node.op.scratch([child.spec])]
-        made = node.op.compute_streamed(
-            child.spec, lambda start, part: evaluate(child, identity(len(part), start), part, arena, read), buffers
-        )
-        copy_strided(out[move.dst :], made[move.src :], list(zip(move.sizes, move.dst_strides, move.src_strides, strict=True)), arena)
-        arena.release(mark)
+    elif isinstance(op, Reduce):
+        value = _reduce(node, op, arena, read)
+        copy_strided(out[move.dst :], value[move.src :], list(zip(move.sizes, move.dst_strides, move.src_strides, strict=True)), arena)
     else:
-        mark, overflowed = arena.mark, arena.overflowed
-        parts, specs = [], []
-        for number, wanted in node.op.demand(move):
-            part = arena.take(wanted.numel, node.inputs[number].spec.dtype.itemsize)
-            evaluate(node.inputs[number], wanted, part, arena, read)
-            parts.append(part)
-            specs.append(node.inputs[number].spec)
-        if not isinstance(node.op, Elementwise):  # which may ask for the same values again and again
-            arena.overflowed = overflowed
-        arena.overflowed += node.op.compute(parts, specs, move, out, node.spec) or 0
-        arena.release(mark)
+        assert isinstance(op, Compute)
+        _compute(node, op, move, out, arena, read)
+    arena.release(mark)
+
+
+def _compute(node: Node, op: Compute, move: Move, out: Array, arena: Arena, read: Read) -> None:
+    """Has an op fill a region of its output, wherever that lies, from regions of its inputs in buffers of their own."""
+    overflowed, region = arena.overflowed, packed(move)
+    parts = []
+    for child, wanted in zip(node.inputs, op.needs(region, [child.spec for child in node.inputs]), strict=True):
+        part = arena.take(wanted.numel, child.spec.dtype.itemsize)
+        evaluate(child, packed(wanted), part, arena, read)
+        parts.append(Values(part.reshape(wanted.sizes), child.spec.dtype))
+    if not isinstance(op, Elementwise):  # which may ask for the same values again and again
+        arena.overflowed = overflowed
+    strides = [stride * out.itemsize for stride in move.dst_strides]
+    target: Array = np.ndarray(move.sizes, out.dtype, out, move.dst * out.itemsize, strides)
+    arena.overflowed += op.values(region, parts, Values(target, node.spec.dtype))
+
+
+def _reduce(node: Node, op: Reduce, arena: Arena, read: Read) -> Array:
+    """All of a node's output, in the arena."""
+    specs = [child.spec for child in node.inputs]
+    buffers = [arena.take(count, itemsize) for count, itemsize in op.buffers(specs)]
+
+    def fetch(number: int, start: int, part: Array) -> None:
+        evaluate(node.inputs[number], identity(len(part), start), part, arena, read)
+
+    op.reduce(specs, fetch, buffers)
+    return buffers[-1]
 
 
 def reads(node: AnyNode, move: Move) -> Iterator[tuple[str, int, int]]:
@@ -131,14 +148,14 @@ def reads(node: AnyNode, move: Move) -> Iterator[tuple[str, int, int]]:
     if not isinstance(node, Node):
         for start, count in _spans(node, move.simplify()):
             yield from _split(node.extents, start, count)
-    elif node.op.layout_only:
-        for number, piece in node.op.pull(move) or ():
+    elif isinstance(node.op, Layout):
+        for number, piece in node.op.pull(move):
             yield from reads(node.inputs[number], piece)
-    elif node.op.streams:
-        yield from reads(node.inputs[0], identity(node.inputs[0].spec.numel))
     else:
-        for number, wanted in node.op.demand(move):
-            yield from reads(node.inputs[number], wanted)
+        specs = [child.spec for child in node.inputs]
+        wanted = node.op.needs(packed(move), specs) if isinstance(node.op, Compute) else [identity(spec.numel) for spec in specs]
+        for child, region in zip(node.inputs, wanted, strict=True):
+            yield from reads(child, region)
 
 
 def kinds(nodes: Iterable[AnyNode]) -> Iterator[Node]:

@@ -85,6 +85,11 @@ def region(move: Move) -> Move:
     return Move(move.sizes, 0, packed_strides(move.sizes), move.dst, move.dst_strides)
 
 
+def packed(move: Move) -> Move:
+    """The elements that a move takes, into a buffer of their own, packed in the order of its axes."""
+    return Move(move.sizes, 0, packed_strides(move.sizes), move.src, move.src_strides)
+
+
 def packed_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of a row-major buffer of these sizes."""
     strides, stride = [], 1

@@ -1,8 +1,8 @@
 """The graph of a conversion: leaves are stored tensors, nodes have a static dtype and shape. Names of tensors are unknown here.
 
 A node is evaluated region by region. A region of a node's flat (row-major) output is a `Move`: its source side says which
-elements, its destination side where they go in a buffer. Rearranging ops pass moves on to their inputs; computing ops ask
-for their inputs' regions in buffers of their own and turn them into values.
+elements, its destination side where they go in a buffer. Layouts pass moves on to their inputs; other ops are given regions of their
+inputs in buffers of their own and turn them into values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.graph.moves import Move
-from streamconv.graph.ops import Op, Rearrange
+from streamconv.graph.ops import Compute, Elementwise, Layout, Op, Rearrange, Reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +95,24 @@ class Trace:
 
 
 def trace(node: AnyNode, move: Move, *, exact: bool = True) -> Iterator[Trace]:
-    """Follows a region down to stored tensors, through rearranging and elementwise ops; other ops end the way as leaves."""
-    if isinstance(node, Node) and (pieces := node.op.pull(move)) is not None:
-        for number, piece in pieces:
-            yield from trace(node.inputs[number], piece, exact=exact and node.op.layout_only)
+    """Follows a region down to stored tensors, through layouts and elementwise ops; other ops end the way as leaves."""
+    if isinstance(node, Node) and isinstance(node.op, Layout):
+        for number, piece in node.op.pull(move):
+            yield from trace(node.inputs[number], piece, exact=exact)
+    elif isinstance(node, Node) and isinstance(node.op, Elementwise):
+        yield from trace(node.inputs[0], move, exact=False)
     else:
         yield Trace(node, move, exact and not isinstance(node, Node))
+
+
+def is_made_whole(node: AnyNode) -> bool:
+    """Whether any region of a node takes all that it is made of, so that it is best made at once."""
+    if not isinstance(node, Node) or not node.inputs:
+        return False
+    if isinstance(node.op, Compute):
+        specs = [child.spec for child in node.inputs]
+        return node.op.reach(1, specs) == [spec.numel for spec in specs]
+    return isinstance(node.op, Reduce)
 
 
 def as_bytes(node: AnyNode) -> Source:

@@ -3,40 +3,26 @@
 The mapping is the installed library's own: its matching decides names, and its operations run on tensors without data (see `lazy`), so
 that what they rearrange becomes a graph which streams. The way back is made with real sizes and proved, before anything is written, to be
 one: the way there, applied to it, must give every tensor back.
-
-Facts: ``transformers.core_model_loading`` and ``transformers.conversion_mapping`` (written against 5.23), whose loops
-``convert_and_load_state_dict_in_model`` and ``revert_weight_conversion`` the two directions follow.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import json
-import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
 from streamconv.dtypes import DTYPES, TensorSpec
-from streamconv.errors import CoverageError, StreamconvError, UsageError
+from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.moves import identity
 from streamconv.graph.node import AnyNode, apply, sources, trace
-from streamconv.graph.ops import Cast, Foreign
-from streamconv.notation.names import nearest
+from streamconv.graph.ops import Cast
+from streamconv.library.foreign import make_foreign
+from streamconv.library.model import LibraryModel, Nodes
 from streamconv.recipe import Model, Recipe, writer
-from streamconv.recipe.application import Conversion, Recast, Replica, Row, keep_dtype
+from streamconv.recipe.application import Conversion, Recast, Replica, Row
 from streamconv.recipe.facts import Option, Side
 from streamconv.schemes.fp8 import METHODS, Decoded, decode, find_method, model_dtype, without_quantization
-
-if TYPE_CHECKING:
-    from streamconv.library.lazy import LazyTensor
-
-Nodes = Mapping[str, AnyNode]
-_Group = dict[str, list[str]]
-"""Pattern of a converter -> the names of the tensors that it takes, in order."""
 
 TO_NATIVE, TO_HUB = "transformers-hub2native", "transformers-native2hub"
 _OPTIONS = {
@@ -46,7 +32,6 @@ _OPTIONS = {
         "keep: fp8 matrices and their scales; dequantize: numbers of the dtype that config.json gives", "keep", ("keep", "dequantize")
     ),
 }
-_CODE = f"{__name__}:run_converter"
 
 
 @dataclass(frozen=True)
@@ -89,7 +74,7 @@ class Bridge(Recipe):
         """What the library's mapping makes of tensors."""
         nodes = given.nodes
         if self.name == TO_NATIVE:
-            made, how, passed_over = model.load(nodes, recast)
+            made, how, passed_over = model.load(nodes, make_foreign, recast)
             model.check(made, values["allow_missing"])
             dropped = passed_over | given.dropped
             ties = {name: kept for name, kept in model.ties.items() if kept in made}
@@ -144,297 +129,6 @@ def conclude(
     )
 
 
-class LibraryModel:
-    """A model's class without data, and what the library does to names and tensors when it loads or saves it."""
-
-    def __init__(self, config: Mapping[str, Any], title: str) -> None:
-        self.title, self._config = title, config
-        kind, classes = config.get("model_type"), config.get("architectures") or []
-        if not kind or not classes:
-            raise UsageError(f"{self.title}: config.json with model_type and architectures is needed beside SRC, found {kind!r}, {classes}")
-        try:
-            import torch
-            import transformers
-            from transformers import conversion_mapping, core_model_loading
-
-            found = getattr(transformers, str(classes[0]), None)
-        except ImportError as error:
-            raise UsageError(f"{self.title} takes transformers 5 or later: pip install 'streamconv[transformers]' ({error})") from error
-        self._loading, self._mapping = core_model_loading, conversion_mapping
-        known = transformers.CONFIG_MAPPING
-        if kind not in known or not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-            raise UsageError(
-                f"{self.title}: transformers {transformers.__version__} has no {kind!r} {classes[0]}; code beside a checkpoint is not run"
-            )
-        quiet = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity(50)  # critical only
-        try:
-            given = known[kind]._decode_special_floats({key: value for key, value in config.items() if key != "quantization_config"})
-            own = known[kind].from_dict(given)
-            with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-                self.model = found(own)
-            self._quantizer = self._read_quantizer(config.get("quantization_config"))
-        except StreamconvError:
-            raise
-        except Exception as error:
-            raise UsageError(f"{self.title}: {classes[0]} cannot be built from config.json: {type(error).__name__}: {error}") from error
-        finally:
-            transformers.utils.logging.set_verbosity(quiet)
-        self.meta = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        self.ties = {name: kept for name, kept in (getattr(self.model, "all_tied_weights_keys", None) or {}).items() if name in self.meta}
-        self.prefix = self.model.base_model_prefix
-
-    def _read_quantizer(self, config: Mapping[str, Any] | None) -> Any:
-        """What the library does to the model and to its mapping for a quantized checkpoint, None for another."""
-        if not config:
-            return None
-        if config.get("quant_method") != "fp8":
-            raise UsageError(f"{self.title}: quantized by {config.get('quant_method')!r}: only fp8 with scales for blocks is known")
-        from transformers.quantizers.auto import AutoHfQuantizer
-
-        quantizer = AutoHfQuantizer.from_config(dict(config), pre_quantized=True)
-        quantizer.preprocess_model(self.model)
-        return quantizer
-
-    def transforms(self) -> tuple[list[Any], list[Any]]:
-        """What loading does to names, and to tensors."""
-        found = self._mapping.get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
-        renamings = [entry for entry in found if isinstance(entry, self._loading.WeightRenaming)]
-        return renamings, [entry for entry in found if isinstance(entry, self._loading.WeightConverter)]
-
-    def _sorted(self, names: Iterable[str]) -> Iterator[str]:
-        """The names in the library's order. Its keys take a kilobyte each: there are those of a layer at a time."""
-        heads: dict[str, list[str]] = {}
-        for name in names:
-            heads.setdefault(".".join(name.split(".", 3)[:3]), []).append(name)
-        for head in sorted(heads, key=self._loading.dot_natural_key):
-            yield from sorted(heads[head], key=self._loading.dot_natural_key)
-
-    def place(self, name: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
-        """The model's tensor that a stored one goes to (the first of several), and the pattern of the converter that takes it there."""
-        target, pattern = self._loading.rename_source_key(name, renamings, converters, self.prefix, self.meta)
-        if target not in self.meta and name in self.meta:
-            target, pattern = self._loading.rename_source_key(name, [], [], base_model_prefix=self.prefix, meta_state_dict=self.meta)
-        return target, pattern
-
-    def placing(self) -> Callable[[str], str]:
-        """What gives the model's tensor that a stored one, by its name, goes to."""
-        renamings, converters = self.transforms()
-        return lambda name: self.place(name, renamings, converters)[0]
-
-    def load(self, nodes: Nodes, recast: Recast = keep_dtype) -> tuple[dict[str, AnyNode], dict[str, str], dict[str, str]]:
-        """What loading makes of stored tensors; how; and which it passes over on purpose, and why."""
-        renamings, converters = self.transforms()
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        made: dict[str, AnyNode] = {}
-        groups: dict[str, _Group] = {}
-        first: dict[str, str] = {}
-        dropped: dict[str, str] = {}
-        unexpected: list[str] = []
-        for name in self._sorted(nodes):
-            target, pattern = self.place(name, renamings, converters)
-            if target not in self.meta:
-                if why := self._passed_over(target):
-                    dropped[name] = why
-                else:
-                    unexpected.append(name)
-            elif pattern is not None and target not in made:
-                groups.setdefault(target, {}).setdefault(pattern, []).append(name)
-                first.setdefault(target, name)
-            elif first.setdefault(target, name) != name:
-                raise CoverageError(f"{self.title}: {name} and {first[target]} are both {target}: remove one of them")
-            else:
-                made[target] = nodes[name]
-        if unexpected:
-            raise CoverageError(
-                f"{self.title}: {unexpected[0]}{_more(unexpected)}: the model has no such tensor{_near(unexpected[0], self.meta)}"
-            )
-        how: dict[str, str] = {}
-        for target, group in groups.items():
-            converter = by_pattern[next(iter(group))]
-            for name, node in self._convert(converter, target, group, nodes, recast, foreign=True).items():
-                if name in made:
-                    raise CoverageError(f"{self.title}: {name} is made twice, from {first.get(name, target)} and from {first[target]}")
-                made[name], how[name] = node, _describe(converter)
-        return made, how, dropped
-
-    def save(self, nodes: Nodes) -> tuple[dict[str, AnyNode], dict[str, str]]:
-        """What saving makes of a state dict, with the real sizes of what is taken apart."""
-        own = self._mapping.get_model_conversion_mapping(self.model, add_legacy=False)
-        whole = self._quantizer.update_weight_conversions(own, self.model) if self._quantizer else own
-        # Names that a quantizer also reads are not those that it is stored under.
-        kept = [entry for entry in whole if entry in own or not isinstance(entry, self._loading.WeightRenaming)]
-        transforms = [entry.reverse_transform() for entry in kept[::-1] if not isinstance(entry, self._loading.PrefixChange)]
-        renamings = [entry for entry in transforms if isinstance(entry, self._loading.WeightRenaming)]
-        converters = [entry for entry in transforms if isinstance(entry, self._loading.WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        groups: dict[str, _Group] = {}
-        made: dict[str, AnyNode] = {}
-        how: dict[str, str] = {}
-
-        def keep(name: str, node: AnyNode) -> None:
-            if name in made:
-                raise CoverageError(f"{self.title}: {name} is made twice: this mapping cannot be undone")
-            made[name] = node
-
-        for name in self._sorted(nodes):
-            target, pattern = self._loading.apply_converters(name, converters)
-            if pattern is None:
-                keep(self._loading.apply_renamings(name, renamings), nodes[name])
-            else:
-                groups.setdefault(target, {}).setdefault(pattern, []).append(name)
-        for target, group in groups.items():
-            converter = by_pattern[next(iter(group))]
-            for name, node in self._convert(converter, target, group, nodes).items():
-                final = self._loading.apply_renamings(name, renamings)
-                keep(final, node)
-                how[final] = _describe(converter)
-        return made, how
-
-    def _convert(
-        self, converter: Any, target: str, group: _Group, nodes: Nodes, recast: Recast = keep_dtype, *, foreign: bool = False
-    ) -> dict[str, AnyNode]:
-        """What a converter makes of the tensors of a group; one that computes values runs itself, where ``foreign`` ones may."""
-        from streamconv.library.lazy import ComputesValuesError, LazyTensor
-
-        mixed = len({nodes[name].spec.dtype.name for names in group.values() for name in names}) > 1
-
-        def read(name: str) -> LazyTensor:
-            node = nodes[name]
-            wanted = recast(target, node.spec) if mixed else None
-            return LazyTensor(apply(Cast(wanted), node) if wanted and wanted != node.spec.dtype.name else node)
-
-        try:
-            made = self._run(converter, target, group, lambda name: partial(read, name))
-        except ComputesValuesError as error:
-            if foreign:
-                return self._foreign(converter, target, group, {name: read(name).node for names in group.values() for name in names})
-            raise CoverageError(f"{self.title}, {target}, by {_describe(converter)}: {error}") from error
-        except StreamconvError as error:
-            raise CoverageError(f"{self.title}, {target}, by {_describe(converter)}: {error}") from error
-        except Exception as error:
-            raise CoverageError(f"{self.title}: {_describe(converter)} does not fit {target}: {type(error).__name__}: {error}") from error
-        return {name: (tensor[0] if isinstance(tensor, list) else tensor).node for name, tensor in made.items()}
-
-    def _run(self, converter: Any, target: str, group: _Group, tensor: Callable[[str], Any]) -> dict[str, Any]:
-        """The library's own conversion of tensors, or of functions that give them."""
-        import torch
-
-        own = deepcopy(converter)
-        own.operations = [self._sized(op) for op in own.operations]
-        for pattern, names in group.items():
-            for name in names:
-                own.add_tensor(target, name, pattern, tensor(name))
-        with torch.no_grad():
-            made: dict[str, Any] = own.convert(target, model=self.model, config=self.model.config)
-        return made
-
-    def _foreign(self, converter: Any, target: str, group: _Group, nodes: Nodes) -> dict[str, AnyNode]:
-        """Nodes that run a converter on all of its tensors; their specs, and what it allocates, are found on tensors without data."""
-        from streamconv.library.lazy import Allocations, spec_of, without_data
-
-        with Allocations() as taken:  # type: ignore[no-untyped-call]
-            made = self._run(converter, target, group, lambda name: without_data(nodes[name].spec))
-        given = json.dumps({"config": self._config, "target": target, "group": group}, sort_keys=True)
-        numels = tuple(node.spec.numel for node in nodes.values())
-        found: dict[str, AnyNode] = {}
-        for name, tensor in made.items():
-            spec = spec_of(tensor[0] if isinstance(tensor, list) else tensor)
-            op = Foreign(_CODE, given, name, spec.dtype.name, spec.shape, numels, taken.nbytes + spec.nbytes)
-            found[name] = apply(op, *nodes.values())
-        return found
-
-    def convert(self, target: str, group: _Group, output: str, tensors: Sequence[Any]) -> Any:
-        """One of the tensors that loading makes of a group of real ones."""
-        _, converters = self.transforms()
-        converter = next(one for one in converters if next(iter(group)) in one.source_patterns)
-        given = dict(zip((name for names in group.values() for name in names), tensors, strict=True))
-        made = self._run(converter, target, group, given.__getitem__)[output]
-        return (made[0] if isinstance(made, list) else made).contiguous()
-
-    def _sized(self, op: Any) -> Any:
-        """An operation; one that cuts a tensor into several learns where."""
-        if type(op) is not self._loading.Chunk or op.num_shards_attribute is not None:
-            return op
-        meta, config = self.meta, self.model.config.get_text_config()
-
-        class SizedChunk(self._loading.Chunk):  # type: ignore[misc,name-defined]
-            """Chunk, into parts that need not be equal."""
-
-            def convert(self, input_dict: Any, source_patterns: Any, target_patterns: list[str], **given: Any) -> Any:  # noqa: ARG002
-                tensor = next(iter(input_dict.values()))
-                tensor = tensor[0] if isinstance(tensor, list) else tensor
-                names = [given["full_layer_name"].replace(target_patterns[0], target) for target in target_patterns]
-                sizes = _part_sizes(names, tensor.shape[self.dim], meta, config)
-                return dict(zip(target_patterns, tensor.split(sizes, dim=self.dim), strict=True))
-
-        return SizedChunk(op.dim)
-
-    def check(self, nodes: Nodes, allowed: str) -> None:
-        """Raises CoverageError unless these are the model's tensors, but for tied ones and those that are ``allowed`` to be missing."""
-        for name, node in nodes.items():
-            if name not in self.meta:
-                raise CoverageError(f"{self.title}: {name}: the model has no such tensor{_near(name, self.meta)}")
-            if node.spec.shape != self.meta[name]:
-                raise CoverageError(f"{self.title}: {name} has shape {node.spec.shape}, the model of config.json {self.meta[name]}")
-        tied = {name for name, kept in self.ties.items() if kept in nodes} | {kept for name, kept in self.ties.items() if name in nodes}
-        ignored = [re.compile(pattern) for pattern in getattr(self.model, "_keys_to_ignore_on_load_missing", None) or []]
-        globs = [glob.strip() for glob in allowed.split(",") if glob.strip()]
-        missing = [
-            name
-            for name in self.meta
-            if name not in nodes
-            and name not in tied
-            and not any(pattern.search(name) for pattern in ignored)
-            and not any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-        ]
-        if missing:
-            raise CoverageError(
-                f"{self.title}: {missing[0]}{_more(missing)} of the model: no tensor for it{_near(missing[0], nodes)}; "
-                "--set allow_missing=PATTERN leaves it out"
-            )
-
-    def _passed_over(self, name: str) -> str:
-        """The library's pattern for tensors that it leaves out when it loads, that this is one of; else ""."""
-        patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or []
-        return next((pattern for pattern in patterns if re.search(pattern, name)), "")
-
-
-def choose_kept(config: Mapping[str, Any]) -> Callable[[Sequence[str]], str | None]:
-    """Which of a tensor's names the library's ``save_pretrained`` keeps, by what the class in config.json says of its ties.
-
-    The library is loaded when it is first asked. Where it is not installed, or does not know the model, nothing is known.
-    """
-
-    @cache
-    def patterns() -> list[str]:
-        try:
-            model = LibraryModel({key: value for key, value in config.items() if key != "quantization_config"}, "ties").model
-        except UsageError:
-            return []
-        keys = ((name, getattr(module, "_tied_weights_keys", None) or ()) for name, module in model.named_modules())
-        return [f"{name}.{key}" if name else key for name, own in keys for key in own]
-
-    def choose(names: Sequence[str]) -> str | None:
-        repeated = [name for name in sorted(names) if any(re.search(pattern, name) for pattern in patterns())]
-        kept = set(names).difference(repeated[: len(names) - 1])  # all of them may be called repetitions: one stays
-        return kept.pop() if len(kept) == 1 else None
-
-    return choose
-
-
-@lru_cache(maxsize=1)
-def _library_model(config: str) -> LibraryModel:
-    return LibraryModel(json.loads(config), "a plan")
-
-
-def run_converter(given: str, output: str, tensors: Sequence[Any]) -> Any:
-    """The code of `ops.Foreign`: what the converter of a group makes of its tensors."""
-    found = json.loads(given)
-    model = _library_model(json.dumps(found["config"], sort_keys=True))
-    return model.convert(found["target"], found["group"], output, tensors) if tensors else None
-
-
 @writer
 def plain_config(model: Model) -> dict[str, Any]:
     """config.json of a checkpoint whose fp8 matrices became numbers: without what says that they are fp8, and with the dtype they have."""
@@ -453,30 +147,9 @@ def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield text
 
 
-def _part_sizes(names: list[str], total: int, meta: Mapping[str, Any], config: Any) -> list[int]:
-    """How a fused axis of ``total`` divides among tensors: as their projections do, as heads do, as words do, or equally."""
-    siblings = [re.sub(r"conv1d", "proj", name) for name in names]
-    rows = [meta[name][0] for name in siblings if name in meta]
-    if len(rows) == len(names) and sum(rows) == total:
-        return rows
-    heads = getattr(config, "num_attention_heads", None) or 0
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    modules = [name.rsplit(".", 2)[-2] if "." in name else name for name in names]
-    found = [re.search(r"(?:^|_)(q|k|v|query|key|value)(?:_|$)", module) for module in modules]
-    if [match[1][0] if match else "" for match in found] == ["q", "k", "v"] and heads and total % (heads + 2 * groups) == 0:
-        size = total // (heads + 2 * groups)
-        return [heads * size, groups * size, groups * size]
-    words = getattr(config, "vocab_size", None) or 0
-    if len(names) == 2 and all("embed" in name for name in names) and 0 < words < total:
-        return [words, total - words]  # words that were added have a tensor of their own
-    if total % len(names):
-        raise CoverageError(f"{total} elements cannot be divided among {', '.join(names)}")
-    return [total // len(names)] * len(names)
-
-
 def _prove(model: LibraryModel, made: Nodes, nodes: Nodes) -> None:
     """Raises CoverageError unless loading what was made gives every tensor of the source back, element by element."""
-    again, _, _ = model.load(made)
+    again, _, _ = model.load(made, make_foreign)
     for name, given in nodes.items():
         node = again.get(name)
         pieces = trace(node, identity(node.spec.numel)) if node and node.spec.numel else ()
@@ -489,19 +162,6 @@ def _prove(model: LibraryModel, made: Nodes, nodes: Nodes) -> None:
         )
         if not same:
             raise CoverageError(f"{model.title}: {name} would not come back: transformers' mapping for this model cannot be undone")
-
-
-def _describe(transform: Any) -> str:
-    return ", ".join(map(repr, getattr(transform, "operations", [])))
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _near(name: str, candidates: Iterable[str]) -> str:
-    near = nearest(name, candidates)
-    return f"; the nearest is {near[0]}" if near else ""
 
 
 BRIDGES = (

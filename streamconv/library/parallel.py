@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.node import AnyNode
-from streamconv.library.bridge import LibraryModel, conclude
+from streamconv.library.bridge import conclude
 from streamconv.library.heads import Heads, find_heads, head_size
+from streamconv.library.model import LibraryModel
 from streamconv.recipe import Recipe
 from streamconv.recipe.application import Conversion, Recast, Replica, Row
 from streamconv.recipe.facts import Option, Side

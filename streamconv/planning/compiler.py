@@ -9,7 +9,7 @@ from dataclasses import replace
 from streamconv.errors import UsageError
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph.moves import Move, identity
-from streamconv.graph.node import AnyNode, Node, Source, sources, trace
+from streamconv.graph.node import AnyNode, Node, Source, is_made_whole, sources, trace
 from streamconv.planning.fitting import SCATTERED, TILE, Budget, Fitting, bytes_of_stream
 from streamconv.planning.plan import Account, Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile, add_up, source_files
 from streamconv.planning.plan import Mapping as Row
@@ -188,7 +188,7 @@ class _Compiler:
                 where = (self.source(extent.path), extent.offset) if extent else (0, 0)
                 whole = replace(move, dst=move.dst + start // itemsize)
                 # What has to see all of its input makes all of its output: in one tile, once.
-                tile = move.sizes if isinstance(found.leaf, Node) and (found.leaf.op.streams or found.leaf.op.whole) else ()
+                tile = move.sizes if is_made_whole(found.leaf) else ()
                 yield Compute(self.node(node), slot - start, whole, tile, *where, leaf_item)
 
     def _in_order(self, node: Node, start: int, slot: int, nbytes: int) -> Iterator[Segment]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from streamconv import memory
 from streamconv.errors import BudgetError, UsageError
 from streamconv.graph.moves import region
-from streamconv.graph.node import AnyNode, Node, trace
+from streamconv.graph.node import AnyNode, Node, is_made_whole, trace
 from streamconv.graph.tiles import Tile, choose_tile
 from streamconv.planning.plan import Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile
 from streamconv.planning.proof import MOST_WORKERS
@@ -167,8 +167,7 @@ class Fitting:
         return segment._replace(tile=())
 
     def _is_whole(self, segment: Compute) -> bool:
-        leaves = (found.leaf for found in trace(self._nodes[segment.node], region(segment.move)))
-        return any(isinstance(leaf, Node) and (leaf.op.streams or leaf.op.whole) for leaf in leaves)
+        return any(is_made_whole(found.leaf) for found in trace(self._nodes[segment.node], region(segment.move)))
 
     def tiled(self, file: FilePlan, fit: Fit) -> FilePlan:
         """The file with its tiles chosen."""

@@ -14,6 +14,7 @@ from streamconv.errors import FormatError
 from streamconv.graph import ops
 from streamconv.graph.moves import Move
 from streamconv.graph.node import AnyNode, Extent, Node, Source
+from streamconv.library import foreign  # noqa: F401 - plans may have its op
 from streamconv.planning.segments import Account, Check, Compute, Copy, FilePlan, Mapping, Segment, SourceFile, Totals
 
 VERSION = 3

@@ -88,7 +88,8 @@ def decode(nodes: Mapping[str, AnyNode], config: Mapping[str, Any], dtype_of: Ca
             scale = nodes[scale_of[name]]
             block = blocks.block(name, node.spec, scale.spec) or common[name]
             op = Dequantize(node.spec.shape, block, dtype_of(name))
-            scales = scale if scale.spec.shape == op.blocks else apply(Reshape(op.blocks), scale)
+            counts = op.blocks.counts
+            scales = scale if scale.spec.shape == counts else apply(Reshape(counts), scale)
             found.nodes[name] = apply(op, node, scales)
         elif scale_of and _ACTIVATION.search(name):
             found.dropped[name] = "a scale of activations, which an unquantized model has none of"

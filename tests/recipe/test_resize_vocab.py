@@ -75,7 +75,7 @@ def test_new_rows_are_what_the_formula_says(block, rows, columns, tmp_path, monk
     """mean + sqrt(1e-5 / V) * z (E - mean), by numpy's normals of the same generator, all at once and in float64."""
     import numpy as np
 
-    monkeypatch.setattr("streamconv.graph.ops._SUMMED", block)
+    monkeypatch.setattr("streamconv.graph.ops.sampled._SUMMED", block)
     given = matrices(rows, columns)
     new = resized(write(tmp_path / "source", given), tmp_path / "target", rows + 5, "--set", "seed=11")[E][rows:]
     step = max(1, min(rows, block // max(columns, 6)))

@@ -1,0 +1,177 @@
+"""Blocks of a matrix that share a scale: which scales a region of the matrix takes, and one-byte floats times theirs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
+from streamconv.errors import CoverageError
+from streamconv.graph.moves import Move, packed_strides, place, pull
+from streamconv.graph.ops.op import Elementwise, Values
+from streamconv.graph.ops.rounding import settle
+from streamconv.notation.axes import Axis, Leaf, Place, Tree
+
+_SCALED = 1 << 17  # elements: pieces in which blocks are scaled
+_BLOCK = ("matrix", "down", "across")  # where a block is
+_SCALES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint8")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix in blocks from its first corner, those at its ends as short as it takes.
+
+    Blocks of a row each are ``(1, columns)``, one block of all is ``(rows, columns)``.
+
+    Attributes:
+        shape: rows and columns of the matrix, after the sizes of a stack of them.
+        block: rows and columns of a block.
+    """
+
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many blocks there are: the shape of a tensor with a value for each."""
+        *stack, rows, columns = self.shape
+        return *stack, -(-rows // self.block[0]), -(-columns // self.block[1])
+
+    def around(self, region: Move) -> Move:
+        """The region of the blocks' values that a region of the matrix takes: the smallest box of blocks that holds it."""
+        starts, sizes = self._box(region)
+        down, across = self.counts[-2:]
+        strides = (down * across, across, 1)
+        return Move(sizes, 0, packed_strides(sizes), sum(map(int.__mul__, starts, strides)), strides)
+
+    def spread(self, region: Move) -> Iterator[Move]:
+        """Which value is that of which element: moves from what `around` says, packed, to where the region lies.
+
+        Along axes within a block they do not advance in their source.
+        """
+        starts, sizes = self._box(region)
+        strides = packed_strides(sizes)
+        where = Place(0, -sum(map(int.__mul__, starts, strides)), {**dict(zip(_BLOCK, strides, strict=True)), "row": 0, "column": 0})
+        for _, piece, digits in pull(self._tree, region):
+            yield place(piece, digits, where)
+
+    def _box(self, region: Move) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The first matrix, row and column of blocks that a region touches, and how many of each."""
+        lasts = [0] * len(_BLOCK)
+        starts: list[int] = []
+        for _, piece, digits in pull(self._tree, region):
+            found = [digits[name] for name in _BLOCK]
+            ends = [first + sum((n - 1) * step for n, step in zip(piece.sizes, steps, strict=True)) for first, steps in found]
+            firsts = [first for first, _ in found]
+            starts = list(map(min, starts or firsts, firsts))
+            lasts = list(map(max, lasts, ends))
+        return tuple(starts), tuple(last - first + 1 for first, last in zip(starts, lasts, strict=True))
+
+    @property
+    def _tree(self) -> Tree:
+        """The digits of an element's place: its matrix, block of rows, row in it, block of columns, column in it."""
+        *_, rows, columns = self.shape
+        high, wide = self.block
+        inner = Axis("row", columns, Axis(_BLOCK[2], wide, Axis("column", 1, Leaf(0))))
+        return Axis(_BLOCK[0], rows * columns, Axis(_BLOCK[1], high * columns, inner))
+
+
+@dataclass(frozen=True)
+class Dequantize(Elementwise):
+    """Matrices of one-byte floats times the scale of each of their blocks, both as float32, rounded once; NaNs as those of `Cast`.
+
+    Attributes:
+        shape: rows and columns of the matrix, after the sizes of a stack of them.
+        block: rows and columns of a block; the last ones of a matrix may be cut off.
+        dtype: what comes of it.
+    """
+
+    kind: ClassVar[str] = "dequantize"
+
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    dtype: str = "bfloat16"
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks of the matrix."""
+        return Blocks(self.shape, self.block)
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        matrix, scales = inputs
+        if matrix.dtype.bits != 8 or not matrix.dtype.floating or matrix.shape != self.shape or len(self.shape) < 2:
+            raise CoverageError(f"expected a matrix of one-byte floats {list(self.shape)}, found {matrix}")
+        if scales.dtype.name not in _SCALES or scales.shape != self.blocks.counts:
+            blocks = " x ".join(map(str, self.block))
+            wanted = list(self.blocks.counts)
+            raise CoverageError(f"the scales of {matrix} in blocks of {blocks} must be floats {wanted}, found {scales}")
+        if self.dtype not in CASTABLE:
+            raise CoverageError(f"{matrix} becomes one of {', '.join(CASTABLE)}, not {self.dtype}")
+        return TensorSpec(DTYPES[self.dtype], matrix.shape)
+
+    def needs(self, region: Move, inputs: Sequence[TensorSpec]) -> list[Move]:  # noqa: ARG002
+        """The region, and the scales of its blocks."""
+        return [region, self.blocks.around(region)]
+
+    def reach(self, numel: int, inputs: Sequence[TensorSpec]) -> list[int]:
+        """See `Compute.reach`: scattered elements may be in any of the blocks."""
+        return [numel, inputs[1].numel]
+
+    def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
+        return 12 * _SCALED
+
+    def prepare(self, inputs: Sequence[TensorSpec]) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        ones = torch.ones(2, 2, dtype=getattr(torch, inputs[0].dtype.name)).float()
+        ones.mul_(torch.ones(2, 1)).bfloat16()
+
+    def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
+        codes, scales = (part.torch() for part in parts)
+        made = out.torch()
+        lying = replace(region, dst_strides=made.stride())
+        overflowed = 0
+        for read, write in zip(self.blocks.spread(region), self.blocks.spread(lying), strict=True):
+            overflowed += _scale(
+                codes.as_strided(read.sizes, read.dst_strides, read.dst),
+                scales.as_strided(read.sizes, read.src_strides, read.src),
+                made.as_strided(write.sizes, write.dst_strides, write.dst),
+            )
+        return overflowed
+
+
+def _scale(codes: Any, scales: Any, made: Any) -> int:
+    """``made`` of one-byte codes and the scale of each; how many of them are too large for its dtype."""
+    if codes.numel() > _SCALED:
+        axis = max(range(codes.dim()), key=lambda k: codes.shape[k])
+        halves = zip(*(part.chunk(2, axis) for part in (codes, scales, made)), strict=True)
+        return sum(_scale(*half) for half in halves)
+    once = scales[tuple(slice(None if stride else 1) for stride in scales.stride())]
+    result = _widen(codes).mul_(_as_factors(once))
+    return settle(result, made.copy_(result))
+
+
+def _as_factors(stored: Any) -> Any:
+    """Scales in float32; bytes are exponents, as those of float8_e8m0fnu are, but 255 is infinite and no NaN."""
+    import torch
+
+    if stored.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+        return stored.float()
+    exponents = stored.view(torch.uint8)
+    bits = exponents.int().bitwise_left_shift_(23)
+    bits.masked_fill_(exponents == 0, 1 << 22)  # 2^-127, which has no exponent of its own
+    factors = bits.view(torch.float32)
+    return factors if stored.dtype == torch.uint8 else factors.masked_fill_(factors.isinf(), math.nan)
+
+
+def _widen(codes: Any) -> Any:
+    """One-byte floats as float32. Those of the usual kind are read as float16 with another bias, which is several times as fast."""
+    import torch
+
+    if codes.dtype == torch.float8_e4m3fn and (codes.view(torch.uint8) & 0x7F).max() < 0x7F:
+        halves = codes.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(~(1 << 14))
+        return halves.view(torch.float16).float().mul_(1 << 8)
+    return codes.float()
