@@ -111,15 +111,16 @@ class Layout:
         """
         tensors = getattr(self, side)
         extra: int | None = None
-        for tensor, found in zip(tensors, rank, strict=True):
+        for tensor, axes in zip(tensors, rank, strict=True):
             dots = tensor.factors.count(ELLIPSIS)
-            missing = found - (len(tensor.factors) - dots)
+            missing = axes - (len(tensor.factors) - dots)
             if missing < 0 or (not dots and missing) or (dots and extra is not None and missing != extra):
-                raise CoverageError(f"layout {self.text!r}: tensor {_text(tensor)!r} has {found} axes, expected {len(tensor.factors)}")
+                raise CoverageError(f"layout {self.text!r}: tensor {_text(tensor)!r} has {axes} axes, expected {len(tensor.factors)}")
             extra = missing if dots else extra
         if ELLIPSIS not in self.text:
             return self
-        return parse(self.text.replace(ELLIPSIS, " ".join(("", *(f"dots{k}" for k in range(extra or 0)), ""))))
+        names = [f"dots{k}" for k in range(extra or 0)]
+        return parse(self.text.replace(ELLIPSIS, " ".join(["", *names, ""])))
 
     def shapes(self, side: str, sizes: Sizes) -> list[tuple[int, ...]]:
         """The shapes of the tensors of ``side`` ("left" or "right"), in elements."""
@@ -137,7 +138,9 @@ class Layout:
         Raises:
             CoverageError: the sizes contradict each other or are not determined.
         """
-        equations = [(f, n) for tensor, shape in zip(self.left, shapes, strict=True) for f, n in zip(tensor.factors, shape, strict=True)]
+        equations: list[tuple[str | Sum, int]] = []
+        for tensor, shape in zip(self.left, shapes, strict=True):
+            equations += zip(tensor.factors, shape, strict=True)
         sizes: Sizes = {"1": 1, **(fixed or {})}
         open_axes = list(self.axes)
         while True:
@@ -145,39 +148,41 @@ class Layout:
             open_axes = [axis for axis in open_axes if axis not in sizes]
             if not open_axes:
                 return sizes
-            known = next(((axis, size) for axis in open_axes if (size := lookup(axis)) is not None), None)
-            if known is None:
+            axis, size = _look_up(open_axes, lookup)
+            if size is None:
                 raise CoverageError(
                     f"{where}layout {self.text!r}: the sizes of {', '.join(open_axes)} do not follow from the shapes "
                     f"{', '.join(map(str, shapes))}; give them with --set, in the recipe's dims, or in config.json"
                 )
-            if known[1] < 1:
-                raise CoverageError(f"{where}layout {self.text!r}: axis {known[0]} cannot have size {known[1]}")
-            sizes[known[0]] = known[1]
+            if size < 1:
+                raise CoverageError(f"{where}layout {self.text!r}: axis {axis} cannot have size {size}")
+            sizes[axis] = size
 
     def _propagate(self, equations: list[tuple[str | Sum, int]], sizes: Sizes, where: str) -> None:
         """Solves every dimension with a single unknown axis (its extent is linear in it) until nothing more follows."""
         progress = True
         while progress:
             progress = False
-            for factor, found in equations:
+            for factor, extent in equations:
                 unknown = {name for name in _names(factor) if name not in sizes}
                 if not unknown:
-                    if (expected := _extent(factor, sizes)) != found:
-                        known = ", ".join(f"{n}={sizes[n]}" for n in dict.fromkeys(_names(factor)))
+                    expected = _extent(factor, sizes)
+                    if expected != extent:
+                        terms = ", ".join(f"{name}={sizes[name]}" for name in dict.fromkeys(_names(factor)))
                         raise CoverageError(
-                            f"{where}layout {self.text!r}: {_text(factor)} has {found} elements, expected {expected} ({known})"
+                            f"{where}layout {self.text!r}: {_text(factor)} has {extent} elements, expected {expected} ({terms})"
                         )
                 elif len(unknown) == 1:
                     (name,) = unknown
                     zero, one = (_extent(factor, {**sizes, name: n}) for n in (0, 1))
                     if _extent(factor, {**sizes, name: 2}) - one != one - zero or one == zero:
                         continue
-                    if (found - zero) % (one - zero) or (found - zero) // (one - zero) < (1 if found else 0):
+                    size, remainder = divmod(extent - zero, one - zero)
+                    if remainder or size < (1 if extent else 0):
                         raise CoverageError(
-                            f"{where}layout {self.text!r}: {found} elements cannot be {_text(factor)} ({_known(factor, sizes)})"
+                            f"{where}layout {self.text!r}: {extent} elements cannot be {_text(factor)} ({_known(factor, sizes)})"
                         )
-                    sizes[name] = (found - zero) // (one - zero)
+                    sizes[name] = size
                     progress = True
 
     def tree(self, output: int, sizes: Sizes) -> Tree:
@@ -209,18 +214,31 @@ def parse(text: str) -> Layout:
     right = _Parser(text, arrows[0] + 2, len(text)).side()
     if max(sum(map(_count, side)) for side in (left, right)) > MOST_PARTS:
         raise NotationError(f"more than {MOST_PARTS} parts", text, 0)
-    pairs = [[names for tensor in side for names in _alternatives(tensor)] for side in (left, right)]
-    if len(pairs[0]) != len(pairs[1]):
-        raise NotationError(f"{len(pairs[0])} parts on the left, {len(pairs[1])} on the right", text, arrows[0])
-    for number, (mine, theirs) in enumerate(zip(*pairs, strict=True)):
-        for names, where in ((mine, (0, arrows[0])), (theirs, (arrows[0] + 2, len(text)))):
-            if repeated := next((n for n in names if names.count(n) > 1), None):
-                at = _positions(repeated, text, *where)[-1]
-                raise NotationError(f"axis {repeated!r} appears twice in part {number + 1} ({' '.join(names)})", text, at)
-        if odd := sorted(set(mine) ^ set(theirs)):
-            where = (0, arrows[0]) if odd[0] in mine else (arrows[0] + 2, len(text))
-            raise NotationError(f"axis {odd[0]!r} is on one side only of part {number + 1}", text, _positions(odd[0], text, *where)[0])
+    left_parts = [names for tensor in left for names in _alternatives(tensor)]
+    right_parts = [names for tensor in right for names in _alternatives(tensor)]
+    if len(left_parts) != len(right_parts):
+        raise NotationError(f"{len(left_parts)} parts on the left, {len(right_parts)} on the right", text, arrows[0])
+    left_range, right_range = (0, arrows[0]), (arrows[0] + 2, len(text))
+    for number, (mine, theirs) in enumerate(zip(left_parts, right_parts, strict=True), 1):
+        for names, where in ((mine, left_range), (theirs, right_range)):
+            repeated = [name for name in names if names.count(name) > 1]
+            if repeated:
+                at = _positions(repeated[0], text, *where)[-1]
+                raise NotationError(f"axis {repeated[0]!r} appears twice in part {number} ({' '.join(names)})", text, at)
+        unmatched = sorted(set(mine) ^ set(theirs))
+        if unmatched:
+            at = _positions(unmatched[0], text, *(left_range if unmatched[0] in mine else right_range))[0]
+            raise NotationError(f"axis {unmatched[0]!r} is on one side only of part {number}", text, at)
     return Layout(text, left, right)
+
+
+def _look_up(axes: Sequence[str], lookup: Callable[[str], int | None]) -> tuple[str, int | None]:
+    """The first of the axes whose size ``lookup`` knows, and that size; else the last one and None."""
+    for axis in axes:
+        size = lookup(axis)
+        if size is not None:
+            return axis, size
+    return axes[-1], None
 
 
 class _Parser:

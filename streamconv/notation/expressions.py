@@ -112,8 +112,8 @@ def _value(node: ast.expr, scope: Scope) -> Any:  # noqa: C901, PLR0912 - one br
         case ast.UnaryOp(op=ast.Not()):
             return not _value(node.operand, scope)
         case ast.UnaryOp():
-            given = _value(node.operand, scope)
-            return None if given is None else -given
+            operand = _value(node.operand, scope)
+            return None if operand is None else -operand
         case ast.Compare():
             values = [_value(item, scope) for item in (node.left, *node.comparators)]
             return all(_COMPARISONS[type(op)](a, b) for op, a, b in zip(node.ops, values, values[1:], strict=False))

@@ -38,19 +38,29 @@ def _fold(literals: tuple[str, ...], members: list[tuple[int, list[str]]]) -> It
     widths = [len(column[0]) if len({*map(len, column)}) == 1 else 1 for column in columns]
     free: list[int] = []
     follows: list[tuple[int, int]] = []  # for each column the number, among those that are free, of the one it follows, and its difference
-    for column in values:
-        bases = ((k, column[0] - values[at][0]) for k, at in enumerate(free))
-        base = next(((k, d) for k, d in bases if all(x - y == d for x, y in zip(column, values[free[k]], strict=True))), None)
+    for number, column in enumerate(values):
+        base = _find_base(column, [values[at] for at in free])
         follows.append(base or (len(free), 0))
         if base is None:
-            free.append(len(follows) - 1)
+            free.append(number)
     points: dict[_Point, list[int]] = {}
     for row, (position, _) in enumerate(members):
         points.setdefault(tuple(values[at][row] for at in free), []).append(position)
     for box in _boxes(frozenset(points)):
-        numbers = [_show([value + d for value in box[k]], width) for (k, d), width in zip(follows, widths, strict=True)]
+        numbers = []
+        for (k, difference), width in zip(follows, widths, strict=True):
+            numbers.append(_show([value + difference for value in box[k]], width))
         text = literals[0] + "".join(number + literal for number, literal in zip(numbers, literals[1:], strict=True))
         yield Fold(tuple(text.split("\0")), sorted(position for point in product(*box) for position in points[point]))
+
+
+def _find_base(column: _Point, bases: list[_Point]) -> tuple[int, int] | None:
+    """Which of the bases a column of numbers follows by a constant difference, and this difference."""
+    for k, base in enumerate(bases):
+        differences = {number - other for number, other in zip(column, base, strict=True)}
+        if len(differences) == 1:
+            return k, differences.pop()
+    return None
 
 
 def _boxes(points: frozenset[_Point]) -> Iterator[tuple[list[int], ...]]:
@@ -64,8 +74,8 @@ def _boxes(points: frozenset[_Point]) -> Iterator[tuple[list[int], ...]]:
     firsts: dict[frozenset[_Point], list[int]] = {}
     for first in sorted(rests):
         firsts.setdefault(frozenset(rests[first]), []).append(first)
-    for left, numbers in firsts.items():
-        for box in _boxes(left):
+    for rest_points, numbers in firsts.items():
+        for box in _boxes(rest_points):
             yield (numbers, *box)
 
 

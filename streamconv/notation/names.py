@@ -108,13 +108,15 @@ class Pattern:
 
     def match(self, name: str) -> Values | None:
         """The values that make this name (the same ones every time where several would), or None."""
-        if (found := self.regex.fullmatch(name)) is None:
+        match = self.regex.fullmatch(name)
+        if match is None:
             return None
-        return {capture.name: capture.decode(text) for capture, text in zip(self.captures, found.groups(), strict=True)}
+        return {capture.name: capture.decode(text) for capture, text in zip(self.captures, match.groups(), strict=True)}
 
     def format(self, values: Mapping[str, int | str]) -> str:
         """The name that these values make; values of other captures are ignored."""
-        if missing := [capture.name for capture in self.captures if capture.name not in values]:
+        missing = [capture.name for capture in self.captures if capture.name not in values]
+        if missing:
             raise RecipeError(f"{self.text!r} needs a value for {', '.join(missing)}; given: {', '.join(values) or 'none'}")
         return "".join(atom if isinstance(atom, str) else atom.encode(values[atom.name]) for atom in self.atoms)
 
@@ -238,14 +240,18 @@ class Matcher:
             state = state.by_segment.get(segment) or self._walk(state, segment)
             if not state.places:
                 return []
-        return [(k, values) for k in state.ends if (values := self.patterns[k].match(name)) is not None]
+        matches = [(k, self.patterns[k].match(name)) for k in state.ends]
+        return [(k, values) for k, values in matches if values is not None]
 
     def _walk(self, state: _State, segment: str) -> _State:
         target = state
         for char in "." + segment:
             if char not in target.by_char:
-                moves = ((k, self._automata[k][0][at]) for k, at in target.places)
-                target.by_char[char] = self._state(frozenset((k, t) for k, steps in moves for c, t in steps if not c or char in c))
+                places = set()
+                for k, at in target.places:
+                    steps = self._automata[k][0][at]
+                    places |= {(k, end) for label, end in steps if not label or char in label}
+                target.by_char[char] = self._state(frozenset(places))
             target = target.by_char[char]
         return state.by_segment.setdefault(segment, target)
 
@@ -260,20 +266,27 @@ def overlap(a: Pattern, b: Pattern) -> str | None:
     last, other = a.atoms[-1], b.atoms[-1]
     if isinstance(last, str) and isinstance(other, str) and not last.endswith(other) and not other.endswith(last):
         return None
-    (left, left_ends), (right, right_ends) = a.automaton, b.automaton
+    (a_steps, a_ends), (b_steps, b_ends) = a.automaton, b.automaton
     limit = 32 if "(?P=" in a.regex.pattern + b.regex.pattern else 1
     visits: Counter[tuple[int, int]] = Counter()
     queue = deque([(0, 0, "")])
     while queue:
         s, t, name = queue.popleft()
-        if s in left_ends and t in right_ends and a.match(name) is not None and b.match(name) is not None:
+        if s in a_ends and t in b_ends and a.match(name) is not None and b.match(name) is not None:
             return name
-        for (x, i), (y, j) in product(left[s], right[t]):
-            char = (x or y or "x")[0] if x in y else (y or x)[0] if y in x else None  # a label is one character, [0-9], [1-9] or any
+        for (x, i), (y, j) in product(a_steps[s], b_steps[t]):
+            char = _common_character(x, y)
             if char is not None and visits[i, j] < limit:
                 visits[i, j] += 1
                 queue.append((i, j, name + char))
     return None
+
+
+def _common_character(a: str, b: str) -> str | None:
+    """A character of both labels, each of which is one character, [0-9], [1-9] or "" for any; None if there is none."""
+    if a in b:
+        return (a or b or "x")[0]
+    return (b or a)[0] if b in a else None
 
 
 def select(pattern: str, names: Iterable[str]) -> list[str]:
@@ -292,8 +305,16 @@ def nearest(name: str, candidates: Iterable[str], n: int = 1) -> list[str]:
     for candidate in candidates:
         groups.setdefault(candidate.translate(_NO_DIGITS), []).append(candidate)
     words, numbers = set(re.findall("[A-Za-z]+", name)), set(re.findall("[0-9]+", name))
-    likely = heapq.nlargest(32, groups, lambda key: (len(words.intersection(re.findall("[A-Za-z]+", key))), -abs(len(key) - len(name))))
-    few = [c for key in likely for c in heapq.nlargest(n + 3, groups[key], lambda c: len(numbers.intersection(re.findall("[0-9]+", c))))]
+
+    def common_words(key: str) -> tuple[int, int]:
+        return len(words.intersection(re.findall("[A-Za-z]+", key))), -abs(len(key) - len(name))
+
+    def common_numbers(candidate: str) -> int:
+        return len(numbers.intersection(re.findall("[0-9]+", candidate)))
+
+    few: list[str] = []
+    for key in heapq.nlargest(32, groups, common_words):
+        few += heapq.nlargest(n + 3, groups[key], common_numbers)
     return difflib.get_close_matches(name[:400], [candidate for candidate in few if len(candidate) <= 400], n, cutoff=0.5)
 
 
