@@ -30,7 +30,7 @@ import yaml
 from streamconv.cli import command as cli
 from streamconv.engine import order
 from streamconv.planning import fitting
-from streamconv.running import local, parts
+from streamconv.running import local, making
 
 WORKERS = 2
 SHARD = 1 << 20
@@ -154,7 +154,7 @@ def start(arguments: list[str], log: Path) -> int:
 def _slow_down(log: int, pause: float) -> None:
     order.COPY_CHUNK = 128 << 10
     fitting.TILE = 128 << 10
-    parts.SAVE_BYTES = SHARD
+    making.SAVE_BYTES = SHARD
 
     def slowly(made: Callable[..., int], nbytes: Callable[..., int]) -> Callable[..., int]:
         def do(engine: local.LocalEngine, *task: object) -> int:

@@ -27,6 +27,7 @@ from streamconv.planning.plan import BEGINNING, Plan
 from streamconv.recipe.recipe import IDENTITY_OPTIONS
 from streamconv.running import run as running
 from streamconv.running.destination import output_of
+from streamconv.running.executors import EXECUTORS, LOCAL
 from streamconv.running.kept import check_replaceable, check_report
 from streamconv.running.log import Line
 from streamconv.running.output import begun_plan
@@ -198,7 +199,7 @@ def _conversion(parser: argparse.ArgumentParser) -> None:
 
 
 def _engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", choices=running.ENGINES, default="local", help="where output files are made; ray: a task for each")
+    parser.add_argument("--engine", choices=EXECUTORS, default=LOCAL, help="where output files are made; ray: a task for each")
     parser.add_argument(
         "--ray-address", metavar="ADDR", help="HOST:PORT of the Ray cluster (RAY_ADDRESS, else this machine's, else a new one)"
     )

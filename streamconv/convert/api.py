@@ -35,6 +35,7 @@ from streamconv.planning.plan import Mapping as Row
 from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_options
 from streamconv.recipe.vocabulary import resize_vocab, sampling
 from streamconv.running.destination import RemoteTarget, Target, check_folders, check_names, target_of
+from streamconv.running.executors import LOCAL, executor_of
 from streamconv.running.kept import check_report, check_sources_stay
 from streamconv.running.lock import forget_overwrite, note_overwrite
 from streamconv.running.log import read_head
@@ -87,7 +88,7 @@ def plan(
     align: bool = False,
     reclaim_source: bool = False,
     create_pr: bool = False,
-    engine: str = "local",
+    engine: str = LOCAL,
 ) -> Plan:
     """Everything but the run: what `convert` would do. Writes nothing; see `convert` for the arguments.
 
@@ -100,11 +101,8 @@ def plan(
     >>> [(file.path, file.size) for file in plan.files], plan.totals.bytes_computed
     ([('model.safetensors', 244)], 20)
     """
-    floor, joined = memory.peak(), 0
-    if engine == "ray":
-        from streamconv.running import ray
-
-        joined, workers = ray.load(str(dst)), 1 if workers is None else workers
+    floor, executor = memory.peak(), executor_of(engine)
+    joined, workers = executor.load(str(dst)), executor.threads if workers is None else workers
     dtype = None if dtype is None else dtype_name(dtype)
     if read_backend not in BACKENDS:
         raise UsageError(f"unknown read backend {read_backend!r}: known are {', '.join(BACKENDS)}")
@@ -309,7 +307,7 @@ def convert(
     resume: bool = False,
     align: bool = False,
     create_pr: bool = False,
-    engine: str = "local",
+    engine: str = LOCAL,
     ray_address: str | None = None,
     verify: bool = False,
     checksum: bool = False,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,22 +16,21 @@ from streamconv.engine.order import tasks_in_order
 from streamconv.errors import DestinationError, Interrupted, RunError, UsageError, writing
 from streamconv.interrupts import Unwinding
 from streamconv.planning.plan import Plan
-from streamconv.running import parts
 from streamconv.running.bucket import Bucket
 from streamconv.running.destination import check_names, check_room, check_staging, prepare
 from streamconv.running.directory import Directory, holds, new_suffix
+from streamconv.running.executors import MakeFiles, executor_of
 from streamconv.running.kept import check_sources_stay
 from streamconv.running.lease import Lease, files_to_make
 from streamconv.running.local import LocalEngine, check_sources
 from streamconv.running.log import Log
+from streamconv.running.making import make_files
 from streamconv.running.output import Output, check_earlier, tidy
 from streamconv.running.progress import Progress, bar
 from streamconv.running.results import Overflow, Part, Result, check_outputs, watch
 from streamconv.running.stale import find_stale_beside, list_stale
 from streamconv.storage import is_url
 from streamconv.storage.sinks import Sink
-
-MakeFiles = Callable[..., Counter[str]]
 
 
 class Apart:
@@ -58,11 +56,10 @@ class Apart:
         self._overflowed: Counter[str] = Counter()
         self._seen = 0
 
-    def choose(self, engine: str, ray_address: str | None, *, create_pr: bool) -> None:
+    def choose(self, engine: str, address: str | None, *, create_pr: bool) -> None:
         """Says where files go and where they are made."""
         plan = self._plan
         if is_url(plan.root):
-            from streamconv.running.streams import make_files
             from streamconv.storage.objects import takes_streams
             from streamconv.storage.sinks import open_sink
 
@@ -72,20 +69,13 @@ class Apart:
                 raise UsageError(f"--part: {plan.root} takes files of one process alone: give s3://, gs:// or a path, or leave it out")
             self._sink = open_sink(plan.root, create_pr=create_pr, outdated=partial(find_stale_beside, plan))
             self._output: Output = Bucket(self._sink, plan.single)
-            self._make: MakeFiles = partial(make_files, sink=self._sink)
         elif create_pr:
             raise UsageError("--create-pr: goes with a DST on the Hub, such as hf://org/name")
         else:
             self._output = Directory(Path(plan.root), plan.single)
-            self._make = parts.make_files
         self._lease = Lease(self._output, plan, self._part[1] if self._part else 0)
-        if not self._sink:
-            self._make = partial(self._make, check=self._lease.check)
-        self._join: Callable[[], AbstractContextManager[MakeFiles]] = lambda: nullcontext(self._make)
-        if engine == "ray":
-            from streamconv.running import ray
-
-            self._join = partial(ray.join, plan, ray_address)
+        self._make: MakeFiles = partial(make_files, sink=self._sink) if self._sink else partial(make_files, check=self._lease.check)
+        self._executor, self._address = executor_of(engine), address
 
     def run(self, progress: bool | Progress) -> Result:
         """Makes what is not there, and ends what is to be ended."""
@@ -126,7 +116,7 @@ class Apart:
         """Makes what is to be made apart and is not there; the numbers of those files."""
         if not self._part and not self._is_all:
             return []
-        with self._join() as make:  # which finds faults before anything is written
+        with self._executor.open(self._plan, self._make, self._address) as make:  # which finds faults before anything is written
             waiting = self._take(progress)
             self._write(make, waiting, progress)
         if self._part and self._verify and (different := self._find_different(waiting, progress)):

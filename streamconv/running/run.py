@@ -22,6 +22,7 @@ from streamconv.planning.plan import Plan
 from streamconv.running.apart import Apart
 from streamconv.running.destination import check_room, prepare
 from streamconv.running.directory import Directory
+from streamconv.running.executors import LOCAL, executor_of
 from streamconv.running.kept import check_sources_stay
 from streamconv.running.local import SUMS, LocalEngine, check_sources
 from streamconv.running.lock import Lock, is_overwrite_noted
@@ -31,8 +32,6 @@ from streamconv.running.reclaim import Reclaim
 from streamconv.running.results import Overflow, Result, check_outputs, watch
 from streamconv.running.stale import list_stale
 from streamconv.storage import is_url
-
-ENGINES = ("local", "ray")
 
 
 def with_reclaim(made: Plan, finished: Collection[str] = ()) -> Plan:
@@ -60,7 +59,7 @@ def run(
     settings: Mapping[str, Any] | None = None,
     part: tuple[int, int] | None = None,
     finish: bool = False,
-    engine: str = "local",
+    engine: str = LOCAL,
     ray_address: str | None = None,
     create_pr: bool = False,
 ) -> Result:
@@ -78,7 +77,7 @@ def run(
         settings: what the plan was made with; says what differs if an interrupted run was another one.
         part: (I, N): make the files of part I of N only, those that are not done; several may run at once, on any hosts, and again.
         finish: look at what the parts have made, and write the index.
-        engine: ``local``, or ``ray``: a task for each file.
+        engine: where files are made: ``local``, in this process, ``ray``, by a task for each, or whatever `running.executors` knows.
         ray_address: of the Ray cluster; unless given, Ray finds or starts one.
         create_pr: make what is uploaded to the Hub a pull request; it also removes the old weights and indices of the same container.
 
@@ -91,10 +90,9 @@ def run(
     (True, [0.0, 1.0, 2.0])
     """
     progress = how_to_show(progress)
-    if engine not in ENGINES:
-        raise UsageError(f"unknown engine {engine!r}: known are {', '.join(ENGINES)}")
+    executor_of(engine)
     _check_known(plan)
-    if part or finish or engine != "local" or is_url(plan.root):
+    if part or finish or engine != LOCAL or is_url(plan.root):
         if reclaim_source:
             raise UsageError("--reclaim-source: goes with files that this process alone makes, below a path: leave it out")
         apart = Apart(plan, part=part, finish=finish, overwrite=overwrite, resume=resume, verify=verify, checksum=checksum)

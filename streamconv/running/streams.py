@@ -34,24 +34,8 @@ _log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds after Ctrl-C in which threads may take back what they have begun to send
 
 
-def make_files(
-    plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: None, check: Callable[[], object] = lambda: None, *, sink: Sink
-) -> Counter[str]:
-    """Makes these files of a plan in a sink, each complete under its name, or not at all; what has overflowed in them.
-
-    Args:
-        plan: that the files are of; its sources must not have changed since.
-        numbers: of files.
-        tell: told of bytes of output; of negative numbers where a file is begun again.
-        check: called before each file; raises what shall end the work.
-        sink: where they go.
-
-    Raises:
-        DestinationError: the sink cannot be written.
-        RunError: an I/O error; finished files stay, nothing of others does.
-        SourceChanged: a source is not what was planned with.
-        KeyboardInterrupt: Ctrl-C.
-    """
+def send_files(plan: Plan, numbers: Iterable[int], tell: Progress, check: Callable[[], object], sink: Sink) -> Counter[str]:
+    """Makes these files of a plan in a sink, as `making.make_files` says."""
     wanted = list(numbers)
     streamed = [number for number in wanted if isinstance(sink, ObjectSink) and in_order(plan, plan.files[number])]
     overflowed: Counter[str] = Counter()

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from streamconv.convert import api
 from streamconv.errors import CoverageError, DestinationError, RunError, UsageError
 from streamconv.planning.plan import Plan
-from streamconv.running import apart, local, parts
+from streamconv.running import apart, local, making
 from streamconv.running import run as running
 from streamconv.running.directory import Directory
 from streamconv.running.lease import Lease
@@ -165,7 +165,7 @@ def test_what_another_has_made_meanwhile_is_not_taken_away(plan, tmp_path, wante
         found = look(output, names)
         looked.extend(found)
         if looked.count(name) == 2:  # noted, and about to go
-            parts.make_files(whole, [[file.path for file in whole.files].index(name)])
+            making.make_files(whole, [[file.path for file in whole.files].index(name)])
         return found
 
     monkeypatch.setattr(Directory, "look", look_before_another)
@@ -181,7 +181,7 @@ def test_what_another_has_made_meanwhile_is_not_in_the_way(plan, tmp_path, wante
     lease, name = Lease(Directory(tmp_path / "dst"), whole), whole.files[3].path
     lease.take()
     assert not lease.find_done([3])
-    parts.make_files(whole, [3])
+    making.make_files(whole, [3])
     lease.make_way([3])
     assert (tmp_path / "dst" / name).read_bytes() == wanted[name]
     (tmp_path / "dst" / name).write_bytes(b"?" * len(wanted[name]))
@@ -259,7 +259,7 @@ def test_more_parts_than_files_and_one_file(source, tmp_path, capsys):
 
 def test_a_part_makes_its_files_in_groups(plan, tmp_path, monkeypatch):
     """What is complete stays when a part fails later."""
-    monkeypatch.setattr(parts, "SAVE_BYTES", 400_000)
+    monkeypatch.setattr(making, "SAVE_BYTES", 400_000)
     real, calls = local.LocalEngine.run, []
 
     def fail_third(engine: local.LocalEngine) -> None:
@@ -370,7 +370,7 @@ def test_parts_leave_others_alone(plan, source, tmp_path, capsys, monkeypatch):
 
 
 def test_a_dst_that_is_lost_to_another_ends_the_work(plan, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(parts, "SAVE_BYTES", 400_000)
+    monkeypatch.setattr(making, "SAVE_BYTES", 400_000)
     real = local.LocalEngine.run
 
     def lose(engine: local.LocalEngine) -> None:

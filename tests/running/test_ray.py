@@ -90,7 +90,7 @@ def test_a_plan_for_another_process_makes_the_same_files(tmp_path, options):
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "float16"}])
 def test_what_a_node_is_asked_about_is_a_plan(tmp_path, options):
-    from streamconv.running.ray import _question
+    from streamconv.running.executors.ray import _question
 
     source = write(tmp_path / "src", {"a": random_tensor(30, 8), "b": random_tensor(9)})
     plan = api.plan(source, tmp_path / "dst", max_memory=ROOMY, **options)
@@ -163,9 +163,9 @@ def noting(log: Path, *, delay: float = 0.0, ballast: int = 0, threads: int = 0,
 
         import ray
 
-        from streamconv.running import local, parts
+        from streamconv.running import local, making
 
-        make, copy = parts.make_files, local.LocalEngine._copy
+        make, copy = making.make_files, local.LocalEngine._copy
 
         def note(*words: object) -> None:
             fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -186,7 +186,7 @@ def noting(log: Path, *, delay: float = 0.0, ballast: int = 0, threads: int = 0,
             time.sleep(delay)
             return copy(engine, number, segment) + 0 * len(held)
 
-        parts.make_files, local.LocalEngine._copy = make_files, slow_copy
+        making.make_files, local.LocalEngine._copy = make_files, slow_copy
 
     return hook
 
@@ -306,7 +306,7 @@ def test_a_task_that_always_takes_too_much_is_refused_by_name(cluster, source, t
 
 @pytest.mark.slow
 def test_a_task_that_ray_kills_for_memory_is_refused_by_name(source, tmp_path, monkeypatch, ray):
-    from streamconv.running import ray as engine
+    from streamconv.running.executors import ray as engine
 
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
     monkeypatch.setattr(engine._Cluster, "_ask", lambda *_: iter([memory.resident()]))  # which Ray would kill as well

@@ -34,7 +34,8 @@ from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget
 from streamconv.planning.plan import Plan
 from streamconv.running import streams
-from streamconv.running.streams import in_order, make_files
+from streamconv.running.making import make_files
+from streamconv.running.streams import in_order
 from streamconv.storage import retries
 from streamconv.storage.hub import HubSink
 from streamconv.storage.objects import PART, PARTS, ObjectSink, part_size

@@ -1,6 +1,7 @@
-"""Makes files of an output below a local root one by one, each under a name of its own until it is complete and durable.
+"""Makes files of an output by this process, whether all of them are its own or one is, each complete or not there at all.
 
-Several processes may be at the same file: the later rename changes nothing.
+Below a path a file has a name of its own until it is complete and durable: several processes may be at the same one, and the later rename
+changes nothing. Behind a URL it is sent (`streams`).
 """
 
 from __future__ import annotations
@@ -14,28 +15,39 @@ from streamconv.planning.plan import Plan
 from streamconv.running.directory import ATTEMPTS, holds, new_suffix, partial, remove_unfinished
 from streamconv.running.local import SAVE_BYTES, LocalEngine, Progress
 from streamconv.running.log import Log
+from streamconv.running.streams import send_files
+from streamconv.storage import is_url
+from streamconv.storage.sinks import Sink, open_sink
 
 STALE = 600.0  # seconds without a write after which an unfinished file of another process is taken for what a killed one left
 
 
 def make_files(
-    plan: Plan, numbers: Iterable[int], tell: Progress = lambda _: None, check: Callable[[], object] = lambda: None
+    plan: Plan,
+    numbers: Iterable[int],
+    tell: Progress = lambda _: None,
+    check: Callable[[], object] = lambda: None,
+    sink: Sink | None = None,
 ) -> Counter[str]:
-    """Makes these files below a local root, each complete and durable under its name, or not at all; what has overflowed in them.
+    """Makes these files, each complete and durable under its name, or not at all; what has overflowed in them.
 
-    Files go in groups of at most `SAVE_BYTES` unless one is larger: what a killed process loses is a group.
+    Below a path they go in groups of at most `SAVE_BYTES` unless one is larger: what a killed process loses is a group.
 
     Args:
         plan: that the files are of; its sources must not have changed since.
         numbers: of files.
-        tell: told of bytes of output.
+        tell: told of bytes of output; of negative numbers where a file is begun again.
         check: called before each group; raises what shall end the work.
+        sink: where they go, if that is behind a URL; it is opened unless given.
 
     Raises:
-        RunError: an I/O error; finished files stay.
+        DestinationError: the sink cannot be written.
+        RunError: an I/O error; finished files stay, nothing of others does.
         SourceChanged: a source is not what was planned with.
         KeyboardInterrupt: Ctrl-C.
     """
+    if is_url(plan.root):
+        return send_files(plan, numbers, tell, check, sink or open_sink(plan.root))
     overflowed: Counter[str] = Counter()
     for group in _group(plan, numbers):
         overflowed += _make_group(plan.for_files(group), tell, check)

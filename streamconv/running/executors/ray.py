@@ -1,6 +1,6 @@
 """Files made by tasks of a Ray cluster, a task for each, on whatever nodes have room.
 
-Every node is asked first whether it sees the sources and DST as they are here. A task is `parts.make_files` within the memory that it
+Every node is asked first whether it sees the sources and DST as they are here. A task is `making.make_files` within the memory that it
 declares: it chooses tiles for the process that it finds itself in, and gives up when that takes more. What comes after a failed attempt
 is decided here, so Ray's own retries are off: a file whose process or node was lost is made again elsewhere, and the bytes that were told
 of it are taken back; want of memory means fewer workers, then smaller tiles.
@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +29,9 @@ from streamconv.engine.io import describe_os_error
 from streamconv.errors import BudgetError, DestinationError, Interrupted, RunError, StreamconvError, UsageError
 from streamconv.planning.fitting import MARGIN, Budget, base_of, refit
 from streamconv.planning.plan import Plan
-from streamconv.running import parts
+from streamconv.running import making
 from streamconv.running.directory import new_suffix
+from streamconv.running.executors import MakeFiles
 from streamconv.running.local import Progress, check_sources
 from streamconv.running.output import LOG, STATE, state_name
 from streamconv.storage import is_url
@@ -47,7 +48,6 @@ LOOK = 0.1  # seconds between two looks at what a task's process takes
 PATIENCE = 10.0  # seconds that cancelled tasks have to clear up
 SHORT = "memory"  # the kind of a failure for want of it
 _log = logging.getLogger(__name__)
-MakeFiles = Callable[[Plan, Iterable[int], Progress], Counter[str]]
 
 
 class _Failure(NamedTuple):
@@ -92,38 +92,30 @@ class _Attempt:
 # At the driver ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def join(plan: Plan, address: str | None = None) -> Iterator[MakeFiles]:
-    """Joins a cluster of which every node sees what the plan needs; yields what makes files of the plan there.
+class Ray:
+    """The executor ``ray``."""
 
-    Args:
-        plan: what files will be made of; a `Lease` says in DST that it is this plan's by the time they are.
-        address: of the cluster; unless given, that of ``RAY_ADDRESS``, of this machine's, or of one that is started here.
+    threads = 1
 
-    Raises:
-        UsageError: there is no Ray, no cluster, or a node lacks something; names the node. Nothing is left of it.
-        BudgetError: a file cannot be made in the memory that nodes offer; names the file.
-    """
-    load(plan.root)
-    with _connect(address) as ray:
-        cluster = _Cluster(ray, plan)
-        cluster.check()
-        yield cluster.make_files
+    def load(self, root: str) -> int:
+        if root.startswith("hf://"):
+            raise UsageError(f"--engine ray: files go up to {root} from one machine: leave it out, or give a DST that all nodes reach")
+        try:
+            importlib.import_module("ray")
+        except ImportError:
+            raise UsageError("--engine ray needs Ray: pip install 'streamconv[ray]'") from None
+        return JOINED
+
+    @contextmanager
+    def open(self, plan: Plan, here: MakeFiles, address: str | None) -> Iterator[MakeFiles]:  # noqa: ARG002 - nodes make them
+        self.load(plan.root)
+        with _connect(address) as ray:
+            cluster = _Cluster(ray, plan)
+            cluster.check()
+            yield cluster.make_files
 
 
-def load(root: str) -> int:
-    """Loads Ray, to make files below a root; returns the bytes of memory that joining a cluster will take beside.
-
-    Raises:
-        UsageError: it is not installed, or its nodes cannot write there.
-    """
-    if root.startswith("hf://"):
-        raise UsageError(f"--engine ray: files go up to {root} from one machine: leave it out, or give a DST that all nodes reach")
-    try:
-        importlib.import_module("ray")
-    except ImportError:
-        raise UsageError("--engine ray needs Ray: pip install 'streamconv[ray]'") from None
-    return JOINED
+EXECUTOR = Ray()
 
 
 @contextmanager
@@ -296,7 +288,7 @@ class _Cluster:
         return _Terms(fitted.workers, declared, fitted.peak_memory, self._mark, self._word)
 
     def make_files(self, plan: Plan, numbers: Iterable[int], tell: Progress) -> Counter[str]:
-        """Makes these files of the plan, as `parts.make_files` does; what has overflowed in them.
+        """Makes these files of the plan, as `making.make_files` does; what has overflowed in them.
 
         Raises:
             StreamconvError: what the first task that failed for good raised; others are cancelled, and finished files stay.
@@ -542,12 +534,7 @@ def _try_to_make(plan: Plan, terms: _Terms, tell: Progress, overflowed: dict[str
             return
         fitted = refit(plan, Budget(terms.limit, terms.workers, lambda: memory.resident() - left + LEFT))
         _BASE[0] = base_of(fitted) - LEFT
-        if is_url(plan.root):
-            from streamconv.running import streams
-
-            overflowed |= streams.make_files(fitted, [0], tell, sink=open_sink(plan.root))
-        else:
-            overflowed |= parts.make_files(fitted, [0], tell)
+        overflowed |= making.make_files(fitted, [0], tell)
     except BudgetError as error:
         yield _Failure(SHORT, "its process takes more before it begins than was planned", error.needed)
     except StreamconvError as error:
