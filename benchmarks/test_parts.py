@@ -27,6 +27,7 @@ from streamconv.notation.names import Matcher, parse
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import TILE, Budget
 from streamconv.recipe import identity as keep
+from streamconv.storage.locations import locate
 from tools.make_checkpoint import MODELS, make_checkpoint, write_shard
 
 pytestmark = pytest.mark.slow
@@ -49,7 +50,7 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def contents(deepseek: Path) -> Any:
-    return safetensors.read(deepseek)
+    return safetensors.read(locate(deepseek))
 
 
 @pytest.mark.benchmark(group="header and index")
@@ -163,7 +164,7 @@ def test_copy_segments(benchmark: Any, small: Path, backend: str, tmp_path: Path
     plan = streamconv.plan(small, tmp_path / "target", max_shard_size="20MB", read_backend=backend, max_memory=ROOMY)
     assert plan.totals.bytes_computed == 0
     benchmark.pedantic(streamconv.run, (plan,), {"overwrite": True}, rounds=3)
-    source, target = safetensors.read(small).entries, safetensors.read(tmp_path / "target").entries
+    source, target = safetensors.read(locate(small)).entries, safetensors.read(locate(tmp_path / "target")).entries
     assert source.keys() == target.keys()
     for name, entry in source.items():
         assert target[name].spec == entry.spec
@@ -309,7 +310,7 @@ def test_verify_equal(benchmark: Any, small: Path, tmp_path: Path) -> None:
     streamconv.convert(small, tmp_path / "other", max_shard_size="20MB", max_memory=ROOMY)
     found = benchmark.pedantic(streamconv.verify, (small, tmp_path / "other"), {"max_memory": ROOMY}, rounds=3)
     assert found.equal
-    assert found.compared == len(safetensors.read(small).entries)
+    assert found.compared == len(safetensors.read(locate(small)).entries)
 
 
 @pytest.mark.benchmark(group="verify")
@@ -317,7 +318,7 @@ def test_verify_different(benchmark: Any, small: Path, tmp_path: Path) -> None:
     """Every value differs a little, so that every distance is computed."""
     streamconv.convert(small, tmp_path / "other", dtype="bfloat16", max_memory=ROOMY)
     found = benchmark.pedantic(streamconv.verify, (small, tmp_path / "other"), {"max_memory": ROOMY}, rounds=3)
-    source = safetensors.read(small).entries
+    source = safetensors.read(locate(small)).entries
     floats = [name for name, entry in source.items() if entry.spec.dtype.name == "float32"]
     assert not found.equal
     assert set(found.dtype_mismatch) == set(floats)

@@ -29,6 +29,7 @@ from streamconv import recipes
 from streamconv.errors import StreamconvError
 from streamconv.formats import mindspore, safetensors
 from streamconv.formats import torch as torch_files
+from streamconv.storage.locations import locate
 
 NUMBERS = [0, 1, 7, 8, 127, 128, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 TEXTS = [b"9" * 30, b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b"[" * 300, b'"\\ud800"', b"../../x", b"/etc/passwd"]
@@ -106,14 +107,14 @@ def yaml_seeds() -> list[bytes]:
 
 def read_index(path: Path) -> object:
     """Reads the directory that the index lies in."""
-    return safetensors.read(path.parent)
+    return safetensors.read(locate(path.parent))
 
 
 READERS: dict[str, tuple[Callable[[], list[bytes]], str, Callable[[Path], object]]] = {
-    "safetensors": (safetensors_seeds, "model.safetensors", safetensors.read),
+    "safetensors": (safetensors_seeds, "model.safetensors", lambda path: safetensors.read(locate(path))),
     "index": (index_seeds, "model.safetensors.index.json", read_index),
-    "mindspore": (mindspore_seeds, "model.ckpt", mindspore.read),
-    "torch": (torch_seeds, "model.bin", torch_files.read),
+    "mindspore": (mindspore_seeds, "model.ckpt", lambda path: mindspore.read(locate(path))),
+    "torch": (torch_seeds, "model.bin", lambda path: torch_files.read(locate(path))),
     "recipe": (recipe_seeds, "recipe.json", recipes.load),
     "recipe-yaml": (yaml_seeds, "recipe.yaml", recipes.load),
 }

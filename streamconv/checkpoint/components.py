@@ -12,7 +12,7 @@ from streamconv.formats.json_text import read_json
 from streamconv.formats.registry import stems_of
 from streamconv.formats.unrelated import UNSAID, is_weights, kind_of
 from streamconv.storage.filenames import find_fault
-from streamconv.storage.remote import Location, RemotePath, exists, is_dir, names_in, relative, walk
+from streamconv.storage.folder import Folder, Location
 
 _MAX_LIST = 8 << 20  # bytes of a file that lists components
 _MAX_COMPONENTS = 256
@@ -66,7 +66,7 @@ LISTS: dict[str, Callable[[Any], Iterator[Any]]] = {
 """Files that name folders as components of the model, and how they do. Components may have some of their own."""
 
 
-def find_components(root: Location) -> list[str]:
+def find_components(root: Folder) -> list[str]:
     """Folders below ``root`` that are components of the model, as a list in it says, "" for ``root`` itself; none without such a list.
 
     Raises:
@@ -76,20 +76,20 @@ def find_components(root: Location) -> list[str]:
     waiting = [""]
     while waiting:
         here = waiting.pop(0)
-        folder = within(root, here)
+        folder = root.folder(here)
         there = _names_in(folder)
         for name, read in LISTS.items():
-            if name not in there or not (folder / name).is_file():
+            if name not in there or not folder.has_file(name):
                 continue
-            for part in _read_list(folder / name, read):
+            for part in _read_list(folder.file(name), read):
                 path = "/".join(filter(None, (here, part)))
-                if path in found or not (path == here or is_dir(root / path)):
+                if path in found or not (path == here or root.has_folder(path)):
                     continue
                 found.append(path)
                 if path != here:
                     waiting.append(path)
                 if len(found) > _MAX_COMPONENTS:
-                    raise FormatError(f"{show(folder / name)}: names more than {_MAX_COMPONENTS} folders, which no model has: mend it")
+                    raise FormatError(f"{show(folder.file(name))}: names more than {_MAX_COMPONENTS} folders, which no model has: mend it")
     return found
 
 
@@ -108,32 +108,29 @@ def _read_list(path: Location, read: Callable[[Any], Iterator[Any]]) -> list[str
     return parts
 
 
-def find_weighted(root: Location) -> list[str]:
-    """Those of `find_components` that hold weights; none where ``root`` alone does."""
-    found = [part for part in find_components(root) if _has_weights(within(root, part))] if is_dir(root) else []
-    return found if any(found) else []
+def find_weighted(location: Location) -> list[str]:
+    """Those of a folder's components that hold weights; none where the folder alone does."""
+    if not location.is_folder:
+        return []
+    weighted = [part for part in find_components(location.folder) if _has_weights(location.folder.folder(part))]
+    return weighted if any(weighted) else []
 
 
-def within(root: Location, folder: str) -> Location:
-    """Where a component lies."""
-    return root / folder if folder else root
-
-
-def _names_in(folder: Location) -> list[str]:
+def _names_in(folder: Folder) -> Sequence[str]:
     try:
-        return names_in(folder)
+        return folder.names
     except OSError as error:
-        raise unreadable(folder, error, "a checkpoint") from error
+        raise unreadable(folder.file(""), error, "a checkpoint") from error
 
 
-def _has_weights(folder: Location) -> bool:
+def _has_weights(folder: Folder) -> bool:
     return any(is_weights(name) and not kind_of(name) for name in _names_in(folder))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def look_beside(root: Location, own: Iterable[Location] = (), components: Iterable[str] = ()) -> Beside:
+def look_beside(root: Folder, own: Iterable[Location] = (), components: Iterable[str] = ()) -> Beside:
     """Every file below ``root`` that is no weights: what goes along, and what stays.
 
     Args:
@@ -144,48 +141,50 @@ def look_beside(root: Location, own: Iterable[Location] = (), components: Iterab
     Raises:
         FormatError: a link to a file that is not there.
     """
-    read = {str(path) for path in own}
+    read = {file.below(root) for file in own}
     named = list(components)
-    inside = {str(root / folder) for folder in named if folder}
-    told = {*inside, *([] if named and "" not in named else [str(root)])}  # of these, what reads them says what it does not
+    inside = set(filter(None, named))
+    told = inside if named and "" not in named else {*inside, ""}  # of these, what reads them says what it does not
     found: list[str] = []
     left: dict[str, list[str]] = {}
 
-    def leave(kind: str, path: Location) -> None:
-        left.setdefault(kind, []).append(relative(path, root))
+    def leave(kind: str, path: str) -> None:
+        left.setdefault(kind, []).append(path)
 
-    for here, folders, files in walk(root):
-        kinds = {name: kind_of(name, folder=True) for name in folders if str(here / name) not in inside}
+    for here, folders, files in root.walk():
+        above = f"{here}/" if here else ""
+        kinds = {name: kind_of(name, folder=True) for name in folders if above + name not in inside}
         for name in sorted(filter(kinds.get, kinds)):
-            leave(kinds[name], here / name)
+            leave(kinds[name], above + name)
         folders[:] = sorted(name for name in folders if not kinds.get(name))
-        if here != root and str(here) not in inside and _is_model(files):
+        if here and here not in inside and _is_model(files):
             leave(OTHER_FOLDERS, here)
             folders[:] = []
             continue
         for name in sorted(files):
-            path = here / name
-            if str(path) in read:
+            path = above + name
+            if path in read:
                 continue
             if kind := kind_of(name):
                 leave(kind, path)
             elif is_weights(name):
-                if str(here) not in told:
+                if here not in told:
                     leave("weights that are not read", path)
-            elif name == _ADAPTER and read and _is_unread_adapter(here, files, read):
+            elif name == _ADAPTER and read and _is_unread_adapter(above, files, read):
                 leave("an adapter that is not read", path)  # without its weights it would keep libraries from opening the model
-            elif not exists(path):
-                raise FormatError(f"{show(path)}: a link to a file that is not there: fetch the checkpoint again, or remove the link")
+            elif not root.has(path):
+                what = "a link to a file that is not there: fetch the checkpoint again, or remove the link"
+                raise FormatError(f"{show(root.file(path))}: {what}")
             else:
-                found.append(relative(path, root))
+                found.append(path)
     return Beside(sorted(found), left)
 
 
-def _is_unread_adapter(folder: Location, files: Iterable[str], read: Collection[str]) -> bool:
+def _is_unread_adapter(above: str, files: Iterable[str], read: Collection[str]) -> bool:
     """Whether a folder holds an adapter's weights, and others are read."""
     stems = tuple(stems_of(["peft"]))
     own = [name for name in files if name.startswith(stems) and is_weights(name)]
-    return bool(own) and not any(str(folder / name) in read for name in own)
+    return bool(own) and not any(above + name in read for name in own)
 
 
 def _is_model(files: Iterable[str]) -> bool:
@@ -193,13 +192,13 @@ def _is_model(files: Iterable[str]) -> bool:
     return any(config in names for config in _MODELS) and any(map(is_weights, names))
 
 
-def find_pointers(root: Location, names: Iterable[str]) -> list[str]:
+def find_pointers(root: Folder, names: Iterable[str]) -> list[str]:
     """Those of the files below a folder of this machine that are Git LFS pointers."""
-    if isinstance(root, RemotePath):  # servers give the files themselves
+    if root.local is None:  # servers give the files themselves
         return []
     found = []
     for name in names:
-        path = root / name
+        path = root.local / name
         if path.is_file() and path.stat().st_size <= _POINTER:
             with path.open("rb") as file:
                 found += [name] if file.read(len(_POINTER_BEGINS)) == _POINTER_BEGINS else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -10,7 +9,7 @@ from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
-from streamconv.checkpoint.components import Beside, find_components, find_weighted, look_beside, within
+from streamconv.checkpoint.components import Beside, find_components, find_weighted, look_beside
 from streamconv.checkpoint.entries import TensorEntry
 from streamconv.checkpoint.ties import Choice, explain_absent, find_ties, says_tie
 from streamconv.errors import FormatError, UsageError
@@ -29,7 +28,8 @@ from streamconv.notation.names import natural_key, nearest, select
 from streamconv.notation.names import parse as parse_names
 from streamconv.notebook import SHOWN, table
 from streamconv.storage import hub_cache
-from streamconv.storage.remote import Location, RemotePath, exists, is_dir, names_in
+from streamconv.storage.folder import AnyPath, Folder, Location
+from streamconv.storage.locations import as_given
 from streamconv.text import one_line
 from streamconv.units import format_size
 
@@ -63,14 +63,14 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def __init__(
         self,
-        path: Location,
+        location: Location,
         contents: Contents,
         config: str = CONFIG,
         components: Mapping[str, Contents] | None = None,
         variant: str | None = None,
     ) -> None:
         """``contents``: of all components; these by folder, where there are others than the checkpoint's own, ""."""
-        self.path = path
+        self.location = location
         self.contents = contents
         self.components = {"": contents} if components is None else components
         self.variant = variant
@@ -104,6 +104,16 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return table(title, ["name", "dtype", "shape", "size"], rows, more=max(0, len(self) - SHOWN))
 
     @property
+    def path(self) -> str:
+        """Where it is: a path of this machine, or a URL without secrets."""
+        return str(self.location)
+
+    @property
+    def folder(self) -> Folder:
+        """The folder that it is, or that its one file lies in."""
+        return self.location.folder
+
+    @property
     def format(self) -> str:
         return self.contents.format
 
@@ -134,7 +144,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def config_of(self, folder: str) -> dict[str, Any]:
         """The config of a component. Raises as `config` does."""
-        return read_config(within(self.path, folder)) if folder else self.config
+        return read_config(self.folder.folder(folder)) if folder else self.config
 
     @property
     def others(self) -> Checkpoint:
@@ -154,7 +164,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def select(self, folders: Collection[str]) -> Checkpoint:
         """The checkpoint with some of its components only."""
         components = {folder: contents for folder, contents in self.components.items() if folder in folders}
-        return Checkpoint(self.path, join_components(components), self._config, components, self.variant)
+        return Checkpoint(self.location, join_components(components), self._config, components, self.variant)
 
     @cached_property
     def sidecars(self) -> list[str]:
@@ -164,9 +174,9 @@ class Checkpoint(Mapping[str, TensorEntry]):
     @cached_property
     def beside(self) -> Beside:
         """What lies in the checkpoint's folder beside what is read; nothing for a single file."""
-        if not self.path.is_dir():
+        if not self.location.is_folder:
             return Beside([], {})
-        return look_beside(self.path, (*self.contents.files, *self.contents.others), find_components(self.path))
+        return look_beside(self.folder, (*self.contents.files, *self.contents.others), find_components(self.folder))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -175,19 +185,18 @@ class Checkpoint(Mapping[str, TensorEntry]):
         Raises:
             FormatError: it is not a JSON object.
         """
-        return read_config(self.path if self.path.is_dir() else self.path.parent, self._config)
+        return read_config(self.folder, self._config)
 
 
-def read_config(directory: Location, name: str = CONFIG) -> dict[str, Any]:
-    """``config.json`` of a directory, or what is called ``name``, or an empty dict.
+def read_config(folder: Folder, name: str = CONFIG) -> dict[str, Any]:
+    """``config.json`` of a folder, or what is called ``name``, or an empty dict.
 
     Raises:
         FormatError: it is not a JSON object.
     """
-    path = directory / name
-    # Beside one file behind a URL there may be no listing: the file itself is asked for.
-    if not (path.is_file() if isinstance(path, RemotePath) else exists(path)):
+    if not folder.has(name):
         return {}
+    path = folder.file(name)
     found = read_json(path, MAX_CONFIG, "a config")
     if not isinstance(found, dict):
         raise FormatError(f"{path}: expected a JSON object, found a {type(found).__name__}; mend it")
@@ -195,7 +204,7 @@ def read_config(directory: Location, name: str = CONFIG) -> dict[str, Any]:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     *,
     by_rank: bool = False,
     root: str | None = None,
@@ -230,12 +239,11 @@ def open_checkpoint(
     if variant is not None:
         check_variant(variant)
     where, notes = find_checkpoint(path)
-    where = where.absolute()  # a plan may be run elsewhere
     if folders := find_weighted(where) if components else []:
 
         def open_component(folder: str) -> Contents:
             own: dict[str, Any] = {} if folder else {"by_rank": by_rank, "root": root, "ranks": ranks, "files": files}
-            return open_checkpoint(within(where, folder), components=False, variant=variant, **own).contents
+            return open_checkpoint(where.folder.folder(folder).file(""), components=False, variant=variant, **own).contents
 
         opened = {folder: open_component(folder) for folder in folders}
         joined = join_components(opened)
@@ -250,16 +258,16 @@ def open_checkpoint(
         raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
     given: dict[str, Any] = {} if root is None else {"root": root}
     given |= {} if found is None else {"files": found}
-    folder = where.parent if is_index(where.name) else where
+    location = where.folder.file("") if is_index(where.name) else where
 
     def explain(tensor: str, present: Collection[str]) -> str | None:
-        return explain_absent(tensor, present, untied=_is_untied(folder))
+        return explain_absent(tensor, present, untied=_is_untied(location))
 
     contents = container.read(where, by_rank=by_rank, explain=explain, **given)
     contents.notes[:0] = notes
     if components:
         _check_has(where, {"": contents}, variant)
-    return Checkpoint(folder, contents, config, variant=variant)
+    return Checkpoint(location, contents, config, variant=variant)
 
 
 def _check_has(path: Location, components: Mapping[str, Contents], variant: str | None) -> None:
@@ -269,32 +277,33 @@ def _check_has(path: Location, components: Mapping[str, Contents], variant: str 
         raise UsageError(f"--variant {variant}: {show(path)} has no weights called so, as in model.{variant}.safetensors: leave it out")
 
 
-def find_checkpoint(given: str | os.PathLike[str]) -> tuple[Location, list[str]]:
+def find_checkpoint(given: AnyPath) -> tuple[Location, list[str]]:
     """Where a checkpoint is: the path, or the snapshot that a folder of the Hub's cache stands for, with a note that says so.
 
     Raises:
         UsageError: it is not there, or not readable.
     """
-    path = locate(given)
-    if isinstance(path, RemotePath):
-        return path, []
+    location = locate(given)
+    path = location.local
+    if path is None:
+        return location, []
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         told = f"give the path of a checkpoint's file or its directory{hub_cache.hint(str(given))}"
-        raise UsageError(f"{show(path)}: no such file or directory: {told}") from None
+        raise UsageError(f"{one_line(as_given(given, location))}: no such file or directory: {told}") from None
     except (OSError, ValueError) as error:
-        raise unreadable(path, error, "a checkpoint") from error
-    snapshot = hub_cache.find_snapshot(path) if is_dir(path) else None
+        raise unreadable(location, error, "a checkpoint") from error
+    snapshot = hub_cache.find_snapshot(path) if location.is_folder else None
     if snapshot is None:
-        return path, []
-    return snapshot, [f"{show(path)} is the Hub's cache: its snapshot {one_line(snapshot.name)} is read"]
+        return location, []
+    return locate(snapshot), [f"{show(location)} is the Hub's cache: its snapshot {one_line(snapshot.name)} is read"]
 
 
-def _is_untied(folder: Location) -> bool:
-    """Whether config.json says that the head is not the embedding."""
+def _is_untied(location: Location) -> bool:
+    """Whether the config.json of a folder says that the head is not the embedding."""
     try:
-        config = read_config(folder)
+        config = read_config(location.folder) if location.is_folder else {}
     except FormatError:
         return False
     text = config.get("text_config")
@@ -310,16 +319,16 @@ def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool, variant: st
         by_rank: see `find_files`.
         variant: the same.
     """
-    if not is_dir(path) and not is_index(path.name):
+    if not path.is_folder and not is_index(path.name):
         return container_of(path), Selection({path.name: path})
     name = detect_format(path, variant)
-    if not chosen and is_dir(path) and containers()[name].by_rank:
+    if not chosen and path.is_folder and containers()[name].by_rank:
         return name, None
     kind = containers()[name].names
     if chosen:
         found = find_files(path, kind, chosen)
-    elif is_dir(path) and not any(map(kind.is_part, names_in(path))):
-        names = one_checkpoint(path, find_unnamed(path, names_in(path)), kind)
+    elif path.is_folder and not any(map(kind.is_part, path.folder.names)):
+        names = one_checkpoint(path, find_unnamed(path, path.folder.names), kind)
         found = find_files(path, kind, names)
     else:
         found = find_files(path, kind, by_rank=by_rank, variant=variant)
@@ -329,16 +338,17 @@ def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool, variant: st
 
 def choose_files(path: Location, ranks: Sequence[str], files: Sequence[str]) -> tuple[list[str], bool]:
     """The files of a directory that a pattern matches, in the order of their numbers, and whether they are ranks."""
-    if not is_dir(path):
+    if not path.is_folder:
         return [], any(parse_names(pattern).match(path.name) is not None for pattern in ranks)
     try:
-        names = sorted(names_in(path), key=natural_key)
+        names = sorted(path.folder.names, key=natural_key)
     except OSError as error:
         raise unreadable(path, error, "a checkpoint") from error
     for pattern in (*ranks, *files):
         if pattern in names and pattern.endswith(".index.json"):
-            index = read_index(path / pattern, containers()[_format_of_index(path / pattern)].names)
-            return sorted(set(index.values()), key=natural_key), False
+            index = path.folder.file(pattern)
+            weight_map = read_index(index, containers()[_format_of_index(index)].names)
+            return sorted(set(weight_map.values()), key=natural_key), False
         matching = [name for name in names if parse_names(pattern).match(name) is not None and PurePath(name).suffix in by_suffix()]
         if matching:
             return matching, pattern in ranks
@@ -366,10 +376,10 @@ def detect_format(path: Location, variant: str | None = None) -> str:
         FormatError: there is none.
         UsageError: it cannot be read.
     """
-    if not is_dir(path):
+    if not path.is_folder:
         return _format_of_index(path) if is_index(path.name) else container_of(path)
     try:
-        names = [name for name in names_in(path) if not name.startswith(".")]
+        names = [name for name in path.folder.names if not name.startswith(".")]
     except OSError as error:
         raise unreadable(path, error, "a checkpoint") from error
     for chosen in dict.fromkeys((variant, None)):
@@ -384,7 +394,7 @@ def detect_format(path: Location, variant: str | None = None) -> str:
     if found:
         return found[0]
     if unnamed := find_unnamed(path, names):
-        return container_of(path / unnamed[0])
+        return container_of(path.folder.file(unnamed[0]))
     raise FormatError(f"{show(path)}: no *{', *'.join(by_suffix())} file in it: give the path of a checkpoint")
 
 
@@ -396,7 +406,7 @@ def _parts(names: Iterable[str], kind: Names, variant: str | None) -> list[str]:
 def _is_certain(directory: Location, kind: Names, names: Sequence[str]) -> bool:
     """Whether files of these names are of a kind: by a name that libraries give, or by the first bytes of one."""
     given = any(name in kind.known or kind.is_index(name) or not name.endswith(kind.suffixes) for name in names)
-    return given or any(holds_checkpoint(directory / name) for name in names)
+    return given or any(holds_checkpoint(directory.folder.file(name)) for name in names)
 
 
 def _format_of_index(path: Location) -> str:

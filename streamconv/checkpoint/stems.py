@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from streamconv.checkpoint.components import within
 from streamconv.checkpoint.opening import Checkpoint
 from streamconv.formats import Contents
 from streamconv.formats.registry import containers, library_of
@@ -26,7 +25,7 @@ def stem_of(checkpoint: Checkpoint, folder: str, format: str) -> str | None:  # 
     library = library_of(stem)
     if library in (None, PLAIN):  # other names of single files are given by people
         is_original = stem is not None and bool(names := containers()[contents.format].names.originals) and stem.startswith(names)
-        if library == PLAIN or is_original or not checkpoint.path.is_dir():
+        if library == PLAIN or is_original or not checkpoint.location.is_folder:
             return None
         library = _library_by_config(checkpoint, folder)
         if library == PLAIN:
@@ -47,8 +46,7 @@ def reads_shards(checkpoint: Checkpoint, folder: str, stem: str | None) -> bool:
 
 def _library_by_config(checkpoint: Checkpoint, folder: str) -> str | None:
     """The library that a config beside the weights is of; None where there is none, and nobody but people knows a name."""
-    root = within(checkpoint.path, folder)
-    if (root / "adapter_config.json").is_file():
+    if checkpoint.folder.folder(folder).has_file("adapter_config.json"):
         return "peft"
     config = checkpoint.config_of(folder)
     if "_class_name" in config:

@@ -34,8 +34,8 @@ from streamconv.running.output import begun_plan
 from streamconv.running.progress import Progress
 from streamconv.running.results import Result
 from streamconv.storage import is_url
+from streamconv.storage.locations import shown
 from streamconv.storage.reading import read_whole
-from streamconv.storage.remote import shown
 from streamconv.text import did_you_mean, join_lines, one_line
 from streamconv.units import parse_size
 
@@ -394,7 +394,7 @@ def _print_result(args: argparse.Namespace, out: Console, result: Result) -> Non
 
 
 def _plan(args: argparse.Namespace, out: Console) -> int:
-    args.src = locate(args.src)
+    args.src = locate(args.src) if is_url(args.src) else args.src  # what is listed for the plan is known afterwards
     made = api.plan(args.src, args.dst, **_settings(args))
     if args.out:
         if is_url(args.out):
@@ -464,7 +464,7 @@ def _run(args: argparse.Namespace, out: Console) -> int:
 def _inspect(args: argparse.Namespace, out: Console) -> int:
     checkpoint, ranks = open_with_ranks(args.src, root=_root_of(args), variant=args.variant)
     if ranks:
-        merging = matching.suggest_merging(checkpoint.path)
+        merging = matching.suggest_merging(checkpoint.location)
         does = f": --recipe {merging[0]} merges them" if merging else ""
         checkpoint.contents.notes.append(f"{len(ranks.files)} ranks of one model, each with its part of the tensors{does}")
     if args.filter:
@@ -478,7 +478,7 @@ def _inspect(args: argparse.Namespace, out: Console) -> int:
 
 
 def _doctor(args: argparse.Namespace, out: Console) -> int:
-    found = doctor(locate(args.src), data=args.data, root=_root_of(args), variant=args.variant)
+    found = doctor(locate(args.src) if is_url(args.src) else args.src, data=args.data, root=_root_of(args), variant=args.variant)
     if args.json:
         out.say_json(found.summary())
     elif not args.quiet:

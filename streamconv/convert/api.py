@@ -11,7 +11,6 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from streamconv import memory, recipes
-from streamconv.checkpoint.components import within
 from streamconv.checkpoint.opening import Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.checkpoint.stems import reads_shards
 from streamconv.convert.casting import Casting
@@ -47,8 +46,9 @@ from streamconv.running.run import run, with_reclaim
 from streamconv.running.streams import staged_bytes
 from streamconv.schemes.detection import FILES
 from streamconv.storage import is_url
+from streamconv.storage.folder import AnyPath, Folder
+from streamconv.storage.locations import shown
 from streamconv.storage.places import identify
-from streamconv.storage.remote import Location, relative, shown
 from streamconv.units import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 
 MAX_MEMORY = "1GB"
 MAX_SHARD_SIZE = "5GB"
-AnyPath = str | os.PathLike[str]
 SHOWN = 5  # keys that a note names
 COMPARING = 24 << 20  # bytes that --compare takes beside its libraries
 
@@ -69,7 +68,7 @@ COMPARING = 24 << 20  # bytes that --compare takes beside its libraries
 
 def plan(
     src: AnyPath,
-    dst: AnyPath,
+    dst: str | os.PathLike[str],
     *,
     recipe: str | Recipe | None = None,
     options: Mapping[str, object] | None = None,
@@ -120,8 +119,6 @@ def plan(
     except OSError as error:
         raise DestinationError(f"{target.path}: cannot be looked at: {error.strerror}; give another DST") from error
     beside = _beside(sidecars_from)
-    if beside is not None and not beside.is_dir():
-        raise UsageError(f"--sidecars-from {beside}: not a directory")
     conversion = _convert_names(checkpoint, chosen, options, Casting(dtype, keep_dtype), beside)
     container = containers()[target.format]
     keeps = container.ties != "copied" and own.get("tied", "keep") == "keep"
@@ -172,10 +169,11 @@ def plan(
     return with_reclaim(made) if reclaim_source else made
 
 
-def _read_beside(checkpoint: Checkpoint, beside: Location | None, made: Plan) -> list[Path]:
+def _read_beside(checkpoint: Checkpoint, beside: Folder | None, made: Plan) -> list[Path]:
     """Files of this machine that planning has read, or may have: those of the source, and in its folder what is called as outputs are."""
-    folders = [folder for folder in (checkpoint.path, beside) if isinstance(folder, Path) and folder.is_dir()]
-    return [*_local_files(checkpoint), *(folder / file.path for folder in folders for file in made.files)]
+    folders = [checkpoint.folder if checkpoint.location.is_folder else None, beside]
+    paths = [folder.local for folder in folders if folder is not None and folder.local is not None]
+    return [*_local_files(checkpoint), *(path / file.path for path in paths for file in made.files)]
 
 
 def _lost_metadata(checkpoint: Checkpoint, format: str) -> Iterator[str]:  # noqa: A002 - the word of the command line
@@ -194,21 +192,27 @@ def _left_whole(checkpoint: Checkpoint, layouts: Iterable[FileLayout], limit: in
             yield f"{layout.path}: one file, though larger than {format_size(limit)}: the library that looks for it reads no shards"
 
 
-def _beside(folder: AnyPath | None) -> Location | None:
-    """What ``--sidecars-from`` names."""
-    return None if folder is None else locate(folder).absolute()
+def _beside(path: AnyPath | None) -> Folder | None:
+    """What ``--sidecars-from`` names.
+
+    Raises:
+        UsageError: it is no folder.
+    """
+    if path is None:
+        return None
+    location = locate(path)
+    if not location.is_folder:
+        raise UsageError(f"--sidecars-from {location}: not a directory")
+    return location.folder
 
 
 def _may_share(checkpoint: Checkpoint, target: Target | RemoteTarget, layouts: Sequence[FileLayout]) -> Iterator[str]:
     """Suggests ``--align`` where DST could share the source's blocks and only the headers' lengths keep it from that."""
-    if not isinstance(checkpoint.path, Path) or isinstance(target, RemoteTarget):
+    path = checkpoint.location.local
+    if path is None or isinstance(target, RemoteTarget):
         return
     above = next(parent for parent in (target.root, *target.root.parents) if parent.exists())
-    if (
-        "align" not in containers()[target.format].takes
-        or above.stat().st_dev != checkpoint.path.stat().st_dev
-        or not shares_extents(above)
-    ):
+    if "align" not in containers()[target.format].takes or above.stat().st_dev != path.stat().st_dev or not shares_extents(above):
         return
     starts = [next(extents(node)).offset for node in checkpoint.contents.entries.values() if node.spec.nbytes >= LEAST]
     aligned = all(min(layout.slots.values(), default=0) % BLOCK == 0 for layout in layouts)
@@ -223,7 +227,7 @@ def _taken(floor: int) -> int:
 
 
 def _convert_names(
-    checkpoint: Checkpoint, recipe: Recipe | None, options: Mapping[str, object], casting: Casting, beside: Location | None
+    checkpoint: Checkpoint, recipe: Recipe | None, options: Mapping[str, object], casting: Casting, beside: Folder | None
 ) -> Conversion:
     if recipe is None:
         made = resize_vocab(identity(_with_ties(checkpoint), casting), read_identity_options(options))
@@ -240,7 +244,7 @@ def _convert_names(
 def _check_quantized(checkpoint: Checkpoint, made: Conversion, casting: Casting, *, told: bool) -> Iterator[str]:
     """`Casting.check_quantized` of each component; ``told``: configs say what is quantized, else what a recipe makes of it does."""
     for folder in checkpoint.components:
-        where = within(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent, folder)
+        where = checkpoint.folder.folder(folder)
         names = {name: checkpoint.component_of(name) for name in made.outputs}
         specs = {bare: made.outputs[name].spec for name, (found, bare) in names.items() if found == folder}
         config = checkpoint.config_of(folder) if told else {}
@@ -289,7 +293,7 @@ def _without(conversion: Conversion, tied: Mapping[str, str]) -> Conversion:
 
 def convert(
     src: AnyPath,
-    dst: AnyPath,
+    dst: str | os.PathLike[str],
     *,
     recipe: str | Recipe | None = None,
     options: Mapping[str, object] | None = None,
@@ -313,7 +317,7 @@ def convert(
     checksum: bool = False,
     reclaim_source: bool = False,
     compare_with: AnyPath | None = None,
-    report: AnyPath | None = None,
+    report: str | os.PathLike[str] | None = None,
     progress: Shown = False,
 ) -> Result:
     """Plans and runs a conversion.
@@ -442,11 +446,12 @@ def _noted(target: Target | RemoteTarget, settings: Mapping[str, Any], *, overwr
 def _local_files(checkpoint: Checkpoint) -> list[Path]:
     """The files of a checkpoint that are on this machine."""
     contents = checkpoint.contents
-    return [file for file in (*contents.files, *contents.others) if isinstance(file, Path)]
+    paths = (file.local for file in (*contents.files, *contents.others))
+    return [path for path in paths if path is not None]
 
 
 def _name_of(src: AnyPath) -> str:
-    return shown(str(src)) if is_url(src) else os.path.abspath(src)  # noqa: PTH100 - links stay
+    return shown(str(src)) if is_url(src) else os.path.abspath(str(src))  # noqa: PTH100 - links stay
 
 
 def _describe(src: AnyPath, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -474,7 +479,7 @@ def _find_begun(src: AnyPath, target: Target | RemoteTarget, *, reclaim_source: 
     if not reclaim_source:
         raise DestinationError(f"{target.path}: the interrupted run was begun with --reclaim-source: add it, to go on")
     made, _ = begun_plan(target.output, str(target.root))
-    above = Path(os.path.abspath(src))  # noqa: PTH100 - links are looked for later
+    above = Path(os.path.abspath(str(src)))  # noqa: PTH100 - links are looked for later
     if foreign := [file for file in Reclaim(made).files if not Path(file).is_relative_to(above if above.is_dir() else above.parent)]:
         raise DestinationError(
             f"{target.path}: the interrupted run was another one (src was not {src}, it had {foreign[0]}): give the SRC of that run"
@@ -491,7 +496,7 @@ def _find_finished(target: Target | RemoteTarget, error: StreamconvError) -> Pla
     except StreamconvError:
         return None
     own = (*found.contents.files, *found.contents.others)
-    files = tuple(FilePlan(relative(path, target.root.absolute()), path.stat().st_size, (), ()) for path in own)
+    files = tuple(FilePlan(file.below(found.folder), file.size, (), ()) for file in own)
     return Plan(
         root=str(target.root),
         single=target.file,

@@ -14,7 +14,7 @@ from streamconv.errors import RecipeError
 from streamconv.formats.unrelated import is_known
 from streamconv.recipe import Conversion, Model, Recipe, find_writer
 from streamconv.schemes.fp8 import KEYS as QUANTIZATION
-from streamconv.storage.remote import Location
+from streamconv.storage.folder import Folder
 from streamconv.units import format_size
 
 LARGE = 10_000_000  # bytes: above, a file that is not known to belong beside weights is worth a word
@@ -24,7 +24,7 @@ Sidecars = dict[str, str | bytes]
 
 
 def make_sidecars(
-    checkpoint: Checkpoint, beside: Location | None, recipe: Recipe | None, conversion: Conversion, dtype: str | None
+    checkpoint: Checkpoint, beside: Folder | None, recipe: Recipe | None, conversion: Conversion, dtype: str | None
 ) -> tuple[Sidecars, list[str]]:
     """The files beside the target's weights, and notes about them.
 
@@ -35,10 +35,10 @@ def make_sidecars(
         conversion: what it made.
         dtype: what floating tensors are cast to, or None.
     """
-    root = beside or checkpoint.path
+    root = beside or checkpoint.folder
     found = checkpoint.beside if beside is None else look_beside(beside, components=find_components(beside))
-    sidecars: Sidecars = {name: str(root / name) for name in found.files}
-    config = read_config(root) if root.is_dir() else {}
+    sidecars: Sidecars = {name: root.place(name) for name in found.files}
+    config = read_config(root) if beside or checkpoint.location.is_folder else {}
     made: dict[str, Any] = {}
     notes = [*([found.note] if found.note and beside is None else []), *_examine(root, found.files)]
     if recipe:
@@ -60,7 +60,7 @@ def make_sidecars(
         elif recipe.source.writes and not beside and config:
             notes.append(f"{CONFIG} is the source's own: give --sidecars-from a folder of the target model for one that its code reads")
         if missing := [name for name in recipe.target.expects if name not in sidecars]:
-            notes.append(f"{', '.join(missing)}: not beside {root}; --sidecars-from a folder of the target model brings it along")
+            notes.append(f"{', '.join(missing)}: not beside {root.url}; --sidecars-from a folder of the target model brings it along")
     wanted = parse_dtype(dtype).name if dtype else None
     if CONFIG in sidecars or CONFIG in made:
         given = made.get(CONFIG, config)
@@ -77,11 +77,11 @@ def make_sidecars(
     return sidecars, notes
 
 
-def _examine(root: Location, names: Iterable[str]) -> Iterator[str]:
+def _examine(root: Folder, names: Iterable[str]) -> Iterator[str]:
     """Notes about files that go along: large ones that nobody expects, and those that stand for others."""
     if pointers := find_pointers(root, names):
         yield f"{shorten(pointers)}: Git LFS pointers, not the files that they stand for: fetch those with git lfs pull, then convert again"
-    sizes = {name: (root / name).stat().st_size for name in names if not is_known(PurePosixPath(name).name)}
+    sizes = {name: root.size(name) for name in names if not is_known(PurePosixPath(name).name)}
     if large := [f"{name} ({format_size(size)})" for name, size in sizes.items() if size > LARGE]:
         yield f"copied as they are, though nothing says what they are: {shorten(large)}"
 

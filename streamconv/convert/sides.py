@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +18,15 @@ from streamconv.notation.names import Matcher
 from streamconv.notation.names import parse as parse_names
 from streamconv.recipe import Conversion, Side
 from streamconv.running.destination import RemoteTarget, Target
+from streamconv.storage.folder import AnyPath
 
 
-def open_side(path: str | os.PathLike[str], side: Side, root: str | None = None, variant: str | None = None) -> Checkpoint:
+def open_side(path: AnyPath, side: Side, root: str | None = None, variant: str | None = None) -> Checkpoint:
     """A checkpoint as one side of a recipe has them."""
     return open_checkpoint(path, root=root, ranks=side.ranks, files=side.files, config=side.config, variant=variant)
 
 
-def open_other(path: str | os.PathLike[str], side: Side, variant: str | None, root: str | None = None) -> Checkpoint:
+def open_other(path: AnyPath, side: Side, variant: str | None, root: str | None = None) -> Checkpoint:
     """A checkpoint to compare with, in that variant if it has it."""
     try:
         return open_side(path, side, root, variant)

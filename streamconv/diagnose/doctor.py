@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from streamconv.checkpoint.components import find_pointers, find_weighted, look_beside, within
+from streamconv.checkpoint.components import find_pointers, find_weighted, look_beside
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.diagnose.contradictions import Stated, check_config, check_layers, check_types
 from streamconv.diagnose.findings import Finding
@@ -26,7 +25,8 @@ from streamconv.formats.selection import choose_variant
 from streamconv.graph.node import AnyNode
 from streamconv.running.log import read_head
 from streamconv.running.output import EARLIER, LOG, STATE
-from streamconv.storage.remote import Location, each, exists, names_in
+from streamconv.storage.folder import AnyPath, Folder, Location, each
+from streamconv.storage.locations import as_given
 from streamconv.text import join_lines
 from streamconv.units import format_size
 
@@ -68,7 +68,7 @@ class Examination:
         return join_lines([*lines, (f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")])
 
 
-def doctor(path: str | os.PathLike[str], *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
+def doctor(path: AnyPath, *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
     """Looks for damage and contradictions in a checkpoint, and for the recipes that fit it.
 
     Args:
@@ -92,38 +92,40 @@ def doctor(path: str | os.PathLike[str], *, data: bool = False, root: str | None
     return found
 
 
-def examine(path: str | os.PathLike[str], *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
+def examine(path: AnyPath, *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
     """Looks at a checkpoint, with its components in folders; of weights that have variants, at one of these or at those that are of none.
 
     Raises:
         StreamconvError: there is nothing at ``path`` that could be one.
     """
-    path, _ = find_checkpoint(path)
+    location, notes = find_checkpoint(path)
     if variant is not None:
         with suppress(FormatError):  # which is looked into below
-            open_checkpoint(path, root=root, variant=variant)
-    whole = Examination(str(path), "")
+            open_checkpoint(location, root=root, variant=variant)
+    whole = Examination(str(location) if notes else as_given(path, location), "")
     try:
-        folders = find_weighted(path)
+        folders = find_weighted(location)
     except FormatError as error:
-        whole.findings.append(Finding(_short(error, path), str(path), "components of the model are not found", "mend it, or get it again"))
+        what = _short(error, location)
+        whole.findings.append(Finding(what, whole.path, "components of the model are not found", "mend it, or get it again"))
         folders = []
     for folder in folders or [""]:
         own = None if folder else root
-        found = _examine_component(within(path, folder), own, data=data, is_component=folder != "", variant=variant)
+        part = location.folder.folder(folder).file("") if folder else location
+        found = _examine_component(part, own, data=data, is_component=folder != "", variant=variant)
         whole.format = whole.format or found.format
         whole.findings += (replace(finding, where=f"{folder}: {finding.where}") if folder else finding for finding in found.findings)
         whole.dtypes = dict((Counter(whole.dtypes) + Counter(found.dtypes)).most_common())
         whole.tensors, whole.nbytes = whole.tensors + found.tensors, whole.nbytes + found.nbytes
-    whole.findings += _check_pointers(path) if path.is_dir() else []
+    whole.findings += _check_pointers(location.folder) if location.is_folder else []
     return whole
 
 
-def _check_pointers(path: Location) -> Iterator[Finding]:
+def _check_pointers(folder: Folder) -> Iterator[Finding]:
     try:
-        found = find_pointers(path, look_beside(path).files)
+        found = find_pointers(folder, look_beside(folder).files)
     except (FormatError, OSError) as error:
-        yield Finding(_short(error, path), str(path), "it would go along with the weights", "fetch the checkpoint again")
+        yield Finding(_short(error, folder.file("")), folder.url, "it would go along with the weights", "fetch the checkpoint again")
         return
     for name in found:
         yield Finding("it is a Git LFS pointer, not the file", name, "what needs the file fails", "fetch it: git lfs pull")
@@ -136,7 +138,7 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
     found = Examination(str(path), name)
     tables: dict[str, Mapping[str, AnyNode]] = {}
     checkpoint: Checkpoint | None = None
-    if path.is_dir():
+    if path.is_folder:
         tables = _read_files(path, name, root, called, found, variant)
     ranks = next((one for one in called if one.holds(tables)), None)
     try:
@@ -151,14 +153,14 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
             tables = dict(by_file(entries, known)) if known else {path.name: entries}
     found.dtypes = dict(Counter(entry.spec.dtype.name for entry in entries.values()).most_common())
     found.tensors, found.nbytes = len(entries), sum(entry.spec.nbytes for entry in entries.values())
-    found.findings += _check_files(path, tables, found.format, ranks.files if ranks else (), variant) if path.is_dir() else []
+    found.findings += _check_files(path, tables, found.format, ranks.files if ranks else (), variant) if path.is_folder else []
     if ranks is not None:
         found.findings += check_ranks({file: tables[file] for file in ranks.files if file in tables}, ranks, lambda: suggest_merging(path))
         entries = dict(next((tables[file] for file in ranks.files if file in tables), {}))  # one stands for all
     specs = {tensor: entry.spec for tensor, entry in entries.items()}
     found.findings += check_layers(specs)
-    folder, by_rank = path if path.is_dir() else path.parent, ranks is not None
-    found.findings += _check_quantities(folder, specs, checkpoint, is_component=is_component, by_rank=by_rank)
+    by_rank = ranks is not None
+    found.findings += _check_quantities(path.folder, specs, checkpoint, is_component=is_component, by_rank=by_rank)
     if data and checkpoint:
         found.findings += _check_data(checkpoint)
     return found
@@ -172,7 +174,7 @@ def _detect_format(path: Location, called: Sequence[RankSet], variant: str | Non
         inside = next((file for ranks in called for file in ranks.files if "/" in file), None)
         if inside is None:
             raise
-        return detect_format(path / inside)
+        return detect_format(path.folder.file(inside))
 
 
 def _short(error: Exception, path: Location) -> str:
@@ -196,19 +198,19 @@ def _read_files(
         if file.endswith(kind.suffixes) and not re.fullmatch(kind.others, file) and not file.startswith(".")
     ]
     names += [file for ranks in called for file in ranks.files if "/" in file]
-    files = [path / file for file in names]
-    for file, read in zip(names, each(files, lambda file: _read_file(file, root)), strict=True):
+    files = [path.folder.file(file) for file in names]
+    for file, read in zip(files, each(files, lambda file: _read_file(file, root)), strict=True):
         if isinstance(read, StreamconvError):
             again = "download it again, or write it again from its source"
-            found.findings.append(Finding(_short(read, (path / file).absolute()), file, "its tensors cannot be trusted", again))
+            found.findings.append(Finding(_short(read, file), file.relative, "its tensors cannot be trusted", again))
         else:
-            tables[file] = read
+            tables[file.relative] = read
     return tables
 
 
 def _names(path: Location, kind: Names, variant: str | None) -> list[str]:
     """What lies in a folder, without files of other variants of the weights."""
-    names = sorted(names_in(path))
+    names = sorted(path.folder.names)
     try:
         return sorted(choose_variant(path, names, kind, variant)[1])
     except FormatError:
@@ -232,13 +234,13 @@ def _check_files(
     weight_map: dict[str, str] = {}
     for index in filter(kind.is_index, names):
         try:
-            raw = read_json(path / index, MAX_JSON, "an index")
+            raw = read_json(path.folder.file(index), MAX_JSON, "an index")
             weight_map = raw["weight_map"]
             stated = (raw.get("metadata") or {}).get("total_size")
             listed = set(map(str.lower, weight_map.values()))
         except (StreamconvError, KeyError, TypeError, AttributeError) as error:
             yield Finding(
-                f"it cannot be read ({_short(error, path / index)})",
+                f"it cannot be read ({_short(error, path.folder.file(index))})",
                 index,
                 "loaders find tensors by it",
                 "write it again, for instance by a re-shard",
@@ -268,15 +270,15 @@ def _check_files(
             )
     yield from _check_numbers(names, kind)
     for rest in (file for file in names if file.endswith((".partial", f"{STATE}{EARLIER}"))):
-        yield Finding("it is what an interrupted conversion left", rest, "the checkpoint is not complete", _read_advice(path))
-    if exists(path / STATE / LOG):
-        yield Finding("a conversion into it is not done", f"{STATE}/{LOG}", "the checkpoint is not complete", _read_advice(path))
+        yield Finding("it is what an interrupted conversion left", rest, "the checkpoint is not complete", _read_advice(path.folder))
+    if path.folder.has(f"{STATE}/{LOG}"):
+        yield Finding("a conversion into it is not done", f"{STATE}/{LOG}", "the checkpoint is not complete", _read_advice(path.folder))
 
 
-def _read_advice(path: Location) -> str:
+def _read_advice(folder: Folder) -> str:
     """What the log of a conversion says that is to be done to end it, or what is usual."""
     try:
-        text, _ = read_bytes(path / STATE / LOG, 0, FIRST_LINE, "a log")
+        text, _ = read_bytes(folder.file(f"{STATE}/{LOG}"), 0, FIRST_LINE, "a log")
     except StreamconvError:
         text = b""
     return read_head(text).get("advice", "rerun with --resume or --overwrite")
@@ -321,7 +323,7 @@ def _check_numbers(names: list[str], kind: Any) -> Iterator[Finding]:
 
 
 def _check_quantities(
-    folder: Location, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None, *, is_component: bool, by_rank: bool
+    folder: Folder, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None, *, is_component: bool, by_rank: bool
 ) -> Iterator[Finding]:
     """What config.json says, by itself and against the tensors.
 
@@ -335,17 +337,17 @@ def _check_quantities(
     try:
         whole = Stated(read_config(folder))
     except FormatError as error:
-        yield Finding(_short(error, folder / CONFIG), CONFIG, "no library can build the model", "mend it, or get it again")
+        yield Finding(_short(error, folder.file(CONFIG)), CONFIG, "no library can build the model", "mend it, or get it again")
         return
     if not whole.table:
-        if not any(exists(folder / name) for name in _OTHER_CONFIGS):
+        if not any(folder.has(name) for name in _OTHER_CONFIGS):
             why, do = "no library knows what model this is", "get it from where the weights come from"
             yield Finding("it is missing", CONFIG, why, do, problem=False)
         return
-    if exists(folder / _MODELOPT):
+    if folder.has(_MODELOPT):
         whole = Stated({"quantization_config": {"quant_method": "modelopt"}, **whole.table})
     yield from check_types(whole, specs) if by_rank else check_config(whole, specs, checkpoint)
-    names = set(names_in(folder))
+    names = set(folder.names)
     if not is_component and _CLASS not in whole.table and not (whole.texts("architectures") and whole.text("model_type")):
         what, why = "it lacks model_type or architectures", "libraries choose the model's class by them"
         yield Finding(what, CONFIG, why, "add them", problem=not whole.table.keys().isdisjoint(_TRANSFORMERS))
@@ -355,7 +357,7 @@ def _check_quantities(
             what = f"auto_map names {module}.py, which is not there"
             yield Finding(what, CONFIG, "the model's own code is missing", "get it from its repository")
     if not is_component and any(_VOCABULARY.search(name) for name in specs) and names.isdisjoint(_TOKENIZERS):
-        yield Finding("no tokenizer file is there", str(folder), "text cannot be encoded", "copy the tokenizer's files here", problem=False)
+        yield Finding("no tokenizer file is there", folder.url, "text cannot be encoded", "copy the tokenizer's files here", problem=False)
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

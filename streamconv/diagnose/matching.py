@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -17,7 +16,7 @@ from streamconv.errors import StreamconvError
 from streamconv.formats.registry import containers
 from streamconv.library.parallel import TensorParallel
 from streamconv.recipe import Recipe, Side
-from streamconv.storage.remote import Location
+from streamconv.storage.folder import AnyPath, Location
 
 LIBRARY = "transformers"
 COUNTS = ("size", "model_parallel")  # options that say how many ranks there are to be, and have to be given
@@ -41,12 +40,12 @@ class Match:
     needs: str = ""
 
 
-def match_recipes(src: str | os.PathLike[str]) -> list[str]:
+def match_recipes(src: AnyPath) -> list[str]:
     """The names of the recipes that fit a checkpoint, the likeliest first. Raises as `rank_recipes`."""
     return [match.recipe.name for match in rank_recipes(src) if match.fits]
 
 
-def rank_recipes(src: str | os.PathLike[str], *, library: bool = False) -> list[Match]:
+def rank_recipes(src: AnyPath, *, library: bool = False) -> list[Match]:
     """The recipes that fit a checkpoint and then the others, the nearest first.
 
     Args:
@@ -56,12 +55,12 @@ def rank_recipes(src: str | os.PathLike[str], *, library: bool = False) -> list[
     Raises:
         StreamconvError: it cannot be read.
     """
-    src, _ = find_checkpoint(src)
-    opened = _Opened(src)
+    location, _ = find_checkpoint(src)
+    opened = _Opened(location)
     known = ((recipe, opened.get(recipe.source)) for recipe in recipes.registry().values() if recipe.rules or library)
     found = [_match(recipe, *read) if recipe.rules else _match_library(recipe, read[0]) for recipe, read in known if read]
     if not found:
-        open_checkpoint(src)  # which says what is wrong with it
+        open_checkpoint(location)  # which says what is wrong with it
     return sorted(found, key=lambda match: (-match.fits, bool(match.needs), -match.named, -match.tensors * match.rules, match.recipe.name))
 
 
@@ -104,10 +103,10 @@ class _Opened:
         if key not in self._read:
             checkpoint = self._try(lambda: open_side(self._src, side))
             own = checkpoint.components.get("") if checkpoint else None  # a recipe is for the model's own component
-            self._read[key] = (Checkpoint(checkpoint.path, own), _count_kinds(own.entries)) if checkpoint and own else None
+            self._read[key] = (Checkpoint(checkpoint.location, own), _count_kinds(own.entries)) if checkpoint and own else None
         if (known := self._read[key]) is None:
             return None
-        return Checkpoint(known[0].path, known[0].contents, side.config), known[1]
+        return Checkpoint(known[0].location, known[0].contents, side.config), known[1]
 
     @staticmethod
     def _try(call: Callable[[], _Found]) -> _Found | None:
@@ -155,10 +154,10 @@ def _match_library(recipe: Recipe, checkpoint: Checkpoint) -> Match:
     return Match(recipe, 1.0, 1.0, fits=True, named=False, needs=needs)
 
 
-def suggest_recipes(src: str | os.PathLike[str]) -> list[str]:
+def suggest_recipes(src: AnyPath) -> list[str]:
     """The recipes that go by the model type in a checkpoint's config.json and have a rule for each of its tensors."""
-    src, _ = find_checkpoint(src)
-    config = read_config(src if src.is_dir() else src.parent)
+    location, _ = find_checkpoint(src)
+    config = read_config(location.folder)
     named = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)] if config.get("model_type") else []
-    kinds = _count_kinds(open_checkpoint(src, components=False)) if named else {}
+    kinds = _count_kinds(open_checkpoint(location, components=False)) if named else {}
     return [recipe.name for recipe in named if recipe.coverage(kinds) == (1, 1)]

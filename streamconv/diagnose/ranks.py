@@ -18,7 +18,7 @@ from streamconv.formats.container import Container
 from streamconv.formats.registry import by_suffix, containers
 from streamconv.graph.node import AnyNode
 from streamconv.notation.names import natural_key
-from streamconv.storage.remote import Location, is_dir, names_in
+from streamconv.storage.folder import AnyPath, Folder, Location
 
 _LOOSE = r"(?P<set>(?:.*[._-])?)(?:rank|tp)[._-]?(?P<rank>\d{1,5})(?:[._-]of[._-](?P<size>\d{1,5}))?"  # as anybody's file may be called
 _FEW = 3  # names in a message
@@ -46,7 +46,7 @@ class RankSet:
 def find_ranks(path: Location) -> list[RankSet]:
     """The sets of files of a folder, or of files in its folders, that are called as ranks are. Nothing where there is no such folder."""
     try:
-        return read_names(_list_files(path)) if is_dir(path) else []
+        return read_names(_list_files(path.folder)) if path.is_folder else []
     except OSError:
         return []
 
@@ -91,7 +91,7 @@ def _container_of(folder: str) -> Container | None:
 
 
 def open_with_ranks(
-    path: Location | str, root: str | None = None, *, components: bool = True, variant: str | None = None
+    path: AnyPath, root: str | None = None, *, components: bool = True, variant: str | None = None
 ) -> tuple[Checkpoint, RankSet | None]:
     """A checkpoint as it lies: where its files are ranks, by rank; and which those are.
 
@@ -119,15 +119,15 @@ def open_with_ranks(
     return found, RankSet(tuple(files), (), len(files)) if len(files) > 1 else None
 
 
-def _list_files(path: Location) -> list[str]:
+def _list_files(folder: Folder) -> list[str]:
     """Files of a folder, and those that trainers leave in folders of ranks, by their names."""
     found = []
-    for name in sorted(names_in(path), key=natural_key):
+    for name in sorted(folder.names, key=natural_key):
         container = _container_of(name)
         if container is None:
             found.append(name)
-        elif is_dir(path / name):
-            inside = set(names_in(path / name))
+        elif folder.has_folder(name):
+            inside = set(folder.folder(name).names)
             found += [f"{name}/{file}" for file in container.names.rank_files if file in inside][:1]
     return found
 
@@ -135,13 +135,13 @@ def _list_files(path: Location) -> list[str]:
 def _open_ranks(path: Location, ranks: RankSet, root: str | None) -> Checkpoint | None:
     """A checkpoint by rank, None where these are no ranks: each has names of its own."""
     try:
-        container = containers()[detect_format(path / ranks.files[0])]
+        container = containers()[detect_format(path.folder.file(ranks.files[0]))]
         given = {} if root is None else {"root": root}
         contents = container.read(path, by_rank=True, files=list(ranks.files), **given)
     except StreamconvError:
         return None
     tables = by_file(contents.entries, ranks)
-    return Checkpoint(path.absolute(), contents) if ranks.holds(tables) else None
+    return Checkpoint(path, contents) if ranks.holds(tables) else None
 
 
 def by_file(entries: Mapping[str, AnyNode], ranks: RankSet) -> dict[str, dict[str, AnyNode]]:

@@ -25,7 +25,6 @@ from streamconv.planning.plan import Plan
 from streamconv.recipe import Drop, Make, Recipe, Rule, Tie
 from streamconv.running.kept import check_replaceable
 from streamconv.storage import is_url
-from streamconv.storage.remote import relative
 from streamconv.text import join_lines, one_line
 from streamconv.units import format_size
 
@@ -38,9 +37,8 @@ def describe_checkpoint(checkpoint: Checkpoint, *, stats: bool = False) -> dict[
     """What ``inspect --json`` prints; tensors are given one at a time, with ``stats`` from their data if wanted."""
     contents = checkpoint.contents
     specs = [node.spec for node in contents.entries.values()]
-    root = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    names = {str(file): relative(file, root) for file in contents.files}
-    files = [{"path": names[str(file)], "size": file.stat().st_size} for file in contents.files]
+    names = {str(file): file.below(checkpoint.folder) for file in contents.files}
+    files = [{"path": names[str(file)], "size": file.size} for file in contents.files]
 
     def tensors() -> Iterable[dict[str, Any]]:
         for name, node in contents.entries.items():
@@ -78,7 +76,7 @@ def select(checkpoint: Checkpoint, pattern: str) -> Checkpoint:
         known = f"; near it: {', '.join(close)}" if close else ""
         raise UsageError(f"--filter {pattern}: no name of {len(checkpoint)} tensors matches{known}; give another pattern")
     contents = checkpoint.contents
-    return Checkpoint(checkpoint.path, replace(contents, entries={name: contents.entries[name] for name in names}))
+    return Checkpoint(checkpoint.location, replace(contents, entries={name: contents.entries[name] for name in names}))
 
 
 @dataclass

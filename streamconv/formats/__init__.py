@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from streamconv.digests import Checksum
 from streamconv.graph.node import AnyNode, Extent, Node, Source
-from streamconv.storage.remote import Location
+from streamconv.storage.folder import Location
 
 __all__ = ["AnyNode", "Contents", "Extent", "FileLayout", "Node", "Source"]
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from streamconv.formats.container import Names
 from streamconv.formats.registry import by_suffix, containers
-from streamconv.storage import remote
-from streamconv.storage.remote import Location
+from streamconv.storage import locations
+from streamconv.storage.folder import AnyPath, Location
 from streamconv.storage.sources import Catalog, Hints
 
 _CONFIG = "config.json"
@@ -25,9 +24,9 @@ _MAX_NAME = 255  # bytes of a folder's name
 _MAX_CODE = 64  # files of Python code that are asked for
 
 
-def locate(path: str | os.PathLike[str]) -> Location:
-    """Where a checkpoint is: see `remote.locate`."""
-    return remote.locate(path, catalog())
+def locate(path: AnyPath) -> Location:
+    """Where a checkpoint is: see `locations.locate`."""
+    return locations.locate(path, catalog())
 
 
 def catalog() -> Catalog:

@@ -9,8 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from streamconv.formats import Contents, FileLayout
-from streamconv.formats.files import Opened
-from streamconv.storage.remote import Location
+from streamconv.storage.folder import File, Location
 
 HEAD = 512  # bytes at the beginning of a file by which it is told
 
@@ -20,7 +19,7 @@ class Beginning:
     """What a file is told by: its path, the open file, its first `HEAD` bytes."""
 
     path: Location
-    file: Opened
+    file: File
     head: bytes
 
 

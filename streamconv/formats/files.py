@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
-import os
 import reprlib
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import AnyNode, FileLayout
-from streamconv.storage.remote import Location, RemoteFile, RemotePath
+from streamconv.storage.folder import File, IrregularFile, Location
 from streamconv.text import one_line
 
 _MAX_COUNT = 2**63 - 1
@@ -26,67 +23,27 @@ short.maxstring = short.maxother = 240
 Table = dict[str, AnyNode]
 
 
-class PlainFile(io.FileIO):
-    """A file of this machine whose reads bring all that is asked for, up to its end."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        """``size`` bytes, or all that are left."""
-        return self.readall() if size is None or size < 0 else _gather(lambda count, _: super(PlainFile, self).read(count) or b"", size)
-
-
-Opened = io.FileIO | RemoteFile
-
-
 # Reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_bytes(path: Location, offset: int, limit: int, noun: str) -> tuple[bytes, int]:
     """At most ``limit`` bytes from ``offset`` of a regular file, and the file's size."""
     with opened(path, noun) as file:
-        size = size_of(file)
+        size = file.size
         file.seek(offset)
         return file.read(max(0, min(limit, size - offset))), size
 
 
 @contextmanager
-def opened(path: Location, noun: str) -> Iterator[Opened]:
+def opened(path: Location, noun: str) -> Iterator[File]:
     """A regular file, which is closed after the block; what the system has against it becomes a UsageError."""
     try:
-        check_regular(path, noun)
-        with path.open() if isinstance(path, RemotePath) else PlainFile(path) as file:
+        with closing(path.folder.open(path.relative)) as file:
             yield file
+    except IrregularFile:
+        raise FormatError(f"{show(path)}: not a regular file; expected {noun} or its index: give the path of one") from None
     except (OSError, ValueError) as error:
         raise unreadable(path, error, noun) from error
-
-
-def check_regular(path: Location, noun: str) -> None:
-    """Refuses what is no file before it is opened: a pipe would wait for its writer."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise FormatError(f"{show(path)}: not a regular file; expected {noun} or its index: give the path of one")
-
-
-def size_of(file: Opened) -> int:
-    """Bytes of an open file."""
-    return file.size if isinstance(file, RemoteFile) else os.fstat(file.fileno()).st_size
-
-
-def pread(file: Opened, nbytes: int, offset: int) -> bytes:
-    """At most ``nbytes`` bytes from ``offset`` of an open file, whose position stays."""
-    if isinstance(file, RemoteFile):
-        return file.pread(nbytes, offset)
-    return _gather(lambda count, at: os.pread(file.fileno(), count, offset + at), nbytes)
-
-
-def _gather(read: Callable[[int, int], bytes], nbytes: int) -> bytes:
-    """What ``read`` gives, called with how many bytes are wanted and how many have come: one call of the system may bring fewer."""
-    found = read(nbytes, 0)
-    if not found or len(found) == nbytes:
-        return found
-    pieces, done = [found], len(found)
-    while done < nbytes and (found := read(nbytes - done, done)):
-        pieces.append(found)
-        done += len(found)
-    return b"".join(pieces)
 
 
 def check_unicode(path: Location, *groups: Iterable[str]) -> None:

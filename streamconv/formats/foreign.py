@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from streamconv.errors import FormatError
 from streamconv.formats.files import show
 from streamconv.formats.registry import containers
-from streamconv.storage.remote import Location, RemotePath
+from streamconv.storage.folder import Location
 
 _SAVE = "from safetensors.numpy import save_file; "
 _IS_ARRAY = 'getattr(getattr(v, "dtype", None), "kind", "") in set("fiub")'
@@ -91,8 +91,8 @@ def foreign(path: Location, what: str, way: str = "") -> FormatError:
 
 
 def _advice(path: Location, way: str) -> str:
-    old = path.name if isinstance(path, RemotePath) else str(path)
-    first = "download it, then " if isinstance(path, RemotePath) else ""
+    old = str(path) if path.local else path.name
+    first = "" if path.local else "download it, then "
     if way in _UNPACKED:
         packed = path.suffix in (".gz", ".bz2", ".xz", ".zst") or way not in _STREAMS
         new = old.removesuffix(path.suffix) if packed and path.suffix else f"{old}.unpacked"

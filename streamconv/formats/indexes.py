@@ -10,7 +10,7 @@ from streamconv.formats.container import Names
 from streamconv.formats.files import damaged, read_bytes, short, show
 from streamconv.formats.json_text import MAX_JSON, Repeated, parse_object
 from streamconv.storage.filenames import find_fault
-from streamconv.storage.remote import Location
+from streamconv.storage.folder import Location
 from streamconv.text import one_line
 
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from streamconv import memory
 from streamconv.errors import FormatError
 from streamconv.formats.files import damaged, read_bytes, short, show
-from streamconv.storage.remote import Location
+from streamconv.storage.folder import Location
 
 MAX_JSON = 100_000_000  # safetensors' own limit for a header, in bytes; an index is held to the same
 MAX_CONFIG = 8 << 20  # the largest there are have half of that

@@ -14,24 +14,20 @@ from typing import NamedTuple
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, Extent, FileLayout, Source
-from streamconv.formats.catalog import locate
 from streamconv.formats.container import Beginning, Container, Names
 from streamconv.formats.files import (
-    Opened,
     countable,
     damaged,
     lfs_pointer,
     merge,
     opened,
-    pread,
     read_bytes,
     short,
     show,
-    size_of,
 )
 from streamconv.formats.indexes import Explain, check_index, unexplained
 from streamconv.formats.selection import Selection, find_files
-from streamconv.storage.remote import Location, read_each, shown
+from streamconv.storage.folder import File, Location, read_each
 
 KIND = Names(
     "a MindSpore checkpoint",
@@ -91,14 +87,14 @@ class _Record(NamedTuple):
 class _Wire:
     """A message in a file, of which nothing is read but what is asked for."""
 
-    def __init__(self, path: Location, file: Opened) -> None:
+    def __init__(self, path: Location, file: File) -> None:
         self.path, self._file = path, file
         self._window, self._start = b"", 0
         self._left = _MAX_NAMES
 
     def take(self, start: int, nbytes: int) -> bytes:
         if start < self._start or start + nbytes > self._start + len(self._window):
-            self._window, self._start = pread(self._file, max(nbytes, _WINDOW), start), start
+            self._window, self._start = self._file.pread(max(nbytes, _WINDOW), start), start
         return self._window[start - self._start : start - self._start + nbytes]
 
     def spend(self, nbytes: int) -> None:
@@ -192,7 +188,7 @@ def _record(wire: _Wire, name: str, at: int, tensor: _Field) -> _Record:
 def _read_file(path: Location) -> tuple[_Table, list[str]]:
     """The tensors of a file in its order, and the names of what else is there."""
     with opened(path, KIND.noun) as file:
-        size, wire = size_of(file), _Wire(path, file)
+        size, wire = file.size, _Wire(path, file)
         _check_head(path, wire.take(0, 8))
         tail = wire.take(max(0, size - _CHECKSUM), _CHECKSUM)
         has_checksum = len(tail) == _CHECKSUM and tail.startswith(b"crc_num")
@@ -284,14 +280,13 @@ def read(
         FormatError: damaged, hostile or encrypted files; a tensor in two files (but for a few equal bytes) without ``by_rank``.
         UsageError: the path is not there or cannot be read.
     """
-    path = path.absolute()
     found = find_files(path, KIND, files, by_rank=by_rank)
     tables, left_out = {}, []
     for name, (table, others) in zip(found.files, read_each(found.files.values(), KIND.noun, _read_file), strict=True):
         tables[name] = dict(table)
         left_out += [f"{name}/{other}" if by_rank else other for other in others]
     if not by_rank:
-        _leave_out_repeated(path, tables)
+        _leave_out_repeated(path, found.files, tables)
     notes = list(found.notes)
     if found.index:
         notes += check_index(found.index, found.weight_map, tables, explain)
@@ -302,7 +297,7 @@ def read(
     return contents
 
 
-def _leave_out_repeated(path: Location, tables: Mapping[str, _Table]) -> None:
+def _leave_out_repeated(path: Location, files: Mapping[str, Location], tables: Mapping[str, _Table]) -> None:
     """Takes small tensors that several files repeat, with the same bytes, out of all but the first.
 
     Raises:
@@ -311,7 +306,7 @@ def _leave_out_repeated(path: Location, tables: Mapping[str, _Table]) -> None:
     seen: dict[str, str] = {}
     for file, table in tables.items():
         for name in [name for name in table if seen.setdefault(name, file) != file]:
-            if _small_bytes(tables[seen[name]][name]) != _small_bytes(table.pop(name)):
+            if _small_bytes(files[seen[name]], tables[seen[name]][name]) != _small_bytes(files[file], table.pop(name)):
                 raise FormatError(
                     f"{show(path)}: tensor {short.repr(name)} is in both {short.repr(seen[name])} and {short.repr(file)}: slices or copies "
                     "that a parallel strategy made, or two steps of one training, which are not put together: merge slices with "
@@ -319,11 +314,11 @@ def _leave_out_repeated(path: Location, tables: Mapping[str, _Table]) -> None:
                 )
 
 
-def _small_bytes(source: Source) -> tuple[object, ...]:
+def _small_bytes(file: Location, source: Source) -> tuple[object, ...]:
     """What equal small tensors have in common, and no others."""
     if source.spec.nbytes > _SMALL:
         return source.extents
-    raw = [read_bytes(locate(shown(extent.path)), extent.offset, extent.nbytes, KIND.noun)[0] for extent in source.extents]
+    raw = [read_bytes(file, extent.offset, extent.nbytes, KIND.noun)[0] for extent in source.extents]
     return source.spec, b"".join(raw)
 
 

@@ -9,7 +9,7 @@ from streamconv.dtypes import DTYPES, DType
 from streamconv.errors import FormatError
 from streamconv.formats.files import damaged, short, show
 from streamconv.formats.unpickling import MAX_BYTES, Budget, Global, Inert, Machine, Refused, fill
-from streamconv.storage.remote import Location
+from streamconv.storage.folder import Location
 
 _UTILS = "torch._utils._rebuild_"
 _STORAGES = {

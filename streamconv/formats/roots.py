@@ -9,11 +9,11 @@ from itertools import islice
 from typing import Any
 
 from streamconv.errors import FormatError, UsageError
-from streamconv.formats.files import Opened, damaged, short, show
+from streamconv.formats.files import damaged, short, show
 from streamconv.formats.pickles import Odd, Storage, Tensor, unpickle
 from streamconv.formats.unpickling import ATOMS, Budget, Global, Inert
 from streamconv.formats.zips import open_section
-from streamconv.storage.remote import Location
+from streamconv.storage.folder import File, Location
 
 _MAX_NAMES = 1 << 27  # bytes that the names of a tree's leaves may take, with what is kept of each
 _MAX_DEPTH = 1 << 10
@@ -275,7 +275,7 @@ def describe(tree: Any) -> str:
     return " with ".join(filter(None, (found, f"objects of {objects}, which are not made" if objects else ""))) or "plain values"
 
 
-def describe_pickle(path: Location, file: Opened, nbytes: int) -> str:
+def describe_pickle(path: Location, file: File, nbytes: int) -> str:
     """What a pickle is that torch.save did not write."""
     what = "a pickle that torch.save did not write"
     try:

@@ -29,14 +29,13 @@ from streamconv.formats.files import (
     opened,
     short,
     show,
-    size_of,
     split_into_shards,
     variant_stem,
 )
 from streamconv.formats.indexes import Explain, check_index, unexplained
 from streamconv.formats.json_text import MAX_JSON, Repeated, parse_object
 from streamconv.formats.selection import Selection, find_files
-from streamconv.storage.remote import Location, read_each
+from streamconv.storage.folder import Location, read_each
 
 KIND = Names(
     "a safetensors file",
@@ -121,7 +120,6 @@ def read(
         FormatError: damaged, incomplete or contradictory files; a tensor in two files without ``by_rank``.
         UsageError: the path is not there or cannot be read.
     """
-    path = path.absolute()
     found = find_files(path, KIND, files, by_rank=by_rank)
     specs: _Specs = {}
     tables: dict[str, Table] = {}
@@ -144,7 +142,7 @@ def read_file(path: Location) -> tuple[Table, dict[str, str]]:
         FormatError: the file breaks a rule of the format.
         UsageError: the file is not there or cannot be read.
     """
-    return _read_file(path.absolute(), {})
+    return _read_file(path, {})
 
 
 def _read_file(path: Location, specs: _Specs) -> tuple[Table, dict[str, str]]:
@@ -180,7 +178,7 @@ def _read_file(path: Location, specs: _Specs) -> tuple[Table, dict[str, str]]:
 def _read_header(path: Location) -> tuple[dict[str, Any], int, int]:
     """The header as it stands, where the data starts, and the file's size."""
     with opened(path, KIND.noun) as file:
-        raw, size = file.read(8), size_of(file)
+        raw, size = file.read(8), file.size
         length = int.from_bytes(raw, "little")
         if raw == b"version ":
             raise lfs_pointer(path)

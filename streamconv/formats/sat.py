@@ -16,7 +16,7 @@ from streamconv.formats import torch as torch_files
 from streamconv.formats.container import Container, Names
 from streamconv.formats.files import read_bytes, short, show, unreadable
 from streamconv.formats.indexes import Explain, unexplained
-from streamconv.storage.remote import Location, names_in
+from streamconv.storage.folder import Location
 
 LATEST = "latest"
 ROOT = "module"
@@ -45,29 +45,29 @@ def read(path: Location, *, by_rank: bool = True, explain: Explain = unexplained
         FormatError: ``latest`` names no iteration, ranks are missing, or a file is damaged.
         UsageError: the path is not there or cannot be read, or a file does not hold a model's state.
     """
-    path = path.absolute()
-    folder = path / _iteration(path)
+    folder = path.folder.folder(_iteration(path)).file("")
     found = torch_files.read(folder, by_rank=True, root=ROOT, files=_ranks(folder), explain=explain)
     notes = [note for note in found.notes if not note.startswith("the tensors are those below")]
-    return Contents("sat", found.entries, found.files, [path / LATEST], notes=notes)
+    return Contents("sat", found.entries, found.files, [path.folder.file(LATEST)], notes=notes)
 
 
 def _iteration(path: Location) -> str:
     """The folder that ``latest`` names."""
-    raw, _ = read_bytes(path / LATEST, 0, 64, KIND.noun)
+    latest = path.folder.file(LATEST)
+    raw, _ = read_bytes(latest, 0, 64, KIND.noun)
     name = raw.decode("utf-8", "replace").strip()
     if not _ITERATION.fullmatch(name):
-        raise FormatError(f"{show(path / LATEST)}: expected the number of an iteration, or release, found {short.repr(name)}: mend it")
+        raise FormatError(f"{show(latest)}: expected the number of an iteration, or release, found {short.repr(name)}: mend it")
     name = name if not name.isdigit() else str(int(name))
-    if not (path / name).is_dir():
-        raise FormatError(f"{show(path / LATEST)}: names {name}, and there is no such folder: fetch it, or mend {LATEST}")
+    if not path.folder.has_folder(name):
+        raise FormatError(f"{show(latest)}: names {name}, and there is no such folder: fetch it, or mend {LATEST}")
     return name
 
 
 def _ranks(folder: Location) -> list[str]:
     """The files of an iteration's folder, one for each rank."""
     try:
-        names = names_in(folder)
+        names = folder.folder.names
     except OSError as error:
         raise unreadable(folder, error, KIND.noun) from error
     ranks = {int(match[1]): name for name in names if (match := _RANK.fullmatch(name))}

@@ -14,7 +14,7 @@ from streamconv.formats.indexes import read_index
 from streamconv.formats.signatures import holds_checkpoint, recognize
 from streamconv.formats.unrelated import is_weights, kind_of
 from streamconv.formats.variants import of_variant, variant_of
-from streamconv.storage.remote import Location, exists, is_dir, names_in
+from streamconv.storage.folder import Location
 from streamconv.text import one_line
 
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json", re.DOTALL)
@@ -63,10 +63,11 @@ def find_files(
     """
     if isinstance(chosen, Selection):
         return chosen
-    if not is_dir(path):  # reading the file says what is wrong
+    folder = path.folder
+    if not path.is_folder:  # reading the file says what is wrong
         return _listed(path, kind, ()) if is_index(path.name) else Selection({path.name: path})
     if chosen is not None:
-        return _present(path, Selection({name: path / name for name in chosen}))
+        return _present(path, Selection({name: folder.file(name) for name in chosen}))
     everything = _names(path, kind)
     taken, names = choose_variant(path, everything, kind, variant)
     if taken:
@@ -77,12 +78,12 @@ def find_files(
     read = next((name for name in kind.known if name in names), None) or _other_index(path, names, kind)
     if read is None:
         files = _choose(path, names, kind, by_rank=by_rank)
-        found = _present(path, Selection({name: path / name for name in files}))
+        found = _present(path, Selection({name: folder.file(name) for name in files}))
         said = f"{listing(files)} {'are' if len(files) > 1 else 'is'}"
     elif kind.is_index(read):
-        found, said = _listed(path / read, kind, names), f"{one_line(read)} is"
+        found, said = _listed(folder.file(read), kind, names), f"{one_line(read)} is"
     else:
-        found, said = Selection({read: path / read}), f"{one_line(read)} is"
+        found, said = Selection({read: folder.file(read)}), f"{one_line(read)} is"
     return _with_note(found, said, everything)
 
 
@@ -106,16 +107,17 @@ def _find_variant(path: Location, names: Sequence[str], kind: Names, variant: st
     index = next((name for name in names if is_index(name)), None)
     if single or not index:
         files = [single] if single else one_checkpoint(path, names, kind)
-        return Selection({name: path / name for name in files}, variant=variant)
-    return replace(_listed(path / index, kind, names), variant=variant)
+        return Selection({name: path.folder.file(name) for name in files}, variant=variant)
+    return replace(_listed(path.folder.file(index), kind, names), variant=variant)
 
 
 def _names(path: Location, kind: Names) -> list[str]:
     """The names in a directory, and those in the folders in which such files may lie."""
+    folder = path.folder
     try:
-        names = sorted(name for name in names_in(path) if not name.startswith("."))
-        folders = sorted((name for name in names if re.fullmatch(kind.folders, name) and (path / name).is_dir()), key=len)
-        return names + [f"{folder}/{name}" for folder in folders for name in sorted(names_in(path / folder))]
+        names = sorted(name for name in folder.names if not name.startswith("."))
+        folders = sorted((name for name in names if re.fullmatch(kind.folders, name) and folder.has_folder(name)), key=len)
+        return names + [f"{inner}/{name}" for inner in folders for name in sorted(folder.folder(inner).names)]
     except OSError as error:
         raise unreadable(path, error, kind.noun) from error
 
@@ -134,7 +136,7 @@ def _listed(index: Location, kind: Names, names: Collection[str]) -> Selection:
     files = _in_order(weight_map.values(), kind)
     if index.name == kind.other_index and kind.unlisted in names:
         files.append(kind.unlisted)
-    return _present(index, Selection({name: index.parent / name for name in files}, index, weight_map))
+    return _present(index, Selection({name: index.folder.file(name) for name in files}, index, weight_map))
 
 
 def _in_order(shards: Iterable[str], kind: Names) -> list[str]:
@@ -147,7 +149,7 @@ def _in_order(shards: Iterable[str], kind: Names) -> list[str]:
 
 
 def _present(where: Location, found: Selection) -> Selection:
-    absent = [name for name, file in found.files.items() if not exists(file)]
+    absent = [name for name, file in found.files.items() if not file.folder.has(file.relative)]
     if absent:
         count = f"{len(absent)} of {len(found.files)} files are not there"
         raise FormatError(f"{show(where)}: {count}, such as {short.repr(absent[0])}: download them")
@@ -174,7 +176,7 @@ def one_checkpoint(directory: Location, names: Sequence[str], kind: Names) -> li
     if len(groups) > 1 and kind.originals:  # as transformers passes over those of Meta and Mistral
         groups = {key: group for key, group in groups.items() if not key.startswith(kind.originals)} or groups
     if len(groups) > 1:
-        groups = {key: group for key, group in groups.items() if holds_checkpoint(directory / group[0])} or groups
+        groups = {key: group for key, group in groups.items() if holds_checkpoint(directory.folder.file(group[0]))} or groups
     own = [key for key in groups if key.startswith(f"{kind.stem}-#-of-")]
     if len(own) == 1:
         groups = {own[0]: groups[own[0]]}
@@ -238,10 +240,10 @@ def find_unnamed(directory: Location, names: Iterable[str]) -> list[str]:
     foreign: FormatError | None = None
     found = []
     for name in left[:_UNNAMED]:
-        if is_dir(directory / name):
+        if directory.folder.has_folder(name):
             continue
         try:
-            if recognize(directory / name, texts=False):
+            if recognize(directory.folder.file(name), texts=False):
                 found.append(name)
         except FormatError as error:
             foreign = foreign or error

@@ -7,12 +7,12 @@ from pathlib import PurePath
 
 from streamconv.errors import FormatError, StreamconvError
 from streamconv.formats.container import HEAD, Beginning
-from streamconv.formats.files import Opened, lfs_pointer, opened, pread, show, size_of
+from streamconv.formats.files import lfs_pointer, opened, show
 from streamconv.formats.foreign import foreign, reads
 from streamconv.formats.registry import containers
 from streamconv.formats.roots import describe_pickle
 from streamconv.formats.zips import describe_zip, first_entry, is_zip
-from streamconv.storage.remote import Location, exists
+from streamconv.storage.folder import File, Location
 
 _NOUN = "a checkpoint's file"
 _MSGPACK_MAPS, _MSGPACK_TEXTS = (*range(0x81, 0x90), 0xDE, 0xDF), (*range(0xA0, 0xC0), 0xD9, 0xDA)
@@ -59,7 +59,7 @@ def recognize(path: Location, *, texts: bool = True) -> str | None:
         UsageError: it is not there, or cannot be read.
     """
     with opened(path, _NOUN) as file:
-        head, size = pread(file, HEAD, 0), size_of(file)
+        head, size = file.pread(HEAD, 0), file.size
         if not size:
             raise FormatError(f"{show(path)}: an empty file, of 0 bytes: download or write it again")
         beginning = Beginning(path, file, head)
@@ -77,7 +77,7 @@ def holds_checkpoint(path: Location) -> bool:
         return False
 
 
-def _refuse_foreign(path: Location, file: Opened, head: bytes, size: int, *, texts: bool) -> None:
+def _refuse_foreign(path: Location, file: File, head: bytes, size: int, *, texts: bool) -> None:
     if head.startswith(b"version https://git-lfs"):
         raise lfs_pointer(path)
     for at, magic, what, command in _MAGICS:
@@ -97,13 +97,13 @@ def _refuse_foreign(path: Location, file: Opened, head: bytes, size: int, *, tex
     for pattern, what, command in _NAMES:
         if re.fullmatch(pattern, path.name, re.DOTALL):
             raise foreign(path, what, command)
-    if path.suffix == ".bin" and exists(path.parent / f"{PurePath(path.name).stem}.xml"):
+    if path.suffix == ".bin" and path.folder.has(f"{PurePath(path.relative).with_suffix('.xml')}"):
         raise foreign(path, "the weights of OpenVINO, beside its .xml", "")
-    if len(head) >= 64 and not any(pread(file, HEAD, start).strip(b"\0") for start in (0, size // 2, max(0, size - HEAD))):
+    if len(head) >= 64 and not any(file.pread(HEAD, start).strip(b"\0") for start in (0, size // 2, max(0, size - HEAD))):
         raise FormatError(f"{show(path)}: {size} bytes that are zero: it was never downloaded or written: download or write it again")
 
 
-def _refuse_archive(path: Location, file: Opened, head: bytes) -> None:
+def _refuse_archive(path: Location, file: File, head: bytes) -> None:
     if is_zip(head):
         raise foreign(path, *describe_zip(first_entry(file, head)))
     if head[257:262] == b"ustar":

@@ -23,8 +23,6 @@ from streamconv.errors import FormatError, UsageError
 from streamconv.formats import AnyNode, Contents, Extent, FileLayout, Source, torchscript
 from streamconv.formats.container import Beginning, Container, Names
 from streamconv.formats.files import (
-    Opened,
-    PlainFile,
     Table,
     check_unicode,
     countable,
@@ -34,10 +32,8 @@ from streamconv.formats.files import (
     lfs_pointer,
     merge,
     opened,
-    pread,
     short,
     show,
-    size_of,
     split_into_shards,
     variant_stem,
 )
@@ -62,7 +58,8 @@ from streamconv.formats.zips import MAX_DIRECTORY, Archive, find_program, first_
 from streamconv.graph.node import extents
 from streamconv.graph.views import span, stored_view
 from streamconv.interrupts import Unwinding
-from streamconv.storage.remote import Location, RemoteFile, RemotePath, read_each
+from streamconv.storage.folder import File, Location, read_each
+from streamconv.storage.local import LocalFile, LocalFolder
 from streamconv.storage.staging import staging
 
 KIND = Names(
@@ -137,10 +134,10 @@ def _is_ours(path: Location, first: str) -> bool:
         return False
     if len(inside) > 1 and _ENTRY.fullmatch(inside[1]):
         return True
-    if isinstance(path, RemotePath) or path.stat().st_size > _MAX_LISTED:
+    if path.local is None or path.size > _MAX_LISTED:
         return True
     try:
-        with zipfile.ZipFile(str(path)) as archive:
+        with zipfile.ZipFile(path.local) as archive:
             return any(name.endswith(("/data.pkl", "/constants.pkl")) for name in archive.namelist())
     except (zipfile.BadZipFile, ValueError, OSError, RuntimeError):
         return True  # such as one that ends early
@@ -149,7 +146,7 @@ def _is_ours(path: Location, first: str) -> bool:
 _Places = dict[str, tuple[int, int]]  # key of a storage -> start, nbytes
 
 
-def _open_zip(path: Location, file: Opened) -> tuple[Any, _Places]:
+def _open_zip(path: Location, file: File) -> tuple[Any, _Places]:
     """What the pickle describes, and where each storage lies."""
     archive = read_archive(path, file)
     storages: Storages = {}
@@ -169,7 +166,7 @@ def _open_zip(path: Location, file: Opened) -> tuple[Any, _Places]:
     return (torchscript.as_module(archive, tree) if scripted else tree), places
 
 
-def _open_legacy(path: Location, file: Opened, size: int) -> tuple[Any, _Places]:
+def _open_legacy(path: Location, file: File, size: int) -> tuple[Any, _Places]:
     """The same of a file from before torch 1.6: five pickles, then for each storage its count of elements and its bytes."""
     reader = open_section(file, 0, size)
     storages: Storages = {}
@@ -181,10 +178,10 @@ def _open_legacy(path: Location, file: Opened, size: int) -> tuple[Any, _Places]
     if type(system) is not dict or system.get("little_endian") is not True:
         raise FormatError(f"{show(path)}: it is not little-endian, and only such files are read: {_rewrite(path, safe=False)}")
     places, position = {}, reader.tell()
-    last = len(keys) if isinstance(file, RemoteFile) else 1  # there, each look takes a request, and the last tells of all before
+    last = len(keys) if file.is_remote else 1  # there, each look takes a request, and the last tells of all before
     for number, key in enumerate(map(str, keys), 1):
         count, dtype = storages[key]
-        raw = pread(file, 8, position) if number >= last else count.to_bytes(8, "little")
+        raw = file.pread(8, position) if number >= last else count.to_bytes(8, "little")
         places[key] = (position + 8, count * dtype.itemsize)
         position = sum(places[key])
         if position > size or int.from_bytes(raw, "little") != count:
@@ -195,7 +192,7 @@ def _open_legacy(path: Location, file: Opened, size: int) -> tuple[Any, _Places]
 
 def _open(path: Location) -> tuple[Any, _Places]:
     with opened(path, KIND.noun) as file:
-        head, size = pread(file, 512, 0), size_of(file)
+        head, size = file.pread(512, 0), file.size
         if is_zip(head):
             return _open_zip(path, file)
         if is_legacy(head):
@@ -295,7 +292,6 @@ def read(
         FormatError: damaged, hostile, incomplete or contradictory files; a tensor in two files without ``by_rank``.
         UsageError: the path or the root is not there or cannot be read.
     """
-    path = path.absolute()
     chosen = find_files(path, KIND, files, by_rank=by_rank)
     each = read_each(chosen.files.values(), (KIND.noun, root), lambda file: _read_file(file, root))
     all_read = dict(zip(chosen.files, each, strict=True))
@@ -388,14 +384,14 @@ def _lay_out_file(path: str, specs: Mapping[str, TensorSpec], tied: Mapping[str,
         skeleton.parent.mkdir()
         try:
             kept = _save_without_data(skeleton, folder / "data", specs, tied, root)
-            with PlainFile(skeleton) as file:
-                archive = read_archive(skeleton, file)
-                size = size_of(file)
+            with LocalFile(skeleton) as file:
+                archive = read_archive(LocalFolder(skeleton.parent).file(skeleton.name), file)
+                size = file.size
                 stored = {name: _place(archive, f"data/{number}") for number, name in enumerate(kept)}
                 checksums = _checksums(archive)
                 filled = sorted([*stored.values(), *places_of(checksums)])
                 gaps = zip([0, *map(sum, filled)], [*(start for start, _ in filled), size], strict=True)
-                literals = tuple((start, pread(file, end - start, start)) for start, end in gaps if start < end)
+                literals = tuple((start, file.pread(end - start, start)) for start, end in gaps if start < end)
         except (OSError, RuntimeError) as error:
             raise UsageError(
                 f"{path}: its {sum(spec.nbytes for spec in specs.values())} bytes cannot be laid out as a sparse file in {folder}: "
@@ -445,7 +441,7 @@ def _checksums(archive: Archive) -> tuple[Checksum, ...]:
     (A storage that itself starts with a data descriptor's mark would enter that hash twice; no reader looks at it.)
     """
     file, limit = archive.file, archive.limit
-    directory = pread(file, MAX_DIRECTORY, limit)
+    directory = file.pread(MAX_DIRECTORY, limit)
     checksums: list[Checksum] = []
     tail: list[int] = []
     seed = position = 0
@@ -459,7 +455,7 @@ def _checksums(archive: Archive) -> tuple[Checksum, ...]:
         if name.startswith("data/"):
             checksums.append(Checksum("crc32", start, nbytes, positions))
         elif name == ".data/serialization_id":
-            prefix = pread(file, nbytes - 20, start)
+            prefix = file.pread(nbytes - 20, start)
             checksums.append(Checksum("torch-id", start, nbytes, positions, seed, tuple(tail), prefix))
         elif checksums:
             tail.append(info.CRC)
@@ -488,5 +484,5 @@ def _rewrite(path: Location, *, safe: bool = True) -> str:
     """The one command that makes a file which can be read."""
     old, new = names(path)
     code = f"import torch; d = torch.load({old!r}, weights_only={safe}); torch.save(d, {new!r})"
-    first = "download it and " if isinstance(path, RemotePath) else ""
+    first = "" if path.local else "download it and "
     return f"{first}rewrite it{'' if safe else ', if you trust who made it,'} with: python -c {shlex.quote(code)}"

@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from streamconv.errors import FormatError
-from streamconv.formats.files import Opened, damaged, pread, short, show, size_of
-from streamconv.storage.remote import Location, RemoteFile, RemotePath
+from streamconv.formats.files import damaged, short, show
+from streamconv.storage.folder import File, Location
 
 MAX_DIRECTORY = 64 << 20  # a zip's directory: about 700000 storages
 _ALIGNMENT = 64  # bytes: what the start of each entry's data is a multiple of (torch.serialization.config.save.storage_alignment)
@@ -25,13 +25,13 @@ _BUFFER = 64 << 10
 class _Bounded:
     """A file whose zip directory cannot make zipfile read as much as it likes."""
 
-    def __init__(self, file: Opened) -> None:
+    def __init__(self, file: File) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, count: int = -1) -> bytes:
         if count < 0:
-            count = max(0, size_of(self._file) - self.tell())
+            count = max(0, self._file.size - self.tell())
         if count > MAX_DIRECTORY:
             raise zipfile.BadZipFile(f"a directory of {count} bytes; at most {MAX_DIRECTORY} are read")
         return self._file.read(count)
@@ -55,7 +55,7 @@ class Archive:
     """
 
     path: Location
-    file: Opened
+    file: File
     entries: dict[str, Entry]
     infos: list[zipfile.ZipInfo]
     limit: int
@@ -91,10 +91,10 @@ def is_zip(head: bytes) -> bool:
     return head.startswith(b"PK\3\4")
 
 
-def first_entry(file: Opened, head: bytes) -> str:
+def first_entry(file: File, head: bytes) -> str:
     """The name of a zip's first entry."""
     length = int.from_bytes(head[26:28], "little")
-    return pread(file, min(length, 4096), 30).decode("utf-8", "replace")
+    return file.pread(min(length, 4096), 30).decode("utf-8", "replace")
 
 
 def find_program(first: str) -> tuple[str, str] | None:
@@ -115,7 +115,7 @@ def describe_zip(first: str) -> tuple[str, str]:
     return find_program(first) or (f"a zip archive, with {first[:200]!r} in it", "zip")
 
 
-def open_section(file: Opened, start: int, nbytes: int) -> BinaryIO:
+def open_section(file: File, start: int, nbytes: int) -> BinaryIO:
     """A range of an open file, as a file; it tells where in the whole file it is."""
     return cast("BinaryIO", io.BufferedReader(_Section(file, start, nbytes), _BUFFER))
 
@@ -123,7 +123,7 @@ def open_section(file: Opened, start: int, nbytes: int) -> BinaryIO:
 class _Section(io.RawIOBase):
     """A range of an open file, as a file."""
 
-    def __init__(self, file: Opened, start: int, nbytes: int) -> None:
+    def __init__(self, file: File, start: int, nbytes: int) -> None:
         self._file, self._at, self._end = file, start, start + nbytes
 
     def readable(self) -> bool:
@@ -132,7 +132,7 @@ class _Section(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fills a buffer as far as there are bytes."""
-        data = pread(self._file, min(len(buffer), self._end - self._at), self._at)
+        data = self._file.pread(min(len(buffer), self._end - self._at), self._at)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
@@ -170,7 +170,7 @@ class _Inflated(io.RawIOBase):
         return len(data)
 
 
-def read_archive(path: Location, file: Opened) -> Archive:
+def read_archive(path: Location, file: File) -> Archive:
     """The entries of a zip. Raises FormatError where directory and entries contradict each other."""
     try:
         with zipfile.ZipFile(cast("BinaryIO", _Bounded(file))) as archive:
@@ -180,7 +180,7 @@ def read_archive(path: Location, file: Opened) -> Archive:
     entries: dict[str, Entry] = {}
     folder = infos[0].filename.partition("/")[0] if infos else ""
     end = 0
-    known = _aligned_starts(infos, limit) if isinstance(file, RemoteFile) else {}
+    known = _aligned_starts(infos, limit) if file.is_remote else {}
     for info in sorted(infos, key=lambda info: info.header_offset):
         entry = f"zip entry {short.repr(info.filename)}"
         start = known.get(info.header_offset)
@@ -200,14 +200,14 @@ def read_archive(path: Location, file: Opened) -> Archive:
     return Archive(path, file, entries, infos, limit)
 
 
-def _start(path: Location, file: Opened, info: zipfile.ZipInfo, end: int, limit: int) -> int:
+def _start(path: Location, file: File, info: zipfile.ZipInfo, end: int, limit: int) -> int:
     """Where an entry's bytes start, by its own header, which lies behind the ``end`` of the entry before."""
     entry = f"zip entry {short.repr(info.filename)}"
-    header = pread(file, 30, info.header_offset) if 0 <= info.header_offset < limit else b""
+    header = file.pread(30, info.header_offset) if 0 <= info.header_offset < limit else b""
     if len(header) < 30 or header[:4] != b"PK\3\4" or info.header_offset < end or not (end or info.header_offset == 0):
         raise damaged(path, f"{entry} does not start at byte {info.header_offset}, as the directory says")
     start: int = info.header_offset + 30 + sum(struct.unpack("<2H", header[26:]))
-    said = pread(file, start - info.header_offset - 30, info.header_offset + 30)
+    said = file.pread(start - info.header_offset - 30, info.header_offset + 30)
     if start + info.compress_size > limit or not said.startswith(_raw_name(info)):
         raise damaged(path, f"{entry} of {info.compress_size} bytes at {start} does not lie inside the {limit} bytes of data")
     return start
@@ -242,11 +242,11 @@ def rezip(path: Location) -> str:
         f"import zipfile; a = zipfile.ZipFile({old!r}); b = zipfile.ZipFile({new!r}, 'w'); "
         "[b.writestr(i.filename, a.read(i)) for i in a.infolist()]; b.close()"
     )
-    first = "download it and " if isinstance(path, RemotePath) else ""
+    first = "" if path.local else "download it and "
     return f"{first}store it plain with: python -c {shlex.quote(code)}"
 
 
 def names(path: Location) -> tuple[str, str]:
     """What a command calls a file, and the one that it makes of it."""
-    old = path.name if isinstance(path, RemotePath) else str(path)
+    old = str(path) if path.local else path.name
     return old, f"{old.removesuffix(path.suffix)}.new{path.suffix}"

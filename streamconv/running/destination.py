@@ -22,8 +22,8 @@ from streamconv.running.output import check_free, state_name
 from streamconv.storage import is_url
 from streamconv.storage.addresses import public
 from streamconv.storage.filenames import LONGEST
+from streamconv.storage.local import walk
 from streamconv.storage.places import Identity, identify, identify_with_parents
-from streamconv.storage.remote import walk
 from streamconv.storage.sinks import open_sink
 from streamconv.text import did_you_mean
 from streamconv.units import format_size
@@ -62,8 +62,9 @@ class Target:
     def check(self, checkpoint: Checkpoint, *, overwrite: bool, resume: bool) -> None:
         """Refuses a DST that is, holds or lies in SRC, or that has something in it."""
         path = self.path
-        if isinstance(checkpoint.path, Path):
-            self._check_source(checkpoint.path, [Path(str(file)) for file in checkpoint.contents.files])
+        src = checkpoint.location.local
+        if src is not None:
+            self._check_source(src, [Path(str(file)) for file in checkpoint.contents.files])
         if path.exists() and not path.is_dir() and not self.file:
             raise DestinationError(f"{path}: exists and is not a directory: give another DST")
         above = next((parent for parent in self.root.parents if parent.exists() or parent.is_symlink()), None)
@@ -122,7 +123,7 @@ class RemoteTarget:
 
     def check(self, checkpoint: Checkpoint, *, overwrite: bool, resume: bool) -> None:
         """Refuses a DST that is, holds or lies in SRC, or that has something in it, as far as its store tells."""
-        path, src, output = self.path, str(checkpoint.path), self.output
+        path, src, output = self.path, checkpoint.path, self.output
         if self.create_pr:
             return
         if path == src or output.sink.holds(src):

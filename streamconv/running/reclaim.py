@@ -20,8 +20,8 @@ from streamconv.errors import DestinationError, SourceChanged
 from streamconv.graph.node import sources
 from streamconv.planning.plan import Copy, FilePlan, Plan
 from streamconv.storage import is_url
+from streamconv.storage.local import walk
 from streamconv.storage.places import Identity, identify
-from streamconv.storage.remote import walk
 
 Range = tuple[int, int]
 _FOLDERS = 1000  # of a checkpoint, at most; a file in somebody's home directory has more beside it

@@ -1,51 +1,47 @@
-"""Paths of files behind URLs, for code that reads checkpoints as it reads those of this machine."""
+"""Folders behind URLs: listed at most once, their files read by ranges."""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
-import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from streamconv.errors import UsageError
-from streamconv.storage import Entry, is_url
-from streamconv.storage.addresses import WEB, forget, from_page, is_offline, public, refusal, scheme_of
+from streamconv.storage import Entry
+from streamconv.storage.addresses import WEB, refusal, scheme_of
+from streamconv.storage.folder import Folder, IrregularFile, Location, Walked
 from streamconv.storage.ranges import read_range
-from streamconv.storage.sources import HEAD, Catalog, Probed, in_parallel
+from streamconv.storage.sources import HEAD, Catalog, Probed
 from streamconv.storage.stores import opened, store_of
 
 _NEAR = 4 << 10  # bytes read where something is looked up in the middle of a file
 _TAIL = 32 << 10  # bytes read at the end of a file, where some have their directory
 _HEADS = 256  # heads of files kept until they are read
-_Place = TypeVar("_Place", bound="Path | RemotePath")
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """What `RemotePath.stat` tells; ``st_size`` in bytes."""
+class Tree:
+    """The files below a URL, listed at most once, and what has been read of them.
 
-    st_size: int
-    st_mode: int
-    st_mtime_ns: int = 0
+    Args:
+        url: of the folder; with a slash at the end it is known to be one.
+        catalog: what files it may consist of.
+        files: of it that were given by their own URLs: these, and what is known of them.
+    """
 
-
-class _Tree:
-    """The files below a URL, listed at most once, and what has been read of them."""
-
-    def __init__(self, url: str, catalog: Catalog) -> None:
+    def __init__(self, url: str, catalog: Catalog, files: Mapping[str, tuple[str, Entry]] | None = None) -> None:
         self.url, self.catalog = url.rstrip("/"), catalog
         self.store = store_of(url)
         self.memo: dict[object, Any] = {}
         self._is_folder = url.endswith("/")
         self._listed: dict[str, Entry] | None = None
-        self._entries: dict[str, Entry | None] = {}
+        self._folders: set[str] | None = None
+        self._urls = {name: own for name, (own, _) in (files or {}).items()}
+        self._entries: dict[str, Entry | None] = {name: entry for name, (_, entry) in (files or {}).items() if entry.size >= 0}
         self._heads: dict[str, bytes] = {}
         self._read: dict[str, bytes] = {}
         self._lock = threading.Lock()
@@ -54,6 +50,8 @@ class _Tree:
         """The URL of a file."""
         if not relative:
             return self.url
+        if relative in self._urls:
+            return self._urls[relative]
         return f"{self.url}/{quote(relative) if scheme_of(self.url) in WEB else relative}"
 
     def files(self) -> dict[str, Entry]:
@@ -67,11 +65,28 @@ class _Tree:
                 self._read = listed.read if isinstance(listed, Probed) else {}
             return self._listed
 
-    def is_file(self) -> bool:
-        """Whether the URL is that of one file."""
+    @property
+    def is_listed(self) -> bool:
+        return self._listed is not None
+
+    def folders(self) -> Collection[str]:
+        """The relative names of all folders."""
+        if self._folders is None:
+            folders = set()
+            for name in self.files():
+                while name:
+                    name = name.rpartition("/")[0]  # noqa: PLW2901 - each folder above
+                    folders.add(name)
+            self._folders = folders
+        return self._folders
+
+    def single(self) -> Entry | None:
+        """What is known of the one file that the URL names, a size of -1 for nothing yet; None: it is a folder's."""
         if self._is_folder:
-            return False
-        return (scheme_of(self.url) in WEB and self.url.endswith(self.catalog.suffixes)) or "" in self.files()
+            return None
+        if scheme_of(self.url) in WEB and self.url.endswith(self.catalog.suffixes):
+            return Entry(-1)
+        return self.files().get("")
 
     def entry(self, relative: str) -> Entry | None:
         """A file's, or None where there is none. What is not listed is asked for by itself.
@@ -88,7 +103,7 @@ class _Tree:
                         opened[self.address(relative)] = known
                     self._keep_head(relative, head)
                 except UsageError:
-                    if self._listed is not None or not relative:
+                    if self._listed is not None or relative in self._urls:
                         raise
                     known = None
             self._entries[relative] = known
@@ -108,6 +123,8 @@ class _Tree:
 
 class RemoteFile(io.RawIOBase):
     """A file behind a URL, read by ranges; a little more is read than is asked for, and kept."""
+
+    is_remote = True
 
     def __init__(self, url: str, entry: Entry, head: bytes) -> None:
         self.size, self._url, self._tag = entry.size, url, entry.tag
@@ -154,229 +171,80 @@ class RemoteFile(io.RawIOBase):
         return self._window[offset - self._start : stop - self._start]
 
 
-class RemotePath:
-    """A path behind a URL, with what readers of checkpoints use of `pathlib.Path`. Its text is the URL without its query."""
+class RemoteFolder(Folder):
+    """A folder behind a URL."""
 
-    __slots__ = ("_tree", "relative")
+    local = None
 
-    def __init__(self, tree: _Tree, relative: str = "") -> None:
-        self._tree = tree
-        self.relative = relative
+    def __init__(self, tree: Tree, within: str = "") -> None:
+        self._tree, self.within = tree, within
 
-    def __str__(self) -> str:
-        return self._tree.address(self.relative)
+    def _relative(self, name: str) -> str:
+        return "/".join(filter(None, (self.within, name)))
 
-    def __fspath__(self) -> str:
-        return str(self)
+    def place(self, name: str) -> str:
+        return self._tree.address(self._relative(name))
 
-    def __repr__(self) -> str:
-        return f"RemotePath({str(self)!r})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RemotePath) and str(self) == str(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-    def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(self._tree, f"{self.relative}/{name}".lstrip("/"))
-
-    @property
-    def name(self) -> str:
-        last = str(self).rpartition("/")[2]
-        return unquote(last) if scheme_of(self._tree.url) in WEB else last
-
-    @property
-    def suffix(self) -> str:
-        return PurePosixPath(self.name).suffix
-
-    @property
-    def parent(self) -> RemotePath:
-        if self.relative:
-            return RemotePath(self._tree, self.relative.rpartition("/")[0])
-        if "" not in self._tree.memo:
-            self._tree.memo[""] = _Tree(self._tree.url.rpartition("/")[0] + "/", self._tree.catalog)
-        return RemotePath(self._tree.memo[""])
-
-    def absolute(self) -> RemotePath:
-        """Itself."""
-        return self
-
-    def is_relative_to(self, other: Location) -> bool:
-        """Whether it lies below another path, or is it."""
-        return f"{self}/".startswith(f"{other}/")
-
-    def relative_to(self, other: Location) -> PurePosixPath:
-        """How it is called below another path."""
-        if not self.is_relative_to(other):
-            raise ValueError(f"{self} is not below {other}")
-        rest = str(self).removeprefix(str(other)).lstrip("/")
-        return PurePosixPath(unquote(rest) if scheme_of(self._tree.url) in WEB else rest)
-
-    def is_file(self) -> bool:
-        """Whether there is a file."""
-        if not self.relative:
-            return self._tree.is_file()
-        return self._tree.entry(self.relative) is not None
-
-    def is_dir(self) -> bool:
-        """Whether there are files below it, or could be for all that can be known."""
-        if not self.relative:
-            return not self._tree.is_file()
-        return any(name.startswith(f"{self.relative}/") for name in self._tree.files())
-
-    def exists(self) -> bool:
-        """Whether there is something; what an index on a web server names is only known to be there once it is read."""
-        return self.relative in self._tree.files() or self.is_dir() if self.relative else True
-
-    def stat(self) -> Stat:
-        """Size and kind.
-
-        Raises:
-            FileNotFoundError: there is nothing.
-            StreamconvError: the store does not let us see it.
-        """
-        if (self.relative or self._tree.is_file()) and (entry := self._tree.entry(self.relative)) is not None:
-            return Stat(entry.size, stat.S_IFREG | 0o444)
-        if not self.is_dir():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        return Stat(0, stat.S_IFDIR | 0o555)
-
-    def open(self, mode: str = "rb", buffering: int = -1) -> RemoteFile:  # noqa: ARG002 - as that of pathlib
-        """The file, for reading bytes."""
-        self.stat()
-        entry = self._tree.entry(self.relative)
-        if entry is None:
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self))
-        return RemoteFile(str(self), entry, self._tree.head(self.relative))
-
-    def read_bytes(self) -> bytes:
-        """The whole file."""
-        with self.open() as file:
-            return file.read()
-
-    def read_text(self, encoding: str = "utf-8") -> str:
-        """The whole file as text."""
-        return self.read_bytes().decode(encoding)
-
-    def iterdir(self) -> Iterator[RemotePath]:
-        """What is directly below it."""
-        start = f"{self.relative}/" if self.relative else ""
+    def list(self) -> Sequence[str]:
+        start = f"{self.within}/" if self.within else ""
         names = dict.fromkeys(name[len(start) :].partition("/")[0] for name in self._tree.files() if name.startswith(start))
-        return (self / name for name in names if name)
+        return [name for name in names if name]
 
-    def walk(self) -> Iterator[tuple[RemotePath, list[str], list[str]]]:
-        """Folders with the names of the folders and the files in them, from above; folders taken out of a list are not entered."""
-        inside = sorted(self.iterdir(), key=lambda path: path.name)
-        folders = [path.name for path in inside if path.is_dir()]
-        yield self, folders, [path.name for path in inside if path.relative in self._tree.files()]
+    def walk(self) -> Iterator[Walked]:
+        names = sorted(self.names)
+        folders = list(filter(self.has_folder, names))
+        yield "", folders, list(filter(self.has_file, names))
         for name in folders:
-            yield from (self / name).walk()
+            for inner, inner_folders, files in self.folder(name).walk():
+                yield "/".join(filter(None, (name, inner))), inner_folders, files
 
-    def remembered(self, kind: object, read: Callable[[RemotePath], _Found]) -> _Found:
-        """What ``read`` made of the file when it was first read as ``kind`` since it was listed."""
-        key = (kind, self.relative)
+    def has(self, name: str) -> bool:
+        return self.has_file(name) or (self._tree.is_listed and self.has_folder(name))
+
+    def has_file(self, name: str) -> bool:
+        relative = self._relative(name)
+        return relative in self._tree.files() if self._tree.is_listed else self._tree.entry(relative) is not None
+
+    def has_folder(self, name: str) -> bool:
+        return self._relative(name) in self._tree.folders()
+
+    def size(self, name: str) -> int:
+        return self._entry(name).size
+
+    def open(self, name: str) -> RemoteFile:
+        entry = self._entry(name)
+        return RemoteFile(self.place(name), entry, self._tree.head(self._relative(name)))
+
+    def _entry(self, name: str) -> Entry:
+        entry = self._tree.entry(self._relative(name)) if name else None
+        if entry is not None:
+            return entry
+        if not name or self.has_folder(name):
+            raise IrregularFile(errno.EISDIR, os.strerror(errno.EISDIR), self.place(name))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.place(name))
+
+    def _inner(self, name: str, within: str) -> RemoteFolder:  # noqa: ARG002 - the tree is one
+        return RemoteFolder(self._tree, within)
+
+    def remember(self, kind: object, name: str, read: Callable[[], _Result]) -> _Result:
+        key = (kind, self._relative(name))
         if key not in self._tree.memo:
-            self._tree.memo[key] = read(self)
-        found: _Found = self._tree.memo[key]
-        return found
+            self._tree.memo[key] = read()
+        result: _Result = self._tree.memo[key]
+        return result
 
 
-Location = Path | RemotePath
-
-
-def locate(path: str | os.PathLike[str], catalog: Catalog = Catalog()) -> Location:  # noqa: B008 - it is frozen
-    """The path on this machine, or behind a URL. What a revision of a repository on the Hub stands for is looked up.
-
-    ``catalog`` says what files a folder behind it may consist of.
+def locate_url(url: str, catalog: Catalog) -> Location:
+    """The file or the folder that a public URL names; ``catalog`` says what files a folder may consist of.
 
     Raises:
-        StreamconvError: nothing knows such URLs, or the server does not answer.
+        StreamconvError: nothing knows such URLs, there is nothing, or the server does not answer.
     """
-    if isinstance(path, RemotePath):
-        return path
-    text = str(path)
-    if not is_url(text):
-        return Path(path)
-    if scheme_of(text) in ("file", "local"):
-        return Path(unquote(text.partition("://")[2]))
-    url = shown(from_page(path if isinstance(path, str) else text))
-    if scheme_of(url) == "hf" and is_offline():
-        from streamconv.storage.repositories import cached_snapshot
-
-        return Path(cached_snapshot(url))
-    return RemotePath(_Tree(store_of(url).pin(url), catalog))
-
-
-class Shown(str):
-    """A URL that was taken off its query by `shown`: `locate` still knows it."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        return self  # else it would be a text like any other
-
-
-def shown(path: str) -> str:
-    """A path as it is, a URL as everybody may see it: without its query, which `locate` remembers."""
-    if isinstance(path, Shown) or not is_url(path):
-        return path
-    url = public(path)
-    if url == path:
-        forget(url)  # whoever gives it without a query means it without
-    return Shown(url)
-
-
-# What differs between the two ----------------------------------------------------------------------------------------
-
-
-def is_dir(path: Location) -> bool:
-    """Whether it is a directory; of a path on this machine it never raises."""
-    return path.is_dir() if isinstance(path, RemotePath) else os.path.isdir(path)  # noqa: PTH112 - Path.is_dir may raise
-
-
-def exists(path: Location) -> bool:
-    """Whether it is there; of a path on this machine it never raises."""
-    return path.exists() if isinstance(path, RemotePath) else os.path.exists(path)  # noqa: PTH110 - Path.exists may raise
-
-
-def names_in(path: Location) -> list[str]:
-    """The names in a directory."""
-    return [inside.name for inside in path.iterdir()] if isinstance(path, RemotePath) else os.listdir(path)  # noqa: PTH208 - names are wanted
-
-
-def walk(path: Location) -> Iterator[tuple[Location, list[str], list[str]]]:
-    """As `os.walk`, from above.
-
-    Raises:
-        OSError: a folder cannot be read.
-    """
-    if isinstance(path, RemotePath):
-        yield from path.walk()
-    else:
-        yield from ((Path(folder), folders, files) for folder, folders, files in os.walk(path, onerror=_fail))
-
-
-def _fail(error: OSError) -> None:
-    if not str(error.filename).endswith("lost+found"):  # which file systems have, and nobody may read
-        raise error
-
-
-def relative(path: Location, root: Location) -> str:
-    """How a path below another is called there."""
-    if isinstance(path, RemotePath):
-        return path.relative_to(root).as_posix()
-    return path.relative_to(str(root)).as_posix()
-
-
-def each(paths: Iterable[_Place], work: Callable[[_Place], _Found]) -> Iterator[_Found]:
-    """What ``work`` makes of each; of paths behind URLs for several at a time."""
-    given = list(paths)
-    if len(given) < 2 or not any(isinstance(path, RemotePath) for path in given):
-        return map(work, given)
-    return iter(in_parallel(work, given))
-
-
-def read_each(paths: Iterable[Location], kind: object, read: Callable[[Location], _Found]) -> Iterator[_Found]:
-    """The same, but files behind URLs are read once for each ``kind``."""
-    return each(paths, lambda path: path.remembered(kind, read) if isinstance(path, RemotePath) else read(path))
+    tree = Tree(store_of(url).pin(url), catalog)
+    single = tree.single()
+    if single is None:
+        return RemoteFolder(tree).file("")
+    above, _, last = tree.url.rpartition("/")
+    name = unquote(last) if scheme_of(tree.url) in WEB else last
+    beside = Tree(f"{above}/", catalog, {name: (tree.url, single)})
+    return RemoteFolder(beside).file(name)

@@ -17,6 +17,7 @@ from servers import silent_port
 import streamconv
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.storage import retries
+from streamconv.storage.locations import locate
 
 NAMES = [
     "float64",
@@ -66,7 +67,7 @@ def test_it_is_a_mapping(opened):
     assert not isinstance(entry, torch.Tensor)
 
 
-@pytest.mark.parametrize("spelling", [str, lambda path: path, os.fsdecode])
+@pytest.mark.parametrize("spelling", [str, Path, lambda path: Path(path).as_uri(), locate])
 def test_paths_of_any_kind(spelling, opened):
     assert len(streamconv.open(spelling(opened[0].path))) == 5
 
@@ -172,7 +173,7 @@ def test_reads_come_in_pieces(opened, monkeypatch):
 def test_a_file_that_became_shorter(opened):
     checkpoint, _ = opened
     for file in checkpoint.contents.files:
-        os.truncate(file, file.stat().st_size - 4)
+        os.truncate(str(file), file.size - 4)
     with pytest.raises(FormatError, match="it changed since it was opened"):
         [entry.torch() for entry in checkpoint.values()]
 
@@ -183,7 +184,7 @@ def test_a_file_that_became_shorter(opened):
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", b"\xff\xfe{}", "[" * 100_000])
 def test_a_config_that_is_none(text, opened):
     checkpoint, _ = opened
-    path = checkpoint.path / "config.json"
+    path = Path(checkpoint.path, "config.json")
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(FormatError, match="mend it") as caught:
         _ = streamconv.open(checkpoint.path).config
@@ -192,7 +193,7 @@ def test_a_config_that_is_none(text, opened):
 
 def test_no_config_and_a_huge_one(opened):
     checkpoint, _ = opened
-    path = checkpoint.path / "config.json"
+    path = Path(checkpoint.path, "config.json")
     with path.open("wb") as file:
         file.truncate(100 << 20)
     with pytest.raises(FormatError, match="larger than 8 MiB, which a config never is"):

@@ -185,7 +185,7 @@ def test_an_index_as_source_is_its_checkpoint(tmp_path, capsys):
     for index in ("model.safetensors.index.json", "model.safetensors.index.fp16.json", "any name.index.json"):
         checkpoint = streamconv.open(source / index)
         assert {path.name for path in checkpoint.contents.files} == set(json.loads((source / index).read_text())["weight_map"].values())
-        assert (checkpoint.path, checkpoint.config, checkpoint.contents.notes) == (source, CONFIG, [])
+        assert (checkpoint.path, checkpoint.config, checkpoint.contents.notes) == (str(source), CONFIG, [])
         assert_opens(source / index)
     assert run("convert", source / "model.safetensors.index.json", tmp_path / "out", "--verify", "--quiet") == 0
     assert_same(read(tmp_path / "out"), TENSORS)

@@ -16,6 +16,7 @@ from streamconv import memory
 from streamconv.checkpoint.opening import read_config
 from streamconv.errors import BudgetError, FormatError, StreamconvError
 from streamconv.formats.json_text import memory_of, parse_object
+from streamconv.storage.locations import locate
 
 N = 20_000
 TEXTS = {
@@ -51,7 +52,7 @@ def test_no_text_takes_more_than_is_counted(case):
     raw = text_of(case)
     tracemalloc.start()
     try:
-        parse_object(Path("x"), raw, "text")
+        parse_object(locate("x"), raw, "text")
         taken = tracemalloc.get_traced_memory()[1] + len(raw)
     finally:
         tracemalloc.stop()
@@ -72,7 +73,7 @@ def test_what_would_take_too_much_is_refused_with_the_number_that_would_do(tmp_p
         streamconv.open(path)
     (tmp_path / "config.json").write_bytes(text_of("lists"))
     with pytest.raises(BudgetError, match=r"config\.json"):
-        read_config(tmp_path)
+        read_config(locate(tmp_path).folder)
     index = tmp_path / "model.safetensors.index.json"
     index.write_bytes(text_of("lists"))
     with pytest.raises(BudgetError, match=r"index\.json"):
@@ -95,7 +96,7 @@ def test_what_is_too_large_for_a_config_is_not_read(tmp_path, size):
     (tmp_path / "config.json").touch()
     os.truncate(tmp_path / "config.json", size)
     with pytest.raises(FormatError, match=r"larger than 8 MiB, which a config never is"):
-        read_config(tmp_path)
+        read_config(locate(tmp_path).folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
@@ -103,7 +104,7 @@ def test_a_pipe_or_a_device_in_place_of_json_does_not_hang(tmp_path, name):
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         make(tmp_path / name)
         with pytest.raises(StreamconvError, match="not a regular file"):
-            _ = read_config(tmp_path) or streamconv.open(tmp_path)
+            _ = read_config(locate(tmp_path).folder) or streamconv.open(tmp_path)
         (tmp_path / name).unlink()
 
 

@@ -31,6 +31,7 @@ from streamconv.checkpoint.opening import open_checkpoint, ties
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import torch as fmt
 from streamconv.formats import unpickling
+from streamconv.storage.locations import locate
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 PROTOCOLS = [{"pickle_protocol": number} | kind for number, kind in ((1, LEGACY), (2, {}), (3, {}), (4, LEGACY), (5, {}))]
@@ -189,7 +190,7 @@ def test_objects_beside_weights_are_left_out(tmp_path, kind):
             continue
         tree = {"state_dict": weights(), "epoch": 3, "beside": OBJECTS[kind]()}
         path = saved(tmp_path / f"{number}.ckpt", tree, **options)
-        contents = fmt.read(path)
+        contents = fmt.read(locate(path))
         assert_holds(contents, torch.load(path, weights_only=False)["state_dict"])
         assert (contents.root, contents.left_out) == ("state_dict", ["epoch", "beside"])
         (note,) = [note for note in contents.notes if "left out" in note]
@@ -203,8 +204,8 @@ def test_objects_beside_weights_are_left_out(tmp_path, kind):
 def test_mappings_of_other_classes_hold_tensors_as_dicts_do(tmp_path, kind, options):
     made = kind(torch.zeros) if kind is collections.defaultdict else kind()
     made.update(weights())
-    assert_holds(fmt.read(saved(tmp_path / "x.pt", made, **options)), made)
-    assert_holds(fmt.read(saved(tmp_path / "y.pt", {"model": made, "epoch": 1}, **options)), made)
+    assert_holds(fmt.read(locate(saved(tmp_path / "x.pt", made, **options))), made)
+    assert_holds(fmt.read(locate(saved(tmp_path / "y.pt", {"model": made, "epoch": 1}, **options))), made)
 
 
 class Marked(torch.Tensor):
@@ -215,7 +216,7 @@ def test_tensors_of_other_classes_are_their_data(tmp_path):
     tensor = torch.arange(6.0).reshape(2, 3).as_subclass(Marked)
     tensor.note = Config()
     tree = {"a": tensor, "b": torch.nn.Parameter(torch.ones(2)), "c": torch.nn.Buffer(torch.zeros(1)), "d": tensor[:, 1:]}
-    contents = fmt.read(saved(tmp_path / "x.pt", tree))
+    contents = fmt.read(locate(saved(tmp_path / "x.pt", tree)))
     assert_holds(contents, {name: tensor.as_subclass(torch.Tensor) for name, tensor in tree.items()})
 
 
@@ -229,15 +230,15 @@ def test_what_stands_for_a_tensor_and_is_none_is_refused_by_its_class(tmp_path):
 
     path = saved(tmp_path / "x.pt", {"w": torch.ones(1), "v": Wrapper(torch.ones(2))})
     with pytest.raises(FormatError, match=r"tensor 'v': made by test_pickles\.Settings, not plain data"):
-        fmt.read(path)
+        fmt.read(locate(path))
 
 
 def test_keys_that_are_no_texts(tmp_path):
     tree = {0: torch.ones(1), 1.5: torch.zeros(1), None: torch.ones(2), (1, "a"): torch.ones(3), b"w": torch.ones(4)}
-    contents = fmt.read(saved(tmp_path / "x.pt", tree))
+    contents = fmt.read(locate(saved(tmp_path / "x.pt", tree)))
     assert_holds(contents, {str(key): tensor for key, tensor in tree.items()})
     with pytest.raises(FormatError, match="two keys that read '1'"):
-        fmt.read(saved(tmp_path / "y.pt", {1: torch.ones(1), "1": torch.ones(2)}))
+        fmt.read(locate(saved(tmp_path / "y.pt", {1: torch.ones(1), "1": torch.ones(2)})))
 
 
 # Modules ---------------------------------------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def module_in(tree):
 def test_modules_give_their_state_dict(tmp_path, kind, options):
     wrap, root = WRAPPED[kind]
     path = saved(tmp_path / "x.pt", wrap(Model()), **options)
-    contents = fmt.read(path)
+    contents = fmt.read(locate(path))
     expected = module_in(torch.load(path, weights_only=False)).state_dict()
     assert contents.root == root
     assert_holds(contents, expected)
@@ -305,7 +306,7 @@ def test_modules_give_their_state_dict(tmp_path, kind, options):
 
 def test_traced_modules_give_their_state_dict(tmp_path):
     traced = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)))
-    assert_holds(fmt.read(saved(tmp_path / "x.pt", traced)), traced.state_dict())
+    assert_holds(fmt.read(locate(saved(tmp_path / "x.pt", traced))), traced.state_dict())
 
 
 class Scripted(torch.nn.Module):
@@ -343,7 +344,7 @@ def test_programs_give_their_state_dict(tmp_path, how):
     program = torch.jit.script(Program()) if how == "script" else torch.jit.trace(Program(), torch.ones(4, 2))
     program.save(tmp_path / "x.pt")
     loaded = torch.jit.load(tmp_path / "x.pt").state_dict()
-    contents = fmt.read(tmp_path / "x.pt")
+    contents = fmt.read(locate(tmp_path / "x.pt"))
     assert_holds(contents, loaded)
     assert contents.root == ""
     kept = ties(contents)
@@ -354,7 +355,7 @@ def test_programs_give_their_state_dict(tmp_path, how):
 def test_frozen_programs_hold_no_parameters(tmp_path):
     torch.jit.freeze(torch.jit.script(Program()).eval()).save(tmp_path / "x.pt")
     with pytest.raises(FormatError, match=r"TorchScript program without parameters or buffers.*: give the file that it was frozen from"):
-        fmt.read(tmp_path / "x.pt")
+        fmt.read(locate(tmp_path / "x.pt"))
 
 
 # Roots -----------------------------------------------------------------------------------------------------------------
@@ -412,9 +413,9 @@ FOUND = {
 @pytest.mark.parametrize("kind", FOUND)
 def test_the_weights_are_found(tmp_path, kind):
     tree, root = FOUND[kind]
-    contents = fmt.read(saved(tmp_path / "x.pt", tree))
+    contents = fmt.read(locate(saved(tmp_path / "x.pt", tree)))
     assert contents.root == root
-    explicit = fmt.read(tmp_path / "x.pt", root=root)
+    explicit = fmt.read(locate(tmp_path / "x.pt"), root=root)
     assert contents.entries.items() <= explicit.entries.items()
     assert bool(root) == any(repr(root) in note for note in contents.notes)
     assert not any("exp_avg" in name or "rng" in name for name in contents.entries)
@@ -442,13 +443,13 @@ def test_several_parts_are_listed(tmp_path, kind):
     tree, roots = SEVERAL[kind]
     path = saved(tmp_path / "x.pt", tree)
     with pytest.raises(UsageError, match="several parts hold weights") as caught:
-        fmt.read(path)
+        fmt.read(locate(path))
     for root in roots:
         assert f"{root!r} (" in str(caught.value)
-        contents = fmt.read(path, root=root)
+        contents = fmt.read(locate(path), root=root)
         assert f"{root!r} ({len(contents.entries)} tensors)" in str(caught.value)
     assert f"--set root={roots[0]} " in str(caught.value)
-    assert len(fmt.read(path, root="").entries) >= 2 * len(contents.entries)
+    assert len(fmt.read(locate(path), root="").entries) >= 2 * len(contents.entries)
 
 
 TRAINING = {
@@ -464,15 +465,15 @@ TRAINING = {
 def test_a_trainers_state_is_no_weights(tmp_path, kind):
     path = saved(tmp_path / "x.pt", TRAINING[kind])
     with pytest.raises(UsageError, match=r"none of its \d tensors is a model's.*--set root=KEY"):
-        fmt.read(path)
-    assert fmt.read(path, root="").entries
+        fmt.read(locate(path))
+    assert fmt.read(locate(path), root="").entries
 
 
 def test_roots_go_through_objects(tmp_path):
     path = saved(tmp_path / "x.pt", {"model": {"w": ONE}, "ema": argparse.Namespace(shadow={"v": ONE})})
-    assert list(fmt.read(path, root="ema.shadow").entries) == ["v"]
+    assert list(fmt.read(locate(path), root="ema.shadow").entries) == ["v"]
     with pytest.raises(UsageError, match=r"no key 'other' of root 'ema.other', found .'shadow'.: give"):
-        fmt.read(path, root="ema.other")
+        fmt.read(locate(path), root="ema.other")
 
 
 def test_commands_take_a_root(tmp_path, monkeypatch, capsys):
@@ -490,7 +491,7 @@ def test_commands_take_a_root(tmp_path, monkeypatch, capsys):
     assert run("verify", "out", "both.pt", "--set", "root=ema", "--quiet") == 0
     assert run("verify", "out", "both.pt", "--set", "root=model", "--quiet") == 1
     assert "takes root=KEY and no other option" in refusal(capsys, "inspect", "both.pt", "--set", "tied=copy")
-    assert [file.is_absolute() for file in open_checkpoint("ema.pt").contents.files] == [True]
+    assert [file.local.is_absolute() for file in open_checkpoint("ema.pt").contents.files] == [True]
 
 
 def test_a_root_goes_with_a_recipe(tmp_path):
@@ -516,7 +517,7 @@ def deflate(path, skip=lambda _: False):
 
 def test_compressed_entries_without_data_are_read(tmp_path):
     path = saved(tmp_path / "x.pt", {"state_dict": weights(), "args": argparse.Namespace()})
-    assert_holds(fmt.read(deflate(path, lambda name: "/data/" in name)), torch.load(path, weights_only=False)["state_dict"])
+    assert_holds(fmt.read(locate(deflate(path, lambda name: "/data/" in name))), torch.load(path, weights_only=False)["state_dict"])
 
 
 @pytest.mark.parametrize("kind", ["plain", "objects", "program"])
@@ -528,10 +529,10 @@ def test_compressed_data_names_a_command_that_works(tmp_path, kind):
         saved(path, {"state_dict": weights()} | ({"args": Config()} if kind == "objects" else {}))
     packed = deflate(path)
     with pytest.raises(FormatError, match="storage '0' is compressed") as caught:
-        fmt.read(packed)
+        fmt.read(locate(packed))
     command = str(caught.value).split("with: ")[1]
     subprocess.run(["bash", "-c", command.replace("python", sys.executable, 1)], check=True, timeout=600)
-    made, expected = fmt.read(tmp_path / "packed.it's x.new.pt"), fmt.read(path)
+    made, expected = fmt.read(locate(tmp_path / "packed.it's x.new.pt")), fmt.read(locate(path))
     assert {name: stored(source) for name, source in made.entries.items()} == {
         name: stored(source) for name, source in expected.entries.items()
     }
@@ -544,7 +545,7 @@ def test_bombs_are_not_inflated(tmp_path):
             entry.write(bytes(1 << 20))
     assert path.stat().st_size < 1 << 20
     with pytest.raises(FormatError, match="at most 268435456"):
-        fmt.read(path)
+        fmt.read(locate(path))
 
 
 def test_pickles_of_others_are_named_with_a_command_that_works(tmp_path):
@@ -552,16 +553,16 @@ def test_pickles_of_others_are_named_with_a_command_that_works(tmp_path):
     (tmp_path / "it's x.pkl").write_bytes(pickle.dumps(tree, protocol=4))
     for opening in (fmt.read, open_checkpoint):
         with pytest.raises(FormatError, match=r"pickle that torch.save did not write, of .'model', '__author__'. with .*numpy") as caught:
-            opening(tmp_path / "it's x.pkl")
+            opening(locate(tmp_path / "it's x.pkl"))
     command = re.search(r"python (-c .*) makes it readable", str(caught.value))
     subprocess.run([sys.executable, *shlex.split(command[1])], check=True, timeout=600)
-    assert_holds(fmt.read(tmp_path / "it's x.pkl.pt"), {"w": torch.from_numpy(tree["model"]["w"])})
+    assert_holds(fmt.read(locate(tmp_path / "it's x.pkl.pt")), {"w": torch.from_numpy(tree["model"]["w"])})
 
 
 def test_a_module_pickled_by_itself_is_named(tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"G": Model(), "D": Config()}))
     with pytest.raises(FormatError, match=r"a pickle that torch\.save did not write, of .*test_pickles\.Config"):
-        fmt.read(tmp_path / "x.pkl")
+        fmt.read(locate(tmp_path / "x.pkl"))
 
 
 # Hostile pickles ---------------------------------------------------------------------------------------------------------
@@ -600,7 +601,7 @@ RUNS = {
 def test_nothing_of_what_is_left_out_runs(tmp_path, kind, deep):
     MARK.unlink(missing_ok=True)
     path = saved(tmp_path / "x.pt", {"model": {"w": ONE}})
-    assert_holds(fmt.read(path), {"w": ONE})
+    assert_holds(fmt.read(locate(path)), {"w": ONE})
     with zipfile.ZipFile(path) as archive:
         raw = archive.read("x/data.pkl").removesuffix(b".")
     value = b"(}" + text(b"k") + RUNS[kind] + b"sl" if deep else RUNS[kind]
@@ -608,7 +609,7 @@ def test_nothing_of_what_is_left_out_runs(tmp_path, kind, deep):
         archive.writestr("x/data.pkl", raw + text(b"bad") + value + b"s.")
         archive.writestr("x/data/0", bytes_of(ONE))
     before = {*sys.modules, "encodings.cp437"}  # which zipfile takes
-    contents = fmt.read(path)
+    contents = fmt.read(locate(path))
     assert_holds(contents, {"w": ONE})
     assert contents.left_out == ["bad"]
     assert not MARK.exists()
@@ -650,7 +651,7 @@ def test_what_a_pickle_may_make_is_bounded(tmp_path, kind, monkeypatch):
     tracemalloc.start()
     try:
         with pytest.raises(FormatError, match="its objects take more than 4 MiB"):
-            fmt.read(path)
+            fmt.read(locate(path))
         assert tracemalloc.get_traced_memory()[1] < 5 << 20
     finally:
         tracemalloc.stop()
@@ -660,5 +661,5 @@ def test_the_bound_is_far_from_real_files(tmp_path, monkeypatch):
     """As much as 300000 tensors take, counted in hundredths."""
     monkeypatch.setattr(unpickling, "MAX_MADE", unpickling.MAX_MADE // 100)
     tree = {f"model.layers.{number}.self_attn.q_proj.weight": torch.ones(1) for number in range(3000)}
-    assert len(fmt.read(saved(tmp_path / "x.pt", tree)).entries) == 3000
-    assert len(fmt.read(saved(tmp_path / "y.pt", {"model": tree}, **LEGACY)).entries) == 3000
+    assert len(fmt.read(locate(saved(tmp_path / "x.pt", tree))).entries) == 3000
+    assert len(fmt.read(locate(saved(tmp_path / "y.pt", {"model": tree}, **LEGACY))).entries) == 3000

@@ -20,6 +20,7 @@ from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import safetensors as fmt
 from streamconv.formats.files import split_into_shards
+from streamconv.storage.locations import locate
 
 # What safetensors.torch can save; float6 kinds have no torch type.
 TORCH_TYPES = [getattr(torch, name) for name in DTYPES if not name.startswith(("float6", "float4"))] + [torch.float4_e2m1fn_x2]
@@ -83,7 +84,7 @@ def put_index(directory, weight_map, name=fmt.KIND.index):
 
 def refusal(path, kind=FormatError, **options):
     with pytest.raises(StreamconvError) as caught:
-        fmt.read(path, **options)
+        fmt.read(locate(path), **options)
     assert type(caught.value) is kind, caught.value
     message = str(caught.value)
     assert message.isprintable()
@@ -222,11 +223,12 @@ def test_a_sharded_layout_reads_back(tmp_path):
     assert (tmp_path / fmt.KIND.index).read_text() == expected
     assert not layouts[-1].slots
 
-    contents = fmt.read(tmp_path)
+    contents = fmt.read(locate(tmp_path))
     assert {name: entry.spec for name, entry in contents.entries.items()} == specs
     assert list(contents.entries) == [name for layout in layouts for name in layout.slots]
-    assert contents.files == [tmp_path / layout.path for layout in layouts[:-1]]
-    assert (contents.others, contents.metadata, contents.format) == ([tmp_path / fmt.KIND.index], PT, "safetensors")
+    assert [file.local for file in contents.files] == [tmp_path / layout.path for layout in layouts[:-1]]
+    assert [file.local for file in contents.others] == [tmp_path / fmt.KIND.index]
+    assert (contents.metadata, contents.format) == (PT, "safetensors")
     for name, entry in contents.entries.items():
         (extent,) = entry.extents
         with Path(extent.path).open("rb") as file:
@@ -244,7 +246,7 @@ def test_no_tensors_are_one_empty_file(tmp_path):
     (layout,) = fmt.lay_out({}, metadata={}, max_shard_size=10)
     assert filled(layout, {}) == save({})
     (tmp_path / layout.path).write_bytes(filled(layout, {}))
-    assert fmt.read(tmp_path).entries == {}
+    assert fmt.read(locate(tmp_path)).entries == {}
 
 
 # Reading
@@ -254,7 +256,7 @@ def test_a_file_reads_as_the_reference_reads_it(tmp_path):
     tensors = {f"{i}": make(dtype, 2, 2) for i, dtype in enumerate(TORCH_TYPES)} | {"s": make(torch.float64), "e": make(torch.int8, 0)}
     path = tmp_path / "x.safetensors"
     path.write_bytes(save(tensors, PT))
-    entries, metadata = fmt.read_file(path)
+    entries, metadata = fmt.read_file(locate(path))
     assert metadata == PT
     assert {name: entry.spec for name, entry in entries.items()} == specs_of(tensors)
     assert list(entries) == fmt.order_in_file(specs_of(tensors))
@@ -309,11 +311,11 @@ def test_headers_are_taken_as_the_reference_takes_them(tmp_path, case):
 def test_entries_are_in_offset_order_whatever_the_header_says(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(container({"b": tensor(2, 5), "empty": tensor(2, 2), "a": tensor(0, 2)}, bytes(5)))
-    assert list(fmt.read_file(path)[0]) == ["a", "empty", "b"]
+    assert list(fmt.read_file(locate(path))[0]) == ["a", "empty", "b"]
 
 
 def test_equal_specs_are_one_object(tmp_path):
-    entries = fmt.read(put(tmp_path, x1=["x", "y"], x2=["z"])).entries
+    entries = fmt.read(locate(put(tmp_path, x1=["x", "y"], x2=["z"]))).entries
     assert len({id(entry.spec) for entry in entries.values()}) == 1
 
 
@@ -321,9 +323,9 @@ def test_relative_paths_become_absolute_and_links_stay(tmp_path, monkeypatch):
     put(tmp_path, real=["x"])
     (tmp_path / "link.safetensors").symlink_to("real.safetensors")
     monkeypatch.chdir(tmp_path)
-    contents = fmt.read(Path("link.safetensors"))
+    contents = fmt.read(locate(Path("link.safetensors")))
     assert contents.entries["x"].extents[0].path == str(tmp_path / "link.safetensors")
-    assert contents.files == [tmp_path / "link.safetensors"]
+    assert [file.local for file in contents.files] == [tmp_path / "link.safetensors"]
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -336,7 +338,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, case):
     assert part in message
     assert name is None or repr(name) in message
     with pytest.raises(FormatError):
-        fmt.read_file(path)
+        fmt.read_file(locate(path))
 
 
 def test_a_path_with_a_newline_still_makes_one_line(tmp_path):
@@ -418,7 +420,7 @@ def test_a_mutated_file_reads_as_the_reference_reads_it_or_is_refused(scratch, v
         content = struct.pack("<Q", length) + content[8:]
     scratch.write_bytes(content)
     try:
-        entries, _ = fmt.read_file(scratch)
+        entries, _ = fmt.read_file(locate(scratch))
     except StreamconvError as error:
         refused = error
     else:
@@ -441,15 +443,16 @@ def test_a_mutated_file_reads_as_the_reference_reads_it_or_is_refused(scratch, v
 
 
 def names_of(path, **options):
-    return list(fmt.read(path, **options).entries)
+    return list(fmt.read(locate(path), **options).entries)
 
 
 def test_without_an_index_model_safetensors_counts_alone(tmp_path):
     put(tmp_path, b=["b"])
     assert names_of(tmp_path) == ["b"]
     put(tmp_path, model=["m"])
-    contents = fmt.read(tmp_path)
-    assert (list(contents.entries), contents.files, contents.others) == (["m"], [tmp_path / "model.safetensors"], [])
+    contents = fmt.read(locate(tmp_path))
+    assert (list(contents.entries), contents.others) == (["m"], [])
+    assert [file.local for file in contents.files] == [tmp_path / "model.safetensors"]
 
 
 def test_other_and_hidden_files_do_not_count(tmp_path):
@@ -470,10 +473,10 @@ def test_the_order_is_that_of_transformers_diffusers_and_peft(tmp_path):
     assert names_of(tmp_path) == ["d"]
     put(tmp_path, y=["y"])
     put_index(tmp_path, {"y": "y.safetensors"})
-    contents = fmt.read(tmp_path)
-    assert (list(contents.entries), contents.others) == (["y"], [tmp_path / fmt.KIND.index])
+    contents = fmt.read(locate(tmp_path))
+    assert (list(contents.entries), [file.local for file in contents.others]) == (["y"], [tmp_path / fmt.KIND.index])
     put(tmp_path, model=["m"])
-    contents = fmt.read(tmp_path)
+    contents = fmt.read(locate(tmp_path))
     assert (list(contents.entries), contents.others) == (["m"], []), "transformers looks for the single file first"
     (note,) = contents.notes
     assert note.startswith("model.safetensors is read; not read: adapter_model.safetensors, diffusion_pytorch_model.safetensors, ")
@@ -542,7 +545,7 @@ def test_a_missing_shard_is_noticed_without_an_index(tmp_path):
     put(tmp_path, **{"model-00001-of-00003": ["a"], "model-00003-of-00003": ["b"], "extra": ["c"]})
     assert "2 of the 3" in refusal(tmp_path)
     put(tmp_path, **{"model-00002-of-00003": ["d"]})
-    contents = fmt.read(tmp_path)
+    contents = fmt.read(locate(tmp_path))
     assert list(contents.entries) == ["a", "d", "b"]
     assert contents.notes[0].endswith("model-00003-of-00003.safetensors are read; not read: extra.safetensors")
 
@@ -568,7 +571,7 @@ def test_a_hub_snapshot_of_links_reads_like_files(tmp_path):
     }
     for link, target in targets.items():
         (snapshot / link).symlink_to(f"../../blobs/{target}")
-    contents = fmt.read(snapshot)
+    contents = fmt.read(locate(snapshot))
     assert list(contents.entries) == ["a", "b"]
     assert contents.entries["b"].extents[0].path == str(snapshot / "model-00002-of-00002.safetensors")
     (blobs / "two.safetensors").unlink()
@@ -685,7 +688,7 @@ def test_a_tensor_in_two_files_is_refused_or_named_by_rank(tmp_path):
     message = refusal(tmp_path)
     for part in (str(tmp_path), "'w'", "'r0.safetensors'", "'r1.safetensors'", "<file>/<name>"):
         assert part in message
-    contents = fmt.read(tmp_path, by_rank=True)
+    contents = fmt.read(locate(tmp_path), by_rank=True)
     assert list(contents.entries) == ["r0.safetensors/w", "r0.safetensors/x", "r1.safetensors/w"]
     assert contents.entries["r1.safetensors/w"].extents[0].path == str(tmp_path / "r1.safetensors")
     assert names_of(tmp_path / "r1.safetensors", by_rank=True) == ["r1.safetensors/w"]
@@ -700,4 +703,4 @@ def test_a_second_copy_is_refused_with_an_index_too(tmp_path):
 def test_metadata_of_several_files_is_joined_the_first_counts(tmp_path):
     for stem, metadata in {"x1": {"format": "pt", "k": "a"}, "x2": {"format": "pt", "k": "b", "only": "b"}}.items():
         (tmp_path / f"{stem}.safetensors").write_bytes(container({"__metadata__": metadata}))
-    assert fmt.read(tmp_path).metadata == {"format": "pt", "k": "a", "only": "b"}
+    assert fmt.read(locate(tmp_path)).metadata == {"format": "pt", "k": "a", "only": "b"}

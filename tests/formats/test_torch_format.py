@@ -27,6 +27,7 @@ from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import Contents, Extent, Source, safetensors
 from streamconv.formats import torch as fmt
+from streamconv.storage.locations import locate
 
 NAMES = [name for name in DTYPES if not name.startswith(("float6", "float4"))]
 LEGACY = {"_use_new_zipfile_serialization": False}
@@ -141,22 +142,25 @@ def test_read_equals_torch_load(tmp_path, kind, options):
     tree = TREES[kind]()
     path = saved(tmp_path / "x.pt", tree, **options)
     if options and kind == "types":  # torch cannot load its newest types from the old format; they are in the file all the same
-        check_equal(fmt.read(path), tree)
+        check_equal(fmt.read(locate(path)), tree)
     else:
-        check_equal(fmt.read(path), dict(flat(torch.load(path, weights_only=True))))
+        check_equal(fmt.read(locate(path)), dict(flat(torch.load(path, weights_only=True))))
 
 
 def test_offsets_are_those_that_torch_gives(tmp_path):
     """Guards the private attribute, should a reader ever want it, and our own offsets against torch's."""
     path = saved(tmp_path / "x.bin", all_types())
-    contents = fmt.read(path)
+    contents = fmt.read(locate(path))
     for name, tensor in torch.load(path, weights_only=True, map_location="meta").items():
         assert contents.entries[name].extents[0].offset == tensor.untyped_storage()._checkpoint_offset
 
 
 def test_reading_does_not_import_torch(tmp_path):
     path = saved(tmp_path / "x.bin", all_types())
-    code = "import sys, pathlib; from streamconv.formats import torch as fmt; fmt.read(pathlib.Path(sys.argv[1]))"
+    code = (
+        "import sys; from streamconv.formats import torch as fmt; from streamconv.storage.locations import locate; "
+        "fmt.read(locate(sys.argv[1]))"
+    )
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, path], check=True, timeout=600)
 
@@ -169,11 +173,11 @@ def test_strided_views(tmp_path_factory, data):
     stride = data.draw(st.lists(st.integers(0, 5), min_size=len(shape), max_size=len(shape)))
     view = base.as_strided(shape, stride, data.draw(st.integers(0, 15)))
     path = saved(tmp_path_factory.mktemp("views") / "x.pt", {"v": view}, **data.draw(st.sampled_from([{}, LEGACY])))
-    check_equal(fmt.read(path), {"v": view})
+    check_equal(fmt.read(locate(path)), {"v": view})
 
 
 def test_what_lies_row_by_row_is_stored_and_all_else_a_view(tmp_path):
-    contents = fmt.read(saved(tmp_path / "x.pt", views()))
+    contents = fmt.read(locate(saved(tmp_path / "x.pt", views())))
     whole = {name for name, node in contents.entries.items() if isinstance(node, Source)}
     assert whole == {"base", "rows", "flat", "none"}
     spans = {name: node.inputs[0].spec.numel for name, node in contents.entries.items() if name not in whole}
@@ -201,13 +205,13 @@ ROOTS = [
 
 @pytest.mark.parametrize(("tree", "root", "found", "names", "left_out"), ROOTS)
 def test_roots_and_what_is_left_out(tmp_path, tree, root, found, names, left_out):
-    contents = fmt.read(saved(tmp_path / "x.pth", tree), root=root)
+    contents = fmt.read(locate(saved(tmp_path / "x.pth", tree)), root=root)
     assert (contents.root, sorted(contents.entries), contents.left_out) == (found, names, left_out)
 
 
 def test_an_unknown_root_lists_the_keys(tmp_path):
     with pytest.raises(UsageError, match=r"no key 'ema'.*'w'"):
-        fmt.read(saved(tmp_path / "x.pth", {"w": torch.ones(1)}), root="ema")
+        fmt.read(locate(saved(tmp_path / "x.pth", {"w": torch.ones(1)})), root="ema")
 
 
 def test_values_that_are_made_by_calls_are_left_out_and_not_made(tmp_path):
@@ -216,7 +220,7 @@ def test_values_that_are_made_by_calls_are_left_out_and_not_made(tmp_path):
             return bytearray, (10**13,)
 
     tree = {"w": torch.ones(1), "bomb": Bomb(), "counts": Counter("aab"), "z": 1j, "device": torch.device("cpu"), "bytes": b"x"}
-    contents = fmt.read(saved(tmp_path / "x.pth", tree))
+    contents = fmt.read(locate(saved(tmp_path / "x.pth", tree)))
     assert (list(contents.entries), contents.left_out) == (["w"], ["bomb", "counts", "z", "device", "bytes"])
 
 
@@ -231,10 +235,10 @@ def test_ties_are_those_of_huggingface_hub_under_the_first_name(tmp_path):
         "d": other[:],
         "none": torch.ones(0),
     }
-    contents = fmt.read(saved(tmp_path / "x.bin", tensors))
+    contents = fmt.read(locate(saved(tmp_path / "x.bin", tensors)))
     (tmp_path / "hub").mkdir()
     save_torch_state_dict(dict(tensors), tmp_path / "hub")
-    _, metadata = safetensors.read_file(tmp_path / "hub" / "model.safetensors")
+    _, metadata = safetensors.read_file(locate(tmp_path / "hub" / "model.safetensors"))
     assert ties(contents) == {"b": "z", "a": "z", "d": "c"}
     groups = [{name, *(other for other, kept in metadata.items() if kept == name)} for name in set(metadata.values()) - {"pt"}]
     assert sorted(map(sorted, groups)) == [["a", "b", "z"], ["c", "d"]]
@@ -257,17 +261,17 @@ def test_directory_by_index(tmp_path):
     saved(tmp_path / files[0], {"z": torch.ones(2)})
     saved(tmp_path / files[1], {"a": torch.zeros(3)}, **LEGACY)
     write_index(tmp_path, {"a": files[1], "z": files[0]})
-    contents = fmt.read(tmp_path)
-    assert (list(contents.entries), contents.others) == (["z", "a"], [tmp_path / fmt.INDEX])
-    assert contents.files == [tmp_path / name for name in files]
+    contents = fmt.read(locate(tmp_path))
+    assert (list(contents.entries), [file.local for file in contents.others]) == (["z", "a"], [tmp_path / fmt.INDEX])
+    assert [file.local for file in contents.files] == [tmp_path / name for name in files]
     check_equal(contents, {"z": torch.ones(2), "a": torch.zeros(3)})
     write_index(tmp_path, {"a": files[1], "z": files[0], "more": files[0]})
     with pytest.raises(FormatError, match="'more' is in no file"):
-        fmt.read(tmp_path)
+        fmt.read(locate(tmp_path))
     for outside in ("../x.bin", "/etc/x.bin", "x.pkl", "a//b.bin"):
         write_index(tmp_path, {"a": outside})
         with pytest.raises(FormatError, match=r"expected a .* file below this directory"):
-            fmt.read(tmp_path)
+            fmt.read(locate(tmp_path))
 
 
 CHOICES = [
@@ -284,7 +288,7 @@ CHOICES = [
 def test_directory_without_index(tmp_path, there, chosen):
     for name in there:
         saved(tmp_path / name, {name: torch.ones(1)})
-    contents = fmt.read(tmp_path)
+    contents = fmt.read(locate(tmp_path))
     assert [path.name for path in contents.files] == chosen
     check_equal(contents, {name: torch.ones(1) for name in chosen})
 
@@ -293,20 +297,20 @@ def test_ranks_and_named_files(tmp_path):
     for rank in range(3):
         saved(tmp_path / f"consolidated.{rank:02d}.pth", {"w": torch.full((2,), float(rank)), "step": rank})
     with pytest.raises(FormatError, match="'w' is in both"):
-        fmt.read(tmp_path)
-    contents = fmt.read(tmp_path, by_rank=True, files=["consolidated.02.pth", "consolidated.00.pth"])
+        fmt.read(locate(tmp_path))
+    contents = fmt.read(locate(tmp_path), by_rank=True, files=["consolidated.02.pth", "consolidated.00.pth"])
     assert list(contents.entries) == ["consolidated.02.pth/w", "consolidated.00.pth/w"]
     assert contents.left_out == ["consolidated.02.pth/step", "consolidated.00.pth/step"]
     with pytest.raises(FormatError, match=r"not there, such as 'consolidated\.09\.pth'"):
-        fmt.read(tmp_path, files=["consolidated.09.pth"])
+        fmt.read(locate(tmp_path), files=["consolidated.09.pth"])
 
 
 def test_incomplete_directories(tmp_path):
     with pytest.raises(FormatError, match=r"no \*\.bin, \*\.pt, \*\.pth"):
-        fmt.read(tmp_path)
+        fmt.read(locate(tmp_path))
     saved(tmp_path / "pytorch_model-00001-of-00003.bin", {"w": torch.ones(1)})
     with pytest.raises(FormatError, match="1 of the 3 files"):
-        fmt.read(tmp_path)
+        fmt.read(locate(tmp_path))
 
 
 # Hostile and damaged files ---------------------------------------------------------------------------------------
@@ -354,7 +358,7 @@ def with_entry(path, name):
 @pytest.mark.parametrize("name", ["x/", "x/code/", "x/metadata/info.json"])
 def test_entries_that_torch_does_not_look_at(tmp_path, name):
     path = with_entry(tmp_path / "x.pt", name)
-    assert list(fmt.read(path).entries) == list(torch.load(path, weights_only=True)) == ["w"]
+    assert list(fmt.read(locate(path)).entries) == list(torch.load(path, weights_only=True)) == ["w"]
 
 
 def edit(path, tree, find, replace):
@@ -516,7 +520,7 @@ def test_hostile_files_are_refused_in_one_line_and_nothing_runs(tmp_path, kind):
     build(path)
     before = listing(tmp_path)
     with pytest.raises(StreamconvError, match=message) as caught:
-        fmt.read(path)
+        fmt.read(locate(path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1500
     assert str(caught.value).startswith(str(path))
@@ -531,7 +535,7 @@ def test_truncated_anywhere(tmp_path, options):
     for size in range(0, len(raw), 7):
         path.write_bytes(raw[:size])
         with pytest.raises(StreamconvError):
-            fmt.read(path)
+            fmt.read(locate(path))
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4), st.sampled_from(["zip", "legacy"]))
@@ -547,7 +551,7 @@ def test_flipped_bytes_raise_nothing_else(tmp_path_factory, flips, kind):
         raw[position % len(raw)] = value
     path.write_bytes(raw)
     try:
-        contents = fmt.read(path)
+        contents = fmt.read(locate(path))
     except StreamconvError as error:
         assert "\n" not in str(error)  # noqa: PT017 - either outcome is right
         return
@@ -557,10 +561,10 @@ def test_flipped_bytes_raise_nothing_else(tmp_path_factory, flips, kind):
 
 def test_a_path_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match="no such file"):
-        fmt.read(tmp_path / "x.bin")
+        fmt.read(locate(tmp_path / "x.bin"))
     os.mkfifo(tmp_path / "y.bin")
     with pytest.raises(FormatError, match="not a regular file"):
-        fmt.read(tmp_path / "y.bin")
+        fmt.read(locate(tmp_path / "y.bin"))
 
 
 # Writing ---------------------------------------------------------------------------------------------------------
@@ -610,7 +614,7 @@ def test_written_files_are_those_of_torch_save(tmp_path, file, root):
     loaded = torch.load(tmp_path / "ours" / file, weights_only=True, mmap=True)
     for name, tensor in flat(loaded, ""):
         assert bytes_of(tensor) == bytes_of(tensors[name.removeprefix(f"{root}.")])
-    check_equal(fmt.read(tmp_path / "ours" / file, root=root or ""), tensors)
+    check_equal(fmt.read(locate(tmp_path / "ours" / file), root=root or ""), tensors)
 
 
 @pytest.mark.parametrize("count", [0, 1, 9, 12])
@@ -631,7 +635,7 @@ def test_tied_tensors_are_stored_once(tmp_path):
     check_same_file(tmp_path / "x.bin", saved(tmp_path / "theirs" / "x.bin", tensors))
     loaded = torch.load(tmp_path / "x.bin", weights_only=True, mmap=True)
     assert loaded["a"].data_ptr() == loaded["z"].data_ptr()
-    assert ties(fmt.read(tmp_path / "x.bin")) == {"a": "z"}
+    assert ties(fmt.read(locate(tmp_path / "x.bin"))) == {"a": "z"}
     (later,) = fmt.lay_out({"a": spec_of(shared)}, max_shard_size=None, tied={"z": "a"})
     assert list(later.slots) == ["a", "z"]
     for tied in ({"x": "nowhere"}, {"x": "a"}, {"z": "a", "a": "z"}):
@@ -653,7 +657,7 @@ def test_shards_are_those_of_huggingface_hub(tmp_path, size):
         ours, theirs = (json.loads((tmp_path / side / fmt.INDEX).read_text()) for side in ("ours", "theirs"))
         assert ours["weight_map"] == theirs["weight_map"]
         assert ours["metadata"] == theirs["metadata"] | {"total_parameters": 72}
-    check_equal(fmt.read(tmp_path / "ours"), tensors)
+    check_equal(fmt.read(locate(tmp_path / "ours")), tensors)
 
 
 def test_entries_beyond_4_gib(tmp_path):
@@ -685,7 +689,7 @@ def test_entries_beyond_4_gib(tmp_path):
     assert torch.equal(loaded["z"], values["z"])
     assert loaded["big"].shape == (5 << 20, 512)
     assert loaded["big"][-1, -1] == 0
-    contents = fmt.read(path)
+    contents = fmt.read(locate(path))
     assert {name: source.extents[0].offset for name, source in contents.entries.items()} == dict(layout.slots)
     assert path.stat().st_blocks * 512 < 1 << 20
 

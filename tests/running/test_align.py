@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from streamconv.cli.command import main
 from streamconv.engine.direct import shares_extents
 from streamconv.formats import safetensors
+from streamconv.storage.locations import locate
 
 BLOCK = 4096
 FILE_SYSTEMS = {"xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q"]}
@@ -28,7 +29,8 @@ def write(folder: Path, count: int = 24, elements: int = 1 << 19) -> dict[str, t
 
 
 def starts(folder: Path) -> set[int]:
-    return {min(source.extents[0].offset for source in safetensors.read_file(path)[0].values()) for path in folder.glob("*.safetensors")}
+    tables = (safetensors.read_file(locate(path))[0] for path in folder.glob("*.safetensors"))
+    return {min(source.extents[0].offset for source in table.values()) for table in tables}
 
 
 def test_data_starts_at_a_block_and_files_stay_valid(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -25,7 +26,8 @@ from streamconv.checkpoint.opening import Checkpoint
 from streamconv.diagnose import matching
 from streamconv.diagnose.doctor import examine
 from streamconv.storage import retries
-from streamconv.storage.remote import RemotePath, locate
+from streamconv.storage.folder import IrregularFile
+from streamconv.storage.locations import locate
 from tools.range_server import Handler, Request, Server
 
 SECRET = "hunter2"
@@ -177,7 +179,7 @@ def test_a_scheme_of_ones_own(kinds):
 
 
 def test_a_file_url_is_a_path(kinds):
-    assert locate(f"file://{kinds['torch']}") == kinds["torch"]
+    assert locate(f"file://{kinds['torch']}").local == kinds["torch"]
     same(streamconv.open(f"file://{kinds['torch']}"), streamconv.open(kinds["torch"]))
 
 
@@ -510,7 +512,7 @@ def test_offline_the_cache_is_what_there_is(repository, kinds, monkeypatch):
     asked = len(repository.requests)
     found = streamconv.open("hf://org/model")
     same(found, streamconv.open(kinds["safetensors"]))
-    assert isinstance(found.path, Path)
+    assert found.location.local is not None
     assert "not in the local cache, and HF_HUB_OFFLINE is set" in refused("hf://org/other")
     assert len(repository.requests) == asked
 
@@ -540,25 +542,34 @@ def test_recipes_are_found_by_the_config_behind_a_url(tmp_path, memory):
     assert "llama-hf2meta" in matching.suggest_recipes(f"{memory}/llama")
 
 
-def test_paths_behind_urls_are_like_paths(memory, kinds):
-    far, near = locate(f"{memory}/safetensors"), kinds["safetensors"]
-    assert isinstance(far, RemotePath)
-    assert sorted(path.name for path in far.iterdir()) == sorted(path.name for path in near.iterdir())
-    assert [(str(here), sorted(folders), sorted(files)) for here, folders, files in far.walk()] == [
-        (here.replace(str(near), str(far)), sorted(folders), sorted(files)) for here, folders, files in os.walk(near)
-    ]
-    file = far / "assets" / "a note, 100%.txt"
-    assert (file.suffix, file.parent, file.parent.parent) == (".txt", far / "assets", far)
-    assert file.read_text() == "read me"
-    assert file.is_file()
-    assert file.parent.is_dir()
-    assert not (far / "nothing").exists()
-    with pytest.raises(FileNotFoundError):
-        (far / "nothing").stat()
-    with file.open() as opened:
-        assert opened.seek(-2, os.SEEK_END) == 5
-        assert opened.read(10) == b"me"
-        assert opened.read(10) == b""
+def test_folders_behind_urls_are_like_folders(memory, kinds):
+    near = locate(kinds["safetensors"]).folder
+    far = locate(f"{memory}/safetensors").folder
+    assert (near.local, far.local) == (kinds["safetensors"], None)
+    assert sorted(far.names) == sorted(near.names)
+    for folders in (far.walk(), near.walk()):
+        walked = {inner: (sorted(inside), sorted(files)) for inner, inside, files in folders}
+        assert walked.keys() == {"", "assets"}
+        assert "assets" in walked[""][0]
+        assert walked["assets"] == ([], ["a note, 100%.txt"])
+    for folder in (far, near):
+        file = folder.file("assets/a note, 100%.txt")
+        assert (file.name, file.suffix, file.size, file.is_folder) == ("a note, 100%.txt", ".txt", 7, False)
+        assert str(file) == f"{folder.url}/assets/a note, 100%.txt"
+        assert folder.folder("assets").file(file.name).below(folder) == file.relative
+        assert folder.folder("") is folder
+        assert [folder.has(name) for name in ("assets", file.relative, "nothing")] == [True, True, False]
+        assert [folder.has_file(name) for name in ("assets", file.relative, "nothing")] == [False, True, False]
+        assert [folder.has_folder(name) for name in ("assets", file.relative, "nothing")] == [True, False, False]
+        with pytest.raises(FileNotFoundError):
+            folder.open("nothing")
+        with pytest.raises(IrregularFile):
+            folder.open("assets")
+        with closing(folder.open(file.relative)) as opened:
+            assert (opened.size, opened.pread(4, 5), opened.tell()) == (7, b"me", 0)
+            assert opened.seek(-2, os.SEEK_END) == 5
+            assert opened.read(10) == b"me"
+            assert opened.read(10) == b""
 
 
 def test_a_plan_is_of_the_files_whose_headers_were_read(kinds, tmp_path):

@@ -16,9 +16,9 @@ import streamconv
 from streamconv.errors import RunError, StreamconvError
 from streamconv.running.progress import Phase, Progress
 from streamconv.storage import Entry, pace, probing, remote, retries, web
+from streamconv.storage.locations import locate
 from streamconv.storage.ranges import Ranges
-from streamconv.storage.remote import locate
-from streamconv.storage.sources import Catalog
+from streamconv.storage.sources import Catalog, in_parallel
 from tools.range_server import Handler, Server
 
 SLOW = 0.3  # seconds that stand for the minutes of real patience
@@ -138,9 +138,9 @@ def test_heads_of_many_files_are_kept_by_several_threads(monkeypatch):
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        tree = remote._Tree("memory://bucket/", Catalog())
+        tree = remote.Tree("memory://bucket/", Catalog())
         tree.files()
-        assert {entry.size for entry in remote.in_parallel(lambda k: tree.entry(f"{k}.bin"), range(4000)) if entry} == {8}
+        assert {entry.size for entry in in_parallel(lambda k: tree.entry(f"{k}.bin"), range(4000)) if entry} == {8}
         assert sum(bool(tree.head(f"{k}.bin")) for k in range(4000)) == 256
     finally:
         sys.setswitchinterval(before)
