@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
-from streamconv.errors import UsageError
+from streamconv.errors import FormatError, UsageError
 from streamconv.text import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """An element type. ``bits`` may be below 8 (packed types); such tensors are only ever copied whole."""
+    """What elements are stored as: ``nbytes`` bytes hold ``block`` elements, which is one but for packed types.
+
+    A tensor of a packed type, such as float4_e2m1fn (2 elements in a byte) or a quantization's blocks with their scales in them (256 in
+    144 bytes), consists of whole blocks. They are copied and rearranged as a whole; nothing is known of their numbers here.
+    """
 
     name: str
-    bits: int
+    nbytes: int
+    block: int = 1
     floating: bool = False
+
+    @property
+    def is_packed(self) -> bool:
+        return self.block > 1
 
     @property
     def itemsize(self) -> int:
         """Bytes of one element.
 
         Raises:
-            UsageError: the type packs several elements into a byte.
+            UsageError: the type packs several elements into a block.
         """
-        if self.bits % 8:
-            raise UsageError(f"{self.name} packs elements of {self.bits} bits: such tensors can be copied, not rearranged or cast")
-        return self.bits // 8
+        if self.is_packed:
+            raise UsageError(f"{self.packing}: such tensors can be copied, not computed with")
+        return self.nbytes
+
+    @property
+    def packing(self) -> str:
+        """How a packed type stores elements, in words."""
+        return f"{self.name} packs {self.block} elements into {self.nbytes} byte{'s' * (self.nbytes > 1)}"
 
     def __str__(self) -> str:
         return self.name
 
 
 def _table() -> dict[str, DType]:
-    floats = {"float64": 64, "float32": 32, "float16": 16, "bfloat16": 16}
-    small = {f"float8_{kind}": 8 for kind in ("e5m2", "e4m3fn", "e8m0fnu", "e4m3fnuz", "e5m2fnuz")}
-    packed = {"float6_e2m3fn": 6, "float6_e3m2fn": 6, "float4_e2m1fn": 4}
-    whole = {f"{sign}int{bits}": bits for sign in ("", "u") for bits in (8, 16, 32, 64)}
-    other = {"bool": 8, "complex64": 64}
-    types = [DType(name, bits, floating=True) for name, bits in (floats | small | packed).items()]
-    types += [DType(name, bits) for name, bits in (whole | other).items()]
+    floats = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+    small = {f"float8_{kind}": 1 for kind in ("e5m2", "e4m3fn", "e8m0fnu", "e4m3fnuz", "e5m2fnuz")}
+    packed = {"float6_e2m3fn": (3, 4), "float6_e3m2fn": (3, 4), "float4_e2m1fn": (1, 2)}
+    whole = {f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)}
+    other = {"bool": 1, "complex64": 8}
+    types = [DType(name, nbytes, floating=True) for name, nbytes in (floats | small).items()]
+    types += [DType(name, nbytes, block, floating=True) for name, (nbytes, block) in packed.items()]
+    types += [DType(name, nbytes) for name, nbytes in (whole | other).items()]
     return {dtype.name: dtype for dtype in types}
 
 
@@ -71,6 +87,25 @@ def parse_dtype(given: object) -> DType:
     return DTYPES[name]
 
 
+def write_dtype(dtype: DType) -> str:
+    """A type as a text that says all of it: its name, and how one packs elements that others need not know: ``q4_k:144/256``."""
+    return dtype.name if DTYPES.get(dtype.name) == dtype else f"{dtype.name}:{dtype.nbytes}/{dtype.block}"
+
+
+def read_dtype(text: str) -> DType:
+    """The type of a text that `write_dtype` wrote. (Whether one that others need not know is a floating one, no text says.)
+
+    Raises:
+        FormatError: there is none like that.
+    """
+    if text in DTYPES:
+        return DTYPES[text]
+    match = re.fullmatch(r"([^:]+):([1-9]\d{0,8})/([1-9]\d{0,8})", text)
+    if match is None or match[1] in DTYPES:
+        raise FormatError(f"unknown dtype {text!r}")
+    return DType(match[1], int(match[2]), int(match[3]))
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """What is known of a tensor without its data: dtype and shape; ``nbytes`` of its row-major form."""
@@ -84,7 +119,12 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.bits // 8
+        return self.numel // self.dtype.block * self.dtype.nbytes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its elements fill the blocks that they are packed into."""
+        return self.numel % self.dtype.block == 0
 
     def __str__(self) -> str:
         return f"{self.dtype.name}[{', '.join(map(str, self.shape))}]"

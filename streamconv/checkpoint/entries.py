@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.graph.moves import Move, region
-from streamconv.graph.node import AnyNode, Node, apply, as_bytes
+from streamconv.graph.node import AnyNode, Node, apply, items_of
 from streamconv.graph.tiles import boxes
 from streamconv.graph.views import Index, select
 from streamconv.notebook import table
@@ -102,7 +102,7 @@ class TensorEntry:
         """
         from streamconv.graph.arrays import numpy_dtype
 
-        if self.spec.dtype.bits % 8:
+        if self.spec.dtype.is_packed:
             raise UsageError(f"{self.name}: numpy has no packed {self.dtype}; copy such tensors with streamconv convert")
         data, shape = self._read(rows)
         return data.view(numpy_dtype(self.dtype)).reshape(shape)
@@ -135,10 +135,9 @@ class TensorEntry:
         import numpy as np
 
         if index is ...:
-            node = self.source if self.spec.dtype.bits % 8 == 0 else as_bytes(self.source)
-            return self._evaluate(node), self.shape
-        if self.spec.dtype.bits % 8:
-            raise UsageError(f"{self.name}: {self.dtype} packs elements into bytes: take the whole tensor")
+            return self._evaluate(items_of(self.source)), self.shape
+        if self.spec.dtype.is_packed:
+            raise UsageError(f"{self.name}: {self.spec.dtype.packing}: take the whole tensor")
         view, shape, reversed_axes = select(self.shape, index, self.name)
         data = self._evaluate(apply(view, self.source))
         if reversed_axes:

@@ -120,7 +120,7 @@ def measure(entry: TensorEntry) -> Statistics | None:
     import torch
 
     kind = getattr(torch, entry.dtype, None)
-    if kind is None or kind.is_complex or entry.spec.dtype.bits % 8:
+    if kind is None or kind.is_complex or entry.spec.dtype.is_packed:
         return None
     found = Statistics()
     for piece in entry.pieces(PIECE):

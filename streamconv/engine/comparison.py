@@ -14,7 +14,7 @@ from streamconv.engine.io import share_descriptors
 from streamconv.engine.readers import Reader, make_reader
 from streamconv.errors import BudgetError, RunError, unforeseen
 from streamconv.graph.moves import Move, identity, region
-from streamconv.graph.node import AnyNode, Node, Source, as_bytes, trace
+from streamconv.graph.node import AnyNode, Node, Source, items_of, trace
 from streamconv.graph.tiles import boxes
 from streamconv.notebook import table
 from streamconv.planning.plan import source_files
@@ -200,7 +200,7 @@ class _Comparer:
         from streamconv.graph.evaluate import COMPARE, Arena, arena_bytes, prepare
 
         pairs = [(self._expected[name], self._found[name]) for name in names]
-        nodes = [node for pair in pairs for node in pair if isinstance(node, Node)]
+        nodes = [items_of(node) for pair in pairs for node in pair if isinstance(node, Node)]
         scattered = any(isinstance(found, Node) for _, found in pairs)
         prepare(nodes)
         self._step = REMOTE_STEP if self._urls and nodes else COMPARE
@@ -238,11 +238,10 @@ class _Comparer:
     def _compare(self, name: str, arena: Arena, reader: Reader) -> TensorDifference | None:
         left, right = self._expected[name], self._found[name]
         same_dtype = left.spec.dtype == right.spec.dtype
-        packed = left.spec.dtype.bits % 8 or right.spec.dtype.bits % 8
+        packed = left.spec.dtype.is_packed or right.spec.dtype.is_packed
         if packed and not same_dtype:
             return TensorDifference(name, expected=str(left.spec), found=str(right.spec))
-        if packed:
-            left, right = as_bytes(left), as_bytes(right)
+        left, right = items_of(left), items_of(right)
         equal, squares, largest, nonfinite = same_dtype, 0.0, 0.0, 0
         for ours, theirs in self._steps(left, right, arena, reader):
             if same_dtype and (ours == theirs).all():

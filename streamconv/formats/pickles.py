@@ -17,8 +17,9 @@ _STORAGES = {
     "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
     "QInt8": "qint8", "QUInt8": "quint8", "QInt32": "qint32", "QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4",
 }  # fmt: skip
-_FOREIGN = {"complex128": 128, "complex32": 32, "qint8": 8, "quint8": 8, "qint32": 32, "quint4x2": 8, "quint2x4": 8, "float4_e2m1fn_x2": 8}
-_TYPES = {name: dtype for name, dtype in DTYPES.items() if dtype.bits >= 8} | {name: DType(name, bits) for name, bits in _FOREIGN.items()}
+_FOREIGN = {"complex128": 16, "complex32": 4, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1, "float4_e2m1fn_x2": 1}
+_PLAIN = {name: dtype for name, dtype in DTYPES.items() if not dtype.is_packed}
+_TYPES = _PLAIN | {name: DType(name, nbytes) for name, nbytes in _FOREIGN.items()}
 _STORAGE_TYPES = {f"{module}.{kind}Storage": _TYPES[name] for kind, name in _STORAGES.items() for module in ("torch", "torch.cuda")}
 _STORAGE_TYPES["torch.storage.UntypedStorage"] = _TYPES["uint8"]
 _DENSE = {f"{_UTILS}tensor", f"{_UTILS}tensor_v2", f"{_UTILS}tensor_v3"}

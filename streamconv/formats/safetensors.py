@@ -233,8 +233,8 @@ def _spec(path: Location, name: str, info: dict[str, Any], specs: _Specs) -> Ten
         if not countable(shape):
             raise damaged(path, f"its shape must be of sizes from 0, in all below 2**63 elements, and is {short.repr(shape)}", name)
         spec = TensorSpec(DTYPES[CODES[code]], key[1])
-        if spec.numel * spec.dtype.bits % 8:
-            raise damaged(path, f"{spec} ends inside a byte: {spec.numel} elements of {spec.dtype.bits} bits", name)
+        if not spec.is_whole:
+            raise damaged(path, f"{spec} ends inside a byte: it has {spec.numel} elements, and {spec.dtype.packing}", name)
         specs[key] = spec
     return spec
 
@@ -255,13 +255,17 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], a
     Raises:
         UsageError: a name that cannot be stored, a packed tensor that ends inside a byte, or too many tensors for one file.
     """
+    for name, spec in specs.items():
+        if spec.dtype.name not in _CODE_OF:
+            told = f"safetensors has no type for {spec.dtype}: leave it out, or choose a container that has with --format"
+            raise UsageError(f"tensor {short.repr(name)}: {told}")
     if _METADATA in specs:
         raise UsageError(f"a tensor cannot be named {_METADATA!r} in a safetensors file: rename it")
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     position, slots = 0, {}
     for name in order_in_file(specs):
         spec, begin = specs[name], position
-        if spec.numel * spec.dtype.bits % 8:
+        if not spec.is_whole:
             raise UsageError(f"tensor {short.repr(name)}: {spec} ends inside a byte, which safetensors cannot store: leave it out")
         position += spec.nbytes
         slots[name] = begin

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamconv.graph.moves import Move, identity, packed, packed_strides
-from streamconv.graph.node import AnyNode, Extent, Node, Source, as_bytes
+from streamconv.graph.node import AnyNode, Extent, Node, Source, items_of
 from streamconv.graph.ops import Compute, Elementwise, Layout, Reduce, Values
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def same_bytes(left: AnyNode, right: AnyNode, arena: Arena, read: Read, expect: 
     """Whether two nodes hold the same bytes. The arena has room for evaluating them and for `COMPARE` bytes of each."""
     if left.spec != right.spec:
         return False
-    left, right = (as_bytes(node) if node.spec.dtype.bits % 8 else node for node in (left, right))
+    left, right = items_of(left), items_of(right)
     itemsize, mark = left.spec.dtype.itemsize, arena.mark
     step = COMPARE // itemsize
     for start in range(0, left.spec.numel, step):

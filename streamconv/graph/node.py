@@ -7,12 +7,14 @@ inputs in buffers of their own and turn them into values.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from streamconv.dtypes import DTYPES, TensorSpec
+from streamconv.errors import CoverageError
 from streamconv.graph.moves import Move
-from streamconv.graph.ops import Compute, Elementwise, Layout, Op, Rearrange, Reduce
+from streamconv.graph.ops import Compute, Elementwise, Layout, Op, Rearrange, Reduce, Reshape
+from streamconv.notation.axes import parse
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ def apply(op: Op, *inputs: AnyNode) -> Node:
 
 def rearrange(op: Rearrange, inputs: tuple[AnyNode, ...]) -> AnyNode:
     """`apply`, without a node where the op changes nothing but the name."""
+    if any(node.spec.dtype.is_packed for node in inputs):
+        return inputs[0] if len(inputs) == 1 and op.is_identity else rearrange_packed(op, inputs)
     node = apply(op, *inputs)
     return inputs[0] if len(inputs) == 1 and op.is_identity and node.spec == inputs[0].spec else node
 
@@ -115,7 +119,29 @@ def is_made_whole(node: AnyNode) -> bool:
     return isinstance(node.op, Reduce)
 
 
-def as_bytes(node: AnyNode) -> Source:
-    """A stored tensor as the bytes it takes."""
-    assert not isinstance(node, Node), "packed types are only ever stored"
+def items_of(node: AnyNode) -> AnyNode:
+    """A tensor as the items that can be moved one by one: as it is, or, of a packed type, as the bytes that it takes."""
+    if not node.spec.dtype.is_packed:
+        return node
+    if isinstance(node, Node):
+        return node.inputs[0]  # which `rearrange_packed` has made it of
     return Source(TensorSpec(DTYPES["uint8"], (node.spec.nbytes,)), node.extents)
+
+
+def rearrange_packed(op: Rearrange, inputs: Sequence[AnyNode]) -> Node:
+    """A layout of tensors whose dtype packs elements into blocks: a look at a layout of their bytes, which moves whole blocks.
+
+    Raises:
+        CoverageError: the inputs do not fit, or the layout takes blocks apart.
+    """
+    dtypes = list(dict.fromkeys(node.spec.dtype for node in inputs))
+    if len(dtypes) > 1:
+        raise CoverageError(f"tensors of dtypes {', '.join(sorted(map(str, dtypes)))} cannot become one: one of them packs its elements")
+    (dtype,) = dtypes
+    inner = parse(op.layout).innermost
+    cut = next((axis for axis in sorted(inner) if op.sizes[axis] % dtype.block), None) if inner else "..."
+    if cut is not None:
+        raise CoverageError(f"layout {op.layout!r} takes blocks apart along {cut}: {dtype.packing}, which are moved as a whole")
+    sizes = {axis: size // dtype.block * dtype.nbytes if axis in inner else size for axis, size in op.sizes.items()}
+    moved = apply(replace(op, sizes=sizes), *map(items_of, inputs))
+    return Node(TensorSpec(dtype, op.shape), Reshape(moved.spec.shape), (moved,))

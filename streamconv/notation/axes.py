@@ -103,6 +103,14 @@ class Layout:
         """Axis names in order of appearance on the left, without ``...``."""
         return tuple(dict.fromkeys(name for tensor in self.left for name in _names(tensor) if name != ELLIPSIS))
 
+    @cached_property
+    def innermost(self) -> frozenset[str]:
+        """The axes that parts end in, where none of them stands further out in another part, or on the other side; else none."""
+        parts = [names for tensor in (*self.left, *self.right) for names in _alternatives(tensor)]
+        last = {name for names in parts for name in names[-1:]}
+        others = {name for names in parts for name in names[:-1]}
+        return frozenset() if [] in parts or last & others else frozenset(last)
+
     def spread(self, rank: Sequence[int], side: str = "left") -> Layout:
         """This layout with ``...`` replaced by as many axes as tensors of these ranks leave for it.
 

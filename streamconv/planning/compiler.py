@@ -9,7 +9,7 @@ from dataclasses import replace
 from streamconv.errors import UsageError
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph.moves import Move, identity
-from streamconv.graph.node import AnyNode, Node, Source, is_made_whole, sources, trace
+from streamconv.graph.node import AnyNode, Node, Source, is_made_whole, items_of, sources, trace
 from streamconv.planning.fitting import SCATTERED, TILE, Budget, Fitting, bytes_of_stream
 from streamconv.planning.plan import Account, Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile, add_up, source_files
 from streamconv.planning.plan import Mapping as Row
@@ -67,7 +67,7 @@ def compile_plan(
     files = [compiler.file(layout, outputs) for layout in layouts]
     beside = [compiler.sidecar(path, given) for path, given in (sidecars or {}).items()]
     files[-1:-1] = beside
-    checks = [Check(compiler.node(a), compiler.node(b), names) for a, b, names in replicas]
+    checks = [Check(compiler.node(items_of(a)), compiler.node(items_of(b)), names) for a, b, names in replicas]
     proof = Proof(compiler.sources, compiler.nodes)
     proof.check_nodes()
     proof.check_files(files)  # before memory is measured: this takes some, too
@@ -164,7 +164,7 @@ class _Compiler:
 
     def _segments(self, node: AnyNode, pieces: Iterable[tuple[int, int]], compute: _Computing) -> Iterator[Segment]:
         """How a tensor gets into the ranges of its file, (offset, bytes) each, that hold its bytes one after the other."""
-        start = 0
+        start, node = 0, items_of(node)
         for slot, nbytes in pieces:
             if isinstance(node, Node):
                 yield from compute(node, start, slot, nbytes)
@@ -232,7 +232,7 @@ class _Compiler:
             renamed=sum(not row.layout and len(row.sources) == 1 and _bare(row.target) != _bare(row.sources[0]) for row in rows),
             dropped=dict(Counter(reasons.values()).most_common()),
             tied=tied,
-            cast=sum(leaf.spec.dtype != node.spec.dtype for node, leaf in leaves),
+            cast=sum(leaf.spec.dtype != node.spec.dtype and not node.spec.dtype.is_packed for node, leaf in leaves),
         )
 
 

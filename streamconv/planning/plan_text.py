@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from streamconv import codec
 from streamconv.digests import Checksum
-from streamconv.dtypes import DTYPES, TensorSpec
+from streamconv.dtypes import TensorSpec, read_dtype, write_dtype
 from streamconv.errors import FormatError
 from streamconv.graph import ops
 from streamconv.graph.moves import Move
@@ -163,7 +163,7 @@ class Graph:
     def add(self, node: AnyNode) -> int:
         """The number of a node's row."""
         if id(node) not in self._numbers:
-            dtype, shape = node.spec.dtype.name, node.spec.shape
+            dtype, shape = write_dtype(node.spec.dtype), node.spec.shape
             row: StoredRow | MadeRow
             if isinstance(node, Node):
                 inputs = tuple(self.add(child) for child in node.inputs)
@@ -208,9 +208,7 @@ def _pick(table: Sequence[Any], number: int, what: str) -> Any:
 
 
 def _spec(row: StoredRow | MadeRow | MappingRow) -> TensorSpec:
-    if row.dtype not in DTYPES:
-        raise FormatError(f"unknown dtype {row.dtype!r}")
-    return TensorSpec(DTYPES[row.dtype], row.shape)
+    return TensorSpec(read_dtype(row.dtype), row.shape)
 
 
 def file_row(file: FilePlan) -> FileRow:
@@ -242,7 +240,7 @@ def _read_segment(row: CopyRow | ComputeRow) -> Segment:
 
 def mapping_rows(mapping: Iterable[Mapping]) -> Iterator[MappingRow]:
     """Rows of the mapping as they stand in a document."""
-    return (MappingRow(m.target, m.sources, m.layout, m.spec.dtype.name, m.spec.shape) for m in mapping)
+    return (MappingRow(m.target, m.sources, m.layout, write_dtype(m.spec.dtype), m.spec.shape) for m in mapping)
 
 
 def read_mapping(rows: Iterable[MappingRow]) -> tuple[Mapping, ...]:

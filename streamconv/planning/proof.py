@@ -161,7 +161,7 @@ class Proof:
         if not (0 <= part.offset < LARGEST and 0 <= part.itemsize <= 8 and max((*move.src_strides, move.src)) < LARGEST):
             raise FormatError(f"{file.path}: a region lies nowhere in its source")
         spec = self._nodes[part.node].spec
-        if spec.dtype.bits % 8:
+        if spec.dtype.is_packed:
             raise FormatError(f"{file.path}: {spec} cannot be computed")
         box = make_box(part.dst + move.dst * spec.dtype.itemsize, spec.dtype.itemsize, move.sizes, move.dst_strides)
         if box.stop > part.dst + spec.nbytes:

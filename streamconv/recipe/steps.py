@@ -193,7 +193,7 @@ def _same(nodes: Sequence[AnyNode], entries: Lookup, *, tensor: str) -> AnyNode:
 
 def _dequantize(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: int, columns: int) -> AnyNode:
     spec = nodes[0].spec
-    if len(nodes) == 1 and not (spec.dtype.floating and spec.dtype.bits == 8):
+    if len(nodes) == 1 and not (spec.dtype.floating and spec.dtype.nbytes == 1):
         return nodes[0]
     if len(nodes) == 1 or len(spec.shape) != 2 or rows < 1 or columns < 1:
         found = ", ".join(str(node.spec) for node in nodes)

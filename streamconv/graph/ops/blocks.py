@@ -101,7 +101,7 @@ class Dequantize(Elementwise):
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         matrix, scales = inputs
-        if matrix.dtype.bits != 8 or not matrix.dtype.floating or matrix.shape != self.shape or len(self.shape) < 2:
+        if matrix.dtype.nbytes != 1 or not matrix.dtype.floating or matrix.shape != self.shape or len(self.shape) < 2:
             raise CoverageError(f"expected a matrix of one-byte floats {list(self.shape)}, found {matrix}")
         if scales.dtype.name not in _SCALES or scales.shape != self.blocks.counts:
             blocks = " x ".join(map(str, self.block))
