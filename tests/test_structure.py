@@ -27,8 +27,8 @@ PACKAGES = {
     "notation": 1_000,  # strings and integers
     "storage": 1_800,  # where files are; most of it is what servers need
     "graph": 1_200,  # nodes, ops, and how a region of one is made
-    "formats": 2_300,  # containers, the machine for pickles, and what files of others are
-    "checkpoint": 900,  # finding out what a path holds
+    "formats": 2_400,  # containers and all that is known of their names, the machine for pickles, and what files of others are
+    "checkpoint": 700,  # finding out what a path holds
     "schemes": 250,  # quantizations
     "recipe": 1_600,  # the mechanism of recipes
     "library": 850,  # what other libraries know, and the op that runs their code
