@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from streamconv.errors import RecipeError
-from streamconv.recipe.facts import Drop, Fact, Make, Option, Rule, Tie
+from streamconv import codec
+from streamconv.errors import FormatError, RecipeError
+from streamconv.recipe.facts import MOST, Drop, Fact, Make, Option, Rule, Tie
 
-MOST = 4096  # items of a list or mapping in a recipe file; nobody has written a tenth of that
-LARGEST = 2**63  # whole numbers stay below it
-MOST_SHARDS = 100_000
 KINDS: dict[str, type[Fact]] = {"rule": Rule, "drop": Drop, "make": Make, "tie": Tie}
 FIRST = {"rule": "left", "drop": "left", "make": "right", "tie": "left"}
 """The field that a fact in a file begins with, under the name of its kind."""
@@ -95,29 +96,62 @@ def options(rows: object, where: str) -> dict[str, Option]:
     found = {}
     for name, row in mapping(rows, f"{where}, options").items():
         with within(name):
-            found[name] = build(Option, {"help": "", **mapping(row, f"{where}, option {name}")}, f"{where}, option {name}")
+            found[name] = build(Option, row, f"{where}, option {name}")
     return found
 
 
-def build(kind: type[Any], data: object, where: str) -> Any:
-    """A dataclass of the values of its fields. Raises RecipeError."""
+def build(kind: Any, data: object, where: str, made: Collection[str] = ()) -> Any:
+    """A dataclass of the values of its fields, which have the types that it declares; those ``made`` are read. Raises RecipeError."""
     values = mapping(data, where)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(values) - set(fields)):
+    types = types_of(kind)
+    if unknown := sorted(set(values) - set(types)):
         with within(unknown[0]):
-            raise RecipeError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(fields)}")
+            raise RecipeError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(types)}")
+    decoded = {}
     for name, value in values.items():
-        wanted = VALUES.get(name, TEXT)
-        if not (dataclasses.is_dataclass(value) or wanted.fits(value)):
-            with within(name):
-                raise RecipeError(f"{where}: {name} must be {wanted.expected}, found {reprlib.repr(value)}")
-        if isinstance(value, list | tuple | dict) and len(value) > MOST:
-            with within(name):
-                raise RecipeError(f"{where}: {name} has {len(value)} items, {MOST} at most")
-    required = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
-    if missing := [name for name in required if name not in values]:
+        with within(name):
+            decoded[name] = value if name in made else _decode(name, value, types[name], where)
+    if missing := [name for name in required_of(kind) if name not in values]:
         raise RecipeError(f"{where}: missing {', '.join(missing)}")
-    return kind(**{name: _frozen(value) for name, value in values.items()})
+    return kind(**decoded)
+
+
+def required_of(kind: type[Any]) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    return [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+
+
+@cache
+def types_of(kind: Any) -> dict[str, Any]:
+    """What the fields of a dataclass may be in a file: what they are declared to be, but for None, which is to leave them out."""
+    return {name: _in_files(declared) for name, declared in get_type_hints(kind, include_extras=True).items()}
+
+
+def _in_files(declared: Any) -> Any:
+    if get_origin(declared) not in (Union, UnionType):
+        return declared
+    return Union[tuple(one for one in get_args(declared) if one is not NoneType and get_origin(one) is not Callable)]  # noqa: UP007
+
+
+def _decode(name: str, value: object, wanted: Any, where: str) -> Any:
+    """A field of a file as one of the type that the dataclass declares. Raises RecipeError."""
+    try:
+        return codec.convert(value, wanted)
+    except FormatError as error:
+        fault = _FAULT.fullmatch(str(error))
+        expected = (
+            " or ".join(filter(None, get_args(wanted))) if fault is None else _WORD.sub(lambda word: _WORDS[word[0]], fault["expected"])
+        )
+        verb = "hold" if fault and fault["inside"] else "be"
+        raise RecipeError(f"{where}: {name} must {verb} {expected}, found {reprlib.repr(value)}") from error
+
+
+_FAULT = re.compile(r"Expected (?P<expected>.*?)(?:, got .*?)?(?: - at \$(?P<inside>.+))?")
+_WORDS = {
+    "str": "text", "bool": "true or false", "int": "a whole number", "float": "a number", "array": "a list", "object": "a mapping",
+    "null": "nothing", " | ": " or ",
+}  # fmt: skip
+_WORD = re.compile("|".join(map(re.escape, _WORDS)))
 
 
 def without_defaults(item: Any, *leave: str) -> dict[str, Any]:
@@ -129,86 +163,3 @@ def without_defaults(item: Any, *leave: str) -> dict[str, Any]:
         if f.name not in leave and value != default:
             found[f.name] = [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, tuple) else value
     return found
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-def _is_dims(value: object) -> bool:
-    sizes = value.values() if isinstance(value, dict) else ()
-    return isinstance(value, dict) and all(
-        _is_size(size) or (isinstance(size, dict) and len(size) <= MOST and all(map(_is_size, size.values()))) for size in sizes
-    )
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, str) or (type(value) is int and abs(value) < LARGEST)
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, dict) and all(_is_size(one) or isinstance(one, float) for one in value.values())
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
-
-
-def _is_pair(value: object) -> bool:
-    return _is_texts(value) and len(value) == 2  # type: ignore[arg-type]
-
-
-class Value(NamedTuple):
-    """What a field of a recipe file must be: as a test, in words, and as JSON Schema."""
-
-    fits: Callable[[Any], bool]
-    expected: str
-    schema: Mapping[str, Any]
-
-
-_SIZE = {"type": ["integer", "string"]}
-_LIST = {"type": "array", "items": {"type": "string"}}
-TEXT = Value(lambda value: isinstance(value, str), "text", {"type": "string"})
-FLAG = Value(lambda value: isinstance(value, bool), "true or false", {"type": "boolean"})
-SIZES = Value(
-    _is_dims,
-    "a mapping of axes to numbers, expressions, or one of these for each alternative",
-    {"type": "object", "additionalProperties": {"anyOf": [_SIZE, {"type": "object", "additionalProperties": _SIZE}]}},
-)
-STEP = Value(
-    _is_step,
-    "a mapping of op: its name, and of what it takes: numbers or expressions",
-    {"type": "object", "additionalProperties": {"type": ["number", "string"]}},
-)
-TEXTS = Value(_is_texts, "a list of texts", _LIST)
-VALUES: dict[str, Value] = {
-    **dict.fromkeys(("fallback", "sparse", "partial", "firm", "required", "flipped"), FLAG),
-    "dims": SIZES,
-    "optional": Value(lambda value: isinstance(value, bool | str), "true, false or an expression", {"type": ["boolean", "string"]}),
-    **dict.fromkeys(("op", "undo"), STEP),
-    **dict.fromkeys(("choices", "ranks", "files", "expects", "also"), TEXTS),
-    "shards": Value(
-        lambda value: type(value) is int and 0 <= value <= MOST_SHARDS,
-        f"a whole number of at most {MOST_SHARDS}",
-        {"type": "integer", "minimum": 0, "maximum": MOST_SHARDS},
-    ),
-    "default": Value(
-        lambda value: value is None or isinstance(value, int | str),
-        "text, a whole number, true or false",
-        {"type": ["string", "integer", "boolean", "null"]},
-    ),
-    "kind": Value(lambda value: value in ("", "bool", "int", "str"), "bool, int or str", {"enum": ["", "bool", "int", "str"]}),
-    "requires": Value(
-        lambda value: isinstance(value, dict) and _is_texts([*value, *value.values()]),
-        "a mapping of texts to texts",
-        {"type": "object", "additionalProperties": {"type": "string"}},
-    ),
-    "rules": Value(lambda value: isinstance(value, tuple), "a list", {"type": "array"}),
-    "options": Value(lambda value: isinstance(value, dict), "a mapping", {"type": "object"}),
-    "aliases": Value(
-        lambda value: isinstance(value, list) and all(map(_is_pair, value)),
-        "a list of pairs of texts",
-        {"type": "array", "items": {**_LIST, "minItems": 2, "maxItems": 2}},
-    ),
-}
-"""A field that is not here is `TEXT`."""

@@ -11,7 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from streamconv.dtypes import dtype_name
 from streamconv.errors import RecipeError, UsageError
@@ -22,11 +24,18 @@ from streamconv.notation.names import parse as parse_names
 from streamconv.recipe.steps import undo
 from streamconv.storage.filenames import find_fault
 
-Dim = int | str | Mapping[str, "int | str"]
+MOST = 4096  # items of a list or mapping in a recipe file; nobody has written a tenth of that
+MOST_SHARDS = 100_000
+Size = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | str
+Dim = Size | Annotated[Mapping[str, Size], Meta(max_length=MOST)]
 """A size: a number, an expression over config and options, or one of these for each alternative of a for-each list.
 
 Shapes come before expressions, unless one begins with ``=``: then shapes must agree, as they must with numbers.
 """
+Dims = Annotated[Mapping[str, Dim], Meta(max_length=MOST)]
+Step = Annotated[Mapping[str, Size | float], Meta(max_length=MOST)]
+"""A step of `steps`: its name under ``op``, and what it takes: numbers or expressions."""
+Texts = Annotated[tuple[str, ...], Meta(max_length=MOST)]
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Rule:
     left: str
     right: str
     layout: str | None = None
-    dims: Mapping[str, Dim] = field(default_factory=dict)
+    dims: Dims = field(default_factory=dict)
     when: str | None = None
     where: str | None = None
     optional: bool | str = False
@@ -69,8 +78,8 @@ class Rule:
     partial: bool = False
     cast: str | None = None
     firm: bool = False
-    op: Mapping[str, Dim] = field(default_factory=dict)
-    undo: Mapping[str, Dim] = field(default_factory=dict)
+    op: Step = field(default_factory=dict)
+    undo: Step = field(default_factory=dict)
     flipped: bool = False
 
     def __post_init__(self) -> None:
@@ -104,8 +113,8 @@ class Drop:
     where: str | None = None
     optional: bool | str = True
     fallback: bool = False
-    op: Mapping[str, Dim] = field(default_factory=dict)
-    dims: Mapping[str, Dim] = field(default_factory=dict)
+    op: Step = field(default_factory=dict)
+    dims: Dims = field(default_factory=dict)
 
     def flip(self) -> Make:
         return Make(self.left, self.reason, self.when, self.where, self.optional, self.fallback, self.op, self.dims)
@@ -124,8 +133,8 @@ class Make:
     where: str | None = None
     optional: bool | str = True
     fallback: bool = False
-    op: Mapping[str, Dim] = field(default_factory=dict)
-    dims: Mapping[str, Dim] = field(default_factory=dict)
+    op: Step = field(default_factory=dict)
+    dims: Dims = field(default_factory=dict)
 
     def flip(self) -> Drop:
         return Drop(self.right, self.reason, self.when, self.where, self.optional, self.fallback, self.op, self.dims)
@@ -175,12 +184,12 @@ class Option:
     One that is ``required`` must get a value; ``also`` are other names that it goes by.
     """
 
-    help: str
-    default: int | str | bool | None = None
-    choices: tuple[str, ...] = ()
-    kind: str = ""
+    help: str = ""
+    default: Annotated[int | str | bool | None, Meta()] = None  # null may be said in a file
+    choices: Texts = ()
+    kind: Literal["", "bool", "int", "str"] = ""
     required: bool = False
-    also: tuple[str, ...] = ()
+    also: Texts = ()
 
     def read(self, name: str, text: object) -> Any:
         """The value of ``--set name=text``. Raises UsageError."""
@@ -228,16 +237,16 @@ class Side:
     """
 
     format: str = "safetensors"
-    ranks: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
+    ranks: Texts = ()
+    files: Texts = ()
     stem: str | None = None
-    shards: int = 0
+    shards: Annotated[int, Meta(ge=0, le=MOST_SHARDS)] = 0
     index: str | None = None
     root: str | None = None
     config: str = "config.json"
-    aliases: tuple[tuple[str, str], ...] = ()
+    aliases: Annotated[tuple[tuple[str, str], ...], Meta(max_length=MOST)] = ()
     writes: str | None = None
-    expects: tuple[str, ...] = ()
+    expects: Texts = ()
 
     def __post_init__(self) -> None:
         named = [(key, getattr(self, key)) for key in ("stem", "index", "config")]

@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError, NotationError, RecipeError, UsageError
@@ -21,7 +23,7 @@ from streamconv.notation.names import LONGEST, Matcher
 from streamconv.notation.names import parse as parse_names
 from streamconv.recipe import declaration, steps, vocabulary
 from streamconv.recipe.application import Application, Conversion, Recast, Row, canonical, identity, keep_dtype
-from streamconv.recipe.facts import PLAIN, Dim, Drop, Fact, Make, Option, Rule, Side, Tie, from_config, pattern_of, sparse
+from streamconv.recipe.facts import MOST, PLAIN, Dim, Dims, Drop, Fact, Make, Option, Rule, Side, Tie, from_config, pattern_of, sparse
 from streamconv.recipe.sizes import near_keys, plain_names, scope_of
 from streamconv.recipe.vocabulary import resize_vocab
 from streamconv.text import did_you_mean
@@ -106,12 +108,12 @@ class Recipe:
     'b a -> a b'
     """
 
-    name: str
-    summary: str
-    rules: tuple[Fact, ...]
-    dims: Mapping[str, Dim] = field(default_factory=dict)
-    options: Mapping[str, Option] = field(default_factory=dict)
-    requires: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+    summary: str = ""
+    rules: tuple[Fact, ...] = ()
+    dims: Dims = field(default_factory=dict)
+    options: Annotated[Mapping[str, Option], Meta(max_length=MOST)] = field(default_factory=dict)
+    requires: Annotated[Mapping[str, str], Meta(max_length=MOST)] = field(default_factory=dict)
     left: Side = PLAIN
     right: Side = PLAIN
     reference: str = ""
@@ -332,14 +334,14 @@ class Recipe:
         if "then" in table:
             with declaration.within("then"):
                 parts["then"] = cls.from_dict(table["then"], f"{where}, then")
-        recipe: Recipe = declaration.build(cls, {"summary": "", **table, **parts}, where)
+        recipe: Recipe = declaration.build(cls, {**table, **parts}, where, parts)
         return recipe
 
 
 def _check_options(given: Mapping[str, object], known: Mapping[str, Option], problem: str) -> None:
     if unknown := sorted(set(given) - set(known)):
         names = sorted(known)
-        listed = ", ".join(names[:MOST]) + (", ..." if len(names) > MOST else "") or "none"
+        listed = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "") or "none"
         raise UsageError(f"--set {unknown[0]}: {problem}: {listed}{did_you_mean(unknown[0], names)}")
 
 
@@ -380,7 +382,7 @@ def _check_fact(fact: Fact) -> None:
             parse_dtype(fact.cast)
 
 
-MOST = 12  # names of options in a message
+MOST_NAMED = 12  # names of options in a message
 IDENTITY_OPTIONS = {
     "root": Option("the key of the dict of tensors in a file that torch.save wrote, dotted if it lies deeper"),
     "tied": Option("keep: tensors that are one and the same are stored once; copy: each of them", "keep", ("keep", "copy")),

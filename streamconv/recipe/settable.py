@@ -66,7 +66,7 @@ def _patterns(fact: Fact) -> list[str]:
     return [pattern_of(fact), *([fact.right] if isinstance(fact, Rule) else [])]
 
 
-def _names(sizes: Iterable[Dim], captures: Iterable[str]) -> Iterator[str]:
+def _names(sizes: Iterable[Dim | float], captures: Iterable[str]) -> Iterator[str]:
     for size in sizes:
         if isinstance(size, Mapping):
             yield from _names(size.values(), captures)
