@@ -29,7 +29,7 @@ PACKAGES = {
     "graph": 1_200,  # nodes, ops, and how a region of one is made
     "formats": 2_400,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "checkpoint": 700,  # finding out what a path holds
-    "schemes": 250,  # quantizations
+    "schemes": 350,  # quantizations, and the list of them that others add to
     "recipe": 1_600,  # the mechanism of recipes
     "library": 850,  # what other libraries know, and the op that runs their code
     "recipes": None,  # declarations: as many as there are families

@@ -44,7 +44,7 @@ from streamconv.running.reclaim import Reclaim
 from streamconv.running.results import Result
 from streamconv.running.run import run, with_reclaim
 from streamconv.running.streams import staged_bytes
-from streamconv.schemes.detection import FILES
+from streamconv.schemes.configs import FILES
 from streamconv.storage import is_url
 from streamconv.storage.folder import AnyPath, Folder
 from streamconv.storage.locations import shown

@@ -12,7 +12,6 @@ from streamconv.errors import UsageError
 from streamconv.notation.names import nearest
 from streamconv.notation.names import parse as parse_names
 from streamconv.schemes.detection import find_quantization, quantized_tensors
-from streamconv.schemes.fp8 import METHODS
 
 WAYS = {
     "bitsandbytes": "load it with transformers, then model.dequantize() and save_pretrained",
@@ -73,7 +72,7 @@ class Casting:
         Args:
             specs: of the targets.
             config: of the source, where the targets are quantized if that says so; else what they look like decides.
-            files: gives those of `quantization.FILES` beside it, by name.
+            files: gives those of `configs.FILES` beside it, by name.
 
         Raises:
             UsageError: they are quantized, and numbers were to be cast: those that are none would stay, and their scales be rounded.
@@ -90,8 +89,8 @@ class Casting:
         kept = bool(own) and not own & self._cast and any(self._is_kept(name) for name in own)
         if kept or (not self._cast and self._same):
             return f"{found}: what belongs to that stays as it is, in spite of --dtype {self._dtype}"
-        if found.method in METHODS:
-            way = f"--recipe transformers-hub2native --set fp8=dequantize --dtype {self._dtype} makes numbers of the weights"
+        if found.scheme:
+            way = f"--dequantize --dtype {self._dtype} makes numbers of the weights"
         else:
             way = WAYS.get(found.method, "load it with the library that made it, and save its dequantized weights")
         raise UsageError(

@@ -13,7 +13,7 @@ from streamconv.dtypes import parse_dtype
 from streamconv.errors import RecipeError
 from streamconv.formats.unrelated import is_known
 from streamconv.recipe import Conversion, Model, Recipe, find_writer
-from streamconv.schemes.fp8 import KEYS as QUANTIZATION
+from streamconv.schemes.configs import KEYS as QUANTIZATION
 from streamconv.storage.folder import Folder
 from streamconv.units import format_size
 

@@ -22,7 +22,10 @@ from streamconv.library.model import LibraryModel, Nodes
 from streamconv.recipe import Model, Recipe, writer
 from streamconv.recipe.application import Conversion, Recast, Replica, Row
 from streamconv.recipe.facts import Option, Side
-from streamconv.schemes.fp8 import METHODS, Decoded, decode, find_method, model_dtype, without_quantization
+from streamconv.schemes.configs import model_dtype, without_quantization
+from streamconv.schemes.decoding import Decoded, decode
+from streamconv.schemes.detection import find_quantization
+from streamconv.schemes.registry import schemes
 
 TO_NATIVE, TO_HUB = "transformers-hub2native", "transformers-native2hub"
 _OPTIONS = {
@@ -57,9 +60,10 @@ class Bridge(Recipe):
         config = scope["config"] or scope["sidecar"]
         if values["fp8"] == "keep":
             return self._map(Decoded(dict(nodes)), LibraryModel(config, title), rows, values, recast)
-        method = find_method(config)
-        if method not in (None, *METHODS):
-            raise UsageError(f"{title}: quantized by {method!r}: only fp8 with scales is known ({', '.join(METHODS)})")
+        quantization = find_quantization(config, {}, {name: node.spec for name, node in nodes.items()})
+        scheme = quantization.scheme if quantization else None
+        if quantization and not scheme:
+            raise UsageError(f"{title}: quantized by {quantization.method!r}: known are {', '.join(schemes())}")
         model = LibraryModel(without_quantization(config), title)
         usual = model_dtype(config, title)
         placed = model.placing() if self.name == TO_NATIVE else str
@@ -68,7 +72,8 @@ class Bridge(Recipe):
         def dtype_of(name: str) -> str:
             return recast(placed(name), TensorSpec(DTYPES[usual], nodes[name].spec.shape)) or usual
 
-        return self._map(decode(nodes, config, dtype_of, title), model, rows, values, recast)
+        decoded = decode(scheme, nodes, config, dtype_of, title) if scheme else Decoded(dict(nodes))
+        return self._map(decoded, model, rows, values, recast)
 
     def _map(self, given: Decoded, model: LibraryModel, rows: Mapping[str, Row], values: Mapping[str, Any], recast: Recast) -> Conversion:
         """What the library's mapping makes of tensors."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamconv.dtypes import CASTABLE, TensorSpec
-from streamconv.schemes.fp8 import METHODS, find_method
-
-FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
-"""What says of a checkpoint that it is quantized, beside its config.json."""
+from streamconv.schemes.configs import find_method
+from streamconv.schemes.registry import of_codes, schemes
+from streamconv.schemes.scheme import Scheme
 
 _WHOLE = ("int8", "uint8", "int16", "int32", "uint32")
 # What stands beside codes called X in a module M: X + one of these, or M + "." + one of these.
@@ -45,6 +44,12 @@ class Quantization:
 
     method: str
     where: str
+    codes: str = ""  # a dtype of codes that told it
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """What can be made of it, if that is known here."""
+        return schemes().get(self.method) or of_codes(self.codes)
 
     def __str__(self) -> str:
         return f"quantized by {self.method} ({self.where})"
@@ -57,7 +62,7 @@ def find_quantization(
 
     Args:
         config: its config.json.
-        files: others of `FILES` beside it, by name.
+        files: others of `configs.FILES` beside it, by name.
         specs: its tensors.
     """
     if method := find_method(config):
@@ -71,7 +76,8 @@ def find_quantization(
     codes = _codes(specs)
     if codes:
         name, beside = next(iter(codes.items()))
-        return Quantization(_guess(name, beside, specs[name]), f"{name} is {specs[name]}" + (f", beside {beside}" if beside else ""))
+        where = f"{name} is {specs[name]}" + (f", beside {beside}" if beside else "")
+        return Quantization(_guess(name, beside, specs[name]), where, specs[name].dtype.name)
     return None
 
 
@@ -119,8 +125,11 @@ def _beside(name: str, lower: Mapping[str, str]) -> str:
 
 def _guess(name: str, beside: str, spec: TensorSpec) -> str:
     """What a quantization looks like that nothing names."""
+    own = of_codes(spec.dtype.name)
+    if own and beside:
+        return own.methods[0]
     if spec.dtype.name.startswith("float8"):
-        return METHODS[0] if beside else "a cast to float8"
+        return "a cast to float8"
     if name.endswith("qweight"):
         return "GPTQ or AWQ"
     if name.endswith("_blocks"):

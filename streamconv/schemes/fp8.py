@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
-from streamconv.errors import CoverageError, UsageError
+from streamconv.dtypes import TensorSpec
+from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import Dequantize, Reshape
+from streamconv.schemes.configs import quantizations
+from streamconv.schemes.scheme import Group, Match, Scheme
 
-METHODS = ("fp8", "mxfp8", "fbgemm_fp8")
-"""What ``quant_method`` calls this arithmetic."""
-KEYS = ("quantization_config", "compression_config")
-"""Of a config: what belongs to a quantization, and to nothing else."""
 Block = tuple[int, int]
 
 _CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -30,96 +28,66 @@ _SCALE = re.compile(r"(?:_scale_inv|\.weight_scale|\.qscale_weight)$")
 _ACTIVATION = re.compile(r"\.(?:(?:input|output|activation)_scale|input_scale_ub|qscale_act|[qkv]_scale)$|_activation_scale$")
 
 
-def find_method(config: Mapping[str, Any]) -> str | None:
-    """What a config says of quantization, in itself or in those nested in it; None: nothing."""
-    for _, found in _quantizations(config):
-        return str(found.get("quant_method") or found.get("quant_algo") or found.get("format") or "a method without a name")
-    return None
+@dataclass(frozen=True)
+class Matrix(Group):
+    """A matrix of one-byte floats, or a stack of them, and the scales of its blocks of so many rows and columns."""
+
+    block: Block
+
+    def decode(self, nodes: Mapping[str, AnyNode], dtype: str) -> AnyNode:
+        """See `Group.decode`."""
+        matrix, scales = (nodes[name] for name in self.tensors)
+        op = Dequantize(matrix.spec.shape, self.block, dtype)
+        counts = op.blocks.counts
+        return apply(op, matrix, scales if scales.spec.shape == counts else apply(Reshape(counts), scales))
 
 
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config, and those nested in it, without what says that tensors are quantized."""
-    kept = {key: value for key, value in config.items() if key not in KEYS}
-    return {key: without_quantization(value) if isinstance(value, dict) else value for key, value in kept.items()}
+class Fp8(Scheme):
+    """One-byte floats beside the scales of their blocks, as transformers has them."""
+
+    methods = ("fp8", "mxfp8", "fbgemm_fp8")
+    codes = (*_CODES, "float8_e8m0fnu")
+
+    def match(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], title: str) -> Match:
+        """See `Scheme.match`."""
+        scale_of = dict(_pair(specs, title))
+        used = set(scale_of.values())
+        for name in specs:
+            if name not in used and name not in scale_of and _SCALE.search(name):
+                raise CoverageError(f"{title}: {name} is the scale of {_weight_beside(name, specs)}: mend the source")
+        blocks = _Blocks(config, title)
+        shapes = {name: (specs[name], specs[scale]) for name, scale in scale_of.items()}
+        common = blocks.common(shapes)
+        groups = [Matrix(name, (name, scale), blocks.block(name, *shapes[name]) or common[name]) for name, scale in scale_of.items()]
+        beside = [name for name in specs if groups and name not in scale_of and _ACTIVATION.search(name)]
+        return Match(groups, dict.fromkeys(beside, "a scale of activations, which an unquantized model has none of"))
 
 
-def model_dtype(config: Mapping[str, Any], title: str) -> str:
-    """The dtype that a config gives its model; bfloat16 where it gives none.
-
-    Raises:
-        UsageError: it is none that numbers can be made in.
-    """
-    text = config.get("text_config")
-    for known in (config, text if isinstance(text, Mapping) else {}):
-        for key in ("dtype", "torch_dtype"):
-            if isinstance(said := known.get(key), str):
-                dtype = parse_dtype(said).name
-                if dtype not in CASTABLE:
-                    raise UsageError(f"{title}: config.json says {key} {said}: expected one of {', '.join(CASTABLE)}; --dtype chooses one")
-                return dtype
-    return "bfloat16"
+SCHEME = Fp8()
 
 
-@dataclass
-class Decoded:
-    """What dequantizing leaves: the tensors, and the names of those that only served the quantization, with the reason."""
-
-    nodes: dict[str, AnyNode]
-    dropped: dict[str, str] = field(default_factory=dict)
-
-
-def decode(nodes: Mapping[str, AnyNode], config: Mapping[str, Any], dtype_of: Callable[[str], str], title: str) -> Decoded:
-    """All tensors, those that are quantized as numbers of the dtype that ``dtype_of`` gives for their names, others as they are.
-
-    Raises:
-        CoverageError: a weight without scales or scales without their weight, or whose blocks cannot be told.
-    """
-    scale_of = dict(_pair(nodes, title))
-    used = set(scale_of.values())
-    for name in nodes:
-        if name not in used and name not in scale_of and _SCALE.search(name):
-            raise CoverageError(f"{title}: {name} is the scale of {_weight_beside(name, nodes)}: mend the source")
-    blocks = _Blocks(config, title)
-    shapes = {name: (nodes[name].spec, nodes[scale].spec) for name, scale in scale_of.items()}
-    common = blocks.common(shapes)
-    found = Decoded({})
-    for name, node in nodes.items():
-        if name in scale_of:
-            scale = nodes[scale_of[name]]
-            block = blocks.block(name, node.spec, scale.spec) or common[name]
-            op = Dequantize(node.spec.shape, block, dtype_of(name))
-            counts = op.blocks.counts
-            scales = scale if scale.spec.shape == counts else apply(Reshape(counts), scale)
-            found.nodes[name] = apply(op, node, scales)
-        elif scale_of and _ACTIVATION.search(name):
-            found.dropped[name] = "a scale of activations, which an unquantized model has none of"
-        elif name not in used:
-            found.nodes[name] = node
-    return found
-
-
-def _pair(nodes: Mapping[str, AnyNode], title: str) -> Iterator[tuple[str, str]]:
+def _pair(specs: Mapping[str, TensorSpec], title: str) -> Iterator[tuple[str, str]]:
     """Each quantized tensor, and the one that holds its scales."""
-    for name, node in nodes.items():
-        if node.spec.dtype.name not in _CODES:
+    for name, spec in specs.items():
+        if spec.dtype.name not in _CODES:
             continue
         stem = name.removesuffix("weight")
         known = [f"{name}_scale_inv", f"{name}_scale", *([f"{stem}scale", f"{stem}qscale_weight"] if stem != name else [])]
-        there = [other for other in known if other in nodes]
+        there = [other for other in known if other in specs]
         if len(there) != 1:
             what = f"{' and '.join(there)} could both be its scales" if there else f"there is no {known[0]} or {known[1]}"
-            raise CoverageError(f"{title}: {name} is {node.spec}, and {what}: mend the source")
-        if len(node.spec.shape) < 2:
-            raise CoverageError(f"{title}: {name} is {node.spec}: expected a matrix, or a stack of matrices, of one-byte floats")
+            raise CoverageError(f"{title}: {name} is {spec}, and {what}: mend the source")
+        if len(spec.shape) < 2:
+            raise CoverageError(f"{title}: {name} is {spec}: expected a matrix, or a stack of matrices, of one-byte floats")
         yield name, there[0]
 
 
-def _weight_beside(scale: str, nodes: Mapping[str, AnyNode]) -> str:
+def _weight_beside(scale: str, specs: Mapping[str, TensorSpec]) -> str:
     """What is wrong with the weight of a scale that none was found for, in words."""
     stem = _SCALE.sub("", scale)
     names = (stem, f"{stem}.weight") if not scale.endswith("_scale_inv") else (stem,)
-    there = next((name for name in names if name in nodes), None)
-    return f"{names[-1]}, which is not there" if there is None else f"{there}, which is {nodes[there].spec} and takes none"
+    there = next((name for name in names if name in specs), None)
+    return f"{names[-1]}, which is not there" if there is None else f"{there}, which is {specs[there]} and takes none"
 
 
 class _Blocks:
@@ -128,7 +96,7 @@ class _Blocks:
     def __init__(self, config: Mapping[str, Any], title: str) -> None:
         self._title = title
         self._said: dict[str, Block] = {}
-        for _, found in _quantizations(config):
+        for _, found in quantizations(config):
             for module, block in self._sizes(found, "", 0):
                 if self._said.setdefault(module, block) != block:
                     raise CoverageError(f"{title}: config.json gives blocks of {_by(self._said[module])} and of {_by(block)}: leave one")
@@ -211,16 +179,6 @@ class _Blocks:
     def _along(self, weight: TensorSpec, scales: TensorSpec, axis: int, found: list[tuple[int, str]]) -> int:
         """The block's size along one axis, which one scale for all of it leaves open."""
         return found[axis][0] if scales.shape[axis - 2] > 1 else weight.shape[axis - 2]
-
-
-def _quantizations(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each config of a quantization in a config, the outermost first, and its key."""
-    for key in KEYS:
-        if isinstance(config.get(key), Mapping) and config[key]:
-            yield key, config[key]
-    for key, value in config.items():
-        if isinstance(value, Mapping) and key not in KEYS and depth < 4:
-            yield from _quantizations(value, depth + 1)
 
 
 def _is_for(pattern: str, module: str) -> bool:

@@ -14,7 +14,8 @@ import streamconv
 from streamconv.errors import CoverageError
 from streamconv.library.bridge import conclude, plain_config
 from streamconv.recipe import Model, Recipe
-from streamconv.schemes.fp8 import decode
+from streamconv.schemes.decoding import decode
+from streamconv.schemes.fp8 import SCHEME
 
 FP8, BF16, E8M0 = torch.float8_e4m3fn, torch.bfloat16, torch.float8_e8m0fnu
 
@@ -24,7 +25,7 @@ class Dequantized(Recipe):
     """All that is quantized as numbers, under its own name."""
 
     def make(self, nodes, rows, scope, values, recast):  # noqa: ARG002
-        found = decode(nodes, scope["config"], lambda _name: scope.get("dtype") or "bfloat16", "dequantized")
+        found = decode(SCHEME, nodes, scope["config"], lambda _name: scope.get("dtype") or "bfloat16", "dequantized")
         return conclude(nodes, rows, found.nodes, {}, recast, dropped=found.dropped)
 
 

@@ -68,7 +68,7 @@ def test_dtype_is_refused_for_quantized_weights_as_config_json_names_them(tmp_pa
     src = checkpoint(tmp_path, kind, nested(kind))
     line = refusal(capsys, "convert", src, tmp_path / "out", "--dtype", "float16")
     assert f"quantized by {kind.removesuffix('-8')} (by config.json)" in line
-    assert ("--set fp8=dequantize" in line) == (kind == "fp8")
+    assert ("--dequantize --dtype float16" in line) == (kind == "fp8")
     assert not (tmp_path / "out").exists()
     assert "quantized by" in refusal(capsys, "verify", src, src, "--dtype", "float16")
     assert run("convert", src, tmp_path / "out", "--quiet", "--max-shard-size", "100B") == 0

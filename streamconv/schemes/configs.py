@@ -1,0 +1,71 @@
+"""What configs say of quantization, in whatever way it is done, and of the dtype of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from streamconv.dtypes import CASTABLE, parse_dtype
+from streamconv.errors import UsageError
+
+KEYS = ("quantization_config", "compression_config")
+"""Of a config: what belongs to a quantization, and to nothing else."""
+FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
+"""What says of a checkpoint that it is quantized, beside its config.json."""
+_DTYPES = ("dtype", "torch_dtype")
+
+
+def find_method(config: Mapping[str, Any]) -> str | None:
+    """What a config says of quantization, in itself or in those nested in it; None: nothing."""
+    for _, found in quantizations(config):
+        return str(found.get("quant_method") or found.get("quant_algo") or found.get("format") or "a method without a name")
+    return None
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, and those nested in it, without what says that tensors are quantized."""
+    kept = {key: value for key, value in config.items() if key not in KEYS}
+    return {key: without_quantization(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def model_dtype(config: Mapping[str, Any], title: str) -> str:
+    """The dtype that a config gives its model; bfloat16 where it gives none.
+
+    Raises:
+        UsageError: it is none that numbers can be made in.
+    """
+    text = config.get("text_config")
+    for known in (config, text if isinstance(text, Mapping) else {}):
+        for key in _DTYPES:
+            if isinstance(said := known.get(key), str):
+                dtype = parse_dtype(said).name
+                if dtype not in CASTABLE:
+                    raise UsageError(f"{title}: config.json says {key} {said}: expected one of {', '.join(CASTABLE)}; --dtype chooses one")
+                return dtype
+    return "bfloat16"
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config that gives its model a dtype, in itself and in those nested in it, wherever one is given; at least in itself."""
+    changed = _replace_dtype(config, dtype)
+    return changed if any(isinstance(changed.get(key), str) for key in _DTYPES) else {**changed, "dtype": dtype}
+
+
+def _replace_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            changed[key] = _replace_dtype(value, dtype)
+        else:
+            changed[key] = dtype if key in _DTYPES and isinstance(value, str) else value
+    return changed
+
+
+def quantizations(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each config of a quantization in a config, the outermost first, and its key."""
+    for key in KEYS:
+        if isinstance(config.get(key), Mapping) and config[key]:
+            yield key, config[key]
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key not in KEYS and depth < 4:
+            yield from quantizations(value, depth + 1)

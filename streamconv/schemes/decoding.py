@@ -1,0 +1,50 @@
+"""Quantized tensors as the numbers that they stand for, whatever the quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamconv.errors import CoverageError
+from streamconv.graph.node import AnyNode
+from streamconv.schemes.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What dequantizing leaves.
+
+    Attributes:
+        nodes: the tensors.
+        made_of: for each that was quantized, the stored tensors that it is made of.
+        dropped: the names of those that only served the quantization, with the reason.
+    """
+
+    nodes: dict[str, AnyNode]
+    made_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+
+def decode(scheme: Scheme, nodes: Mapping[str, AnyNode], config: Mapping[str, Any], dtype_of: Callable[[str], str], title: str) -> Decoded:
+    """All tensors, those that are quantized as numbers of the dtype that ``dtype_of`` gives for their names, others as they are.
+
+    Raises:
+        CoverageError: as `Scheme.match` does, or a weight is there as numbers, too.
+    """
+    match = scheme.match(config, {name: node.spec for name, node in nodes.items()}, title)
+    group_of = {group.tensors[0]: group for group in match.groups}
+    gone = {name for group in match.groups for name in group.tensors} | match.dropped.keys()
+    decoded: dict[str, AnyNode] = {}
+    for name, node in nodes.items():
+        if name in group_of:
+            group = group_of[name]
+            target, made = group.target, group.decode(nodes, dtype_of(group.target))
+        elif name in gone:
+            continue
+        else:
+            target, made = name, node
+        if target in decoded:
+            raise CoverageError(f"{title}: {target} is there as it is, and quantized as {name}: remove one of them")
+        decoded[target] = made
+    return Decoded(decoded, {group.target: group.tensors for group in match.groups}, dict(match.dropped))

@@ -1,0 +1,56 @@
+"""The quantizations that there are: this package's, those of entry points of other packages, and those that a program registers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+
+from streamconv.errors import UsageError
+from streamconv.schemes.scheme import Scheme
+
+MODULES = ("fp8",)  # of this package
+GROUP = "streamconv.schemes"
+
+_known: dict[str, Scheme] = {}
+
+
+def schemes() -> Mapping[str, Scheme]:
+    """All of them, by each of their methods; a module is imported when they are asked for the first time.
+
+    Raises:
+        UsageError: an entry point gives no scheme, or one with a method that another has.
+    """
+    if not _known:
+        listed: dict[str, Scheme] = {}
+        for name in MODULES:
+            _add(listed, importlib.import_module(f"streamconv.schemes.{name}").SCHEME, name)
+        for entry in entry_points(group=GROUP):
+            _add(listed, entry.load(), f"entry point {entry.value} of group {GROUP}")
+        _known.update(listed)
+    return _known
+
+
+def register(scheme: Scheme) -> None:
+    """Adds a quantization to those that ``--dequantize`` knows.
+
+    Another package does so by an entry point of the group ``streamconv.schemes``, which gives a `Scheme`.
+
+    Raises:
+        UsageError: another one has one of its methods.
+    """
+    schemes()
+    _add(_known, scheme, "register")
+
+
+def of_codes(dtype: str) -> Scheme | None:
+    """The quantization whose codes have a dtype, where no config says which it is."""
+    return next((scheme for scheme in schemes().values() if dtype in scheme.codes), None)
+
+
+def _add(known: dict[str, Scheme], scheme: object, origin: str) -> None:
+    if not isinstance(scheme, Scheme):
+        raise UsageError(f"{origin}: expected a Scheme, found a {type(scheme).__name__}: mend it")
+    for method in scheme.methods:
+        if known.setdefault(method, scheme) is not scheme:
+            raise UsageError(f"{origin}: there is a quantization by {method} already: leave out one of them")
