@@ -7,7 +7,7 @@ DST is incomplete, and what stands under its final name is done.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from streamconv import codec
 from streamconv.errors import DestinationError
@@ -37,32 +37,47 @@ class Lease:
     Args:
         output: where they go.
         plan: the whole plan.
-        parts: how many parts a user divides it into, to speak of them.
+        part: (I, N): which part of it this process makes, of how many; unless given, all of it, or what is left when parts are made.
     """
 
-    def __init__(self, output: Output, plan: Plan, parts: int = 0) -> None:
-        self._output, self._plan, self._parts = output, plan, parts
+    def __init__(self, output: Output, plan: Plan, part: tuple[int, int] | None = None) -> None:
+        self._output, self._plan, self._part = output, plan, part
         self._seen: dict[str, Entry] = {}
 
-    def is_begun(self) -> bool:
-        """Whether the output is taken, by this plan or another."""
-        return self._output.is_begun()
+    def settle(self, *, overwrite: bool, resume: bool) -> tuple[bool, bool]:
+        """Which of both it is to be, if both are said: what is begun is gone on with."""
+        return overwrite and not (resume and self._output.is_begun()), resume
 
-    def take(self, stale: Iterable[str] | None = None) -> None:
+    def list_numbers(self) -> list[int]:
+        """The numbers of the files that this process is to see to."""
+        return files_to_make(self._plan, self._part)
+
+    def is_complete(self) -> bool:
+        """Whether all files are there."""
+        every = range(len(self._plan.files))
+        return len(self.find_done(every)) == len(every)
+
+    def take(self, *, goes_on: bool = False, stale: Callable[[], Iterable[str]] | None = None) -> None:
         """Takes the output, unless another process has it by now, and goes on.
 
         Whoever takes it notes which files go first, as which versions: everybody removes those, and no file made since.
 
         Args:
-            stale: what ``--overwrite`` removes, beside files in the places of the plan's; without effect on what others have begun.
+            goes_on: it is begun.
+            stale: what ``--overwrite`` removes, beside files in the places of the plan's; without effect on what other parts have begun.
 
         Raises:
             DestinationError: it is another plan's, or that of one process alone.
         """
-        old = {} if stale is None else self._output.look([*stale, *(file.path for file in self._plan.files)])
-        if not self.is_begun():  # looked at after the files: what is among them was not made by others since
+        if goes_on:
+            self.go_on()
+            return
+        if stale and not self._part and self._output.is_begun():
+            self._give_up()
+        old = {} if stale is None else self._output.look([*stale(), *(file.path for file in self._plan.files)])
+        if not self._output.is_begun():  # looked at after the files: what is among them was not made by others since
             self._output.drop_earlier()
-            head: Line = {**describe(self._plan), "advice": IN_PARTS, "stale": old, "parts": self._parts}
+            head: Line = {**describe(self._plan), "advice": IN_PARTS, "stale": old, "parts": self._part[1] if self._part else 0}
             self._output.keep(LOG, lambda: [codec.encode(head) + b"\n"])
             self.check()  # another plan may have been quicker
             self._output.keep(PLAN, self._plan.json_pieces)
@@ -98,6 +113,24 @@ class Lease:
             )
         return head
 
+    def find_missing(self, find_altered: Callable[[Sequence[int]], set[int]] | None) -> list[int]:
+        """Those of this process's files that are to be made, with nothing in their places any more.
+
+        Args:
+            find_altered: which of files that are there do not hold what they should; unless given, they are taken to.
+        """
+        numbers = self.list_numbers()
+        done = self.find_done(numbers)
+        if find_altered:
+            done -= find_altered(sorted(done))
+        missing = [number for number in numbers if number not in done]
+        self.make_way(missing)
+        return missing
+
+    def count_finished(self) -> int:
+        """Of the files that `find_missing` gives, how many are there."""
+        return 0
+
     def find_done(self, numbers: Sequence[int]) -> set[int]:
         """Those of these files that are done: present at their size and with their literals, and no stale ones."""
         standing = self._standing()
@@ -120,7 +153,7 @@ class Lease:
             return f"{file.path} is missing"
         return f"{file.path} has {version.size} bytes of {file.size}" if version.size != file.size else f"{file.path} holds something else"
 
-    def give_up(self) -> None:
+    def _give_up(self) -> None:
         """Has ``--overwrite`` start afresh with what others have begun, whoever they are.
 
         Raises:
@@ -129,6 +162,9 @@ class Lease:
         if "parts" not in read_head(self._output.load(LOG) or b""):
             self.check()
         self.leave()
+
+    def release(self) -> None:
+        """Nothing: nobody is kept out."""
 
     def leave(self) -> None:
         """The output is complete: nothing of the state stays."""

@@ -58,7 +58,33 @@ class Lock:
         self._directory, self._plan = directory, plan
         self._settings, self._reclaim = dict(settings or {}), reclaim
 
-    def take(self, *, goes_on: bool, stale: Callable[[], Mapping[str, Entry]] | None = None) -> None:
+    def settle(self, *, overwrite: bool, resume: bool) -> tuple[bool, bool]:
+        """Which of both it is to be, if both are said, or an overwrite was killed before it was begun."""
+        if resume and is_overwrite_noted(self._directory, self._settings):
+            return True, False
+        if overwrite and resume:
+            resume = self._directory.is_begun() or self.is_complete()
+            return not resume, resume
+        return overwrite, resume
+
+    def list_numbers(self) -> list[int]:
+        """The numbers of the files that this process is to see to: all."""
+        return list(range(len(self._plan.files)))
+
+    def is_complete(self) -> bool:
+        """Whether all files are there, at their sizes."""
+        paths = {self._directory.root / file.path: file.size for file in self._plan.files}
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+    def find_missing(self, *_: object) -> list[int]:
+        """All files: the engine finds in the log what of them is done."""
+        return self.list_numbers()
+
+    def count_finished(self) -> int:
+        """Of the files that `find_missing` gives, how many are there."""
+        return len(self.log.finished)
+
+    def take(self, *, goes_on: bool, stale: Callable[[], Iterable[str]] | None = None) -> None:
         """Goes on with what is begun there, if something is and that is wanted, or begins; nobody else writes there until `release`.
 
         Args:
@@ -77,8 +103,18 @@ class Lock:
             head = self._begin(stale)
         if not (self._directory.state / PLAN).exists():
             self._directory.keep(PLAN, self._plan.json_pieces)
+        if not self.goes_on and stale is None:
+            self._check_empty()
         with writing():
             self._directory.remove(head.get("stale", {}), ())
+
+    def _check_empty(self) -> None:
+        """Refuses an output that another run has finished since it was looked at. Raises DestinationError."""
+        try:
+            self._directory.check_empty()
+        except DestinationError:
+            self.leave()
+            raise
 
     def leave(self) -> None:
         """The output is complete: nothing of the state stays."""
@@ -89,7 +125,7 @@ class Lock:
         """Lets others at the output; what is noted stays."""
         self.log.close()
 
-    def _begin(self, stale: Callable[[], Mapping[str, Entry]] | None) -> Line:
+    def _begin(self, stale: Callable[[], Iterable[str]] | None) -> Line:
         """Begins a new log; a draft of it is locked first, so that no other run begins between the looks and the log's being there."""
         draft = _draft_of(self._directory)
         fd = -1
@@ -106,14 +142,14 @@ class Lock:
                 note_overwrite(self._directory, self._settings)
             raise
 
-    def _replace(self, draft: Path, fd: int, stale: Callable[[], Mapping[str, Entry]] | None) -> Line:
+    def _replace(self, draft: Path, fd: int, stale: Callable[[], Iterable[str]] | None) -> Line:
         """Makes the draft the log, in the place of one that is there."""
         directory = self._directory
         olds = [_open_locked(path, os.O_RDWR) for path in (directory.log, directory.earlier)]
         try:
             if olds[0] >= 0 and is_only_copy(directory.load(directory.log.name) or b""):
                 raise DestinationError(f"{directory.root}: {ONLY_COPY}: finish that run with --resume")
-            head = self._describe(stale() if stale else {}, overwrite=stale is not None)
+            head = self._describe(directory.look(stale()) if stale else {}, overwrite=stale is not None)
             os.ftruncate(fd, 0)
             self.log.append(head)
             (directory.state / PLAN).unlink(missing_ok=True)

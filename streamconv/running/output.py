@@ -95,7 +95,7 @@ def check_free(output: Output) -> None:
     """Refuses an output that has something in it, or that is begun. Raises DestinationError."""
     check_earlier(output)
     text = output.load(LOG)
-    if text is not None and "parts" in read_head(text):
+    if text is not None and read_head(text).get("parts"):
         raise DestinationError(f"{output.where}: {IN_PARTS}, or start afresh with --overwrite")
     if text is not None:
         raise DestinationError(f"{output.where}: holds an unfinished conversion: continue it with --resume, start afresh with --overwrite")

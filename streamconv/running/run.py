@@ -1,36 +1,44 @@
-"""Runs plans: what may be written, what is done already, the engine, and what a run took.
+"""Runs plans. Every run takes the output, makes what is missing, commits the index last, and leaves.
 
-An ordinary run has DST to itself: it holds a lock. Where files are made apart (in parts, by Ray, behind a URL) runs hold a lease.
+An ordinary run has DST to itself: it holds a lock, and one engine makes all files. Where files are made apart, in parts, by Ray or behind a
+URL, a run holds a lease, and each file is made by itself.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamconv import memory
-from streamconv.engine.check import check_replicas
+from streamconv.engine.check import OutputCheck, check_replicas
 from streamconv.engine.io import describe_os_error
+from streamconv.engine.order import tasks_in_order
 from streamconv.engine.readers import BACKENDS
-from streamconv.errors import DestinationError, FormatError, Interrupted, UsageError
+from streamconv.errors import DestinationError, FormatError, Interrupted, RunError, UsageError, writing
 from streamconv.formats.registry import containers
 from streamconv.interrupts import Unwinding
 from streamconv.planning.plan import Plan
-from streamconv.running.apart import Apart
-from streamconv.running.destination import check_room, prepare
-from streamconv.running.directory import Directory
-from streamconv.running.executors import LOCAL, executor_of
+from streamconv.running.bucket import Bucket
+from streamconv.running.destination import check_room, check_staging, prepare
+from streamconv.running.directory import PARTIAL, Directory, new_suffix
+from streamconv.running.executors import LOCAL, Executor, MakeFiles, executor_of
 from streamconv.running.kept import check_sources_stay
+from streamconv.running.lease import Lease, files_to_make
 from streamconv.running.local import SUMS, LocalEngine, check_sources
-from streamconv.running.lock import Lock, is_overwrite_noted
-from streamconv.running.output import LOG, check_earlier, check_free, finished_files, tidy
+from streamconv.running.lock import Lock
+from streamconv.running.log import Log
+from streamconv.running.making import make_files
+from streamconv.running.output import LOG, Output, check_earlier, check_free, finished_files, tidy
 from streamconv.running.progress import Progress, Shown, bar, how_to_show
 from streamconv.running.reclaim import Reclaim
-from streamconv.running.results import Overflow, Result, check_outputs, watch
-from streamconv.running.stale import list_stale
+from streamconv.running.results import Overflow, Part, Result, check_outputs, watch
+from streamconv.running.stale import find_stale_beside, list_stale
 from streamconv.storage import is_url
 
 
@@ -90,50 +98,20 @@ def run(
     (True, [0.0, 1.0, 2.0])
     """
     progress = how_to_show(progress)
-    executor_of(engine)
+    executor = executor_of(engine)
     _check_known(plan)
-    if part or finish or engine != LOCAL or is_url(plan.root):
-        if reclaim_source:
-            raise UsageError("--reclaim-source: goes with files that this process alone makes, below a path: leave it out")
-        apart = Apart(plan, part=part, finish=finish, overwrite=overwrite, resume=resume, verify=verify, checksum=checksum)
-        apart.choose(engine, ray_address, create_pr=create_pr)
-        return apart.run(progress)
-    started = time.perf_counter()
-    root = Path(plan.root)
-    output = Directory(root, plan.single)
-    if resume and is_overwrite_noted(output, settings or {}):
-        overwrite, resume = True, False  # as it would have gone on, had it not been killed before it was begun
-    elif overwrite and resume:
-        resume = output.is_begun() or _is_complete(plan, output)
-        overwrite = not resume
-    check_earlier(output, overwrite=overwrite)
-    check_sources_stay(plan, overwrite=overwrite)
-    if checksum:  # the source's own, if it has one, is of other files
+    is_alone = engine == LOCAL and not (part or finish or is_url(plan.root))
+    if reclaim_source and not is_alone:
+        raise UsageError("--reclaim-source: goes with files that this process alone makes, below a path: leave it out")
+    _check_share(plan, part, finish=finish, overwrite=overwrite, resume=resume, checksum=checksum)
+    if is_alone and checksum:  # the source's own, if it has one, is of other files
         plan = replace(plan, files=tuple(file for file in plan.files if file.path != SUMS))
+    output = _open_output(plan, create_pr=create_pr)
     reclaim = Reclaim(plan) if reclaim_source else None
-    lock = Lock(output, plan, settings, reclaim=reclaim_source)
-    done = finished_files(output.load(LOG)) if resume else {}
-    check_sources(plan, given_back=reclaim.touched(done) if reclaim else ())
-    overflowed: Mapping[str, int] = {}
-    with Unwinding(), watch() as figures:
-        try:
-            is_done = resume and _is_complete(plan, output)
-            if not is_done:
-                check_room(with_reclaim(plan, done) if reclaim else plan, root, list_stale(plan, output) if overwrite else [])
-                if not (reclaim and done):
-                    check_replicas(plan)
-                overflowed = _write(plan, lock, overwrite=overwrite, resume=resume, checksum=checksum, reclaim=reclaim, progress=progress)
-            elif checksum:
-                LocalEngine(plan, lock.log).write_sums({})
-            if (verify and not reclaim) or is_done:
-                check_outputs(plan, progress, found=is_done)
-            if is_done:
-                tidy(output, plan.single)
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted: rerun the same command with --resume to go on with {root}") from None
-    overflow = Overflow(overflowed, complete=not (is_done or done))
-    verified = True if verify or is_done else None
-    return Result(plan, time.perf_counter() - started, memory.peak(), figures["anonymous"], verified, overflow=overflow)
+    hold = _hold_of(plan, output, part, settings, is_alone=is_alone, reclaim=reclaim_source)
+    overwrite, resume = hold.settle(overwrite=overwrite, resume=resume)
+    terms = _Terms(part, finish, overwrite, resume, verify, checksum, progress)
+    return _Run(plan, output, hold, reclaim, terms).run(executor, ray_address)
 
 
 def _check_known(plan: Plan) -> None:
@@ -146,37 +124,232 @@ def _check_known(plan: Plan) -> None:
         )
 
 
-def _write(
-    plan: Plan, lock: Lock, *, overwrite: bool, resume: bool, checksum: bool, reclaim: Reclaim | None, progress: bool | Progress
-) -> Mapping[str, int]:
-    """Writes a plan's files, with DST to itself; how many values overflowed, by target."""
-    root = Path(plan.root)
-    output = Directory(root, plan.single)
-    goes_on = resume and output.is_begun()
-    if not overwrite and not goes_on:
-        check_free(output)
-    prepare(plan, root)
-    try:
-        lock.take(goes_on=goes_on, stale=(lambda: output.look(list_stale(plan, output))) if overwrite else None)
-        if not overwrite and not lock.goes_on:  # another run may have finished in between
-            try:
-                output.check_empty()
-            except DestinationError:
-                lock.leave()
-                raise
-        with bar(plan.totals.bytes_written, "converting", show=progress) as tell:
-            engine = LocalEngine(plan, lock.log, tell, checksum=checksum, reclaim=reclaim)
+def _check_share(plan: Plan, part: tuple[int, int] | None, *, finish: bool, overwrite: bool, resume: bool, checksum: bool) -> None:
+    """Refuses what does not go together. Raises UsageError."""
+    if part and finish:
+        raise UsageError("--part and --finish exclude each other: finish when all parts are made")
+    if part and not 0 <= part[0] <= part[1] > 0:
+        raise UsageError(f"--part {part[0]}/{part[1]}: expected I/N with I from 0 or 1 up to N, such as 3/16")
+    if part and checksum:
+        raise UsageError("--checksum goes with --finish: leave it out of --part")
+    if part and overwrite and resume:
+        raise UsageError("--part: --overwrite is not allowed with --resume: parts always go on with what is begun")
+    if finish and overwrite:
+        raise UsageError("--overwrite goes with --part: --finish has nothing to overwrite")
+    if is_url(plan.root) and checksum:
+        raise UsageError(f"--checksum: {plan.root} would have to be read back: leave it out")
+    if plan.root.startswith("hf://") and (part or finish):
+        raise UsageError(f"--part: {plan.root} takes files of one process alone: give s3://, gs:// or a path, or leave it out")
+
+
+def _open_output(plan: Plan, *, create_pr: bool) -> Output:
+    """Where a plan's files go. Raises UsageError."""
+    if is_url(plan.root):
+        from streamconv.storage.sinks import open_sink
+
+        return Bucket(open_sink(plan.root, create_pr=create_pr, outdated=partial(find_stale_beside, plan)), plan.single)
+    if create_pr:
+        raise UsageError("--create-pr: goes with a DST on the Hub, such as hf://org/name")
+    return Directory(Path(plan.root), plan.single)
+
+
+def _hold_of(
+    plan: Plan, output: Output, part: tuple[int, int] | None, settings: Mapping[str, Any] | None, *, is_alone: bool, reclaim: bool
+) -> Lock | Lease:
+    """By which right a run writes an output: as the only one, or beside others with the same plan."""
+    if is_alone and isinstance(output, Directory):
+        return Lock(output, plan, settings, reclaim=reclaim)
+    return Lease(output, plan, part)
+
+
+class _Terms(NamedTuple):
+    """What a run shall do, and what it may."""
+
+    part: tuple[int, int] | None
+    finish: bool
+    overwrite: bool
+    resume: bool
+    verify: bool
+    checksum: bool
+    progress: bool | Progress
+
+    @property
+    def is_whole(self) -> bool:
+        """Neither a part of a plan nor the end of its parts."""
+        return not self.part and not self.finish
+
+
+class _Run:
+    """A run of a plan, or a part of it, or the end of its parts."""
+
+    def __init__(self, plan: Plan, output: Output, hold: Lock | Lease, reclaim: Reclaim | None, terms: _Terms) -> None:
+        self._plan, self._output, self._hold, self._reclaim, self._terms = plan, output, hold, reclaim, terms
+        self._numbers = hold.list_numbers()
+        self._mine = plan.for_files(self._numbers) if terms.part else plan
+        self._missing: list[int] = []
+        self._overflowed: Counter[str] = Counter()
+        self._made = 0
+
+    def run(self, executor: Executor, address: str | None) -> Result:
+        """Makes what is not there, and ends what is to be ended."""
+        started, plan = time.perf_counter(), self._plan
+        finished = finished_files(self._output.load(LOG)) if self._reclaim and self._terms.resume else {}
+        check_earlier(self._output, overwrite=self._terms.overwrite)
+        check_sources_stay(plan, overwrite=self._terms.overwrite)
+        check_sources(self._mine, given_back=self._reclaim.touched(finished) if self._reclaim else ())
+        with Unwinding(), watch() as figures, self._failing_in_words():
+            is_done = self._is_done()
+            if not is_done:
+                try:
+                    self._make(executor, address, finished)
+                except DestinationError:
+                    if self._terms.is_whole or not (is_done := self._is_done()):  # else other processes have finished it by now
+                        raise
+            if is_done:
+                self._write_sums()
+            if is_done or (self._terms.verify and isinstance(self._hold, Lock) and not self._reclaim):
+                check_outputs(self._mine, self._terms.progress, self._address, found=is_done)
+            if is_done:
+                tidy(self._output, plan.single)
+        return self._describe(time.perf_counter() - started, figures["anonymous"], is_done=is_done)
+
+    def _address(self, number: int) -> Path | str:
+        """Where a file that this run is to see to is read."""
+        return self._output.address(self._mine.files[number].path)
+
+    @contextmanager
+    def _failing_in_words(self) -> Iterator[None]:
+        """Says of what fails in the block, or ends it, what it is and how to go on."""
+        try:
+            yield
+        except OSError as error:
+            raise describe_os_error(error, self._plan.root) from error
+        except (KeyboardInterrupt, Interrupted):
+            again = " with --resume" if self._terms.is_whole else ""
+            raise Interrupted(f"interrupted: rerun the same command{again} to go on with {self._output.where}") from None
+        finally:
+            self._hold.release()
+
+    def _is_done(self) -> bool:
+        """Whether all is there already and nothing says any more whose files they are: they are then compared."""
+        goes_on = (self._terms.resume or not self._terms.is_whole) and not self._terms.overwrite
+        return goes_on and not self._output.is_begun() and self._hold.is_complete()
+
+    def _make(self, executor: Executor, address: str | None, finished: Collection[str]) -> None:
+        """Takes the output, makes what is missing, and, but for a part, commits and leaves."""
+        if self._terms.part or self._terms.is_whole:
+            with executor.open(self._plan, self._make_here, address) as make:  # which finds faults before anything is written
+                self._take(finished)
+                self._missing = self._hold.find_missing(self._find_altered if self._terms.part and self._terms.verify else None)
+                self._write(make, self._missing, self._terms.progress)
+        if not self._terms.part:
+            self._commit()
+        elif self._terms.verify and (altered := self._find_altered(self._missing)):
+            names = ", ".join(self._plan.files[number].path for number in sorted(altered))
+            raise RunError(f"{self._output.where}: {names}: not what was written: check disk and memory, then run the part again")
+
+    def _make_here(self, plan: Plan, numbers: Iterable[int], tell: Callable[[int], None]) -> Counter[str]:
+        """Makes files of the plan by this process."""
+        if isinstance(self._hold, Lock):
+            engine = LocalEngine(plan, self._hold.log, tell, checksum=self._terms.checksum, reclaim=self._reclaim)
             engine.run()
-        lock.leave()
-    except OSError as error:
-        raise describe_os_error(error, str(root)) from error
-    else:
-        return engine.overflowed
-    finally:
-        lock.release()
+            return engine.overflowed
+        if isinstance(self._output, Bucket):
+            return make_files(plan, numbers, tell, sink=self._output.sink)
+        return make_files(plan, numbers, tell, self._hold.check)
 
+    def _take(self, finished: Collection[str]) -> None:
+        """Takes the output, or goes on with what is begun there.
 
-def _is_complete(plan: Plan, output: Directory) -> bool:
-    """Whether DST holds all files of the plan at their sizes and no run is pending."""
-    paths = {output.root / file.path: file.size for file in plan.files}
-    return not output.is_begun() and all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+        Raises:
+            StreamconvError: it is another's, or has no room, or replicas differ.
+        """
+        plan, output = self._plan, self._output
+        goes_on = output.is_begun() and (self._terms.resume or not self._terms.is_whole)
+        if not goes_on and not self._terms.overwrite:
+            self._check_free()
+        stale = partial(list_stale, plan, output) if self._terms.overwrite and not goes_on else None
+        if isinstance(output, Directory):
+            mine = with_reclaim(plan, finished) if self._reclaim else self._mine
+            check_room(mine, output.root, stale() if stale else ())
+        else:
+            check_staging(plan)
+        if self._terms.is_whole and not goes_on:
+            check_replicas(plan)
+        if isinstance(output, Directory):
+            prepare(plan, output.root, suffix=PARTIAL if isinstance(self._hold, Lock) else new_suffix())
+        self._hold.take(goes_on=goes_on, stale=stale)
+
+    def _check_free(self) -> None:
+        """Refuses an output that has something in it, unless another part was quicker to take it. Raises DestinationError."""
+        try:
+            check_free(self._output)
+        except DestinationError:
+            if self._terms.is_whole or not self._output.is_begun():
+                raise
+
+    def _write(self, make: MakeFiles, numbers: Sequence[int], progress: bool | Progress) -> None:
+        self._made += len(numbers) - self._hold.count_finished()
+        with writing(), bar(sum(self._plan.files[k].size for k in numbers), "converting", show=progress) as tell:
+            self._overflowed += make(self._plan, numbers, tell)
+
+    def _find_altered(self, numbers: Sequence[int]) -> set[int]:
+        """Those of these files that do not hold what the plan makes of the sources."""
+        made = self._plan.for_files(numbers)
+        with bar(made.totals.bytes_written, "verifying", show=self._terms.progress) as tell:
+            check = OutputCheck(made, tell, lambda k: self._output.address(made.files[k].path))
+            every = range(len(numbers))
+            return {numbers[k] for k in check.find_wrong_literals(every) | check.compare(tasks_in_order(made, every))}
+
+    def _commit(self) -> None:
+        """Looks at every file that was made apart, writes the rest, with the commit, and leaves.
+
+        Raises:
+            DestinationError: files are missing or wrong; names each, and the part that makes it. Nothing is written.
+            SourceChanged: a source is not what was planned with.
+        """
+        if isinstance(self._hold, Lease):
+            self._check_made(self._hold)
+            self._output.clear_up(self._plan)
+            rest = [number for number in range(len(self._plan.files)) if number not in set(files_to_make(self._plan))]
+            self._write(self._make_here, rest, progress=False)
+            self._write_sums()
+        self._hold.leave()
+
+    def _check_made(self, lease: Lease) -> None:
+        count = lease.check()["parts"]
+        check_sources(self._plan)
+        made = files_to_make(self._plan)
+        lost = set(made) - lease.find_done(made)
+        if not lost and not self._terms.is_whole:  # which has looked before it began
+            check_replicas(self._plan)
+        altered = self._find_altered(made) if self._terms.verify and not lost else set()
+        if wrong := sorted(lost | altered):
+            which = ", ".join(f"{lease.describe(k)}{f' (part {k % count}/{count})' if count else ''}" for k in wrong)
+            compared = " with --verify" if altered else ""
+            advice = f"run those parts{compared}, then --finish again" if count else "run it again with --resume"
+            what = f"{len(wrong)} of {len(self._plan.files)} files not there as planned"
+            raise DestinationError(f"{self._output.where}: {what}: {which}; {advice}")
+
+    def _write_sums(self) -> None:
+        if self._terms.checksum:
+            LocalEngine(self._plan, Log()).write_sums({})
+
+    def _describe(self, seconds: float, anonymous: int, *, is_done: bool) -> Result:
+        """What came of it."""
+        plan, part, place = self._plan, None, self._output.address(self._plan.single or "")
+        if self._terms.part:
+            plan = plan.for_files(self._missing)
+        if isinstance(self._hold, Lease) and not self._terms.is_whole:
+            part = self._describe_part(self._hold)
+        if isinstance(self._output, Bucket) and (pull_request := self._output.sink.pull_request):
+            plan = replace(plan, notes=(*plan.notes, f"pull request: {pull_request}"))
+        verified = True if self._terms.verify or is_done else None
+        overflow = Overflow(self._overflowed, complete=self._made == len(self._plan.files))
+        return Result(plan, seconds, memory.peak(), anonymous, verified, part=part, place=place, overflow=overflow)
+
+    def _describe_part(self, lease: Lease) -> Part:
+        every, names = files_to_make(self._plan), tuple(self._plan.files[number].path for number in self._missing)
+        is_complete = not self._output.is_begun()
+        there = len(every) if is_complete else len(lease.find_done(every))
+        return Part("/".join(map(str, self._terms.part or ())), names, len(self._numbers) - len(names), there, len(every), is_complete)

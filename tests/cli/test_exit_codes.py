@@ -12,7 +12,7 @@ from streamconv import errors
 from streamconv.cli import command as cli
 from streamconv.convert import api
 from streamconv.diagnose import report_page
-from streamconv.running import apart, lease, local
+from streamconv.running import lease, local
 from streamconv.running import run as running
 from streamconv.running.directory import Directory
 
@@ -64,7 +64,7 @@ def test_so_it_is_in_parts(kind, source, tmp_path, monkeypatch):
         patched.setattr(local.LocalEngine, "_copy", failing(kind))
         assert code_of("run", tmp_path / "plan.json", "--part", "1/1") == 3
     with monkeypatch.context() as patched:
-        patched.setattr(apart, "check_room", failing(kind))
+        patched.setattr(running, "check_room", failing(kind))
         assert code_of("run", tmp_path / "plan.json", "--part", "1/1") == 2
     with monkeypatch.context() as patched:
         patched.setattr(lease.Lease, "take", failing(kind))
