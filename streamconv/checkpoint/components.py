@@ -118,7 +118,7 @@ def find_weighted(location: Location) -> list[str]:
 
 def _names_in(folder: Folder) -> Sequence[str]:
     try:
-        return folder.names
+        return folder.list()
     except OSError as error:
         raise unreadable(folder.file(""), error, "a checkpoint") from error
 

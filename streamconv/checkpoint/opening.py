@@ -327,8 +327,8 @@ def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool, variant: st
     kind = containers()[name].names
     if chosen:
         found = find_files(path, kind, chosen)
-    elif path.is_folder and not any(map(kind.is_part, path.folder.names)):
-        names = one_checkpoint(path, find_unnamed(path, path.folder.names), kind)
+    elif path.is_folder and not any(map(kind.is_part, path.folder.list())):
+        names = one_checkpoint(path, find_unnamed(path, path.folder.list()), kind)
         found = find_files(path, kind, names)
     else:
         found = find_files(path, kind, by_rank=by_rank, variant=variant)
@@ -341,7 +341,7 @@ def choose_files(path: Location, ranks: Sequence[str], files: Sequence[str]) -> 
     if not path.is_folder:
         return [], any(parse_names(pattern).match(path.name) is not None for pattern in ranks)
     try:
-        names = sorted(path.folder.names, key=natural_key)
+        names = sorted(path.folder.list(), key=natural_key)
     except OSError as error:
         raise unreadable(path, error, "a checkpoint") from error
     for pattern in (*ranks, *files):
@@ -379,7 +379,7 @@ def detect_format(path: Location, variant: str | None = None) -> str:
     if not path.is_folder:
         return _format_of_index(path) if is_index(path.name) else container_of(path)
     try:
-        names = [name for name in path.folder.names if not name.startswith(".")]
+        names = [name for name in path.folder.list() if not name.startswith(".")]
     except OSError as error:
         raise unreadable(path, error, "a checkpoint") from error
     for chosen in dict.fromkeys((variant, None)):

@@ -210,7 +210,7 @@ def _read_files(
 
 def _names(path: Location, kind: Names, variant: str | None) -> list[str]:
     """What lies in a folder, without files of other variants of the weights."""
-    names = sorted(path.folder.names)
+    names = sorted(path.folder.list())
     try:
         return sorted(choose_variant(path, names, kind, variant)[1])
     except FormatError:
@@ -347,7 +347,7 @@ def _check_quantities(
     if folder.has(_MODELOPT):
         whole = Stated({"quantization_config": {"quant_method": "modelopt"}, **whole.table})
     yield from check_types(whole, specs) if by_rank else check_config(whole, specs, checkpoint)
-    names = set(folder.names)
+    names = set(folder.list())
     if not is_component and _CLASS not in whole.table and not (whole.texts("architectures") and whole.text("model_type")):
         what, why = "it lacks model_type or architectures", "libraries choose the model's class by them"
         yield Finding(what, CONFIG, why, "add them", problem=not whole.table.keys().isdisjoint(_TRANSFORMERS))

@@ -122,12 +122,12 @@ def open_with_ranks(
 def _list_files(folder: Folder) -> list[str]:
     """Files of a folder, and those that trainers leave in folders of ranks, by their names."""
     found = []
-    for name in sorted(folder.names, key=natural_key):
+    for name in sorted(folder.list(), key=natural_key):
         container = _container_of(name)
         if container is None:
             found.append(name)
         elif folder.has_folder(name):
-            inside = set(folder.folder(name).names)
+            inside = set(folder.folder(name).list())
             found += [f"{name}/{file}" for file in container.names.rank_files if file in inside][:1]
     return found
 

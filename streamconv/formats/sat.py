@@ -67,7 +67,7 @@ def _iteration(path: Location) -> str:
 def _ranks(folder: Location) -> list[str]:
     """The files of an iteration's folder, one for each rank."""
     try:
-        names = folder.folder.names
+        names = folder.folder.list()
     except OSError as error:
         raise unreadable(folder, error, KIND.noun) from error
     ranks = {int(match[1]): name for name in names if (match := _RANK.fullmatch(name))}

@@ -115,9 +115,9 @@ def _names(path: Location, kind: Names) -> list[str]:
     """The names in a directory, and those in the folders in which such files may lie."""
     folder = path.folder
     try:
-        names = sorted(name for name in folder.names if not name.startswith("."))
+        names = sorted(name for name in folder.list() if not name.startswith("."))
         folders = sorted((name for name in names if re.fullmatch(kind.folders, name) and folder.has_folder(name)), key=len)
-        return names + [f"{inner}/{name}" for inner in folders for name in sorted(folder.folder(inner).names)]
+        return names + [f"{inner}/{name}" for inner in folders for name in sorted(folder.folder(inner).list())]
     except OSError as error:
         raise unreadable(path, error, kind.noun) from error
 

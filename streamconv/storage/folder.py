@@ -75,19 +75,22 @@ class Folder(ABC):
     def place(self, name: str) -> str:
         """What a plan's sources call a file."""
 
-    @cached_property
-    def names(self) -> Sequence[str]:
-        """Those of the files and folders directly in it, asked for once.
+    def list(self) -> Sequence[str]:
+        """The names of the files and folders directly in it, looked for once.
 
         Raises:
             OSError: it cannot be read.
             StreamconvError: the same, of a store.
         """
-        return self.list()
+        return self._names
+
+    @cached_property
+    def _names(self) -> Sequence[str]:
+        return self._find_names()
 
     @abstractmethod
-    def list(self) -> Sequence[str]:
-        """See `names`."""
+    def _find_names(self) -> Sequence[str]:
+        """See `list`."""
 
     @abstractmethod
     def walk(self) -> Iterator[Walked]:

@@ -54,7 +54,7 @@ class LocalFolder(Folder):
     def place(self, name: str) -> str:
         return os.path.join(self._path, name) if name else self._path  # noqa: PTH118 - a text is wanted, of each of many files
 
-    def list(self) -> Sequence[str]:
+    def _find_names(self) -> Sequence[str]:
         return os.listdir(self._path)  # noqa: PTH208 - names are wanted
 
     def walk(self) -> Iterator[Walked]:

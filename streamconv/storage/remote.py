@@ -185,13 +185,13 @@ class RemoteFolder(Folder):
     def place(self, name: str) -> str:
         return self._tree.address(self._relative(name))
 
-    def list(self) -> Sequence[str]:
+    def _find_names(self) -> Sequence[str]:
         start = f"{self.within}/" if self.within else ""
         names = dict.fromkeys(name[len(start) :].partition("/")[0] for name in self._tree.files() if name.startswith(start))
         return [name for name in names if name]
 
     def walk(self) -> Iterator[Walked]:
-        names = sorted(self.names)
+        names = sorted(self.list())
         folders = list(filter(self.has_folder, names))
         yield "", folders, list(filter(self.has_file, names))
         for name in folders:

@@ -546,7 +546,7 @@ def test_folders_behind_urls_are_like_folders(memory, kinds):
     near = locate(kinds["safetensors"]).folder
     far = locate(f"{memory}/safetensors").folder
     assert (near.local, far.local) == (kinds["safetensors"], None)
-    assert sorted(far.names) == sorted(near.names)
+    assert sorted(far.list()) == sorted(near.list())
     for folders in (far.walk(), near.walk()):
         walked = {inner: (sorted(inside), sorted(files)) for inner, inside, files in folders}
         assert walked.keys() == {"", "assets"}
