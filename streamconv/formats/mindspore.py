@@ -19,14 +19,13 @@ from streamconv.formats.files import (
     countable,
     damaged,
     lfs_pointer,
-    merge,
     opened,
     read_bytes,
     short,
     show,
 )
-from streamconv.formats.indexes import Explain, check_index, unexplained
-from streamconv.formats.selection import Selection, find_files
+from streamconv.formats.indexes import Explain, unexplained
+from streamconv.formats.selection import Selection, find_files, gather
 from streamconv.storage.folder import File, Location, read_each
 
 KIND = Names(
@@ -287,11 +286,7 @@ def read(
         left_out += [f"{name}/{other}" if by_rank else other for other in others]
     if not by_rank:
         _leave_out_repeated(path, found.files, tables)
-    notes = list(found.notes)
-    if found.index:
-        notes += check_index(found.index, found.weight_map, tables, explain)
-    entries = merge(path, tables, by_rank=by_rank)
-    contents = Contents("mindspore", entries, list(found.files.values()), [found.index] if found.index else [], notes=notes)
+    contents = gather("mindspore", path, found, tables, by_rank=by_rank, explain=explain)
     if left_out:
         contents.notes.append(f"{len(left_out)} values that are not tensors are left out: {short.repr(left_out)[1:-1]}")
     return contents

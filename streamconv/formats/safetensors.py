@@ -25,16 +25,15 @@ from streamconv.formats.files import (
     index_name,
     lfs_pointer,
     map_layout,
-    merge,
     opened,
     short,
     show,
     split_into_shards,
     variant_stem,
 )
-from streamconv.formats.indexes import Explain, check_index, unexplained
+from streamconv.formats.indexes import Explain, unexplained
 from streamconv.formats.json_text import MAX_JSON, Repeated, parse_object
-from streamconv.formats.selection import Selection, find_files
+from streamconv.formats.selection import Selection, find_files, gather
 from streamconv.storage.folder import Location, read_each
 
 KIND = Names(
@@ -128,11 +127,7 @@ def read(
     for name, (table, said) in zip(found.files, each, strict=True):
         tables[name] = table
         metadata = said | metadata  # files agree as a rule; where not, the first has its say
-    notes = list(found.notes)
-    if found.index:
-        notes += check_index(found.index, found.weight_map, tables, explain)
-    entries = merge(path, tables, by_rank=by_rank)
-    return Contents("safetensors", entries, list(found.files.values()), [found.index] if found.index else [], metadata, notes)
+    return gather("safetensors", path, found, tables, by_rank=by_rank, explain=explain, metadata=metadata)
 
 
 def read_file(path: Location) -> tuple[Table, dict[str, str]]:

@@ -8,9 +8,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streamconv.errors import FormatError
+from streamconv.formats import AnyNode, Contents
 from streamconv.formats.container import Names
-from streamconv.formats.files import short, show, unreadable
-from streamconv.formats.indexes import read_index
+from streamconv.formats.files import merge, short, show, unreadable
+from streamconv.formats.indexes import Explain, check_index, read_index
 from streamconv.formats.signatures import holds_checkpoint, recognize
 from streamconv.formats.unrelated import is_weights, kind_of
 from streamconv.formats.variants import of_variant, variant_of
@@ -34,6 +35,37 @@ class Selection:
     weight_map: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     variant: str | None = None
+
+
+def gather(
+    format: str,  # noqa: A002 - as Contents has it
+    path: Location,
+    selection: Selection,
+    tables: Mapping[str, Mapping[str, AnyNode]],
+    *,
+    by_rank: bool,
+    explain: Explain,
+    metadata: Mapping[str, str] | None = None,
+) -> Contents:
+    """The contents of a checkpoint from the tensors of each of its files, which its index must name.
+
+    Args:
+        format: the container's name.
+        path: what was opened, for messages.
+        selection: the files.
+        tables: their tensors, in order, by the file's name.
+        by_rank: tensors are ``<file>/<name>``.
+        explain: see `check_index`.
+        metadata: of the files.
+
+    Raises:
+        FormatError: a tensor is in two files without ``by_rank``, or in none of those that an index names.
+    """
+    notes, index = list(selection.notes), selection.index
+    if index:
+        notes += check_index(index, selection.weight_map, tables, explain)
+    entries = merge(path, tables, by_rank=by_rank)
+    return Contents(format, entries, list(selection.files.values()), [index] if index else [], dict(metadata or {}), notes)
 
 
 def is_index(name: str) -> bool:

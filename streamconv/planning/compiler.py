@@ -223,7 +223,7 @@ class _Compiler:
         self, files: Sequence[FilePlan], outputs: Mapping[str, AnyNode], rows: Sequence[Row], reasons: Mapping[str, str], tied: int
     ) -> Account:
         computed = {id(self.nodes[s.node]) for file in files for s in file.segments if isinstance(s, Compute)}
-        count = sum(id(node) in computed for node in outputs.values())
+        count = sum(id(items_of(node)) in computed for node in outputs.values())
         leaves = ((node, next(sources(node), node)) for node in outputs.values())
         return Account(
             tensors=len(outputs),
