@@ -41,8 +41,8 @@ class Stated:
 
     def text(self, *keys: str) -> str:
         """The first of these that is a text and not empty, else an empty one."""
-        found = (self.table.get(key) for key in keys)
-        return next((value for value in found if isinstance(value, str) and value), "")
+        values = (self.table.get(key) for key in keys)
+        return next((value for value in values if isinstance(value, str) and value), "")
 
     def texts(self, key: str) -> list[str]:
         """The texts in a list, or among the values of an object."""
@@ -94,36 +94,37 @@ def check_layers(specs: Mapping[str, TensorSpec]) -> Iterator[Finding]:
     """Layers that are missing, or lack what the others have."""
     layers: defaultdict[str, defaultdict[int, dict[str, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
     for name, spec in specs.items():
-        if match := _LAYER.match(name):
+        match = _LAYER.match(name)
+        if match:
             layers[match[1]][int(match[2])][match[3]] = spec
-    for stem, found in layers.items():
-        numbers = sorted(found)
+    for stem, layer_specs in layers.items():
+        numbers = sorted(layer_specs)
         # Layers share names of modules; what does not is a sequence of unlike modules, of which some have no tensor.
-        if len(found) < 3 or not any("." in rest for rest in set.intersection(*map(set, found.values()))):
+        if len(layer_specs) < 3 or not any("." in rest for rest in set.intersection(*map(set, layer_specs.values()))):
             continue
-        gap = next((k for k in range(numbers[-1]) if k not in found), None)
+        gap = next((k for k in range(numbers[-1]) if k not in layer_specs), None)
         if gap is not None:
             yield Finding(f"layer {gap} is missing, {numbers[-1]} is there", stem, "the model cannot run", "find the file that has it")
-        kinds = Counter(frozenset((rest, spec.shape) for rest, spec in layer.items()) for layer in found.values())
+        kinds = Counter(frozenset((rest, spec.shape) for rest, spec in layer.items()) for layer in layer_specs.values())
         usual, count = kinds.most_common(1)[0]
-        if count <= max(2, len(found) // 2):
+        if count <= max(2, len(layer_specs) // 2):
             continue
         for k in numbers[1:-1]:  # the first and the last are often special
-            here = frozenset((rest, spec.shape) for rest, spec in found[k].items())
-            lost = [rest for rest, _ in usual - here]
-            if len(lost) != 1 or len(here - usual) > 1:
+            here = frozenset((rest, spec.shape) for rest, spec in layer_specs[k].items())
+            absent = [rest for rest, _ in usual - here]
+            if len(absent) != 1 or len(here - usual) > 1:
                 continue  # a kind of its own
-            if lost[0] not in found[k]:
+            if absent[0] not in layer_specs[k]:
                 what = "it is missing, all other layers have it"
-                yield Finding(what, f"{stem}.{k}.{lost[0]}", "a loader would make it up", "find the file that has it")
+                yield Finding(what, f"{stem}.{k}.{absent[0]}", "a loader would make it up", "find the file that has it")
             else:
-                what = f"it has shape {found[k][lost[0]].shape}, the others {dict(usual)[lost[0]]}"
-                yield Finding(what, f"{stem}.{k}.{lost[0]}", "it cannot be of this model", "get that file again")
+                what = f"it has shape {layer_specs[k][absent[0]].shape}, the others {dict(usual)[absent[0]]}"
+                yield Finding(what, f"{stem}.{k}.{absent[0]}", "it cannot be of this model", "get that file again")
 
 
 def _embedding(specs: Mapping[str, TensorSpec]) -> str | None:
-    found = (name for name in specs if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$", name))
-    return next((name for name in found if "visual" not in name and "vision" not in name), None)
+    names = (name for name in specs if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$", name))
+    return next((name for name in names if "visual" not in name and "vision" not in name), None)
 
 
 def _check_embedding(whole: Stated, text: Stated, specs: Mapping[str, TensorSpec], checkpoint: Checkpoint | None) -> Iterator[Finding]:
@@ -145,13 +146,13 @@ def _check_embedding(whole: Stated, text: Stated, specs: Mapping[str, TensorSpec
     tied = whole.flag("tie_word_embeddings")
     tied = text.flag("tie_word_embeddings") if tied is None else tied
     generates = any(kind.endswith(_GENERATING) for kind in whole.texts("architectures"))
-    known = checkpoint.ties if checkpoint else {}
+    ties = checkpoint.ties if checkpoint else {}
     if head and tied and specs[head].shape != specs[name].shape:
         yield Finding(f"{specs[head]}, tied to {name}, {specs[name]}", head, "tied tensors are one", "set tie_word_embeddings to false")
     elif head and tied:
         what = f"it is stored beside {name}, and config.json ties the two"
         yield Finding(what, head, "loaders take one of them for both", "keep it only if they differ on purpose", problem=False)
-    elif tied is False and head is None and generates and text.is_conventional and not any("lm_head" in other for other in known):
+    elif tied is False and head is None and generates and text.is_conventional and not any("lm_head" in other for other in ties):
         what = "there is no head, and tie_word_embeddings is false"
         do = "set tie_word_embeddings to true if the embedding is the head"
         yield Finding(what, "lm_head.weight", "loaders would make one up at random", do)
@@ -159,11 +160,12 @@ def _check_embedding(whole: Stated, text: Stated, specs: Mapping[str, TensorSpec
 
 def _check_shapes(text: Stated, specs: Mapping[str, TensorSpec]) -> Iterator[Finding]:
     """Layers, heads and widths."""
-    found = [match for name in specs if (match := _LAYER.match(name)) and _TEXT_LAYERS.fullmatch(match[1])]
+    matches = (_LAYER.match(name) for name in specs)
+    layer_names = [match for match in matches if match and _TEXT_LAYERS.fullmatch(match[1])]
     layers = text.number("num_hidden_layers", "n_layer")
-    if found and layers:
-        stem = Counter(match[1] for match in found).most_common(1)[0][0]
-        present = 1 + max(int(match[2]) for match in found if match[1] == stem)
+    if layer_names and layers:
+        stem = Counter(match[1] for match in layer_names).most_common(1)[0][0]
+        present = 1 + max(int(match[2]) for match in layer_names if match[1] == stem)
         extra = text.number("num_nextn_predict_layers") or 0
         if not layers <= present <= layers + extra and (text.is_conventional or not text.says(present)):
             what = f"{present} layers are there, config.json says {layers}"
@@ -171,7 +173,8 @@ def _check_shapes(text: Stated, specs: Mapping[str, TensorSpec]) -> Iterator[Fin
     if not text.is_conventional:
         return
     experts = text.number("num_local_experts", "n_routed_experts", "num_experts")
-    numbers = [int(match[1]) for name in specs if (match := re.search(r"\.experts\.(\d{1,9})\.", name))]
+    expert_names = (re.search(r"\.experts\.(\d{1,9})\.", name) for name in specs)
+    numbers = [int(match[1]) for match in expert_names if match]
     if numbers and experts and max(numbers) + 1 != experts:
         what = f"{max(numbers) + 1} experts are there, config.json says {experts}"
         yield Finding(what, "experts", "experts would be missing or ignored", "use the right config")
@@ -180,13 +183,13 @@ def _check_shapes(text: Stated, specs: Mapping[str, TensorSpec]) -> Iterator[Fin
         return
     size = text.number("head_dim") or hidden // heads
     groups = text.number("num_key_value_heads") or heads
-    wanted = {
+    expected_rows = {
         r"layers\.\d+\.self_attn\.q_proj\.weight$": (heads * size, "num_attention_heads"),
         r"layers\.\d+\.self_attn\.[kv]_proj\.weight$": (groups * size, "num_key_value_heads"),
         r"layers\.\d+\.mlp\.(gate|up)_proj\.weight$": (text.number("intermediate_size"), "intermediate_size"),
     }
-    for pattern, (rows, key) in wanted.items():
-        name = next((match.string for match in found if re.search(pattern, match.string)), None)
+    for pattern, (rows, key) in expected_rows.items():
+        name = next((match.string for match in layer_names if re.search(pattern, match.string)), None)
         if name is None or rows is None or len(specs[name].shape) != 2 or not specs[name].dtype.floating:
             continue  # what is packed has a shape of its own
         if specs[name].shape[0] not in (rows, 2 * rows):
@@ -199,7 +202,8 @@ def check_types(whole: Stated, specs: Mapping[str, TensorSpec]) -> Iterator[Find
     kinds = Counter(spec.dtype.name for spec in specs.values() if len(spec.shape) > 1)
     floating = {kind: count for kind, count in kinds.items() if "float" in kind and not kind.startswith(_NARROW)}
     stated = whole.text("dtype", "torch_dtype").removeprefix("torch.")
-    quantization = next((part for key in _QUANTIZATIONS if (part := whole.part(key)).table), None)
+    stated_quantizations = (whole.part(key) for key in _QUANTIZATIONS)
+    quantization = next((part for part in stated_quantizations if part.table), None)
     method = quantization.text("quant_method") if quantization else ""
     narrow = [name for name, spec in specs.items() if spec.dtype.name.startswith(("float8_e4m3", "float8_e5m2", "float4"))]
     if floating and stated not in floating and stated in ("float32", "float16", "bfloat16") and not quantization:

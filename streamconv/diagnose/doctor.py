@@ -86,10 +86,10 @@ def doctor(path: AnyPath, *, data: bool = False, root: str | None = None, varian
     >>> examination.tensors, examination.nbytes, examination.recipes
     (3, 40, [])
     """
-    found = examine(path, data=data, root=root, variant=variant)
+    examination = examine(path, data=data, root=root, variant=variant)
     with suppress(StreamconvError):
-        found.recipes = match_recipes(path)
-    return found
+        examination.recipes = match_recipes(path)
+    return examination
 
 
 def examine(path: AnyPath, *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
@@ -112,66 +112,67 @@ def examine(path: AnyPath, *, data: bool = False, root: str | None = None, varia
     for folder in folders or [""]:
         own = None if folder else root
         part = location.folder.folder(folder).file("") if folder else location
-        found = _examine_component(part, own, data=data, is_component=folder != "", variant=variant)
-        whole.format = whole.format or found.format
-        whole.findings += (replace(finding, where=f"{folder}: {finding.where}") if folder else finding for finding in found.findings)
-        whole.dtypes = dict((Counter(whole.dtypes) + Counter(found.dtypes)).most_common())
-        whole.tensors, whole.nbytes = whole.tensors + found.tensors, whole.nbytes + found.nbytes
+        component = _examine_component(part, own, data=data, is_component=folder != "", variant=variant)
+        whole.format = whole.format or component.format
+        whole.findings += (replace(finding, where=f"{folder}: {finding.where}") if folder else finding for finding in component.findings)
+        whole.dtypes = dict((Counter(whole.dtypes) + Counter(component.dtypes)).most_common())
+        whole.tensors, whole.nbytes = whole.tensors + component.tensors, whole.nbytes + component.nbytes
     whole.findings += _check_pointers(location.folder) if location.is_folder else []
     return whole
 
 
 def _check_pointers(folder: Folder) -> Iterator[Finding]:
     try:
-        found = find_pointers(folder, look_beside(folder).files)
+        names = find_pointers(folder, look_beside(folder).files)
     except (FormatError, OSError) as error:
         yield Finding(_short(error, folder.file("")), folder.url, "it would go along with the weights", "fetch the checkpoint again")
         return
-    for name in found:
+    for name in names:
         yield Finding("it is a Git LFS pointer, not the file", name, "what needs the file fails", "fetch it: git lfs pull")
 
 
 def _examine_component(path: Location, root: str | None, *, data: bool, is_component: bool, variant: str | None) -> Examination:
     """Looks at one component of a checkpoint, which may be all of it; ``is_component``: what the whole says it need not say."""
-    called = find_ranks(path)
-    name = _detect_format(path, called, variant)
-    found = Examination(str(path), name)
+    rank_sets = find_ranks(path)
+    name = _detect_format(path, rank_sets, variant)
+    examination = Examination(str(path), name)
     tables: dict[str, Mapping[str, AnyNode]] = {}
     checkpoint: Checkpoint | None = None
     if path.is_folder:
-        tables = _read_files(path, name, root, called, found, variant)
-    ranks = next((one for one in called if one.holds(tables)), None)
+        tables = _read_files(path, name, root, rank_sets, examination, variant)
+    ranks = next((one for one in rank_sets if one.holds(tables)), None)
     try:
-        checkpoint, known = open_with_ranks(path, root=root, components=False, variant=variant)
+        checkpoint, ranks_opened = open_with_ranks(path, root=root, components=False, variant=variant)
     except FormatError as error:
-        if not found.findings and ranks is None:
-            found.findings.append(Finding(_short(error, path), str(path), "nothing can read it", "download or write it again"))
+        if not examination.findings and ranks is None:
+            examination.findings.append(Finding(_short(error, path), str(path), "nothing can read it", "download or write it again"))
         entries = {tensor: entry for table in tables.values() for tensor, entry in table.items()}
     else:
-        entries, found.format, ranks = dict(checkpoint.contents.entries), checkpoint.format, known or ranks
+        entries, examination.format, ranks = dict(checkpoint.contents.entries), checkpoint.format, ranks_opened or ranks
         if not tables:
-            tables = dict(by_file(entries, known)) if known else {path.name: entries}
-    found.dtypes = dict(Counter(entry.spec.dtype.name for entry in entries.values()).most_common())
-    found.tensors, found.nbytes = len(entries), sum(entry.spec.nbytes for entry in entries.values())
-    found.findings += _check_files(path, tables, found.format, ranks.files if ranks else (), variant) if path.is_folder else []
+            tables = dict(by_file(entries, ranks_opened)) if ranks_opened else {path.name: entries}
+    examination.dtypes = dict(Counter(entry.spec.dtype.name for entry in entries.values()).most_common())
+    examination.tensors, examination.nbytes = len(entries), sum(entry.spec.nbytes for entry in entries.values())
+    examination.findings += _check_files(path, tables, examination.format, ranks.files if ranks else (), variant) if path.is_folder else []
     if ranks is not None:
-        found.findings += check_ranks({file: tables[file] for file in ranks.files if file in tables}, ranks, lambda: suggest_merging(path))
-        entries = dict(next((tables[file] for file in ranks.files if file in tables), {}))  # one stands for all
+        rank_tables = {file: tables[file] for file in ranks.files if file in tables}
+        examination.findings += check_ranks(rank_tables, ranks, lambda: suggest_merging(path))
+        entries = dict(next(iter(rank_tables.values()), {}))  # one stands for all
     specs = {tensor: entry.spec for tensor, entry in entries.items()}
-    found.findings += check_layers(specs)
+    examination.findings += check_layers(specs)
     by_rank = ranks is not None
-    found.findings += _check_quantities(path.folder, specs, checkpoint, is_component=is_component, by_rank=by_rank)
+    examination.findings += _check_quantities(path.folder, specs, checkpoint, is_component=is_component, by_rank=by_rank)
     if data and checkpoint:
-        found.findings += _check_data(checkpoint)
-    return found
+        examination.findings += _check_data(checkpoint)
+    return examination
 
 
-def _detect_format(path: Location, called: Sequence[RankSet], variant: str | None) -> str:
+def _detect_format(path: Location, rank_sets: Sequence[RankSet], variant: str | None) -> str:
     """The container that a path holds, in folders of ranks if there is nothing else."""
     try:
         return detect_format(path, variant)
     except FormatError:
-        inside = next((file for ranks in called for file in ranks.files if "/" in file), None)
+        inside = next((file for ranks in rank_sets for file in ranks.files if "/" in file), None)
         if inside is None:
             raise
         return detect_format(path.folder.file(inside))
@@ -187,7 +188,7 @@ def _short(error: Exception, path: Location) -> str:
 
 
 def _read_files(
-    path: Location, name: str, root: str | None, called: Sequence[RankSet], found: Examination, variant: str | None
+    path: Location, name: str, root: str | None, rank_sets: Sequence[RankSet], examination: Examination, variant: str | None
 ) -> dict[str, Mapping[str, AnyNode]]:
     """The tensors of each weight file by itself, so that one damaged file does not hide the others."""
     kind = containers()[name].names
@@ -197,12 +198,12 @@ def _read_files(
         for file in _names(path, kind, variant)
         if file.endswith(kind.suffixes) and not re.fullmatch(kind.others, file) and not file.startswith(".")
     ]
-    names += [file for ranks in called for file in ranks.files if "/" in file]
+    names += [file for ranks in rank_sets for file in ranks.files if "/" in file]
     files = [path.folder.file(file) for file in names]
     for file, read in zip(files, each(files, lambda file: _read_file(file, root)), strict=True):
         if isinstance(read, StreamconvError):
             again = "download it again, or write it again from its source"
-            found.findings.append(Finding(_short(read, file), file.relative, "its tensors cannot be trusted", again))
+            examination.findings.append(Finding(_short(read, file), file.relative, "its tensors cannot be trusted", again))
         else:
             tables[file.relative] = read
     return tables
@@ -220,8 +221,8 @@ def _names(path: Location, kind: Names, variant: str | None) -> list[str]:
 def _read_file(file: Location, root: str | None) -> Mapping[str, AnyNode] | StreamconvError:
     try:
         container = containers()[detect_format(file)]  # a suffix may be that of several
-        given = {"root": root} if container.nests else {}
-        return container.read(file, **given).entries
+        settings = {"root": root} if container.nests else {}
+        return container.read(file, **settings).entries
     except StreamconvError as error:
         return error
 
@@ -291,14 +292,14 @@ def _check_index(
     for file in sorted(set(weight_map.values())):
         if file not in names:
             yield Finding(f"it names {file}, which is not there", index, "its tensors are missing", "download it")
-    lost = [tensor for tensor, file in weight_map.items() if file in tables and tensor not in tables[file]]
-    if lost:
-        yield Finding(f"{weight_map[lost[0]]} does not hold it{_more(lost)}", lost[0], f"{index} says that it does", again)
-    known = set(weight_map.values())
-    extra = [tensor for file, table in tables.items() if file in known for tensor in table if tensor not in weight_map]
+    absent = [tensor for tensor, file in weight_map.items() if file in tables and tensor not in tables[file]]
+    if absent:
+        yield Finding(f"{weight_map[absent[0]]} does not hold it{_more(absent)}", absent[0], f"{index} says that it does", again)
+    listed_files = set(weight_map.values())
+    extra = [tensor for file, table in tables.items() if file in listed_files for tensor in table if tensor not in weight_map]
     if extra:
         yield Finding(f"{index} does not name it{_more(extra)}", extra[0], "loaders will not find it", again)
-    for file in sorted(set(tables) - known):
+    for file in sorted(set(tables) - listed_files):
         yield Finding(f"{index} does not name it", file, "it may be of another version of the model", "remove it if it is stale")
 
 
@@ -306,11 +307,13 @@ def _check_numbers(names: list[str], kind: Any) -> Iterator[Finding]:
     """Whether numbered shards are all there."""
     sets: defaultdict[tuple[str, int], set[int]] = defaultdict(set)
     for name in names:
-        if match := kind.shard(name):
+        match = kind.shard(name)
+        if match:
             number = int(name.removeprefix(match["stem"]).lstrip("-").split("-")[0])
             sets[match["stem"], int(match["total"])].add(number)
     for (stem, total), present in sets.items():
-        if missing := sorted(set(range(1, total + 1)) - present):
+        missing = sorted(set(range(1, total + 1)) - present)
+        if missing:
             what = f"{len(present)} of {total} are there, number {missing[0]} is not"
             yield Finding(what, f"{stem}-*-of-{total:05d}", "its tensors are missing", "download it")
     stems = {stem for stem, _ in sets}

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from itertools import combinations, permutations
+from itertools import chain, combinations, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,12 +123,12 @@ def read_shapes(path: str) -> dict[str, Shape]:
 
 def fold(shapes: Mapping[str, Shape]) -> list[Folded]:
     """Names with their numbers folded, as far as all tensors folded together have one shape and no number is missing."""
-    found: list[Folded] = []
+    folds: list[Folded] = []
 
     def add(rows: list[tuple[tuple[str, ...], tuple[int, ...], Shape]]) -> None:
         numbers = tuple(frozenset(values) for values in zip(*(row[1] for row in rows), strict=True))
         if len({row[2] for row in rows}) == 1 and math.prod(map(len, numbers)) == len(rows):
-            found.append(Folded(rows[0][0], numbers, rows[0][2]))
+            folds.append(Folded(rows[0][0], numbers, rows[0][2]))
             return
         tries = []
         for place in range(len(numbers)):  # keep the number whose parts are most alike
@@ -137,7 +137,8 @@ def fold(shapes: Mapping[str, Shape]) -> list[Folded]:
                 joined = (*texts[:place], f"{texts[place]}{own[place]}{texts[place + 1]}", *texts[place + 2 :])
                 parts[own[place]].append((joined, own[:place] + own[place + 1 :], shape))
             tries.append((sum(len({row[2] for row in part}) for part in parts.values()), len(parts), place, parts))
-        for part in min(tries, key=lambda entry: entry[:3])[3].values():
+        *_, fewest_shapes = min(tries, key=lambda entry: entry[:3])
+        for part in fewest_shapes.values():
             add(part)
 
     groups: defaultdict[tuple[str, ...], list[tuple[tuple[str, ...], tuple[int, ...], Shape]]] = defaultdict(list)
@@ -146,7 +147,7 @@ def fold(shapes: Mapping[str, Shape]) -> list[Folded]:
         groups[tuple(pieces[::2])].append((tuple(pieces[::2]), tuple(map(int, pieces[1::2])), shape))
     for group in groups.values():
         add(group)
-    return sorted(found, key=lambda folded: natural_key(_named(folded)))
+    return sorted(folds, key=lambda folded: natural_key(_named(folded)))
 
 
 def draft(source: Mapping[str, Shape], target: Mapping[str, Shape], name: str, about: str = "") -> Draft:
@@ -159,15 +160,15 @@ def draft(source: Mapping[str, Shape], target: Mapping[str, Shape], name: str, a
     lines = matching.run()
     if not any(line.active for line in lines):
         raise CoverageError(f"{about or name}: no tensor of the one has a shape that anything of the other could be made from or into")
-    made = _write(lines, name, about)
-    made.unmade = [_named(folded) for folded in matching.targets]
-    made.unused = [_named(folded) for folded in matching.sources if not _BUFFER.search(_named(folded))]
+    result = _write(lines, name, about)
+    result.unmade = [_named(folded) for folded in matching.targets]
+    result.unused = [_named(folded) for folded in matching.sources if not _BUFFER.search(_named(folded))]
     import yaml
 
-    recipe = Recipe.from_dict(yaml.safe_load(made.text), name)
-    if not made.unused:
-        made.back = _why_not_back(recipe, source, target)
-    return made
+    recipe = Recipe.from_dict(yaml.safe_load(result.text), name)
+    if not result.unused:
+        result.back = _why_not_back(recipe, source, target)
+    return result
 
 
 def _why_not_back(recipe: Recipe, source: Mapping[str, Shape], target: Mapping[str, Shape]) -> str:
@@ -177,9 +178,9 @@ def _why_not_back(recipe: Recipe, source: Mapping[str, Shape], target: Mapping[s
         outputs = recipe.inverse(f"{recipe.name}-back").apply(entries).outputs
     except StreamconvError as error:
         return str(error)
-    found = {name: node.spec.shape for name, node in outputs.items()}
-    lost = [name for name, shape in source.items() if found.get(name) != shape and not _BUFFER.search(name)]
-    return f"{lost[0]} is not made again{f', nor are {len(lost) - 1} more' if lost[1:] else ''}" if lost else ""
+    shapes = {name: node.spec.shape for name, node in outputs.items()}
+    unmade = [name for name, shape in source.items() if shapes.get(name) != shape and not _BUFFER.search(name)]
+    return f"{unmade[0]} is not made again{f', nor are {len(unmade) - 1} more' if unmade[1:] else ''}" if unmade else ""
 
 
 def _named(folded: Folded) -> str:
@@ -203,9 +204,9 @@ class _Matching:
         self._one_to_one()
         for flipped in (False, True):
             for parts, whole, line in self._joins(flipped=flipped):
-                used, made = ([whole], parts) if flipped else (parts, [whole])
-                if set(used) <= set(self.sources) and set(made) <= set(self.targets):
-                    self._add(used, made, line)
+                sources, targets = ([whole], parts) if flipped else (parts, [whole])
+                if set(sources) <= set(self.sources) and set(targets) <= set(self.targets):
+                    self._add(sources, targets, line)
         self._reshaped()
         ties = list(self._ties())
         for folded in self.sources:
@@ -214,12 +215,12 @@ class _Matching:
             self.lines.append((self.all_sources.index(folded), Line({"drop": _named(folded), **reason}, why, active=bool(why))))
         return [line for _, line in sorted(self.lines, key=lambda entry: entry[0])] + ties
 
-    def _add(self, used: Sequence[Folded], made: Sequence[Folded], line: Line) -> None:
-        self.lines.append((min(map(self.all_sources.index, used)), line))
-        self.sources = [folded for folded in self.sources if folded not in used]
-        self.targets = [folded for folded in self.targets if folded not in made]
-        if len(used) == len(made) == 1:
-            self.partners[used[0]] = made[0]
+    def _add(self, sources: Sequence[Folded], targets: Sequence[Folded], line: Line) -> None:
+        self.lines.append((min(map(self.all_sources.index, sources)), line))
+        self.sources = [folded for folded in self.sources if folded not in sources]
+        self.targets = [folded for folded in self.targets if folded not in targets]
+        if len(sources) == len(targets) == 1:
+            self.partners[sources[0]] = targets[0]
 
     def _one_to_one(self) -> None:
         """The same shape and the same numbers, by the likeness of names where there are several."""
@@ -227,10 +228,10 @@ class _Matching:
         for side, folded in enumerate((self.sources, self.targets)):
             for one in folded:
                 kinds[one.numbers, one.shape][side].append(one)
-        for left, right in kinds.values():
-            for a, b, sure in _pairs(left, right):
+        for sources, targets in kinds.values():
+            for a, b, sure in _pairs(sources, targets):
                 names = _captures(a.numbers)
-                why = "" if sure else f"by name, among {max(len(left), len(right))} of shape {list(a.shape)}"
+                why = "" if sure else f"by name, among {max(len(sources), len(targets))} of shape {list(a.shape)}"
                 self._add([a], [b], Line({"rule": a.pattern(names), "right": b.pattern(names)}, why))
 
     def _joins(self, *, flipped: bool) -> Iterator[tuple[list[Folded], Folded, Line]]:
@@ -245,8 +246,9 @@ class _Matching:
             for numbers, group in groups.items():
                 near = sorted(group, key=lambda part: -_score(part, whole))[:8]
                 stack = {_COUNTS[count]: len(numbers[count])} if len(numbers) > count else {}
-                for chosen in (chosen for size in range(1 if stack else 2, 5) for chosen in combinations(near, size)):
-                    parts = sorted(chosen, key=_usual_order)
+                sizes = range(1 if stack else 2, 5)
+                for combination in chain.from_iterable(combinations(near, size) for size in sizes):
+                    parts = sorted(combination, key=_usual_order)
                     layout = _joined([part.shape for part in parts], whole.shape, stack)
                     pattern = _listed(parts, _captures(numbers)) if layout else None
                     if layout and pattern:
@@ -265,10 +267,10 @@ class _Matching:
     def _reshaped(self) -> None:
         """One tensor each, with axes in another order, or of size 1 gone."""
         for a in list(self.sources):
-            fitting = [(b, layout) for b in self.targets if b.numbers == a.numbers and (layout := _moved(a.shape, b.shape))]
+            fitting = [b for b in self.targets if b.numbers == a.numbers and _moved(a.shape, b.shape)]
             if fitting:
-                b, layout = max(fitting, key=lambda entry: _score(a, entry[0]))
-                names = _captures(a.numbers)
+                b = max(fitting, key=lambda target: _score(a, target))
+                layout, names = _moved(a.shape, b.shape), _captures(a.numbers)
                 why = "by shape; axes moved"
                 self._add([a], [b], Line({"rule": a.pattern(names), "right": b.pattern(names), "layout": layout}, why))
 
@@ -295,16 +297,17 @@ def _score(a: Folded, b: Folded) -> float:
     return shared + SequenceMatcher(None, _named(a), _named(b), autojunk=False).ratio()
 
 
-def _pairs(left: list[Folded], right: list[Folded]) -> Iterator[tuple[Folded, Folded, bool]]:
+def _pairs(sources: list[Folded], targets: list[Folded]) -> Iterator[tuple[Folded, Folded, bool]]:
     """Pairs in the order of their likeness, and whether there was no other choice, or none as good for either."""
-    scores = sorted(((_score(a, b), -k, a, b) for a in left for k, b in enumerate(right)), key=lambda row: row[:2], reverse=True)
-    gone: set[Folded] = set()
-    alone = len(left) == len(right) == 1
+    candidates = ((_score(a, b), -k, a, b) for a in sources for k, b in enumerate(targets))
+    scores = sorted(candidates, key=lambda row: row[:2], reverse=True)
+    paired: set[Folded] = set()
+    alone = len(sources) == len(targets) == 1
     for score, _, a, b in scores:
-        if a in gone or b in gone or (len(left) != len(right) and not a.words & b.words):
+        if a in paired or b in paired or (len(sources) != len(targets) and not a.words & b.words):
             continue
         same = a.parts == b.parts
-        gone |= {a, b}
+        paired |= {a, b}
         yield a, b, alone or same or score >= 2
 
 
@@ -342,8 +345,8 @@ def _joined(parts: Sequence[Shape], whole: Shape, stack: Mapping[str, int]) -> t
     axes = {fused if len(parts) == 1 else f"({fused})": sum(shape[0] for shape in parts), **dict(zip("efg", tail, strict=False))}
     for order in permutations(axes) if stack else [tuple(axes)]:
         if (*stack.values(), *(axes[axis] for axis in order)) == whole:
-            given = ", ".join(" ".join([*stack, _AXES[k], *list(axes)[1:]]) for k in range(len(parts)))
-            return given, " ".join([*stack, *order])
+            inputs = [" ".join([*stack, axis, *list(axes)[1:]]) for axis in _AXES[: len(parts)]]
+            return ", ".join(inputs), " ".join([*stack, *order])
     return None
 
 
@@ -364,7 +367,7 @@ def _moved(source: Shape, target: Shape) -> str | None:
 
 def _write(lines: Sequence[Line], name: str, about: str) -> Draft:
     """The file's text."""
-    made = Draft("")
+    result = Draft("")
     head = [
         f"# yaml-language-server: $schema={SCHEMA}",
         *([f"# drafted from {about}"] if about else []),
@@ -378,10 +381,10 @@ def _write(lines: Sequence[Line], name: str, about: str) -> Draft:
         for k, (key, value) in enumerate(line.fields.items()):
             row = f"{'- ' if k == 0 else '  '}{key}: {json.dumps(value, ensure_ascii=False)}"
             if k == 0 and line.active:
-                made.rules += 1
+                result.rules += 1
                 if line.guess:
-                    made.guesses[len(rows) + 1] = line.guess
+                    result.guesses[len(rows) + 1] = line.guess
                     row += f"  # guessed: {line.guess}"
             rows.append(f"  {row}" if line.active else f"  # {row}")
-    made.text = "\n".join(rows) + "\n"
-    return made
+    result.text = "\n".join(rows) + "\n"
+    return result

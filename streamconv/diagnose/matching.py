@@ -57,19 +57,26 @@ def rank_recipes(src: AnyPath, *, library: bool = False) -> list[Match]:
     """
     location, _ = find_checkpoint(src)
     opened = _Opened(location)
-    known = ((recipe, opened.get(recipe.source)) for recipe in recipes.registry().values() if recipe.rules or library)
-    found = [_match(recipe, *read) if recipe.rules else _match_library(recipe, read[0]) for recipe, read in known if read]
-    if not found:
+    matches: list[Match] = []
+    for recipe in recipes.registry().values():
+        readable = opened.get(recipe.source) if recipe.rules or library else None
+        if readable is not None:
+            checkpoint, kinds = readable
+            matches.append(_match(recipe, checkpoint, kinds) if recipe.rules else _match_library(recipe, checkpoint))
+    if not matches:
         open_checkpoint(location)  # which says what is wrong with it
-    return sorted(found, key=lambda match: (-match.fits, bool(match.needs), -match.named, -match.tensors * match.rules, match.recipe.name))
+    return sorted(
+        matches, key=lambda match: (-match.fits, bool(match.needs), -match.named, -match.tensors * match.rules, match.recipe.name)
+    )
 
 
 def suggest_merging(src: Location) -> list[str]:
     """The recipes that make one model of a checkpoint's ranks, the likeliest first."""
     with suppress(StreamconvError):
         fitting = [match.recipe for match in rank_recipes(src) if match.fits]
-        if found := [recipe.name for recipe in fitting if recipe.source.ranks and not recipe.target.ranks]:
-            return found
+        merging = [recipe.name for recipe in fitting if recipe.source.ranks and not recipe.target.ranks]
+        if merging:
+            return merging
     with suppress(StreamconvError):
         return _merging_by_plan(src)
     return []
@@ -77,13 +84,13 @@ def suggest_merging(src: Location) -> list[str]:
 
 def _merging_by_plan(src: Location) -> list[str]:
     """Those that go by a plan of tensors, not by rules, for ranks: of the family whose names these are, else for any."""
-    found = [recipe for recipe in recipes.registry().values() if not recipe.rules and recipe.source.ranks]
-    found = [recipe for recipe in found if choose_files(src, recipe.source.ranks, ())[1]]
-    if not found:
+    planned = [recipe for recipe in recipes.registry().values() if not recipe.rules and recipe.source.ranks]
+    planned = [recipe for recipe in planned if choose_files(src, recipe.source.ranks, ())[1]]
+    if not planned:
         return []
-    names = _count_kinds(name.partition("/")[2] for name in open_side(src, found[0].source))
-    own = [recipe.name for recipe in found if recipe.then and recipe.then.coverage(names)[0] == 1]
-    return own or [recipe.name for recipe in found if not recipe.then]
+    names = _count_kinds(name.partition("/")[2] for name in open_side(src, planned[0].source))
+    own = [recipe.name for recipe in planned if recipe.then and recipe.then.coverage(names)[0] == 1]
+    return own or [recipe.name for recipe in planned if not recipe.then]
 
 
 class _Opened:
@@ -104,9 +111,11 @@ class _Opened:
             checkpoint = self._try(lambda: open_side(self._src, side))
             own = checkpoint.components.get("") if checkpoint else None  # a recipe is for the model's own component
             self._read[key] = (Checkpoint(checkpoint.location, own), _count_kinds(own.entries)) if checkpoint and own else None
-        if (known := self._read[key]) is None:
+        reading = self._read[key]
+        if reading is None:
             return None
-        return Checkpoint(known[0].location, known[0].contents, side.config), known[1]
+        checkpoint, kinds = reading
+        return Checkpoint(checkpoint.location, checkpoint.contents, side.config), kinds
 
     @staticmethod
     def _try(call: Callable[[], _Found]) -> _Found | None:

@@ -34,8 +34,8 @@ class RankSet:
 
     def holds(self, tables: Mapping[str, Mapping[str, AnyNode]]) -> bool:
         """Whether these are ranks, by the tensors of those files that can be read: they repeat names, or there is none to compare with."""
-        known = {file: tables[file] for file in self.files if file in tables}
-        return are_ranks(known) or bool(self.missing) or len(known) < min(2, len(self.files))
+        readable = {file: tables[file] for file in self.files if file in tables}
+        return are_ranks(readable) or bool(self.missing) or len(readable) < min(2, len(self.files))
 
     @property
     def label(self) -> str:
@@ -60,21 +60,22 @@ def read_names(names: Iterable[str]) -> list[RankSet]:
     for name in names:
         folder, _, file = name.rpartition("/")
         patterns = enumerate(of_folders, len(of_files)) if folder else enumerate(of_files)
-        matches = ((number, re.fullmatch(pattern, folder or file, re.DOTALL)) for number, pattern in patterns)
-        number, match = next(((number, match) for number, match in matches if match), (0, None))
-        if match is not None:
-            said = match.groupdict()
-            kind = "" if folder else said.get("set") or ""
-            sets.setdefault((number, kind, int(said.get("size") or 0)), []).append((int(match["rank"]), name))
-    found = []
+        for number, pattern in patterns:
+            match = re.fullmatch(pattern, folder or file, re.DOTALL)
+            if match:
+                groups = match.groupdict()
+                kind = "" if folder else groups.get("set") or ""
+                sets.setdefault((number, kind, int(groups.get("size") or 0)), []).append((int(match["rank"]), name))
+                break
+    rank_sets = []
     for (number, _, size), ranked in sorted(sets.items()):
         numbers = {rank for rank, _ in ranked}
-        wanted = max(size, max(numbers) + 1)
+        count = max(size, max(numbers) + 1)
         if number == len(of_files) - 1 and ((not size and min(numbers) > 0) or len(numbers) < 2):
             continue  # rank16 may be that of an adapter
         files = tuple(name for _, name in sorted(ranked, key=lambda row: (row[0], natural_key(row[1]))))
-        found.append(RankSet(files, tuple(sorted(set(range(wanted)) - numbers)), max(wanted, len(files))))
-    return found
+        rank_sets.append(RankSet(files, tuple(sorted(set(range(count)) - numbers)), max(count, len(files))))
+    return rank_sets
 
 
 def _stage(file: str) -> str:
@@ -107,37 +108,38 @@ def open_with_ranks(
     """
     where = locate(path)
     try:
-        found = open_checkpoint(where, root=root, components=components, variant=variant)
+        checkpoint = open_checkpoint(where, root=root, components=components, variant=variant)
     except StreamconvError:
         for ranks in find_ranks(where):
-            if (checkpoint := _open_ranks(where, ranks, root)) is not None:
-                return checkpoint, ranks
+            by_rank = _open_ranks(where, ranks, root)
+            if by_rank is not None:
+                return by_rank, ranks
         raise
-    if not containers()[found.format].by_rank:
-        return found, None
-    files = dict.fromkeys(name.partition("/")[0] for name in found)
-    return found, RankSet(tuple(files), (), len(files)) if len(files) > 1 else None
+    if not containers()[checkpoint.format].by_rank:
+        return checkpoint, None
+    files = dict.fromkeys(name.partition("/")[0] for name in checkpoint)
+    return checkpoint, RankSet(tuple(files), (), len(files)) if len(files) > 1 else None
 
 
 def _list_files(folder: Folder) -> list[str]:
     """Files of a folder, and those that trainers leave in folders of ranks, by their names."""
-    found = []
+    files = []
     for name in sorted(folder.list(), key=natural_key):
         container = _container_of(name)
         if container is None:
-            found.append(name)
+            files.append(name)
         elif folder.has_folder(name):
             inside = set(folder.folder(name).list())
-            found += [f"{name}/{file}" for file in container.names.rank_files if file in inside][:1]
-    return found
+            files += [f"{name}/{file}" for file in container.names.rank_files if file in inside][:1]
+    return files
 
 
 def _open_ranks(path: Location, ranks: RankSet, root: str | None) -> Checkpoint | None:
     """A checkpoint by rank, None where these are no ranks: each has names of its own."""
     try:
         container = containers()[detect_format(path.folder.file(ranks.files[0]))]
-        given = {} if root is None else {"root": root}
-        contents = container.read(path, by_rank=True, files=list(ranks.files), **given)
+        settings = {} if root is None else {"root": root}
+        contents = container.read(path, by_rank=True, files=list(ranks.files), **settings)
     except StreamconvError:
         return None
     tables = by_file(contents.entries, ranks)
@@ -185,19 +187,25 @@ def _compare_ranks(tables: Mapping[str, Mapping[str, AnyNode]]) -> list[Finding]
     stages: dict[str, list[str]] = {}
     for file in tables:
         stages.setdefault(_stage(file), []).append(file)
-    return [finding for files in stages.values() for finding in _compare_files({file: tables[file] for file in files})]
+    findings: list[Finding] = []
+    for files in stages.values():
+        findings += _compare_files({file: tables[file] for file in files})
+    return findings
 
 
 def _compare_files(tables: Mapping[str, Mapping[str, AnyNode]]) -> Iterator[Finding]:
-    kinds = {file: frozenset(Counter(re.sub(r"\d+", "0", name) for name in table).items()) for file, table in tables.items()}
+    kinds: dict[str, frozenset[tuple[str, int]]] = {}
+    for file, table in tables.items():
+        counts = Counter(re.sub(r"\d+", "0", name) for name in table)
+        kinds[file] = frozenset(counts.items())
     usual = Counter(kinds.values()).most_common(1)[0][0]
     first = next(file for file, kind in kinds.items() if kind == usual)
     where = "get the files of all ranks from one place"
     for file, table in tables.items():
-        lost = [name for name in tables[first] if name not in table] if kinds[file] != usual else []
-        more = [name for name in table if name not in tables[first]] if kinds[file] != usual else []
-        if lost or more:
-            what = f"it lacks {_list(lost)}, which {first} has" if lost else f"it has {_list(more)}, which {first} has not"
+        absent = [name for name in tables[first] if name not in table] if kinds[file] != usual else []
+        extra = [name for name in table if name not in tables[first]] if kinds[file] != usual else []
+        if absent or extra:
+            what = f"it lacks {_list(absent)}, which {first} has" if absent else f"it has {_list(extra)}, which {first} has not"
             yield Finding(what, file, "ranks of one model hold parts of the same tensors", where)
         for name, entry in table.items():
             if name in tables[first] and entry.spec.dtype != tables[first][name].spec.dtype:

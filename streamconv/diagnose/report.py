@@ -73,8 +73,8 @@ def select(checkpoint: Checkpoint, pattern: str) -> Checkpoint:
     names = list(checkpoint.keys(pattern))
     if not names:
         close = nearest(pattern, checkpoint, 3)
-        known = f"; near it: {', '.join(close)}" if close else ""
-        raise UsageError(f"--filter {pattern}: no name of {len(checkpoint)} tensors matches{known}; give another pattern")
+        hint = f"; near it: {', '.join(close)}" if close else ""
+        raise UsageError(f"--filter {pattern}: no name of {len(checkpoint)} tensors matches{hint}; give another pattern")
     contents = checkpoint.contents
     return Checkpoint(checkpoint.location, replace(contents, entries={name: contents.entries[name] for name in names}))
 
@@ -110,8 +110,8 @@ class Statistics:
     def __str__(self) -> str:
         if not self.count:
             return "no values" if not self.nonfinite else f"{self.nonfinite} values, none finite"
-        found = self.summary()
-        text = "  ".join(f"{key} {found[key]:.4g}" for key in ("min", "max", "mean", "norm"))
+        summary = self.summary()
+        text = "  ".join(f"{key} {summary[key]:.4g}" for key in ("min", "max", "mean", "norm"))
         return text + (f"  {self.nonfinite} NaN or infinite" if self.nonfinite else "")
 
 
@@ -122,7 +122,7 @@ def measure(entry: TensorEntry) -> Statistics | None:
     kind = getattr(torch, entry.dtype, None)
     if kind is None or kind.is_complex or entry.spec.dtype.is_packed:
         return None
-    found = Statistics()
+    statistics = Statistics()
     for piece in entry.pieces(PIECE):
         values = piece.float().double() if piece.dtype.itemsize == 1 else piece.double()
         finite = values[values.isfinite()]
@@ -130,18 +130,18 @@ def measure(entry: TensorEntry) -> Statistics | None:
         if part.count:
             part.least, part.most, part.total = float(finite.min()), float(finite.max()), float(finite.sum())
             part.squares = float(finite.square().sum())
-        found.add(part)
-    return found
+        statistics.add(part)
+    return statistics
 
 
 def list_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool = False) -> Iterator[str]:
     """Lines of ``inspect``: a tree with repeated names folded, or ``flat`` one each; ``stats`` from the data; sums at the end."""
-    found = describe_checkpoint(checkpoint)
+    description = describe_checkpoint(checkpoint)
     bytes_by_dtype: Counter[str] = Counter()
     for entry in checkpoint.values():
         bytes_by_dtype[entry.dtype] += entry.nbytes
     if flat:
-        for row in found["tensors"]:
+        for row in description["tensors"]:
             measured = f"  {measure(checkpoint[row['name']]) or ''}".rstrip() if stats else ""
             name, file = one_line(row["name"]), one_line(row["file"])
             yield f"{name}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {file}{measured}"
@@ -151,8 +151,8 @@ def list_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool =
         yield one_line(f"note: {note}")
     dtypes = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in bytes_by_dtype.most_common())
     yield one_line(
-        f"{checkpoint.path}: {found['format']}, {len(checkpoint)} tensors, {found['total_parameters']:,} parameters, "
-        f"{format_size(found['total_size'])} in {len(found['files'])} files ({dtypes}); {len(found['sidecars'])} sidecars"
+        f"{checkpoint.path}: {description['format']}, {len(checkpoint)} tensors, {description['total_parameters']:,} parameters, "
+        f"{format_size(description['total_size'])} in {len(description['files'])} files ({dtypes}); {len(description['sidecars'])} sidecars"
     )
 
 
@@ -173,9 +173,11 @@ def _draw_tree(checkpoint: Checkpoint, *, stats: bool) -> Iterator[str]:
             name = kind.texts[0].removeprefix(f"{module}.") if module else kind.texts[0]
             dtype, times = SHORT.get(spec.dtype.name, spec.dtype.name), f" x{count}" if count > 1 else ""
             yield one_line(f"  {format_size(count * spec.nbytes):>7}  {name}  {dtype} {list(spec.shape)}{times}")
-            if stats and (parts := [part for k in kind.members if (part := measure(checkpoint[names[k]])) is not None]):
+            parts = [measure(checkpoint[names[k]]) for k in kind.members] if stats else []
+            measured = [part for part in parts if part is not None]
+            if measured:
                 total = Statistics()
-                for part in parts:
+                for part in measured:
                     total.add(part)
                 yield f"           {total}"
 
@@ -187,8 +189,9 @@ def module_of(name: str, stems: Collection[str] = ()) -> str:
     """
     name = _file_of_rank(tuple(by_suffix())).sub("", name)
     parts = name.split(".")
-    if found := LAYER.search(name):
-        return ".".join(name[: found.start()].split(".")[:-1])
+    layer = LAYER.search(name)
+    if layer:
+        return ".".join(name[: layer.start()].split(".")[:-1])
     above = (".".join(parts[:k]) for k in range(len(parts) - 1, 0, -1))
     return next((stem for stem in above if stem in stems), parts[0] if len(parts) > 1 else "")
 

@@ -99,42 +99,42 @@ def describe_conversion(result: Result, args: Namespace, progress: Progress) -> 
     }
 
 
-def describe_comparison(found: Comparison, args: Namespace, progress: Progress) -> dict[str, Any]:
+def describe_comparison(comparison: Comparison, args: Namespace, progress: Progress) -> dict[str, Any]:
     """The page of a comparison."""
     side = get(args.recipe).target if args.recipe else Side()
     checkpoint = open_checkpoint(args.b, ranks=side.ranks, files=side.files, config=side.config)
-    unexpected, ties = set(found.unexpected), {} if args.recipe else checkpoint.ties
+    unexpected, ties = set(comparison.unexpected), {} if args.recipe else checkpoint.ties
     specs = {name: checkpoint[ties.get(name, name)].spec for name in {**checkpoint, **ties} if name not in unexpected}
     seconds = sum(phase.samples[-1][0] for phase in progress.phases)
     size = sum(spec.nbytes for spec in specs.values())
-    differing = len(found.tensors)
+    differing = len(comparison.tensors)
     figures = [
-        ("compared", f"{found.compared:,}", f"tensors, {format_size(size)}"),
-        ("different", f"{differing:,}", f"{len(found.missing):,} missing, {len(found.unexpected):,} unexpected"),
-        ("L2 distance", f"{found.l2:.4g}", f"{found.l2_per_parameter:.3g} per parameter"),
+        ("compared", f"{comparison.compared:,}", f"tensors, {format_size(size)}"),
+        ("different", f"{differing:,}", f"{len(comparison.missing):,} missing, {len(comparison.unexpected):,} unexpected"),
+        ("L2 distance", f"{comparison.l2:.4g}", f"{comparison.l2_per_parameter:.3g} per parameter"),
         ("time", _show_seconds(seconds), f"{format_size(size / max(seconds, 1e-9))}/s"),
         ("peak memory", format_size(memory.peak()), f"of {format_size(progress.budget or 0)}"),
     ]
     return {
         **_describe_run("Comparison", args.a, args.b, args, progress, args.workers),
-        "state": "good" if found.equal else "bad",
-        "verdict": "equal" if found.equal else "different",
+        "state": "good" if comparison.equal else "bad",
+        "verdict": "equal" if comparison.equal else "different",
         "figures": figures,
-        "checks": list(_describe_checks(specs, found)),
-        "checked": _describe_check(found),
+        "checks": list(_describe_checks(specs, comparison)),
+        "checked": _describe_check(comparison),
     }
 
 
 def _describe_run(kind: str, source: str, target: str, args: Namespace, progress: Progress, workers: int | None) -> dict[str, Any]:
     """What pages have in common: what was asked for, how it went, where."""
-    given = {key.replace("_", "-"): value for key, value in vars(args).items() if key not in _SHOWN_ELSEWHERE}
+    arguments = {key.replace("_", "-"): value for key, value in vars(args).items() if key not in _SHOWN_ELSEWHERE}
     began = progress.phases[0].began if progress.phases else 0.0
     return {
         "kind": kind,
         "source": source,
         "target": target,
         "when": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "settings": [(key, _show_setting(value)) for key, value in given.items() if value not in (None, False, [])],
+        "settings": [(key, _show_setting(value)) for key, value in arguments.items() if value not in (None, False, [])],
         "budget": progress.budget,
         "phases": [
             {"title": phase.title, "total": phase.total, "start": round(phase.began - began, 3), "samples": _round(phase.samples)}
@@ -165,7 +165,7 @@ def _describe_environment(workers: int | None) -> list[tuple[str, str]]:
     """Versions and the machine, without names of people and hosts."""
     rows = [("streamconv", __version__), ("Python", platform.python_version()), ("system", f"{platform.system()} {platform.release()}")]
     rows += [("processor", f"{platform.machine()}, {os.cpu_count()} cores"), ("memory", format_size(psutil.virtual_memory().total))]
-    rows += [(name, module.__version__) for name in ("numpy", "torch", "transformers") if (module := sys.modules.get(name)) is not None]
+    rows += [(name, sys.modules[name].__version__) for name in ("numpy", "torch", "transformers") if sys.modules.get(name)]
     return rows + ([("workers", str(workers))] if workers else [])
 
 
@@ -211,8 +211,8 @@ def _list_parts(file: FilePlan, specs: Mapping[str, TensorSpec], stems: set[str]
     """Label, module, bytes and number of neighbouring tensors of a layer, or of a module if there are many layers."""
 
     def layer(name: str) -> str:
-        found = LAYER.search(name)
-        return name[: found.end()] if found else name
+        match = LAYER.search(name)
+        return name[: match.end()] if match else name
 
     def module(name: str) -> str:
         return module_of(name, stems) or "(top)"
@@ -228,17 +228,17 @@ def _list_parts(file: FilePlan, specs: Mapping[str, TensorSpec], stems: set[str]
     return parts[:PARTS]
 
 
-def _describe_checks(specs: Mapping[str, TensorSpec], found: Comparison | None) -> Iterator[dict[str, Any]]:
+def _describe_checks(specs: Mapping[str, TensorSpec], comparison: Comparison | None) -> Iterator[dict[str, Any]]:
     """Tensors by what became of their comparison: first those that are not there or differ, then the equal ones, folded."""
-    found = found or Comparison()
-    for state, names in (("missing", found.missing), ("unexpected", found.unexpected)):
+    comparison = comparison or Comparison()
+    for state, names in (("missing", comparison.missing), ("unexpected", comparison.unexpected)):
         yield from ({"state": state, "name": name} for name in fold_names(names))
-    worst = sorted(found.tensors, key=lambda row: -(row.l2 or 0.0))
+    worst = sorted(comparison.tensors, key=lambda row: -(row.l2 or 0.0))
     for row in worst[:DIFFERING]:
         yield {"state": "differs", "name": row.name, "detail": _describe_difference(row)}
     for name in fold_names(row.name for row in worst[DIFFERING:]):
         yield {"state": "differs", "name": name}
-    other = {*found.missing, *(row.name for row in found.tensors)}
+    other = {*comparison.missing, *(row.name for row in comparison.tensors)}
     equal = [name for name in specs if name not in other]
     for kind in fold((specs[name], (name,)) for name in equal):
         spec, count = specs[equal[kind.members[0]]], len(kind.members)
@@ -251,8 +251,8 @@ def _describe_difference(row: TensorDifference) -> str:
     return "; ".join([*parts, *([f"{row.nonfinite:,} not finite"] if row.nonfinite else [])])
 
 
-def _describe_check(found: Comparison) -> str:
+def _describe_check(comparison: Comparison) -> str:
     return (
-        f"{found.compared:,} tensors compared: L2 distance {found.l2:.6g}, largest difference {found.max_abs:.6g}"
-        f"{f', {found.nonfinite:,} differences not finite' if found.nonfinite else ''}."
+        f"{comparison.compared:,} tensors compared: L2 distance {comparison.l2:.6g}, largest difference {comparison.max_abs:.6g}"
+        f"{f', {comparison.nonfinite:,} differences not finite' if comparison.nonfinite else ''}."
     )
