@@ -68,13 +68,18 @@ class Checkpoint(Mapping[str, TensorEntry]):
         config: str = CONFIG,
         components: Mapping[str, Contents] | None = None,
         variant: str | None = None,
+        configs: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
-        """``contents``: of all components; these by folder, where there are others than the checkpoint's own, ""."""
+        """``contents``: of all components; these by folder, where there are others than the checkpoint's own, "".
+
+        ``configs``: of components whose tensors are not as their files say any more, by folder.
+        """
         self.location = location
         self.contents = contents
         self.components = {"": contents} if components is None else components
         self.variant = variant
         self._config = config
+        self._configs = configs or {}
 
     def __getitem__(self, name: str) -> TensorEntry:
         if name not in self.contents.entries:
@@ -144,7 +149,9 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def config_of(self, folder: str) -> dict[str, Any]:
         """The config of a component. Raises as `config` does."""
-        return read_config(self.folder.folder(folder)) if folder else self.config
+        if not folder:
+            return self.config
+        return self._configs[folder] if folder in self._configs else read_config(self.folder.folder(folder))
 
     @property
     def others(self) -> Checkpoint:
@@ -164,7 +171,11 @@ class Checkpoint(Mapping[str, TensorEntry]):
     def select(self, folders: Collection[str]) -> Checkpoint:
         """The checkpoint with some of its components only."""
         components = {folder: contents for folder, contents in self.components.items() if folder in folders}
-        return Checkpoint(self.location, join_components(components), self._config, components, self.variant)
+        return self.replace(components, self._configs)
+
+    def replace(self, components: Mapping[str, Contents], configs: Mapping[str, dict[str, Any]]) -> Checkpoint:
+        """A checkpoint of these components in its place, with these configs where not those of its files."""
+        return Checkpoint(self.location, join_components(components), self._config, components, self.variant, configs)
 
     @cached_property
     def sidecars(self) -> list[str]:
@@ -185,7 +196,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         Raises:
             FormatError: it is not a JSON object.
         """
-        return read_config(self.folder, self._config)
+        return self._configs[""] if "" in self._configs else read_config(self.folder, self._config)
 
 
 def read_config(folder: Folder, name: str = CONFIG) -> dict[str, Any]:

@@ -162,6 +162,7 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-dtype", metavar="PATTERN", action="append", default=[], help="tensors that --dtype leaves alone (repeatable)"
     )
+    parser.add_argument("--dequantize", action="store_true", help="quantized weights become numbers, before a recipe sees them")
     parser.add_argument("--sidecars-from", metavar="DIR", help="config and tokenizer files come from here (or a URL) instead of SRC")
 
 
@@ -316,7 +317,19 @@ def _root_of(args: argparse.Namespace) -> str | None:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `api.plan` from those of the command line."""
-    names = ("recipe", "format", "dtype", "keep_dtype", "max_shard_size", "single_file", "max_memory", "workers", "read_backend", "variant")
+    names = (
+        "recipe",
+        "format",
+        "dtype",
+        "keep_dtype",
+        "dequantize",
+        "max_shard_size",
+        "single_file",
+        "max_memory",
+        "workers",
+        "read_backend",
+        "variant",
+    )
     found = {
         name: getattr(args, name)
         for name in (*names, "sidecars_from", "overwrite", "resume", "align", "reclaim_source", "create_pr", "engine")
@@ -487,7 +500,7 @@ def _doctor(args: argparse.Namespace, out: Console) -> int:
 
 
 def _verify(args: argparse.Namespace, out: Console) -> int:
-    names = ("recipe", "dtype", "keep_dtype", "max_memory", "workers", "read_backend", "sidecars_from", "variant")
+    names = ("recipe", "dtype", "keep_dtype", "dequantize", "max_memory", "workers", "read_backend", "sidecars_from", "variant")
     settings = {name: getattr(args, name) for name in names}
     progress = _progress(args)
     found = api.verify(args.a, args.b, options=_options(args.set), progress=progress, **settings)

@@ -14,6 +14,8 @@ from streamconv import memory, recipes
 from streamconv.checkpoint.opening import Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.checkpoint.stems import reads_shards
 from streamconv.convert.casting import Casting
+from streamconv.convert.dequantizing import Dequantization
+from streamconv.convert.dequantizing import dequantize as dequantize_all
 from streamconv.convert.sidecars import make_sidecars
 from streamconv.convert.sides import Wanted, lay_out_components, open_other, open_side
 from streamconv.dtypes import dtype_name
@@ -75,6 +77,7 @@ def plan(
     format: str | None = None,  # noqa: A002 - the word of the command line
     dtype: AnyDType | None = None,
     keep_dtype: Iterable[str] = (),
+    dequantize: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     single_file: bool = False,
     max_memory: str | int = MAX_MEMORY,
@@ -119,7 +122,10 @@ def plan(
     except OSError as error:
         raise DestinationError(f"{target.path}: cannot be looked at: {error.strerror}; give another DST") from error
     beside = _beside(sidecars_from)
-    conversion = _convert_names(checkpoint, chosen, options, Casting(dtype, keep_dtype), beside)
+    casting = Casting(dtype, keep_dtype)
+    numbers = dequantize_all(checkpoint, casting, renames=chosen is not None) if dequantize else None
+    checkpoint = numbers.checkpoint if numbers else checkpoint
+    conversion = _convert_names(checkpoint, chosen, options, casting, beside, numbers)
     container = containers()[target.format]
     keeps = container.ties != "copied" and own.get("tied", "keep") == "keep"
     tied = _ties(checkpoint.others if chosen else checkpoint, conversion) if keeps else {}
@@ -133,7 +139,7 @@ def plan(
     wanted = Wanted(target, limit, tied, metadata, BLOCK if align else None)
     layouts = lay_out_components(checkpoint, conversion, chosen.target if chosen else None, wanted)
     told = [f"{name} is {kept}, stored once (--set tied=copy: twice)" for name, kept in list(tied.items())[:5]]
-    sidecars, notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, chosen, conversion, dtype)
+    sidecars, notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, chosen, conversion, dtype, numbers)
     made = compile_plan(
         conversion.outputs,
         layouts,
@@ -227,7 +233,12 @@ def _taken(floor: int) -> int:
 
 
 def _convert_names(
-    checkpoint: Checkpoint, recipe: Recipe | None, options: Mapping[str, object], casting: Casting, beside: Folder | None
+    checkpoint: Checkpoint,
+    recipe: Recipe | None,
+    options: Mapping[str, object],
+    casting: Casting,
+    beside: Folder | None,
+    numbers: Dequantization | None,
 ) -> Conversion:
     if recipe is None:
         made = resize_vocab(identity(_with_ties(checkpoint), casting), read_identity_options(options))
@@ -237,8 +248,9 @@ def _convert_names(
         rest = identity(_with_ties(checkpoint.others), casting)
         made = replace(made, outputs={**made.outputs, **rest.outputs}, rows=[*made.rows, *rest.rows])
     casting.check_patterns(made.outputs)
-    notes = list(_check_quantized(checkpoint, made, casting, told=recipe is None))
-    return replace(made, notes=[*made.notes, *notes])
+    notes = list(_check_quantized(checkpoint, made, casting, told=recipe is None and numbers is None))
+    made = replace(made, notes=[*made.notes, *notes])
+    return numbers.account(made) if numbers else made
 
 
 def _check_quantized(checkpoint: Checkpoint, made: Conversion, casting: Casting, *, told: bool) -> Iterator[str]:
@@ -300,6 +312,7 @@ def convert(
     format: str | None = None,  # noqa: A002 - the word of the command line
     dtype: AnyDType | None = None,
     keep_dtype: Iterable[str] = (),
+    dequantize: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     single_file: bool = False,
     max_memory: str | int = MAX_MEMORY,
@@ -330,6 +343,7 @@ def convert(
         format: the container of ``dst``; by its suffix, else the recipe's, else safetensors.
         dtype: what floating tensors are cast to: a name such as ``bf16``, or a dtype of torch or numpy.
         keep_dtype: names (patterns, or globs) of tensors that ``dtype`` leaves alone.
+        dequantize: quantized weights become numbers, of ``dtype`` or the one that config.json gives; a recipe sees those.
         max_shard_size: bytes of tensors in a file, or ``5GB``, ``5GiB``.
         single_file: one file, whatever its size.
         max_memory: bytes that the process may take in all, or ``1GB``.
@@ -365,6 +379,7 @@ def convert(
         "format": format,
         "dtype": None if dtype is None else dtype_name(dtype),
         "keep_dtype": tuple(keep_dtype),
+        "dequantize": dequantize,
         "max_shard_size": max_shard_size,
         "single_file": single_file,
         "max_memory": max_memory,
@@ -456,7 +471,19 @@ def _name_of(src: AnyPath) -> str:
 
 def _describe(src: AnyPath, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What decides which conversion it is, in JSON's terms."""
-    names = ("recipe", "options", "format", "dtype", "keep_dtype", "max_shard_size", "single_file", "sidecars_from", "align", "variant")
+    names = (
+        "recipe",
+        "options",
+        "format",
+        "dtype",
+        "keep_dtype",
+        "dequantize",
+        "max_shard_size",
+        "single_file",
+        "sidecars_from",
+        "align",
+        "variant",
+    )
     found = {name: settings[name] for name in names if settings.get(name)}
     shard = parse_size(found.get("max_shard_size", MAX_SHARD_SIZE))
     recipe = getattr(found.get("recipe"), "name", found.get("recipe"))
@@ -557,6 +584,7 @@ def verify(
     options: Mapping[str, object] | None = None,
     dtype: AnyDType | None = None,
     keep_dtype: Iterable[str] = (),
+    dequantize: bool = False,
     max_memory: str | int = MAX_MEMORY,
     workers: int | None = None,
     read_backend: str = "auto",
@@ -583,7 +611,9 @@ def verify(
     with memory.bounded(parse_size(max_memory)):
         left, right = _open_both(a, b, chosen, root, variant)
     beside = _beside(sidecars_from)
-    made = _convert_names(left, chosen, options, Casting(dtype, keep_dtype), beside)
+    casting = Casting(dtype, keep_dtype)
+    numbers = dequantize_all(left, casting, renames=chosen is not None) if dequantize else None
+    made = _convert_names(numbers.checkpoint if numbers else left, chosen, options, casting, beside, numbers)
     found = right.contents.entries if chosen else _with_ties(right)
     total = sum(entry.spec.nbytes for entry in found.values())
     with bar(total, "comparing", show=progress) as tell:

@@ -47,6 +47,16 @@ class Casting:
             self._cast.add(name)
         return self._wanted
 
+    @property
+    def dtype(self) -> str | None:
+        """What is asked for, None: nothing."""
+        return self._wanted
+
+    @property
+    def keeps_some(self) -> bool:
+        """Whether it is asked to cast, and to leave some alone."""
+        return self._wanted is not None and bool(self._keep)
+
     def _is_kept(self, name: str) -> bool:
         return any(self._fits(text, name) for text in self._keep)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 from streamconv.checkpoint.components import find_components, find_pointers, look_beside, shorten
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, read_config
+from streamconv.convert.dequantizing import PARAMS, Dequantization
 from streamconv.dtypes import parse_dtype
 from streamconv.errors import RecipeError
 from streamconv.formats.unrelated import is_known
@@ -24,7 +25,12 @@ Sidecars = dict[str, str | bytes]
 
 
 def make_sidecars(
-    checkpoint: Checkpoint, beside: Folder | None, recipe: Recipe | None, conversion: Conversion, dtype: str | None
+    checkpoint: Checkpoint,
+    beside: Folder | None,
+    recipe: Recipe | None,
+    conversion: Conversion,
+    dtype: str | None,
+    dequantization: Dequantization | None = None,
 ) -> tuple[Sidecars, list[str]]:
     """The files beside the target's weights, and notes about them.
 
@@ -34,10 +40,11 @@ def make_sidecars(
         recipe: may make files of its own, or None.
         conversion: what it made.
         dtype: what floating tensors are cast to, or None.
+        dequantization: what was made of a quantized source, or None.
     """
     root = beside or checkpoint.folder
     found = checkpoint.beside if beside is None else look_beside(beside, components=find_components(beside))
-    sidecars: Sidecars = {name: root.place(name) for name in found.files}
+    sidecars: Sidecars = {name: root.place(name) for name in found.files if not (dequantization and dequantization.is_left(name))}
     config = read_config(root) if beside or checkpoint.location.is_folder else {}
     made: dict[str, Any] = {}
     notes = [*([found.note] if found.note and beside is None else []), *_examine(root, found.files)]
@@ -62,19 +69,32 @@ def make_sidecars(
         if missing := [name for name in recipe.target.expects if name not in sidecars]:
             notes.append(f"{', '.join(missing)}: not beside {root.url}; --sidecars-from a folder of the target model brings it along")
     wanted = parse_dtype(dtype).name if dtype else None
+    revise = dequantization.revise if dequantization else _keep
     if CONFIG in sidecars or CONFIG in made:
         given = made.get(CONFIG, config)
-        changed = _change(given, wanted, conversion.config)
+        changed = _change(revise(CONFIG, given), wanted, conversion.config)
         if CONFIG in made or changed != given:
             made[CONFIG] = changed
-    for folder in filter(None, checkpoint.components):
-        name = f"{folder}/{CONFIG}"
-        if name in sidecars and (changed := _change(own := read_config(root, name), wanted, {})) != own:
-            made[name] = changed
+    configs = [*(f"{folder}/{CONFIG}" for folder in checkpoint.components if folder), *([PARAMS] if dequantization else [])]
+    made.update(_changed(root, [name for name in configs if name in sidecars], revise, wanted))
     for name, contents in made.items():
         if name not in sidecars or contents != (config if name == CONFIG else None):
             sidecars[name] = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
     return sidecars, notes
+
+
+def _keep(_name: str, before: Mapping[str, Any]) -> Mapping[str, Any]:
+    return before
+
+
+def _changed(
+    root: Folder, names: Iterable[str], revise: Callable[[str, Mapping[str, Any]], Mapping[str, Any]], dtype: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those of these configs that say something else afterwards."""
+    for name in names:
+        own = read_config(root, name)
+        if (changed := _change(revise(name, own), dtype, {})) != own:
+            yield name, changed
 
 
 def _examine(root: Folder, names: Iterable[str]) -> Iterator[str]:

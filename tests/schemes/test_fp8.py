@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,26 +11,16 @@ from checkpoint_files import assert_same, random_tensor, read, write
 
 import streamconv
 from streamconv.errors import CoverageError
-from streamconv.library.bridge import conclude, plain_config
-from streamconv.recipe import Model, Recipe
-from streamconv.schemes.decoding import decode
-from streamconv.schemes.fp8 import SCHEME
+from streamconv.library.bridge import plain_config
+from streamconv.recipe import Model
 
+FP8_CONFIG = {"quantization_config": {"quant_method": "fp8"}}
 FP8, BF16, E8M0 = torch.float8_e4m3fn, torch.bfloat16, torch.float8_e8m0fnu
-
-
-@dataclass(frozen=True)
-class Dequantized(Recipe):
-    """All that is quantized as numbers, under its own name."""
-
-    def make(self, nodes, rows, scope, values, recast):  # noqa: ARG002
-        found = decode(SCHEME, nodes, scope["config"], lambda _name: scope.get("dtype") or "bfloat16", "dequantized")
-        return conclude(nodes, rows, found.nodes, {}, recast, dropped=found.dropped)
 
 
 def dequantize(src, out, **settings):
     """What becomes of a checkpoint."""
-    streamconv.convert(src, out, recipe=Dequantized("dequantized", "", ()), max_memory="4GB", **settings)
+    streamconv.convert(src, out, dequantize=True, max_memory="4GB", **settings)
     return read(out)
 
 
@@ -197,7 +186,7 @@ def test_what_cannot_be_told_is_refused_by_name(tmp_path, tensors, config, told)
 
 @pytest.mark.parametrize("dtype", [torch.int8, BF16])
 def test_scales_of_what_takes_none_are_refused(tmp_path, dtype):
-    src = write(tmp_path / "x", {"a.weight": torch.ones(4, 4, dtype=dtype), "a.weight_scale_inv": torch.ones(1, 1)}, config={})
+    src = write(tmp_path / "x", {"a.weight": torch.ones(4, 4, dtype=dtype), "a.weight_scale_inv": torch.ones(1, 1)}, config=FP8_CONFIG)
     with pytest.raises(CoverageError, match=r"a.weight_scale_inv is the scale of a.weight, which is \w+\[4, 4\] and takes none"):
         dequantize(src, tmp_path / "out")
 

@@ -1,0 +1,125 @@
+"""``--dequantize``: quantized weights are numbers before a recipe, or the target, sees them, and configs speak of no quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streamconv.checkpoint.opening import CONFIG, Checkpoint, prefixed, read_config
+from streamconv.convert.casting import Casting
+from streamconv.dtypes import DTYPES, TensorSpec
+from streamconv.errors import UsageError
+from streamconv.recipe import Conversion
+from streamconv.recipe.application import Row
+from streamconv.schemes.configs import FILES, model_dtype
+from streamconv.schemes.decoding import Decoded, decode
+from streamconv.schemes.detection import find_quantization
+from streamconv.schemes.registry import schemes
+from streamconv.schemes.scheme import Scheme
+
+OPTION = "--dequantize"
+PARAMS = "params.json"  # config of Mistral's own checkpoints
+
+
+@dataclass(frozen=True)
+class Dequantization:
+    """What has become of a checkpoint.
+
+    Attributes:
+        checkpoint: the same, with numbers in the place of what they are made of.
+        made_of: for each tensor that was quantized, the stored ones that it is made of.
+        dropped: stored tensors that only served the quantization, with the reason.
+        quantized: for each component that was quantized, how, and the dtype that its numbers have.
+    """
+
+    checkpoint: Checkpoint
+    made_of: Mapping[str, tuple[str, ...]]
+    dropped: Mapping[str, str]
+    quantized: Mapping[str, tuple[Scheme, str]]
+
+    def account(self, conversion: Conversion) -> Conversion:
+        """A conversion of that checkpoint, told as one of the stored tensors."""
+        rows = [self._trace(row) for row in conversion.rows]
+        dropped = [stored for name in conversion.dropped for stored in self.made_of.get(name, (name,))]
+        reasons = {stored: why for name, why in conversion.reasons.items() for stored in self.made_of.get(name, (name,))}
+        return replace(conversion, rows=rows, dropped=[*dropped, *self.dropped], reasons={**reasons, **self.dropped})
+
+    def _trace(self, row: Row) -> Row:
+        if not any(name in self.made_of for name in row.sources):
+            return row
+        sources = tuple(dict.fromkeys(stored for name in row.sources for stored in self.made_of.get(name, (name,))))
+        return row._replace(sources=sources, layout=", then ".join(filter(None, ("dequantize", row.layout))))
+
+    def revise(self, name: str, before: Mapping[str, Any]) -> dict[str, Any]:
+        """What a file of JSON beside the weights says afterwards."""
+        folder, _, file = name.rpartition("/")
+        if file == PARAMS:
+            return {key: value for key, value in before.items() if key != "quantization"}
+        if file != CONFIG or folder not in self.quantized:
+            return dict(before)
+        scheme, dtype = self.quantized[folder]
+        return scheme.config(before, dtype)
+
+    def is_left(self, name: str) -> bool:
+        """Whether a file beside the weights says how they were quantized, and nothing else."""
+        folder, _, file = name.rpartition("/")
+        return file in FILES and folder in self.quantized
+
+
+def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> Dequantization:
+    """A checkpoint with all that is quantized as numbers: of the dtype that ``casting`` gives, else of the one that its config does.
+
+    Args:
+        checkpoint: the source.
+        casting: which dtype tensors shall have, by their names as targets.
+        renames: whether a recipe gives them others.
+
+    Raises:
+        UsageError: nothing is quantized, or in a way that is not known here.
+        CoverageError: tensors of a quantization that do not go together.
+    """
+    if renames and casting.keeps_some:
+        raise UsageError(f"{OPTION}: --keep-dtype names what a recipe makes, not what is quantized: leave out one of them")
+    components, configs = dict(checkpoint.components), {}
+    made_of: dict[str, tuple[str, ...]] = {}
+    dropped: dict[str, str] = {}
+    quantized: dict[str, tuple[Scheme, str]] = {}
+    for folder, contents in checkpoint.components.items():
+        config = checkpoint.config_of(folder)
+        scheme = _find_scheme(checkpoint, folder, config)
+        if scheme is None:
+            continue
+        usual = model_dtype(config, OPTION)
+
+        def dtype_of(name: str, folder: str = folder, usual: str = usual) -> str:
+            return casting(prefixed(folder, name), TensorSpec(DTYPES[usual], ())) or usual
+
+        decoded = decode(scheme, contents.entries, config, dtype_of, OPTION)
+        if not decoded.made_of:
+            continue
+        components[folder] = replace(contents, entries=decoded.nodes)
+        quantized[folder] = scheme, casting.dtype or usual
+        configs[folder] = scheme.config(config, casting.dtype or usual)
+        made_of |= {prefixed(folder, name): _in_folder(folder, decoded, name) for name in decoded.made_of}
+        dropped |= {prefixed(folder, name): why for name, why in decoded.dropped.items()}
+    if not quantized:
+        raise UsageError(f"{OPTION}: {checkpoint.location}: nothing in it is quantized: leave it out")
+    return Dequantization(checkpoint.replace(components, configs), made_of, dropped, quantized)
+
+
+def _in_folder(folder: str, decoded: Decoded, name: str) -> tuple[str, ...]:
+    return tuple(prefixed(folder, stored) for stored in decoded.made_of[name])
+
+
+def _find_scheme(checkpoint: Checkpoint, folder: str, config: Mapping[str, Any]) -> Scheme | None:
+    """How a component is quantized, None: it is not. Raises UsageError where that is not known here."""
+    where = checkpoint.folder.folder(folder) if folder else checkpoint.folder
+    specs = {name: node.spec for name, node in checkpoint.components[folder].entries.items()}
+    quantization = find_quantization(config, {name: read_config(where, name) for name in FILES}, specs)
+    if quantization is None:
+        return None
+    if quantization.scheme is None:
+        what = f"{folder}: {quantization}" if folder else str(quantization)
+        raise UsageError(f"{OPTION}: {what}: known are {', '.join(schemes())}; the library that made it can dequantize it")
+    return quantization.scheme
