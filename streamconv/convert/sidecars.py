@@ -13,7 +13,8 @@ from streamconv.convert.dequantizing import PARAMS, Dequantization
 from streamconv.dtypes import parse_dtype
 from streamconv.errors import RecipeError
 from streamconv.formats.unrelated import is_known
-from streamconv.recipe import Conversion, Model, Recipe, find_writer
+from streamconv.recipe import Conversion, Model, Recipe, Writer
+from streamconv.recipes import find_writer
 from streamconv.schemes.configs import KEYS as QUANTIZATION
 from streamconv.storage.folder import Folder
 from streamconv.units import format_size
@@ -106,12 +107,13 @@ def _examine(root: Folder, names: Iterable[str]) -> Iterator[str]:
         yield f"copied as they are, though nothing says what they are: {shorten(large)}"
 
 
-def _write(code: str, model: Model) -> dict[str, Any]:
-    """What the function that a recipe names makes. Raises RecipeError where it is for models of another kind."""
+def _write(writes: Writer | str, model: Model) -> dict[str, Any]:
+    """What a recipe's function makes. Raises RecipeError where it is for models of another kind."""
     try:
-        return find_writer(code)(model)
+        return find_writer(writes)(model)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RecipeError(f"writes {code!r} does not fit this model ({type(error).__name__}: {error}): leave it out") from error
+        name = writes if isinstance(writes, str) else getattr(writes, "__qualname__", repr(writes))
+        raise RecipeError(f"writes {name!r} does not fit this model ({type(error).__name__}: {error}): leave it out") from error
 
 
 def _change(config: Mapping[str, Any], dtype: str | None, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:

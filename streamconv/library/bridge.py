@@ -19,7 +19,7 @@ from streamconv.graph.node import AnyNode, apply, sources, trace
 from streamconv.graph.ops import Cast
 from streamconv.library.foreign import make_foreign
 from streamconv.library.model import LibraryModel, Nodes
-from streamconv.recipe import Model, Recipe, writer
+from streamconv.recipe import Model, Recipe
 from streamconv.recipe.application import Conversion, Recast, Replica, Row
 from streamconv.recipe.facts import Option, Side
 from streamconv.schemes.configs import model_dtype, without_quantization
@@ -134,7 +134,6 @@ def conclude(
     )
 
 
-@writer
 def plain_config(model: Model) -> dict[str, Any]:
     """config.json of a checkpoint whose fp8 matrices became numbers: without what says that they are fp8, and with the dtype they have."""
     if model.options["fp8"] == "keep" or not model.config:
@@ -175,7 +174,7 @@ BRIDGES = (
         "any model of transformers: the layout on the Hub to the one that the installed version keeps in memory",
         (),
         options=_OPTIONS,
-        right=Side(writes="streamconv.library.bridge:plain_config"),
+        right=Side(writes=plain_config),
         reference="the installed transformers: core_model_loading, conversion_mapping",
     ),
     Bridge(
@@ -183,7 +182,7 @@ BRIDGES = (
         "any model of transformers: the layout that the installed version keeps in memory to the one on the Hub",
         (),
         options=_OPTIONS,
-        right=Side(writes="streamconv.library.bridge:plain_config"),
+        right=Side(writes=plain_config),
         reference="the installed transformers: core_model_loading, conversion_mapping",
     ),
 )

@@ -14,12 +14,11 @@ from streamconv.recipe.recipe import (
     Rule,
     Side,
     Tie,
-    find_writer,
+    Writer,
     from_config,
     identity,
     read_identity_options,
     sparse,
-    writer,
 )
 
 __all__ = [
@@ -36,10 +35,9 @@ __all__ = [
     "Rule",
     "Side",
     "Tie",
-    "find_writer",
+    "Writer",
     "from_config",
     "identity",
     "read_identity_options",
     "sparse",
-    "writer",
 ]

@@ -21,6 +21,7 @@ from streamconv.notation.axes import Layout
 from streamconv.notation.axes import parse as parse_layout
 from streamconv.notation.names import Capture, Pattern
 from streamconv.notation.names import parse as parse_names
+from streamconv.recipe.model import Writer
 from streamconv.recipe.steps import undo
 from streamconv.storage.filenames import find_fault
 
@@ -231,8 +232,8 @@ class Side:
         root: the key below which new files hold their tensors, in a container that nests them.
         config: the name of the file with the model's config.
         aliases: (pattern, pattern): other names that tensors of the source go by, and the names that rules use.
-        writes: ``module:function`` that makes the target's JSON files from a `recipe.Model`: name -> contents. None: files stay as
-            they are.
+        writes: the function that makes the target's JSON files from a `Model`: name -> contents; or the name of a recipe, for the one of
+            its target. None: files stay as they are.
         expects: names of files that come with such a checkpoint and that no recipe makes, such as the tokenizer's.
     """
 
@@ -245,7 +246,7 @@ class Side:
     root: str | None = None
     config: str = "config.json"
     aliases: Annotated[tuple[tuple[str, str], ...], Meta(max_length=MOST)] = ()
-    writes: str | None = None
+    writes: Writer | str | None = None
     expects: Texts = ()
 
     def __post_init__(self) -> None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import errno
 import json
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import NotationError, RecipeError, UsageError
-from streamconv.recipe.declaration import KINDS
-from streamconv.recipe.recipe import Recipe, find_writer
+from streamconv.recipe.declaration import KINDS, within
+from streamconv.recipe.model import Writer
+from streamconv.recipe.recipe import Recipe
 from streamconv.recipe.settable import with_sizes
 from streamconv.storage.reading import read_whole
 
-_WRITERS = "streamconv.recipes."  # below which a file may name what makes JSON files
 _MAX_FILE = 4 << 20  # bytes of a recipe file
 _DEEPEST = 32  # lists and mappings in each other
 _MOST = 200_000  # texts, numbers, lists and mappings
 
 
-def load(path: Path) -> Recipe:
-    """The recipe in a YAML or JSON file.
+def load(path: Path, find_writer: Callable[[str], Writer]) -> Recipe:
+    """The recipe in a YAML or JSON file; ``find_writer`` gives the functions that it names.
 
     Raises:
         UsageError: the file cannot be read.
@@ -38,7 +39,11 @@ def load(path: Path) -> Recipe:
         data.setdefault("name", path.stem)
     try:
         recipe = Recipe.from_dict(data, str(path))
-        _check_code(recipe, path)
+        for depth, stage in enumerate(recipe.stages):
+            for key, side in (("left", stage.left), ("right", stage.right)):
+                if isinstance(side.writes, str):
+                    with within(*["then"] * depth, key, "writes"):
+                        find_writer(side.writes)
         recipe = with_sizes(recipe)
     except RecipeError as error:
         said = str(error).removeprefix(str(path)).lstrip(":, ")
@@ -149,16 +154,6 @@ def _scalar(node: Any, text: str) -> Any:
         return node if text in node.value else None
     inner = (part for item in node.value for part in (item if isinstance(item, tuple) else (item,)))
     return next((found for part in inner if (found := _scalar(part, text))), None)
-
-
-def _check_code(recipe: Recipe, path: Path) -> None:
-    for code in (side.writes for stage in recipe.stages for side in (stage.left, stage.right)):
-        if code is None:
-            continue
-        if not code.startswith(_WRITERS):
-            package = _WRITERS.rstrip(".")
-            raise RecipeError(f"{path}: writes {code!r} names code to run, which a file may take from {package} only; leave it out")
-        find_writer(code)
 
 
 def run(path: Path, wanted: str | None) -> Recipe:

@@ -5,17 +5,15 @@ A recipe is a list of `facts`. `Recipe.apply` turns a checkpoint into target nod
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Annotated, Any
 
 from msgspec import Meta
 
-from streamconv.dtypes import TensorSpec, parse_dtype
+from streamconv.dtypes import parse_dtype
 from streamconv.errors import CoverageError, NotationError, RecipeError, UsageError
 from streamconv.graph.node import AnyNode
 from streamconv.notation import expressions
@@ -24,63 +22,15 @@ from streamconv.notation.names import parse as parse_names
 from streamconv.recipe import declaration, steps, vocabulary
 from streamconv.recipe.application import Application, Conversion, Recast, Row, canonical, identity, keep_dtype
 from streamconv.recipe.facts import MOST, PLAIN, Dim, Dims, Drop, Fact, Make, Option, Rule, Side, Tie, from_config, pattern_of, sparse
+from streamconv.recipe.model import Model, Writer
 from streamconv.recipe.sizes import near_keys, plain_names, scope_of
 from streamconv.recipe.vocabulary import resize_vocab
 from streamconv.text import did_you_mean
 
 __all__ = [
-    "PLAIN", "Conversion", "Dim", "Drop", "Fact", "Make", "Model", "Option", "Recast", "Recipe", "Rule", "Side", "Tie", "find_writer",
-    "from_config", "identity", "read_identity_options", "sparse", "writer",
+    "PLAIN", "Conversion", "Dim", "Drop", "Fact", "Make", "Model", "Option", "Recast", "Recipe", "Rule", "Side", "Tie", "Writer",
+    "from_config", "identity", "read_identity_options", "sparse",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is known when a target's JSON files are made: the source's config, that of the target-side folder, the options, the tensors.
-
-    ``read`` gives a JSON file of those that are copied along, by name, or an empty dict; ``notes`` takes lines for the user.
-    """
-
-    config: Mapping[str, Any]
-    sidecar: Mapping[str, Any]
-    options: Mapping[str, Any]
-    sources: Mapping[str, TensorSpec]
-    targets: Mapping[str, TensorSpec]
-    read: Callable[[str], dict[str, Any]] = field(default=lambda _name: {})
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def dtype(self) -> str:
-        """The dtype that most of the floating targets have."""
-        floating = Counter(spec.dtype.name for spec in self.targets.values() if "float" in spec.dtype.name)
-        return floating.most_common(1)[0][0] if floating else "float32"
-
-
-Writer = Callable[[Model], dict[str, Any]]
-"""Makes a target's JSON files: name -> contents."""
-
-
-def writer(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Marks a function as one that `Side.writes` may name: nothing else is called by its name."""
-    function.makes_files = True  # type: ignore[attr-defined]
-    return function
-
-
-def find_writer(code: str) -> Writer:
-    """The function that `Side.writes` names.
-
-    Raises:
-        RecipeError: there is none of that name, or none that is marked as a `writer`.
-    """
-    module, _, name = code.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError):
-        found = None
-    if not getattr(found, "makes_files", False):
-        raise RecipeError(f"writes {code!r}: there is no function of that name that makes a model's files")
-    made: Writer = found  # type: ignore[assignment]
-    return made
 
 
 @dataclass(frozen=True)
@@ -308,12 +258,17 @@ class Recipe:
         return Application(title, self.rules, self.dims, self.requires, entries=nodes, scope=known, rows=rows, recast=recast).run()
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON values, as a recipe file holds it."""
+        """The recipe as JSON values, as a recipe file holds it, which says by the recipe's name what its functions are."""
+        return self._to_dict(self.name)
+
+    def _to_dict(self, whole: str) -> dict[str, Any]:
+        """A stage of the recipe ``whole`` as JSON values."""
         data = declaration.without_defaults(self)
         data["rules"] = [declaration.row_of(fact) for fact in self.rules]
         data["options"] = {name: declaration.without_defaults(option) for name, option in self.options.items()}
-        data |= {name: declaration.without_defaults(side) for name, side in (("left", self.left), ("right", self.right))}
-        data["then"] = self.then.to_dict() if self.then else {}
+        for key, side, name in (("left", self.left, f"{whole}:inverse"), ("right", self.right, whole)):
+            data[key] = declaration.without_defaults(side) | ({"writes": name} if callable(side.writes) else {})
+        data["then"] = self.then._to_dict(whole) if self.then else {}
         return {key: value for key, value in data.items() if value not in ({}, ())}
 
     @classmethod

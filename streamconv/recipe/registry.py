@@ -13,6 +13,7 @@ from typing import Any
 from streamconv.errors import RecipeError, UsageError
 from streamconv.notation.names import nearest
 from streamconv.recipe import files
+from streamconv.recipe.model import Writer
 from streamconv.recipe.recipe import Recipe
 
 GROUP = "streamconv.recipes"
@@ -51,10 +52,40 @@ class Registry:
             forward = self.get(name.removesuffix(INVERSE))
             return forward.inverse(f"{forward.name}{INVERSE}")
         if name.endswith((".yaml", ".yml", ".json")):
-            return files.load(Path(name))
+            return self.load(Path(name))
         file, mark, wanted = name.rpartition(".py:")
         if mark or name.endswith(".py"):
             return files.run(Path(f"{file}.py") if mark else Path(name), wanted if mark else None)
+        return self._find(name)
+
+    def load(self, path: Path) -> Recipe:
+        """The recipe in a YAML or JSON file.
+
+        Raises:
+            UsageError: the file cannot be read.
+            RecipeError: it is not a recipe; says at which line and column.
+        """
+        return files.load(path, self.find_writer)
+
+    def find_writer(self, writes: Writer | str) -> Writer:
+        """The function that `Side.writes` is, or names.
+
+        Raises:
+            RecipeError: it names no recipe, or one without such a function.
+        """
+        if not isinstance(writes, str):
+            return writes
+        try:
+            forward = self._find(writes.removesuffix(INVERSE))
+        except UsageError as error:
+            raise RecipeError(f"writes {writes!r}: there is no recipe of that name; give one whose JSON files are wanted") from error
+        side = forward.source if writes.endswith(INVERSE) else forward.target
+        if side.writes is None or isinstance(side.writes, str):
+            raise RecipeError(f"writes {writes!r}: that recipe makes no JSON files of its own")
+        return side.writes
+
+    def _find(self, name: str) -> Recipe:
+        """The recipe of that name. Raises UsageError."""
         for module, names in self.modules.items():
             if name in names.split():
                 return next(recipe for recipe in self._declared(module) if recipe.name == name)

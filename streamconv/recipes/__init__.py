@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from streamconv.recipe import Recipe
-from streamconv.recipe.files import load
 from streamconv.recipe.registry import Registry
 
-__all__ = ["REGISTRY", "get", "is_named", "load", "match", "registry"]
+__all__ = ["REGISTRY", "find_writer", "get", "is_named", "load", "match", "registry"]
 
 REGISTRY = Registry(
     __name__,
@@ -60,6 +59,8 @@ REGISTRY = Registry(
     },
 )
 get = REGISTRY.get
+load = REGISTRY.load
+find_writer = REGISTRY.find_writer
 registry = REGISTRY.all
 match: Callable[[str | os.PathLike[str]], list[str]]
 """The names of the recipes that fit a checkpoint, the likeliest first: set by what opens checkpoints, which stands above this."""

@@ -77,7 +77,9 @@ def test_a_plan_names_no_file_elsewhere(source, tmp_path, capsys, text):
     assert not (tmp_path / "dst").exists()
 
 
-@pytest.mark.parametrize("code", ["os:system", *(f"streamconv.recipes{code}" for code in (":json", ":_run", ".sat:replace", ".no:x", ""))])
+@pytest.mark.parametrize(
+    "code", ["os:system", "streamconv.recipes.sat.partition:repartitioned", "mine.yaml", "mine.py:x", "mine.json:inverse", "tp-split", ""]
+)
 def test_a_recipe_file_has_only_writers_run(source, tmp_path, capsys, code):
     file = recipe(tmp_path, right={"writes": code})
     assert f"writes {code!r}" in refusal(capsys, "convert", source, tmp_path / "dst", "--recipe", file)
@@ -85,7 +87,7 @@ def test_a_recipe_file_has_only_writers_run(source, tmp_path, capsys, code):
 
 
 def test_a_writer_that_is_for_others(source, tmp_path, capsys):
-    file = recipe(tmp_path, right={"writes": "streamconv.recipes.sat.partition:repartitioned"})
+    file = recipe(tmp_path, right={"writes": "sat-repartition"})
     assert "does not fit this model" in refusal(capsys, "convert", source, tmp_path / "dst", "--recipe", file)
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.recipe import Drop, Make, Model, Option, Recipe, Rule, Side, from_config, writer
+from streamconv.recipe import Drop, Make, Model, Option, Recipe, Rule, Side, from_config
 from streamconv.recipes.mindspore.mindformers import TRAINING, as_many, both_ways
 
-_WRITES = "streamconv.recipes.mindspore.deepseek3:hf_files"
 _LAYER = "model.layers.{i}"
 _PREDICTED = "model.layers.{i+depth}"  # a layer for multi-token prediction, which are numbered after the others
 _ATTENTION, _OWN_ATTENTION = f"{_LAYER}.self_attn", f"{_LAYER}.attention"
@@ -170,6 +169,13 @@ _LEFT_OUT = (
     Make("model.{part:mtp_hidden_fusers,mtp_norms}.{i}.{rest*}", _REASON, _FEWER, where="i >= num_nextn_predict_layers"),
 )
 
+
+def hf_files(model: Model) -> dict[str, Any]:
+    """config.json without what it says of float8 weights, where it does."""
+    config: Mapping[str, Any] = model.sidecar or model.config
+    return {"config.json": {key: value for key, value in config.items() if key != "quantization_config"}} if config else {}
+
+
 _SPLIT = Recipe(
     name="",
     summary="",
@@ -196,7 +202,7 @@ _SPLIT = Recipe(
         "e": "=num_routed_experts",
     },
     requires=_WHOLE,
-    right=Side(stem="ms-model", index="param_name_map.json", writes=_WRITES),
+    right=Side(stem="ms-model", index="param_name_map.json", writes=hf_files),
 )
 
 _DEEPSEEK3 = Recipe(
@@ -247,16 +253,9 @@ _DEEPSEEK3 = Recipe(
             kind="bool",
         ),
     },
-    left=Side(writes=_WRITES),
+    left=Side(writes=hf_files),
     then=_SPLIT,
     reference="mindformers dev (fd4deeb), research/deepseek3/convert_weight.py and convert_reversed.py",
 )
 
 RECIPES = both_ways(_DEEPSEEK3)
-
-
-@writer
-def hf_files(model: Model) -> dict[str, Any]:
-    """config.json without what it says of float8 weights, where it does."""
-    config: Mapping[str, Any] = model.sidecar or model.config
-    return {"config.json": {key: value for key, value in config.items() if key != "quantization_config"}} if config else {}

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any
 
-from streamconv.recipe import Drop, Fact, Make, Model, Option, Recipe, Rule, Side, Tie, writer
+from streamconv.recipe import Drop, Fact, Make, Model, Option, Recipe, Rule, Side, Tie
 
 RECIPES = ()
 REFERENCE = "mindformers r1.3.0 (f90b5b9), convert_weight.py and convert_reversed.py of {}"
@@ -111,11 +111,10 @@ def both_ways(forward: Recipe) -> tuple[Recipe, Recipe]:
     models = forward.summary.partition(":")[0]
     back = forward.inverse(forward.name.replace("hf2ms", "ms2hf"), f"{models}: MindSpore to Hugging Face")
     *before, last = back.stages
-    stages = (*before, replace(last, right=replace(last.right, writes=last.right.writes or f"{__name__}:hf_files")))
+    stages = (*before, replace(last, right=replace(last.right, writes=last.right.writes or hf_files)))
     return forward, reduce(lambda following, stage: replace(stage, then=following), reversed(stages))
 
 
-@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """The config.json that lies beside a MindSpore checkpoint, also where that is named as a file."""
     return {"config.json": dict(model.config)} if model.config and not model.sidecar else {}

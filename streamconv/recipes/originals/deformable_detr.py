@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Model, Option, Recipe, Rule, Side, writer
+from streamconv.recipe import Model, Option, Recipe, Rule, Side
 
 _KIND = "{weight,bias}"
 _ENCODER, _HF_ENCODER = "transformer.encoder.layers.{i}", "model.encoder.layers.{i}"
@@ -54,29 +54,6 @@ _HAS_HEADS = {
     for name, rest in (("class_embed", ""), ("bbox_embed", "layers.{n}."))
 }
 
-_DETR = Recipe(
-    name="deformable-detr-original2hf",
-    summary="Deformable DETR: original PyTorch checkpoint to Hugging Face, in_proj of the decoder split into q, k, v",
-    rules=_RULES,
-    requires=_HAS_HEADS,
-    options={
-        "encoder_attention_heads": Option(
-            "attention heads, which tensors do not tell: the published models have 8",
-            default="{config.encoder_attention_heads or 8}",
-            kind="int",
-        ),
-        "dilation": Option("whether the backbone's last stage is dilated (DC5), which tensors do not tell", default=False),
-    },
-    left=Side(format="torch", root="model", stem="checkpoint.pth"),
-    right=Side(writes="streamconv.recipes.originals.deformable_detr:hf_files"),
-    reference="transformers 4.57 (a59124e) convert_deformable_detr_to_pytorch.py",
-)
-
-RECIPES = (
-    _DETR,
-    _DETR.inverse("deformable-detr-hf2original", "Deformable DETR: Hugging Face to the original PyTorch checkpoint, q, k, v fused"),
-)
-
 _BACKBONES: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
 _PREPROCESSOR = {
     "image_processor_type": "DeformableDetrImageProcessor", "format": "coco_detection", "do_resize": True,
@@ -85,7 +62,6 @@ _PREPROCESSOR = {
 }  # fmt: skip
 
 
-@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json with the sizes that tensors give, and preprocessor_config.json of COCO; those of the target's folder come first."""
     shapes = {name: spec.shape for name, spec in model.targets.items()}
@@ -136,3 +112,27 @@ def hf_files(model: Model) -> dict[str, Any]:
     if not backbone:
         model.notes.append(f"config.json names no backbone: stages of {stages} blocks are none of {', '.join(_BACKBONES.values())}; add it")
     return {"config.json": config, **made}
+
+
+_DETR = Recipe(
+    name="deformable-detr-original2hf",
+    summary="Deformable DETR: original PyTorch checkpoint to Hugging Face, in_proj of the decoder split into q, k, v",
+    rules=_RULES,
+    requires=_HAS_HEADS,
+    options={
+        "encoder_attention_heads": Option(
+            "attention heads, which tensors do not tell: the published models have 8",
+            default="{config.encoder_attention_heads or 8}",
+            kind="int",
+        ),
+        "dilation": Option("whether the backbone's last stage is dilated (DC5), which tensors do not tell", default=False),
+    },
+    left=Side(format="torch", root="model", stem="checkpoint.pth"),
+    right=Side(writes=hf_files),
+    reference="transformers 4.57 (a59124e) convert_deformable_detr_to_pytorch.py",
+)
+
+RECIPES = (
+    _DETR,
+    _DETR.inverse("deformable-detr-hf2original", "Deformable DETR: Hugging Face to the original PyTorch checkpoint, q, k, v fused"),
+)

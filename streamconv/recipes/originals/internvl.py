@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.recipe import Make, Model, Option, Recipe, Rule, Side, Tie, sparse, writer
+from streamconv.recipe import Make, Model, Option, Recipe, Rule, Side, Tie, sparse
 
 _VIT, _OWN = "vision_tower.encoder.layer.{i}", "vision_model.encoder.layers.{i}"
 _LM, _LM2 = "language_model.model.layers.{i}", "language_model.model.layers.{i}"
@@ -92,38 +92,6 @@ _IN_MEMORY = (
     ("model.multi_modal_projector.{rest*}", "multi_modal_projector.{rest*}"),
 )
 
-_HF2CUSTOM = Recipe(
-    name="internvl-hf2custom",
-    summary="InternVL: Hugging Face layout to InternVL's own, q, k, v of the vision tower fused",
-    rules=sparse(*_VISION, *_TEXT, *_INTERNLM2_TEXT),
-    dims={
-        "g": f"{_TEXT_CONFIG}.num_key_value_heads",
-        "d": f"{_TEXT_CONFIG}.head_dim or {_TEXT_CONFIG}.hidden_size // {_TEXT_CONFIG}.num_attention_heads",
-    },
-    options={
-        "text": Option(
-            "names of the text model in InternVL's own layout",
-            default="{'internlm2' if has('language_model.model.tok_embeddings.weight')"
-            " or 'InternLM2ForCausalLM' in (sidecar.llm_config.architectures or llm_config.architectures) else 'llama'}",
-            choices=("llama", "internlm2"),
-        ),
-        "tied": Option(
-            "whether the Hugging Face side stores the embedding for the head too",
-            default=f"{{{_SAYS_TIED} if {_HEAD} else not ({_SAYS_UNTIED})}}",
-            kind="bool",
-        ),
-    },
-    reference="OpenGVLab/InternVL 2410d1d internvl_{hf2custom,custom2hf}.py; transformers 4.57 convert_internvl_weights_to_hf.py",
-    left=Side(aliases=_IN_MEMORY, writes="streamconv.recipes.originals.internvl:hf_files"),
-    right=Side(aliases=(("language_model.model.lm_head.weight", "language_model.lm_head.weight"),)),
-)
-
-RECIPES = (
-    _HF2CUSTOM,
-    _HF2CUSTOM.inverse("internvl-custom2hf", "InternVL: InternVL's own layout to Hugging Face's, q, k, v of the vision tower split"),
-)
-
-
 _UNUSED_TEXT_KEYS = {
     "_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "attn_implementation", "auto_map", "bad_words_ids",
     "begin_suppress_tokens", "bias", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
@@ -144,7 +112,6 @@ _VISION_KEYS = {
 _IMAGE_TOKEN = {"llama": 92546, "qwen2": 151667}
 
 
-@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json of the Hugging Face model for InternVL's own, by the table of transformers' script, unless there is one."""
     config, options = model.config, model.options
@@ -178,3 +145,35 @@ def hf_files(model: Model) -> dict[str, Any]:
         **({"dtype": dtype} if dtype else {}),
     }
     return {"config.json": own}
+
+
+_HF2CUSTOM = Recipe(
+    name="internvl-hf2custom",
+    summary="InternVL: Hugging Face layout to InternVL's own, q, k, v of the vision tower fused",
+    rules=sparse(*_VISION, *_TEXT, *_INTERNLM2_TEXT),
+    dims={
+        "g": f"{_TEXT_CONFIG}.num_key_value_heads",
+        "d": f"{_TEXT_CONFIG}.head_dim or {_TEXT_CONFIG}.hidden_size // {_TEXT_CONFIG}.num_attention_heads",
+    },
+    options={
+        "text": Option(
+            "names of the text model in InternVL's own layout",
+            default="{'internlm2' if has('language_model.model.tok_embeddings.weight')"
+            " or 'InternLM2ForCausalLM' in (sidecar.llm_config.architectures or llm_config.architectures) else 'llama'}",
+            choices=("llama", "internlm2"),
+        ),
+        "tied": Option(
+            "whether the Hugging Face side stores the embedding for the head too",
+            default=f"{{{_SAYS_TIED} if {_HEAD} else not ({_SAYS_UNTIED})}}",
+            kind="bool",
+        ),
+    },
+    reference="OpenGVLab/InternVL 2410d1d internvl_{hf2custom,custom2hf}.py; transformers 4.57 convert_internvl_weights_to_hf.py",
+    left=Side(aliases=_IN_MEMORY, writes=hf_files),
+    right=Side(aliases=(("language_model.model.lm_head.weight", "language_model.lm_head.weight"),)),
+)
+
+RECIPES = (
+    _HF2CUSTOM,
+    _HF2CUSTOM.inverse("internvl-custom2hf", "InternVL: InternVL's own layout to Hugging Face's, q, k, v of the vision tower split"),
+)

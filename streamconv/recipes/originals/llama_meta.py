@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamconv.recipe import Drop, Make, Model, Option, Recipe, Rule, Side, Tie, from_config, writer
+from streamconv.recipe import Drop, Make, Model, Option, Recipe, Rule, Side, Tie, from_config
 
 _HF, _OWN = "model.layers.{i}", "layers.{i}"
 _RANK = "consolidated.{r:02}.pth"
@@ -55,39 +55,6 @@ _RANKED = "model_parallel > 0"
 def _partition(name: str, layout: str | None, rank: str = _RANK, **more: Any) -> Rule:
     """What the files of ranks, called by the pattern ``rank``, hold of a tensor."""
     return Rule(name, f"{rank}/{name}", layout, sparse=True, **{"when": _RANKED, **more})
-
-
-RANKS = Side(
-    format="torch",
-    ranks=(_RANK, "consolidated.{r}.pth"),
-    config="params.json",
-    aliases=(("consolidated.{r}.pth/{rest*}", f"{_RANK}/{{rest*}}"),),
-    expects=("tokenizer.model",),
-    writes="streamconv.recipes.originals.llama_meta:meta_files",
-)
-
-PARTITION = Recipe(
-    name="model-parallel",
-    summary="whole tensors to the parts that ranks hold",
-    rules=(
-        _partition("tok_embeddings.weight", "(r v) c -> r v c", when=f"{_RANKED} and embedding == 'rows'"),
-        _partition("tok_embeddings.weight", "v (r c) -> r v c", when=f"{_RANKED} and embedding == 'columns'"),
-        _partition(f"{_OWN}.attention.wq.weight", "(r g d) c -> r (g d) c"),
-        _partition(f"{_OWN}.attention.{{wk,wv}}.weight", "(r g d) c -> r (g d) c", "consolidated.{r//repeats:02}.pth"),
-        _partition(f"{_OWN}.attention.wo.weight", "c (r g d) -> r c (g d)"),
-        _partition(f"{_OWN}.feed_forward.{{w1,w3}}.weight", "(r f) c -> r f c"),
-        _partition(f"{_OWN}.feed_forward.w2.weight", "c (r f) -> r c f"),
-        _partition(f"{_OWN}.{{attention_norm,ffn_norm}}.weight", None, _EVERY_RANK),
-        _partition("norm.weight", None, _EVERY_RANK),
-        _partition("output.weight", "(r v) c -> r v c", optional=True),
-        _partition("rope.freqs", None, _EVERY_RANK, optional=True),
-        _partition(f"{_OWN}.attention.inner_attention.rope.freqs", None, _EVERY_RANK, optional=True),
-        Rule("{rest*}", "{rest*}", when=f"not {_RANKED}"),
-    ),
-    dims={"r": "=model_parallel", "repeats": "max(1, model_parallel // n_kv_heads)", "d": f"=head_dim or {WIDTH} // n_heads"},
-    right=RANKS,
-)
-"""The partition over ranks; option ``model_parallel`` says how many there are, 0: tensors are whole, in files of any kind."""
 
 
 def heads(prefix: str = "") -> dict[str, Option]:
@@ -144,42 +111,6 @@ _SECOND = (
     " or (config.max_position_embeddings or 0) > 2048)"
 )
 
-_LLAMA = Recipe(
-    name="llama-hf2meta",
-    summary="Llama: Hugging Face to Meta's consolidated.NN.pth, one for each model-parallel rank",
-    rules=RULES,
-    dims={**DIMS, "j": f"={WIDTH} // n_heads // 2"},
-    options={
-        **heads("model"),
-        "llama_version": Option(
-            "which Llama it is: says the context length, rope scaling, token ids and how ranks share the embedding; by default judged"
-            " from rope scaling, vocabulary and norm epsilon",
-            default=f"{{('3.2' if not {HEAD} or {_params('dim')} in [2048, 3072] else '3.1') if {_params('use_scaled_rope')}"
-            f" else ('3.2' if {_FACTOR} == 32 else '3.1') if {_SCALED} else '3' if {_LARGE} else '2' if {_SECOND} else '1'}}",
-            choices=("1", "2", "3", "3.1", "3.2", "Guard-3"),
-        ),
-        "instruct": Option("whether it is tuned on instructions, whose turns end in tokens of their own (Llama 3)", default=False),
-        **ranks(WIDTH, default="0 if has('norm.weight') else 1", by_rows="llama_version not in ['1', '2']"),
-        "tied": Option(
-            "whether the head is the embedding, which Hugging Face's side then stores once; Meta's repeats it",
-            default=f"{{config.tie_word_embeddings == True and not {HEAD} if has('model.norm.weight') else llama_version == '3.2'}}",
-            kind="bool",
-        ),
-    },
-    requires={
-        **SILU,
-        f"{ROPE} in [None, 'default', 'llama3']": "Meta's code scales rope in Llama 3's way alone, config.json says another",
-    },
-    reference="transformers 4.57 models/llama/convert_llama_weights_to_hf.py",
-    left=Side(writes="streamconv.recipes.originals.llama_meta:hf_files", expects=("tokenizer_config.json",)),
-    then=PARTITION,
-)
-
-RECIPES = (
-    _LLAMA,
-    _LLAMA.inverse("llama-meta2hf", "Llama: Meta's consolidated.NN.pth, of any number of model-parallel ranks, to Hugging Face"),
-)
-
 
 CONTEXT = {"1": 2048, "2": 4096, "3": 8192, "3.1": 131072, "3.2": 131072, "Guard-3": 131072}
 
@@ -207,7 +138,6 @@ def common_config(model: Model, eps: object, theta: float) -> dict[str, Any]:
     }
 
 
-@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json and generation_config.json as transformers' script has them, unless there is a config.json."""
     nested = model.config.get("model")
@@ -247,7 +177,6 @@ def rope_theta(config: Mapping[str, Any], default: float = 10000.0) -> float:
     return theta
 
 
-@writer
 def meta_files(model: Model) -> dict[str, Any]:
     """params.json for Meta's code, with no key that a version of it does not know, unless there is one."""
     config, options = model.config, model.options
@@ -278,3 +207,72 @@ def _feed_forward(width: int, hidden: int) -> dict[str, float]:
         if -(-int((factor or 1) * base) // multiple) * multiple == hidden:
             return {"multiple_of": multiple} | ({"ffn_dim_multiplier": factor} if factor else {})
     raise AssertionError("the middle always fits")
+
+
+RANKS = Side(
+    format="torch",
+    ranks=(_RANK, "consolidated.{r}.pth"),
+    config="params.json",
+    aliases=(("consolidated.{r}.pth/{rest*}", f"{_RANK}/{{rest*}}"),),
+    expects=("tokenizer.model",),
+    writes=meta_files,
+)
+
+PARTITION = Recipe(
+    name="model-parallel",
+    summary="whole tensors to the parts that ranks hold",
+    rules=(
+        _partition("tok_embeddings.weight", "(r v) c -> r v c", when=f"{_RANKED} and embedding == 'rows'"),
+        _partition("tok_embeddings.weight", "v (r c) -> r v c", when=f"{_RANKED} and embedding == 'columns'"),
+        _partition(f"{_OWN}.attention.wq.weight", "(r g d) c -> r (g d) c"),
+        _partition(f"{_OWN}.attention.{{wk,wv}}.weight", "(r g d) c -> r (g d) c", "consolidated.{r//repeats:02}.pth"),
+        _partition(f"{_OWN}.attention.wo.weight", "c (r g d) -> r c (g d)"),
+        _partition(f"{_OWN}.feed_forward.{{w1,w3}}.weight", "(r f) c -> r f c"),
+        _partition(f"{_OWN}.feed_forward.w2.weight", "c (r f) -> r c f"),
+        _partition(f"{_OWN}.{{attention_norm,ffn_norm}}.weight", None, _EVERY_RANK),
+        _partition("norm.weight", None, _EVERY_RANK),
+        _partition("output.weight", "(r v) c -> r v c", optional=True),
+        _partition("rope.freqs", None, _EVERY_RANK, optional=True),
+        _partition(f"{_OWN}.attention.inner_attention.rope.freqs", None, _EVERY_RANK, optional=True),
+        Rule("{rest*}", "{rest*}", when=f"not {_RANKED}"),
+    ),
+    dims={"r": "=model_parallel", "repeats": "max(1, model_parallel // n_kv_heads)", "d": f"=head_dim or {WIDTH} // n_heads"},
+    right=RANKS,
+)
+"""The partition over ranks; option ``model_parallel`` says how many there are, 0: tensors are whole, in files of any kind."""
+
+_LLAMA = Recipe(
+    name="llama-hf2meta",
+    summary="Llama: Hugging Face to Meta's consolidated.NN.pth, one for each model-parallel rank",
+    rules=RULES,
+    dims={**DIMS, "j": f"={WIDTH} // n_heads // 2"},
+    options={
+        **heads("model"),
+        "llama_version": Option(
+            "which Llama it is: says the context length, rope scaling, token ids and how ranks share the embedding; by default judged"
+            " from rope scaling, vocabulary and norm epsilon",
+            default=f"{{('3.2' if not {HEAD} or {_params('dim')} in [2048, 3072] else '3.1') if {_params('use_scaled_rope')}"
+            f" else ('3.2' if {_FACTOR} == 32 else '3.1') if {_SCALED} else '3' if {_LARGE} else '2' if {_SECOND} else '1'}}",
+            choices=("1", "2", "3", "3.1", "3.2", "Guard-3"),
+        ),
+        "instruct": Option("whether it is tuned on instructions, whose turns end in tokens of their own (Llama 3)", default=False),
+        **ranks(WIDTH, default="0 if has('norm.weight') else 1", by_rows="llama_version not in ['1', '2']"),
+        "tied": Option(
+            "whether the head is the embedding, which Hugging Face's side then stores once; Meta's repeats it",
+            default=f"{{config.tie_word_embeddings == True and not {HEAD} if has('model.norm.weight') else llama_version == '3.2'}}",
+            kind="bool",
+        ),
+    },
+    requires={
+        **SILU,
+        f"{ROPE} in [None, 'default', 'llama3']": "Meta's code scales rope in Llama 3's way alone, config.json says another",
+    },
+    reference="transformers 4.57 models/llama/convert_llama_weights_to_hf.py",
+    left=Side(writes=hf_files, expects=("tokenizer_config.json",)),
+    then=PARTITION,
+)
+
+RECIPES = (
+    _LLAMA,
+    _LLAMA.inverse("llama-meta2hf", "Llama: Meta's consolidated.NN.pth, of any number of model-parallel ranks, to Hugging Face"),
+)

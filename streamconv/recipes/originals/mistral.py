@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from streamconv.recipe import Model, Option, Recipe, Side, writer
+from streamconv.recipe import Model, Option, Recipe, Side
 from streamconv.recipes.originals.llama_meta import (
     DIMS,
     HEAD,
@@ -50,40 +50,6 @@ TIED = Option(
     kind="bool",
 )
 
-_MISTRAL = Recipe(
-    name="mistral-hf2original",
-    summary="Mistral: Hugging Face to Mistral's consolidated.safetensors, or to consolidated.NN.pth for a number of ranks",
-    rules=RULES,
-    dims={**DIMS, "j": "=head_dim // 2"},
-    options={
-        **heads(),
-        "head_dim": HEAD_DIM,
-        **ranks("n_heads * head_dim", default="0", by_rows="False"),
-        "max_position_embeddings": POSITIONS,
-        "tied": TIED,
-    },
-    requires=UNSCALED,
-    reference="transformers 4.57 models/mistral/convert_mistral_weights_to_hf.py",
-    left=Side(writes="streamconv.recipes.originals.mistral:hf_files", expects=("tokenizer_config.json",)),
-    then=replace(
-        PARTITION,
-        right=replace(
-            RANKS,
-            format="safetensors",
-            files=CONSOLIDATED,
-            stem="consolidated",
-            writes="streamconv.recipes.originals.mistral:original_files",
-        ),
-    ),
-)
-
-RECIPES = (
-    _MISTRAL,
-    _MISTRAL.inverse(
-        "mistral-original2hf", "Mistral: consolidated safetensors, or consolidated.NN.pth of any number of ranks, to Hugging Face"
-    ),
-)
-
 
 def mistral_config(model: Model) -> dict[str, Any]:
     """What config.json takes from a params.json with Mistral's own keys."""
@@ -96,7 +62,6 @@ def mistral_config(model: Model) -> dict[str, Any]:
     }
 
 
-@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json as transformers' script has it, unless there is one, and generation_config.json."""
     if model.sidecar or "norm_eps" not in model.config:
@@ -134,9 +99,43 @@ def original_params(model: Model, hidden: int) -> dict[str, Any]:
     return own | ({} if config.get("sliding_window") is None else {"sliding_window": config["sliding_window"]})
 
 
-@writer
 def original_files(model: Model) -> dict[str, Any]:
     """params.json, unless there is one."""
     if model.sidecar or "rms_norm_eps" not in model.config:
         return {}
     return {"params.json": original_params(model, model.sources["model.layers.0.mlp.gate_proj.weight"].shape[0])}
+
+
+_MISTRAL = Recipe(
+    name="mistral-hf2original",
+    summary="Mistral: Hugging Face to Mistral's consolidated.safetensors, or to consolidated.NN.pth for a number of ranks",
+    rules=RULES,
+    dims={**DIMS, "j": "=head_dim // 2"},
+    options={
+        **heads(),
+        "head_dim": HEAD_DIM,
+        **ranks("n_heads * head_dim", default="0", by_rows="False"),
+        "max_position_embeddings": POSITIONS,
+        "tied": TIED,
+    },
+    requires=UNSCALED,
+    reference="transformers 4.57 models/mistral/convert_mistral_weights_to_hf.py",
+    left=Side(writes=hf_files, expects=("tokenizer_config.json",)),
+    then=replace(
+        PARTITION,
+        right=replace(
+            RANKS,
+            format="safetensors",
+            files=CONSOLIDATED,
+            stem="consolidated",
+            writes=original_files,
+        ),
+    ),
+)
+
+RECIPES = (
+    _MISTRAL,
+    _MISTRAL.inverse(
+        "mistral-original2hf", "Mistral: consolidated safetensors, or consolidated.NN.pth of any number of ranks, to Hugging Face"
+    ),
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Model, Option, Recipe, Rule, Side, from_config, writer
+from streamconv.recipe import Model, Option, Recipe, Rule, Side, from_config
 from streamconv.recipes.originals.llama_meta import ATTENTION, DIMS, common_config, heads, rope_theta
 from streamconv.recipes.originals.mistral import CONSOLIDATED, CONTEXT, HEAD_DIM, TIED, UNSCALED, mistral_config, original_params, tokens
 
@@ -24,44 +24,7 @@ _EXPERTS = (
     Rule(f"{_HF}.gate.weight", f"{_OWN}.feed_forward.gate.weight", "e c -> e c", when=_SEPARATE),
 )
 
-_MIXTRAL = Recipe(
-    name="mixtral-hf2original",
-    summary="Mixtral: Hugging Face to the eight consolidated.NN.pt that transformers' script reads",
-    rules=(*ATTENTION, *_EXPERTS),
-    dims={**DIMS, "j": "=head_dim // 2", "e": "=num_local_experts"},
-    options={
-        **heads(),
-        **from_config(num_local_experts="num_local_experts moe.num_experts"),
-        "head_dim": HEAD_DIM,
-        "experts": Option(
-            "whether the original has the experts' matrices one below the other, or one for each",
-            default=f"{{'separate' if has('{_OWN}.feed_forward.gate.weight') else 'stacked'}}",
-            choices=("stacked", "separate"),
-        ),
-        "max_position_embeddings": Option("the longest context, for config.json", default=CONTEXT),
-        "tied": TIED,
-    },
-    requires=UNSCALED,
-    reference="transformers 4.57 models/mixtral/convert_mixtral_weights_to_hf.py",
-    left=Side(writes="streamconv.recipes.originals.mixtral:hf_files", expects=("tokenizer_config.json",)),
-    right=Side(
-        format="torch",
-        files=("consolidated.{n:02}.pt", "consolidated.{n:02}.pth", *CONSOLIDATED),
-        stem="consolidated.{n:02}.pt",
-        shards=8,
-        config="params.json",
-        expects=("tokenizer.model",),
-        writes="streamconv.recipes.originals.mixtral:original_files",
-    ),
-)
 
-RECIPES = (
-    _MIXTRAL,
-    _MIXTRAL.inverse("mixtral-original2hf", "Mixtral: whole tensors in consolidated files, of any number, to Hugging Face"),
-)
-
-
-@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json as transformers' script has it, unless there is one, and generation_config.json."""
     params, options = model.config, model.options
@@ -94,7 +57,6 @@ _SAME = (
 )  # fmt: skip
 
 
-@writer
 def original_files(model: Model) -> dict[str, Any]:
     """params.json, with config.json's own keys or, where each expert has its matrices, with Mistral's; unless there is one."""
     config, options = model.config, model.options
@@ -106,3 +68,40 @@ def original_files(model: Model) -> dict[str, Any]:
         return {"params.json": {**original_params(model, hidden), "moe": experts}}
     own = {key: config[key] for key in _SAME if key in config} | {"rope_theta": rope_theta(config, 1e6)}
     return {"params.json": own | ({} if config.get("sliding_window") is None else {"sliding_window": config["sliding_window"]})}
+
+
+_MIXTRAL = Recipe(
+    name="mixtral-hf2original",
+    summary="Mixtral: Hugging Face to the eight consolidated.NN.pt that transformers' script reads",
+    rules=(*ATTENTION, *_EXPERTS),
+    dims={**DIMS, "j": "=head_dim // 2", "e": "=num_local_experts"},
+    options={
+        **heads(),
+        **from_config(num_local_experts="num_local_experts moe.num_experts"),
+        "head_dim": HEAD_DIM,
+        "experts": Option(
+            "whether the original has the experts' matrices one below the other, or one for each",
+            default=f"{{'separate' if has('{_OWN}.feed_forward.gate.weight') else 'stacked'}}",
+            choices=("stacked", "separate"),
+        ),
+        "max_position_embeddings": Option("the longest context, for config.json", default=CONTEXT),
+        "tied": TIED,
+    },
+    requires=UNSCALED,
+    reference="transformers 4.57 models/mixtral/convert_mixtral_weights_to_hf.py",
+    left=Side(writes=hf_files, expects=("tokenizer_config.json",)),
+    right=Side(
+        format="torch",
+        files=("consolidated.{n:02}.pt", "consolidated.{n:02}.pth", *CONSOLIDATED),
+        stem="consolidated.{n:02}.pt",
+        shards=8,
+        config="params.json",
+        expects=("tokenizer.model",),
+        writes=original_files,
+    ),
+)
+
+RECIPES = (
+    _MIXTRAL,
+    _MIXTRAL.inverse("mixtral-original2hf", "Mixtral: whole tensors in consolidated files, of any number, to Hugging Face"),
+)

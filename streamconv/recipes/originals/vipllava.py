@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side, writer
+from streamconv.recipe import Drop, Model, Option, Recipe, Rule, Side
 
 _EMBEDDING, _HF_EMBEDDING = "model.embed_tokens.weight", "language_model.model.embed_tokens.weight"
 
@@ -48,58 +48,6 @@ def _grown(left: str, right: str, stream: int) -> Rule:
     )
 
 
-_VIPLLAVA = Recipe(
-    name="vipllava-original2hf",
-    summary="ViP-LLaVA: original checkpoint to Hugging Face, embedding and head with sampled rows for <image>, <pad> and padding",
-    rules=(
-        _grown(_EMBEDDING, _HF_EMBEDDING, 0),
-        _grown("lm_head.weight", "language_model.lm_head.weight", 1),
-        Rule(f"model.layers.{{i}}.{_LAYER}.weight", f"language_model.model.layers.{{i}}.{_LAYER}.weight"),
-        *(_biases(modules) for modules in _BIASED),
-        Rule("model.norm.weight", "language_model.model.norm.weight"),
-        Rule(f"{_FROM}.embeddings.{_EMBEDDINGS}", f"{_TO}.embeddings.{_EMBEDDINGS}"),
-        Rule(f"{_FROM}.{{pre_layrnorm,post_layernorm}}.{_KIND}", f"{_TO}.{{pre_layrnorm,post_layernorm}}.{_KIND}"),
-        Rule(f"{_FROM}.encoder.layers.{{n}}.{_BLOCK}.{_KIND}", f"{_TO}.encoder.layers.{{n}}.{_BLOCK}.{_KIND}"),
-        Rule(
-            f"model.mm_projector.{{clip_layernorm,final_linear.0,final_linear.2}}.{_KIND}",
-            f"multi_modal_projector.{{projector_layernorm,linear_1,linear_2}}.{_KIND}",
-        ),
-        Drop("{rest*}.inv_freq", "the model computes it from its config"),
-        Drop(f"{_FROM}.embeddings.position_ids", "the numbers from 0 on"),
-    ),
-    options={
-        "vocab_size": Option(
-            "tokens of the original: rows of its embedding",
-            default=f"{{shape('{_EMBEDDING}')[0] or sidecar.vocab_size or config.image_token_index or config.image_token_id}}",
-            kind="int",
-        ),
-        "first_new_row": Option("the first row that is sampled, and the number of <image>", default="{vocab_size}", kind="int"),
-        "resize_vocab": Option("rows of the target's embedding and head", default="{(vocab_size + 2 + 63) // 64 * 64}", kind="int"),
-        "seed": Option("which random numbers new rows are made of", 0),
-    },
-    left=Side(
-        format="torch",
-        aliases=(("model.mm_projector.{n:0,2}.{kind:weight,bias}", "model.mm_projector.final_linear.{n:0,2}.{kind:weight,bias}"),),
-    ),
-    right=Side(
-        aliases=(
-            ("model.language_model.{rest*}", "language_model.model.{rest*}"),
-            ("lm_head.weight", "language_model.lm_head.weight"),
-            ("model.vision_tower.vision_model.{rest*}", "vision_tower.vision_model.{rest*}"),
-            (f"model.vision_tower.{_TOWER}", f"vision_tower.vision_model.{_TOWER}"),
-            (f"vision_tower.{_TOWER}", f"vision_tower.vision_model.{_TOWER}"),
-            ("model.multi_modal_projector.{rest*}", "multi_modal_projector.{rest*}"),
-        ),
-        writes="streamconv.recipes.originals.vipllava:hf_files",
-    ),
-    reference="transformers 4.47.1 convert_vipllava_weights_to_hf.py",
-)
-
-RECIPES = (
-    _VIPLLAVA,
-    _VIPLLAVA.inverse("vipllava-hf2original", "ViP-LLaVA: Hugging Face to the original checkpoint, without the added rows"),
-)
-
 _TEXT_KEYS = {
     "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range",
     "intermediate_size", "max_position_embeddings", "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
@@ -116,7 +64,6 @@ _IMAGE_PROCESSOR = {
 }  # fmt: skip
 
 
-@writer
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json, and, where there is a tokenizer, that with ``<image>`` and ``<pad>``, and the processor's files."""
     given = model.sidecar or model.config
@@ -219,3 +166,56 @@ def _tokenizer(model: Model) -> tuple[dict[str, Any], tuple[int, int]]:
         made["special_tokens_map.json"] = {**model.read("special_tokens_map.json"), "pad_token": {"content": "<pad>", **flags}}
         del made["special_tokens_map.json"]["pad_token"]["special"]
     return made, (numbers["<image>"], numbers["<pad>"])
+
+
+_VIPLLAVA = Recipe(
+    name="vipllava-original2hf",
+    summary="ViP-LLaVA: original checkpoint to Hugging Face, embedding and head with sampled rows for <image>, <pad> and padding",
+    rules=(
+        _grown(_EMBEDDING, _HF_EMBEDDING, 0),
+        _grown("lm_head.weight", "language_model.lm_head.weight", 1),
+        Rule(f"model.layers.{{i}}.{_LAYER}.weight", f"language_model.model.layers.{{i}}.{_LAYER}.weight"),
+        *(_biases(modules) for modules in _BIASED),
+        Rule("model.norm.weight", "language_model.model.norm.weight"),
+        Rule(f"{_FROM}.embeddings.{_EMBEDDINGS}", f"{_TO}.embeddings.{_EMBEDDINGS}"),
+        Rule(f"{_FROM}.{{pre_layrnorm,post_layernorm}}.{_KIND}", f"{_TO}.{{pre_layrnorm,post_layernorm}}.{_KIND}"),
+        Rule(f"{_FROM}.encoder.layers.{{n}}.{_BLOCK}.{_KIND}", f"{_TO}.encoder.layers.{{n}}.{_BLOCK}.{_KIND}"),
+        Rule(
+            f"model.mm_projector.{{clip_layernorm,final_linear.0,final_linear.2}}.{_KIND}",
+            f"multi_modal_projector.{{projector_layernorm,linear_1,linear_2}}.{_KIND}",
+        ),
+        Drop("{rest*}.inv_freq", "the model computes it from its config"),
+        Drop(f"{_FROM}.embeddings.position_ids", "the numbers from 0 on"),
+    ),
+    options={
+        "vocab_size": Option(
+            "tokens of the original: rows of its embedding",
+            default=f"{{shape('{_EMBEDDING}')[0] or sidecar.vocab_size or config.image_token_index or config.image_token_id}}",
+            kind="int",
+        ),
+        "first_new_row": Option("the first row that is sampled, and the number of <image>", default="{vocab_size}", kind="int"),
+        "resize_vocab": Option("rows of the target's embedding and head", default="{(vocab_size + 2 + 63) // 64 * 64}", kind="int"),
+        "seed": Option("which random numbers new rows are made of", 0),
+    },
+    left=Side(
+        format="torch",
+        aliases=(("model.mm_projector.{n:0,2}.{kind:weight,bias}", "model.mm_projector.final_linear.{n:0,2}.{kind:weight,bias}"),),
+    ),
+    right=Side(
+        aliases=(
+            ("model.language_model.{rest*}", "language_model.model.{rest*}"),
+            ("lm_head.weight", "language_model.lm_head.weight"),
+            ("model.vision_tower.vision_model.{rest*}", "vision_tower.vision_model.{rest*}"),
+            (f"model.vision_tower.{_TOWER}", f"vision_tower.vision_model.{_TOWER}"),
+            (f"vision_tower.{_TOWER}", f"vision_tower.vision_model.{_TOWER}"),
+            ("model.multi_modal_projector.{rest*}", "multi_modal_projector.{rest*}"),
+        ),
+        writes=hf_files,
+    ),
+    reference="transformers 4.47.1 convert_vipllava_weights_to_hf.py",
+)
+
+RECIPES = (
+    _VIPLLAVA,
+    _VIPLLAVA.inverse("vipllava-hf2original", "ViP-LLaVA: Hugging Face to the original checkpoint, without the added rows"),
+)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Rule, from_config, writer
+from streamconv.recipe import Drop, Model, Rule, from_config
 from streamconv.recipes.sat.partition import COMPUTED, KIND, TEXT_KEYS, Config, inv_freq, pair
 
 _HF, _SAT = "model.layers.{i}", "transformer.layers.{i}"
@@ -101,13 +101,10 @@ def _image_length(made: dict[str, Any], model: Model) -> dict[str, Any]:
     return made
 
 
-@writer
 def cogvlm_sat(model: Model) -> dict[str, Any]:
     """model_config.json of CogVLM."""
     return _image_length(_COGVLM.to_sat(model), model)
 
-
-cogvlm_hf = _COGVLM.to_hf
 
 # CogAgent: CogVLM with positions of its own for the image's features, and a second tower for large images, to which every layer attends.
 _CROSS = (
@@ -125,7 +122,6 @@ _COGAGENT = replace(
 )
 
 
-@writer
 def cogagent_sat(model: Model) -> dict[str, Any]:
     """model_config.json, which says how wide a head of the cross-attention is."""
     made = _image_length(_COGAGENT.to_sat(model), model)
@@ -135,7 +131,6 @@ def cogagent_sat(model: Model) -> dict[str, Any]:
     return made
 
 
-@writer
 def cogagent_hf(model: Model) -> dict[str, Any]:
     """config.json, which says how wide the cross-attention is."""
     made = _COGAGENT.to_hf(model)
@@ -153,7 +148,7 @@ RECIPES = (
         (*_EMBEDDED, *_EXPERTS, *_TOWER),
         options=_SIZES,
         requires=_FEW_LAYERS,
-        writes="streamconv.recipes.sat.cogvlm:cogvlm",
+        writes=(cogvlm_sat, _COGVLM.to_hf),
         reference=_REFERENCE.format("cogvlm"),
     ),
     *pair(
@@ -162,7 +157,7 @@ RECIPES = (
         (*_EMBEDDED, *_EXPERTS, *_TOWER, *_CROSS),
         options=_SIZES,
         requires=_FEW_LAYERS,
-        writes="streamconv.recipes.sat.cogvlm:cogagent",
+        writes=(cogagent_sat, cogagent_hf),
         reference=_REFERENCE.format("cogagent"),
     ),
 )

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Drop, Make, Model, Option, Rule, Side, Tie, from_config, writer
+from streamconv.recipe import Drop, Make, Model, Option, Rule, Side, Tie, from_config
 from streamconv.recipes.sat.partition import COMPUTED, KIND, TEXT_KEYS, Config, inv_freq, pair
 
 _SAT = "transformer.layers.{i}"
 _NORMS = "{input,post_attention}_layernorm"
 _DENSE = "dense_h_to_4h,dense_4h_to_h"
-_HERE = "streamconv.recipes.sat.language"
 _HEADS = from_config(hidden_size="hidden_size", num_attention_heads="num_attention_heads")
 
 # ChatGLM -----------------------------------------------------------------------------------------------------------
@@ -63,7 +62,6 @@ _GLM = Config(
     {"layernorm_order": "post"},
     {"architectures": ["ChatGLMModel"], "model_type": "chatglm", "position_encoding_2d": True},
 )
-chatglm_sat, chatglm_hf = _GLM.to_sat, _GLM.to_hf
 
 _GLM2 = "transformer.encoder.layers.{i}"
 _HALVES = "(a + a) c -> a c, a c"
@@ -129,7 +127,6 @@ _CHATGLM2 = Config("ChatGLM2Model", _GLM2_KEYS, _GLM2_FIXED, _GLM2_OTHER)
 _CHATGLM3 = Config("ChatGLM3Model", {**_GLM2_KEYS, "base_scale": "rope_ratio"}, {**_GLM2_FIXED, "base_scale": 1.0}, _GLM2_OTHER)
 
 
-@writer
 def chatglm2_sat(model: Model) -> dict[str, Any]:
     """model_config.json, which says so where layers are gated."""
     made = _CHATGLM2.to_sat(model)
@@ -137,8 +134,6 @@ def chatglm2_sat(model: Model) -> dict[str, Any]:
         made["model_config.json"]["is_gated_mlp"] = True
     return made
 
-
-chatglm2_hf, chatglm3_sat, chatglm3_hf = _CHATGLM2.to_hf, _CHATGLM3.to_sat, _CHATGLM3.to_hf
 
 # GPT-2 -------------------------------------------------------------------------------------------------------------
 
@@ -191,7 +186,6 @@ _GPT2_CONFIG = Config(
     {"layernorm_order": "pre"},
     {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"},
 )
-gpt2_sat, gpt2_hf = _GPT2_CONFIG.to_sat, _GPT2_CONFIG.to_hf
 
 # BERT, RoBERTa -----------------------------------------------------------------------------------------------------
 
@@ -267,8 +261,6 @@ _ROBERTA_CONFIG = Config(
         "eos_token_id": 2,
     },
 )
-bert_sat, bert_hf = _BERT_CONFIG.to_sat, _BERT_CONFIG.to_hf
-roberta_sat, roberta_hf = _ROBERTA_CONFIG.to_sat, _ROBERTA_CONFIG.to_hf
 _LAYERS = {**from_config(num_hidden_layers="num_hidden_layers num_layers", hidden_size="hidden_size"), **TIED}
 _OLD_NORMS = (("{p*}.LayerNorm.{kind:gamma,beta}", f"{{p*}}.LayerNorm.{KIND}"),)
 
@@ -278,7 +270,7 @@ RECIPES = (
         "ChatGLM",
         _CHATGLM,
         options={**_HEADS, **_QKV},
-        writes=f"{_HERE}:chatglm",
+        writes=(_GLM.to_sat, _GLM.to_hf),
         reference="examples/chatglm/transform_param.py, sat/model/official/chatglm_model.py",
     ),
     *pair(
@@ -287,7 +279,7 @@ RECIPES = (
         _chatglm2("dense_h_to_4h,w2"),
         _MIXIN,
         options={**_HEADS, **_GATED},
-        writes=f"{_HERE}:chatglm2",
+        writes=(chatglm2_sat, _CHATGLM2.to_hf),
         reference="examples/chatglm2/transform_param.py, transform_param_newmlp.py",
     ),
     *pair(
@@ -296,7 +288,7 @@ RECIPES = (
         _chatglm2("w2,dense_h_to_4h", "10000 * (config.rope_ratio or 1)"),
         _MIXIN,
         options=_HEADS,
-        writes=f"{_HERE}:chatglm3",
+        writes=(_CHATGLM3.to_sat, _CHATGLM3.to_hf),
         reference="examples/chatglm3/transform_param.py",
     ),
     *pair(
@@ -305,7 +297,7 @@ RECIPES = (
         _GPT2_RULES,
         options=TIED,
         hf=Side(aliases=_BARE),
-        writes=f"{_HERE}:gpt2",
+        writes=(_GPT2_CONFIG.to_sat, _GPT2_CONFIG.to_hf),
         reference="examples/gpt2/transform_param.py",
     ),
     *pair(
@@ -314,7 +306,7 @@ RECIPES = (
         _BERT,
         options=_LAYERS,
         hf=Side(aliases=_OLD_NORMS),
-        writes=f"{_HERE}:bert",
+        writes=(_BERT_CONFIG.to_sat, _BERT_CONFIG.to_hf),
         reference="examples/bert/transform_param.py",
     ),
     *pair(
@@ -323,7 +315,7 @@ RECIPES = (
         (*_ROBERTA, _NO_TYPES),
         options=_LAYERS,
         hf=Side(aliases=_OLD_NORMS),
-        writes=f"{_HERE}:roberta",
+        writes=(_ROBERTA_CONFIG.to_sat, _ROBERTA_CONFIG.to_hf),
         reference="examples/roberta/transform_param.py",
     ),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamconv.recipe import Drop, Model, Option, Rule, Tie, from_config, writer
+from streamconv.recipe import Drop, Model, Option, Rule, Tie, from_config
 from streamconv.recipes.sat.partition import COMPUTED, TEXT_KEYS, Config, inv_freq, pair
 
 _HF, _SAT = "model.layers.{i}", "transformer.layers.{i}"
@@ -93,7 +93,6 @@ _LLAMA = Config(
 )
 
 
-@writer
 def llama_sat(model: Model) -> dict[str, Any]:
     """model_config.json, which says what the model has itself."""
     made = _LLAMA.to_sat(model)
@@ -102,7 +101,6 @@ def llama_sat(model: Model) -> dict[str, Any]:
     return made
 
 
-llama_hf = _LLAMA.to_hf
 _MIXTRAL = Config(
     "MixtralModel",
     {**_KEYS, "num_experts": "num_local_experts", "num_experts_per_tok": "num_experts_per_tok"},
@@ -115,7 +113,6 @@ _MIXTRAL = Config(
         "tie_word_embeddings": False,
     },
 )
-mixtral_sat, mixtral_hf = _MIXTRAL.to_sat, _MIXTRAL.to_hf
 
 RECIPES = (
     *pair(
@@ -134,7 +131,7 @@ RECIPES = (
         ),
         options={**_HEADS, **TIED, **_LEGACY},
         requires={**PLAIN_ROTARY, **BASE},
-        writes="streamconv.recipes.sat.llama:llama",
+        writes=(llama_sat, _LLAMA.to_hf),
         reference="examples/llama/transform_param.py",
     ),
     *pair(
@@ -157,7 +154,7 @@ RECIPES = (
             **PLAIN_ROTARY,
             f"{_THETA} in (None, 1000000)": "SAT's model has a rotary embedding of base 1000000, config.json another rope_theta",
         },
-        writes="streamconv.recipes.sat.llama:mixtral",
+        writes=(_MIXTRAL.to_sat, _MIXTRAL.to_hf),
         reference="examples/mixtral-8x7b/transform_param.py",
     ),
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
-from streamconv.recipe import PLAIN, Dim, Fact, Make, Model, Option, Recipe, Rule, Side, sparse, writer
+from streamconv.recipe import PLAIN, Dim, Fact, Make, Model, Option, Recipe, Rule, Side, Writer, sparse
 
 REFERENCE = "THUDM/SwissArmyTransformer 63dc23a (0.4.12), "
 _RANK = "mp_rank_{r:02}_model_states.pt"
@@ -139,7 +139,6 @@ class Config:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     other: Mapping[str, Any] = field(default_factory=dict)
 
-    @writer
     def to_sat(self, model: Model) -> dict[str, Any]:
         """model_config.json, as SAT's save_checkpoint writes it; of a folder that has one, that with the number of ranks."""
         if model.sidecar or not model.config:
@@ -155,7 +154,6 @@ class Config:
             needless["hidden_size_per_attention_head"] = flat["hidden_size"] // heads
         return sat_files(model, _nest({key: value for key, value in flat.items() if value != needless.get(key, _NEEDED)}))
 
-    @writer
     def to_hf(self, model: Model) -> dict[str, Any]:
         """config.json for model_config.json, unless there is one."""
         config = model.config
@@ -201,7 +199,6 @@ def sat_files(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_config.json": {**config, **ranks, **({"eva_args": {**vision, **ranks}} if isinstance(vision, Mapping) else {})}}
 
 
-@writer
 def repartitioned(model: Model) -> dict[str, Any]:
     """model_config.json of the source, for another number of ranks."""
     return sat_files(model, model.config)
@@ -226,7 +223,7 @@ def pair(
     name: str,
     title: str,
     *stages: tuple[Fact, ...],
-    writes: str,
+    writes: tuple[Writer, Writer],
     reference: str,
     dims: Mapping[str, Dim] | None = None,
     options: Mapping[str, Option] | None = None,
@@ -235,15 +232,15 @@ def pair(
 ) -> tuple[Recipe, Recipe]:
     """``name-hf2sat`` and ``name-sat2hf`` from the facts between the Hugging Face side and a whole SAT model, in one or several stages.
 
-    ``writes`` is a ``module:prefix``: the functions ``prefix_sat`` and ``prefix_hf`` make model_config.json and config.json.
+    ``writes`` are what makes model_config.json, and config.json.
     """
-    hf = replace(hf, writes=f"{writes}_hf")
+    hf = replace(hf, writes=writes[1])
     known = {"tokenizer_type": Option("what model_config.json says of the tokenizer"), **(options or {})}
     parts = [Recipe(name="", summary="", rules=sparse(*rules), dims=dims or {}) for rules in stages]
     parts[0] = replace(parts[0], options=known, requires=requires or {}, left=hf)
     back = chain(*parts).inverse("")
     there = replace(
-        chain(*parts, replace(_PARTITION, right=replace(SAT, writes=f"{writes}_sat"))),
+        chain(*parts, replace(_PARTITION, right=replace(SAT, writes=writes[0]))),
         name=f"{name}-hf2sat",
         summary=f"{title}: Hugging Face layout to a SwissArmyTransformer folder",
         reference=REFERENCE + reference,
@@ -259,7 +256,7 @@ def pair(
 
 RECIPES = (
     replace(
-        chain(*_merged(SAT), replace(_PARTITION, right=replace(SAT, writes="streamconv.recipes.sat.partition:repartitioned"))),
+        chain(*_merged(SAT), replace(_PARTITION, right=replace(SAT, writes=repartitioned))),
         name="sat-repartition",
         summary="SwissArmyTransformer folders: any number of model-parallel ranks to any other",
         reference=REFERENCE + "sat/mpu/layers.py",

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from streamconv.recipe import Drop, Fact, Make, Model, Option, Rule, Side, writer
+from streamconv.recipe import Drop, Fact, Make, Model, Option, Rule, Side
 from streamconv.recipes.sat.partition import COMPUTED, KIND, Config, pair
 
 _NORMS = "{input,post_attention}_layernorm"
 _DENSE = "dense_h_to_4h,dense_4h_to_h"
 _FUSE = "h ..., h ..., h ... -> (h + h + h) ..."
 _FIRST = "1 t c -> t c"  # the axis of the batch, which SAT's embeddings do not have
-_HERE = "streamconv.recipes.sat.vision"
 
 
 def _where(names: str, *rules: Rule) -> tuple[Rule, ...]:
@@ -296,13 +295,11 @@ def _of_shapes(config: Config, model: Model, sizes: Mapping[str, tuple[str, int]
     return made
 
 
-@writer
 def vit_sat(model: Model) -> dict[str, Any]:
     """model_config.json of ViT and DeiT."""
     return _of_shapes(_VIT_CONFIG, model, {"num_classes": ("mixins.cls.classifier.weight", 0)}, source_names=model.options["names"])
 
 
-@writer
 def vit_hf(model: Model) -> dict[str, Any]:
     """config.json of ViT and DeiT, with a label for each class."""
     made, classes = _VIT_CONFIG.to_hf(model), model.config.get("num_classes")
@@ -312,20 +309,17 @@ def vit_hf(model: Model) -> dict[str, Any]:
     return made
 
 
-@writer
 def cait_sat(model: Model) -> dict[str, Any]:
     """model_config.json of CaiT."""
     layers = sum(name.endswith(".cross_attention.query.bias") and name.startswith("mp_rank_00") for name in model.targets)
     return _of_shapes(_CAIT_CONFIG, model, {"num_classes": ("decoder.mixins.cls.classifier.weight", 0)}, dec_num_layers=layers)
 
 
-@writer
 def mae_sat(model: Model) -> dict[str, Any]:
     """model_config.json of MAE."""
     return _of_shapes(_MAE_CONFIG, model, {}, source_names=model.options["names"])
 
 
-@writer
 def yolos_sat(model: Model) -> dict[str, Any]:
     """model_config.json of YOLOS, whose words are a class token and those of detections."""
     words = "transformer.word_embeddings.weight"
@@ -337,14 +331,10 @@ def yolos_sat(model: Model) -> dict[str, Any]:
     return made
 
 
-@writer
 def eva2_sat(model: Model) -> dict[str, Any]:
     """model_config.json of EVA-02."""
     return _of_shapes(_EVA_CONFIG, model, {"predict_feature_dim": ("mixins.eva2-final.lm_head.weight", 0)})
 
-
-cait_hf, mae_hf, yolos_hf, eva2_hf = _CAIT_CONFIG.to_hf, _MAE_CONFIG.to_hf, _YOLOS_CONFIG.to_hf, _EVA_CONFIG.to_hf
-clip_sat, clip_hf = _CLIP_CONFIG.to_sat, _CLIP_CONFIG.to_hf
 
 _MODULE = Side(aliases=(("module.{rest*}", "{rest*}"),))
 RECIPES = (
@@ -353,7 +343,7 @@ RECIPES = (
         "ViT for classification",
         _VIT,
         options=_names("pos_embed"),
-        writes=f"{_HERE}:vit",
+        writes=(vit_sat, vit_hf),
         reference="examples/vit/transform_param.py",
     ),
     *pair(
@@ -361,17 +351,19 @@ RECIPES = (
         "DeiT without a token for distillation",
         _VIT,
         options=_names("pos_embed"),
-        writes=f"{_HERE}:vit",
+        writes=(vit_sat, vit_hf),
         reference="examples/deit/transform_param.py",
     ),
-    *pair("cait", "CaiT", _CAIT, _CAIT_IDLE, hf=_MODULE, writes=f"{_HERE}:cait", reference="examples/cait/transform_param.py"),
+    *pair(
+        "cait", "CaiT", _CAIT, _CAIT_IDLE, hf=_MODULE, writes=(cait_sat, _CAIT_CONFIG.to_hf), reference="examples/cait/transform_param.py"
+    ),
     *pair(
         "mae",
         "MAE",
         _MAE,
         options=_names("pos_embed"),
         hf=Side(aliases=(("decoder.decoder_encoder.layer.{rest*}", "decoder.decoder_layers.{rest*}"),)),
-        writes=f"{_HERE}:mae",
+        writes=(mae_sat, _MAE_CONFIG.to_hf),
         reference="examples/mae/transform_param.py",
     ),
     *pair(
@@ -379,9 +371,11 @@ RECIPES = (
         "YOLOS",
         _YOLOS,
         options=_names("backbone.pos_embed"),
-        writes=f"{_HERE}:yolos",
+        writes=(yolos_sat, _YOLOS_CONFIG.to_hf),
         reference="examples/yolos/transform_param.py",
     ),
-    *pair("clip", "CLIP", _CLIP, writes=f"{_HERE}:clip", reference="examples/clip/transform_param.py"),
-    *pair("eva2", "EVA-02, pretrained", _EVA_BIAS, _EVA2, writes=f"{_HERE}:eva2", reference="examples/eva2/transform_param.py"),
+    *pair("clip", "CLIP", _CLIP, writes=(_CLIP_CONFIG.to_sat, _CLIP_CONFIG.to_hf), reference="examples/clip/transform_param.py"),
+    *pair(
+        "eva2", "EVA-02, pretrained", _EVA_BIAS, _EVA2, writes=(eva2_sat, _EVA_CONFIG.to_hf), reference="examples/eva2/transform_param.py"
+    ),
 )
