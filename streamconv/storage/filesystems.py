@@ -14,8 +14,9 @@ from streamconv.errors import StreamconvError, UsageError
 from streamconv.storage import Entry
 from streamconv.storage.addresses import missing, refusal, scheme_of
 from streamconv.storage.retries import OVER, READING, Refused, again, fault
-from streamconv.storage.sources import Catalog, Store
+from streamconv.storage.sources import Answer, Catalog, Store
 
+_CONNECTIONS = 256  # of one store at most; botocore's own 10 would have threads wait for each other
 _VERSIONS = (  # what file systems call what changes with a file
     "ETag", "etag", "e_tag", "md5Hash", "md5", "sha256", "generation", "checksum", "LastModified", "last_modified", "mtime", "created",
 )  # fmt: skip
@@ -38,7 +39,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-        found, path = url_to_fs(url)
+        found, path = url_to_fs(url, **_options(scheme))
     except ImportError as error:
         raise missing(scheme, error) from None
     except ValueError:
@@ -46,6 +47,16 @@ def open_filesystem(url: str) -> tuple[Any, str]:
             f"{scheme}://: no store of that kind is known: use a path, https, hf, s3, gs, or another scheme that fsspec knows"
         ) from None
     return found, path.rstrip("/")
+
+
+def _options(scheme: str) -> dict[str, Any]:
+    """What a file system is opened with beside what fsspec's own configuration says: room for the connections of all threads."""
+    from fsspec.config import conf  # type: ignore[import-untyped]
+
+    if scheme not in ("s3", "s3a"):
+        return {}
+    configured = conf.get("s3", {}).get("config_kwargs", {})
+    return {"config_kwargs": {"max_pool_connections": _CONNECTIONS, **configured}}
 
 
 @contextmanager
@@ -74,6 +85,21 @@ def entry_of(row: Mapping[str, Any], *, every: bool = False) -> Entry:
     """A file as a listing tells of it; its tag is the best of what changes with it, or ``every`` such thing."""
     told = [str(row[key]).strip('"') for key in _VERSIONS if row.get(key)]
     return Entry(-1 if row.get("size") is None else int(row["size"]), " ".join(told if every else told[:1]))
+
+
+class _Body:
+    """The body of an answer of S3, received in the loop of s3fs."""
+
+    def __init__(self, loop: Any, body: Any) -> None:
+        self._loop, self._body = loop, body
+
+    def read(self, nbytes: int) -> bytes:
+        from fsspec.asyn import sync  # type: ignore[import-untyped]
+
+        return bytes(sync(self._loop, self._body.read, nbytes))
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._body.close)
 
 
 class FileSystem(Store):
@@ -105,6 +131,13 @@ class FileSystem(Store):
 
     def fetch(self, url: str, start: int, stop: int) -> bytes:
         return bytes(self._fs.cat_file(self._path(url), start=start, end=stop))
+
+    def receive(self, url: str, start: int, stop: int) -> Answer | None:
+        if not hasattr(self._fs, "call_s3"):
+            return None
+        bucket, key, _ = self._fs.split_path(self._path(url))
+        answer = self._fs.call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")
+        return _Body(self._fs.loop, answer["Body"])
 
     def _ask(self, url: str, call: Callable[..., Any], **options: Any) -> Any:
         """What a call gives, or a line that says why not."""

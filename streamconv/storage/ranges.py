@@ -19,7 +19,7 @@ from streamconv.storage import Entry, is_url
 from streamconv.storage.addresses import WEB, refusal, scheme_of
 from streamconv.storage.pace import SPANS, Pace, waiting_for
 from streamconv.storage.retries import READING, RUNNING, Failed, Refused, again, fault
-from streamconv.storage.sources import Store, Target, in_parallel
+from streamconv.storage.sources import RECEIVED, Answer, Store, Target, in_parallel
 from streamconv.storage.stores import store_of
 
 if TYPE_CHECKING:
@@ -104,11 +104,15 @@ def _ask(url: str, target: Target, known: Entry, start: int, stop: int) -> Part:
 
 
 class _PieceStream:
-    """A range of a store without an address for HTTP, fetched piece by piece: smaller ones after a failure, larger ones after none."""
+    """A range of a store without an address for HTTP: one answer of it, where it gives such.
+
+    Else it is fetched piece by piece: smaller ones after a failure, larger ones after none.
+    """
 
     def __init__(self, store: Store, url: str, start: int, stop: int, size: int) -> None:
         self.url, self.position, self.stop, self.size = url, start, stop, size
         self._store, self._data, self._at = store, b"", 0
+        self._answer: Answer | None = None
 
     def readinto(self, view: memoryview) -> int:
         if self._at == len(self._data):
@@ -121,7 +125,7 @@ class _PieceStream:
 
     def _fetch(self, start: int, stop: int) -> bytes:
         try:
-            data = self._store.fetch(self.url, start, stop)
+            data = self._receive(start, stop)
         except StreamconvError:
             raise
         except FileNotFoundError:
@@ -139,8 +143,17 @@ class _PieceStream:
             self.size = min(LARGEST_PIECE, self.size * 2)
         return data
 
+    def _receive(self, start: int, stop: int) -> bytes:
+        if self._answer is None:
+            self._answer = self._store.receive(self.url, start, self.stop)
+        if self._answer is None:
+            return self._store.fetch(self.url, start, stop)
+        return self._answer.read(min(stop - start, RECEIVED))
+
     def close(self) -> None:
         self._data = b""
+        if self._answer is not None:
+            self._answer.close()
 
 
 class Ranges:

@@ -6,12 +6,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from streamconv.storage import Entry
 from streamconv.threads import run_threads
 
 HEAD = 8 << 10  # bytes of a file that are asked for together with its size
+RECEIVED = 256 << 10  # bytes taken from a connection at a time, at most
 CONCURRENT = 16  # requests at a time, where many small ones are made
 
 Target = tuple[str, dict[str, str]]
@@ -60,6 +61,18 @@ class Catalog:
     read: Callable[[str, bytes], Hints] = lambda _, __: Hints()
 
 
+class Answer(Protocol):
+    """An answer of a store that is being received."""
+
+    def read(self, nbytes: int) -> bytes:
+        """What comes next of it, at most so many bytes."""
+        ...
+
+    def close(self) -> None:
+        """Ends it, before its end too."""
+        ...
+
+
 class Store(ABC):
     """What answers for the URLs of a scheme. The URLs it takes and gives are public ones.
 
@@ -92,6 +105,10 @@ class Store(ABC):
     def fetch(self, url: str, start: int, stop: int) -> bytes:  # noqa: ARG002 - there is another way
         """Bytes of a file in a store without such an address."""
         raise AssertionError("it is read by requests")
+
+    def receive(self, url: str, start: int, stop: int) -> Answer | None:  # noqa: ARG002 - not every store has such
+        """The same as one answer, however long, received as it is read; None: `fetch` is the way."""
+        return None
 
 
 def in_parallel(work: Callable[[_Item], _Found], items: Iterable[_Item]) -> list[_Found]:

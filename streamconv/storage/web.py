@@ -20,14 +20,13 @@ from streamconv.storage.addresses import WEB, private, refusal
 from streamconv.storage.pace import Pace, waiting_for
 from streamconv.storage.probing import probe
 from streamconv.storage.retries import PATIENCE, READING, TRANSIENT, Failed, Refused, again, fault
-from streamconv.storage.sources import HEAD, Catalog, Store, Target, in_parallel
+from streamconv.storage.sources import HEAD, RECEIVED, Catalog, Store, Target, in_parallel
 
 if TYPE_CHECKING:
     import requests
 
 CONNECTING, SILENCE = 20.0, 60.0  # seconds until a connection is there, and between two of its packets
 ANSWERING = 60.0  # seconds from a request until the last line of its answer's head, however many packets it comes in
-RECEIVED = 256 << 10  # bytes taken from a connection at a time, at most
 
 _MAX_PAGE = 4 << 20  # bytes of a server's listing of a directory
 _DEPTH = 2  # folders below a checkpoint's that are looked into, where each takes a request ...

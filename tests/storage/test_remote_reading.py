@@ -364,6 +364,9 @@ class Pieces:
             raise failure
         return DATA[start:stop]
 
+    def receive(self, url: str, start: int, stop: int) -> None:
+        assert 0 <= start < stop <= len(DATA)
+
 
 def test_pieces_shrink_with_failures_and_grow_again(monkeypatch):
     store = Pieces(None, None, *[TimeoutError()] * 4, OSError(5, "broken"), None, OSError(5, "broken"))
@@ -553,7 +556,8 @@ def test_sources_behind_urls_are_not_reclaimed(library, tmp_path, capsys):
     assert not (tmp_path / "dst").exists()
 
 
-def test_a_store_of_pieces(checkpoints, tmp_path, monkeypatch):
+def test_s3(checkpoints, tmp_path, monkeypatch):
+    """A range is one answer, received as it is read, and gone on with where it is cut."""
     import s3fs
 
     with s3() as store:
@@ -566,6 +570,23 @@ def test_a_store_of_pieces(checkpoints, tmp_path, monkeypatch):
             assert run("convert", f"{store.url}/there", tmp_path / f"remote {name}", *SMALL, *given) == 0
             assert run("convert", checkpoints / "safetensors", tmp_path / f"local {name}", *SMALL, *given) == 0
             same_files(tmp_path / f"remote {name}", tmp_path / f"local {name}")
+        store.put("data", DATA)
+        url, reader = f"{store.url}/data", Ranges()
+        for faults, requests in (((), 1), ([Fault(cut=300 * KB)], 2)):
+            store.proxy.forget()
+            store.proxy.faults, store.proxy.first = faults, 1
+            reader.expect([(url, 0, len(DATA))])
+            assert take(reader, url, 0, len(DATA), 700 * KB) == DATA
+            assert [request.method for request in store.requests] == ["GET"] * requests
+        store.proxy.faults = ()
+        reader.expect([(url, 0, len(DATA))])
+        assert take(reader, url, 0, 10) == DATA[:10]
+        reader.expect([])
+        assert take(reader, url, MB, MB + 10) == DATA[MB : MB + 10]
+        store.client.delete_object(Bucket=store.bucket, Key="data")
+        with pytest.raises(SourceChanged, match="is not there any more"):
+            take(reader, url, 0, 10)
+        reader.close()
         s3fs.S3FileSystem.clear_instance_cache()
 
 
