@@ -4,7 +4,8 @@
 
 Each conversion runs in a process of its own, made slow and with its work cut small, so that a second holds many moments. SIGKILL comes
 at a random one of them, sometimes again while the run is being resumed. What is printed: how many kills hit a run at work, and how many
-bytes were written twice for each at most, which must not be more than one output file for each worker. Kinds in parts are divided into 16,
+bytes were written twice for each at most, which must not be more than one output file for each worker. They are gone on with by the same
+command, or by what DST says itself. Kinds in parts are divided into 16,
 of which several run at once, in random order; three are killed and run again, and sometimes the end is, too.
 """
 
@@ -31,6 +32,7 @@ from streamconv.cli import command as cli
 from streamconv.engine import order
 from streamconv.planning import fitting
 from streamconv.running import local, making
+from streamconv.running.output import LOG, PLAN, STATE
 
 WORKERS = 2
 SHARD = 1 << 20
@@ -220,7 +222,10 @@ def crash(kind: str, kills: int, folder: Path, chance: random.Random) -> Count:
             resumed = bool(again)
             if code > 0:
                 raise CrashError(f"{kind}: {'resumed, ' if resumed else ''}exit code {code}: {log.with_suffix('.err').read_text()}")
-        if code := finish(start([*arguments, "--resume"], log)):
+        command = [*arguments, "--resume"]
+        if chance.random() < 0.5 and (dst / STATE / LOG).exists() and (dst / STATE / PLAN).exists():  # DST knows how to go on, too
+            command = ["run", str(dst), "--resume", *(["--checksum"] if "--checksum" in arguments else [])]
+        if code := finish(start(command, log)):
             raise CrashError(f"{kind}: resumed, exit code {code}: {log.with_suffix('.err').read_text()}; left in {folder / kind}")
         if (found := read_tree(dst)) != wanted:
             differing = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]

@@ -111,7 +111,8 @@ def run(
     hold = _hold_of(plan, output, part, settings, is_alone=is_alone, reclaim=reclaim_source)
     overwrite, resume = hold.settle(overwrite=overwrite, resume=resume)
     terms = _Terms(part, finish, overwrite, resume, verify, checksum, progress)
-    return _Run(plan, output, hold, reclaim, terms).run(executor, ray_address)
+    job = _Run(plan, output, hold, reclaim, terms)
+    return job.run(executor, ray_address)
 
 
 def _check_known(plan: Plan) -> None:

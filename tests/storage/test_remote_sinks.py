@@ -328,6 +328,28 @@ def test_a_store_that_always_fails_keeps_nothing(
     assert all(Failing.files[path] is data for path, data in before.items() if ".streamconv" not in path)
 
 
+def test_a_store_says_itself_how_to_go_on(quick: None, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Failing.bad = set(range(4, 10**5))
+    assert run("convert", checkpoints / "safetensors", "failing://made", *SMALL) == 3
+    Failing.bad = set()
+    capsys.readouterr()
+    assert "add --resume" in refusal(capsys, "run", "failing://made")
+    assert run("run", "failing://made", "--resume", "--verify", "--quiet") == 0
+    assert run("convert", checkpoints / "safetensors", tmp_path / "local", *SMALL) == 0
+    assert {path.removeprefix("made/"): data for path, data in Failing.files.items()} == files_in(tmp_path / "local")
+    assert "holds no unfinished conversion" in refusal(capsys, "run", "failing://made", "--resume")
+
+
+def test_what_an_earlier_release_has_begun_in_a_store_is_refused(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Failing.files["made/.streamconv.json"] = b'{"state":"incomplete","parts":0}\n'
+    for more in ([], ["--resume"]):
+        said = refusal(capsys, "convert", checkpoints / "safetensors", "failing://made", *SMALL, *more)
+        assert "an earlier release of streamconv has begun a conversion there: finish it with that release" in said
+    assert [*Failing.files] == ["made/.streamconv.json"]
+    assert run("convert", checkpoints / "safetensors", "failing://made", *SMALL, "--overwrite") == 0
+    assert "made/.streamconv.json" not in Failing.files
+
+
 def test_a_changed_source_leaves_no_file(checkpoints: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoints / "safetensors", tmp_path / "src")
     plan = api.plan(tmp_path / "src", "memory://changed", max_shard_size="3MB", max_memory="4GB")
