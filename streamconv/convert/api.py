@@ -35,7 +35,8 @@ from streamconv.planning.plan import FilePlan, Plan, Totals
 from streamconv.planning.plan import Mapping as Row
 from streamconv.recipe import Conversion, Recipe, Side, identity, read_identity_options
 from streamconv.recipe.vocabulary import resize_vocab, sampling
-from streamconv.running.destination import RemoteTarget, Target, check_folders, check_names, target_of
+from streamconv.running.destination import RemoteTarget, Target, target_of
+from streamconv.running.directory import check_folders, check_names
 from streamconv.running.executors import LOCAL, executor_of
 from streamconv.running.kept import check_report, check_sources_stay
 from streamconv.running.lock import forget_overwrite, note_overwrite

@@ -15,7 +15,7 @@ from streamconv.engine.readers import Reader, known_urls, make_reader
 from streamconv.engine.worker import Worker
 from streamconv.errors import CoverageError, Interrupted
 from streamconv.planning.plan import Copy, Plan
-from streamconv.storage import Entry, is_url
+from streamconv.storage import Version, is_url
 from streamconv.threads import run_threads
 
 STEP = CHUNK // 2  # bytes of each side at a time
@@ -58,7 +58,7 @@ class OutputCheck:
         self._workers, self._descriptors = share_descriptors(plan.workers)
         self._urls = known_urls(plan)
         if is_url(plan.root):
-            self._urls |= {str(self._path_of(number)): Entry(file.size) for number, file in enumerate(plan.files)}
+            self._urls |= {str(self._path_of(number)): Version(file.size) for number, file in enumerate(plan.files)}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._different: set[int] = set()

@@ -18,7 +18,7 @@ from streamconv.graph.node import AnyNode, Node, Source, items_of, trace
 from streamconv.graph.tiles import boxes
 from streamconv.notebook import table
 from streamconv.planning.plan import source_files
-from streamconv.storage import Entry, is_url
+from streamconv.storage import Version, is_url
 from streamconv.storage.ranges import MEMORY
 from streamconv.text import join_lines
 from streamconv.threads import run_threads
@@ -188,7 +188,7 @@ class _Comparer:
         self._norms, self._progress = norms, progress
         self._backend = read_backend
         paths = source_files([*expected.values(), *found.values()])
-        self._urls = {path: Entry(-1) for path in paths if is_url(path)}
+        self._urls = {path: Version(-1) for path in paths if is_url(path)}
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._workers, self._max_memory = workers, max_memory
         self._descriptors = 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from streamconv.engine.direct import AVAILABLE, DirectReader
 from streamconv.engine.io import MappedReader, PositionedReader
 from streamconv.planning.plan import Plan
-from streamconv.storage import Entry, is_url
+from streamconv.storage import Version, is_url
 
 Reader = PositionedReader
 BACKENDS: dict[str, Callable[[int], Reader]] = {
@@ -18,12 +18,12 @@ BACKENDS: dict[str, Callable[[int], Reader]] = {
 }
 
 
-def known_urls(plan: Plan) -> dict[str, Entry]:
+def known_urls(plan: Plan) -> dict[str, Version]:
     """Size and version of those sources of a plan that are behind URLs."""
-    return {source.path: Entry(source.size, source.tag) for source in plan.sources if is_url(source.path)}
+    return {source.path: Version(source.size, source.tag) for source in plan.sources if is_url(source.path)}
 
 
-def make_reader(backend: str, limit: int, urls: Mapping[str, Entry], stop: threading.Event | None = None) -> Reader:
+def make_reader(backend: str, limit: int, urls: Mapping[str, Version], stop: threading.Event | None = None) -> Reader:
     """A thread's reader, with ``limit`` descriptors of a kind; of ``urls``, too, if there are any, until ``stop`` is set."""
     local = BACKENDS[backend](limit)
     if not urls:

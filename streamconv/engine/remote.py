@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Mapping
 
 from streamconv.engine.io import PositionedReader
-from streamconv.storage import Entry, is_url
+from streamconv.storage import Version, is_url
 from streamconv.storage.ranges import Ranges, join
 
 
@@ -19,7 +19,7 @@ class RemoteReader(PositionedReader):
         stop: ends waits for a server when it is set.
     """
 
-    def __init__(self, local: PositionedReader, known: Mapping[str, Entry], stop: threading.Event | None) -> None:
+    def __init__(self, local: PositionedReader, known: Mapping[str, Version], stop: threading.Event | None) -> None:
         super().__init__()
         self._local, self._ranges = local, Ranges(known, stop)
 

@@ -15,7 +15,7 @@ from streamconv.engine.writers import Writer
 from streamconv.errors import Interrupted
 from streamconv.graph.moves import Move, region
 from streamconv.planning.plan import Compute, Copy, Plan
-from streamconv.storage import Entry, is_url
+from streamconv.storage import Version, is_url
 
 if TYPE_CHECKING:
     from streamconv.graph.evaluate import Arena
@@ -31,7 +31,7 @@ class Worker:
         stop: has it end, with Interrupted, within a task.
     """
 
-    def __init__(self, plan: Plan, descriptors: int, urls: Mapping[str, Entry], stop: threading.Event) -> None:
+    def __init__(self, plan: Plan, descriptors: int, urls: Mapping[str, Version], stop: threading.Event) -> None:
         self._plan, self._stop = plan, stop
         self.reader = make_reader(plan.read_backend, descriptors, urls, stop)
         self._arena: Arena | None = None

@@ -10,7 +10,7 @@ from streamconv.digests import Checksum
 from streamconv.dtypes import TensorSpec
 from streamconv.graph.moves import Move
 from streamconv.graph.node import AnyNode, sources
-from streamconv.storage import is_url
+from streamconv.storage import Version, is_url
 
 SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
 
@@ -23,6 +23,10 @@ class SourceFile(NamedTuple):
     mtime_ns: int
     allocated: int
     tag: str = ""
+
+    @property
+    def version(self) -> Version:
+        return Version(self.size, self.tag or str(self.mtime_ns))
 
 
 class Copy(NamedTuple):

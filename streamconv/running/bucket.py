@@ -6,14 +6,19 @@ until those replace them. What makes a loader take the files for a model, the in
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
 
-from streamconv.errors import DestinationError
+from streamconv.errors import DestinationError, SpaceError
 from streamconv.planning.plan import Plan
+from streamconv.running.directory import check_names
 from streamconv.running.log import read_line
 from streamconv.running.output import EARLIER, LOG, PLAN, STATE, state_name
-from streamconv.storage import Entry
+from streamconv.storage import Version
 from streamconv.storage.sinks import Sink
+from streamconv.units import format_size
 
 
 class Bucket:
@@ -27,17 +32,18 @@ class Bucket:
     stays = True
 
     def __init__(self, sink: Sink, single: str | None = None) -> None:
-        self.sink, self._single = sink, single
+        self.sink: Sink = sink
+        self._single = single
         self.where, self._state = sink.url, state_name(single)
 
-    def list(self, folders: Iterable[str] = ()) -> Mapping[str, Entry]:  # noqa: ARG002 - a store lists all
+    def list(self, folders: Iterable[str] = ()) -> Mapping[str, Version]:  # noqa: ARG002 - a store lists all
         return {name: entry for name, entry in self.sink.list().items() if not name.startswith(f"{self._state}/")}
 
-    def look(self, names: Iterable[str]) -> dict[str, Entry]:
+    def look(self, names: Iterable[str]) -> dict[str, Version]:
         there = self.sink.list()
         return {name: there[name] for name in names if name in there}
 
-    def remove(self, seen: Mapping[str, Entry], remade: Container[str]) -> None:  # noqa: ARG002 - those stand
+    def remove(self, seen: Mapping[str, Version], remade: Container[str]) -> None:  # noqa: ARG002 - those stand
         there = self.look(seen) if seen else {}
         if names := [name for name, version in there.items() if version == seen[name]]:
             self.sink.remove(names)
@@ -50,6 +56,20 @@ class Bucket:
 
     def address(self, name: str) -> str:
         return self.sink.address(name)
+
+    def check_room(self, plan: Plan, stale: Iterable[str]) -> None:  # noqa: ARG002 - a store has room
+        """See `Output`; of what is made on this machine before it is uploaded."""
+        folder = tempfile.gettempdir()
+        check_names(plan, Path(folder))
+        free = shutil.disk_usage(folder).free
+        if plan.totals.disk_needed > free:
+            needed = format_size(plan.totals.disk_needed)
+            raise SpaceError(
+                f"{folder}: no room: files of {needed} are made there, {format_size(free)} are free: set TMPDIR to another disk"
+            )
+
+    def prepare(self, plan: Plan, suffix: str) -> None:
+        """Nothing: there are no folders."""
 
     def check_empty(self) -> None:
         for name in self.sink.list():

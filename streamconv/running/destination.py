@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import stat
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 from streamconv.checkpoint.opening import Checkpoint
-from streamconv.engine.io import check_folder
-from streamconv.errors import DestinationError, SpaceError, UsageError
+from streamconv.errors import DestinationError, UsageError
 from streamconv.formats.registry import DEFAULT, by_suffix, find_format
-from streamconv.planning.plan import Plan
 from streamconv.running.bucket import Bucket
-from streamconv.running.directory import PARTIAL, Directory, partial
-from streamconv.running.output import check_free, state_name
+from streamconv.running.directory import Directory
+from streamconv.running.output import check_free
 from streamconv.storage import is_url
 from streamconv.storage.addresses import public
-from streamconv.storage.filenames import LONGEST
 from streamconv.storage.local import walk
 from streamconv.storage.places import Identity, identify, identify_with_parents
 from streamconv.storage.sinks import open_sink
 from streamconv.text import did_you_mean
-from streamconv.units import format_size
 
 _FOREIGN = (
     ".gguf", ".ggml", ".onnx", ".h5", ".hdf5", ".keras", ".msgpack", ".ot", ".npz", ".npy", ".pkl", ".pickle", ".pb", ".tflite", ".mlmodel",
@@ -190,79 +183,3 @@ def _check_suffix(path: PurePath) -> None:
             f"{path}: {path.suffix} files are not written, and it would be a directory{near}; give a file in {', '.join(choices)}, "
             "or a directory of another name"
         )
-
-
-def check_staging(plan: Plan) -> None:
-    """Raises SpaceError unless the directory for temporary files has room for what of a plan is made there before it is uploaded."""
-    folder = tempfile.gettempdir()
-    check_names(plan, Path(folder))
-    free = shutil.disk_usage(folder).free
-    if plan.totals.disk_needed > free:
-        needed = format_size(plan.totals.disk_needed)
-        raise SpaceError(f"{folder}: no room: files of {needed} are made there, {format_size(free)} are free: set TMPDIR to another disk")
-
-
-def check_folders(plan: Plan, root: Path) -> None:
-    """Refuses a plan's files where a folder of theirs below ``root`` is a link or no folder.
-
-    Raises:
-        DestinationError: says which.
-    """
-    for folder in dict.fromkeys(folder for file in plan.files for folder in PurePosixPath(file.path).parents):
-        path = root / folder
-        if folder.name and os.path.lexists(path):
-            check_folder(path)
-
-
-def check_names(plan: Plan, root: Path, suffix: str = PARTIAL) -> None:
-    """Refuses names that are too long for the file system at ``root``, with the longest ``suffix`` that they have until files are complete.
-
-    Raises:
-        DestinationError: says which.
-    """
-    above = next(parent for parent in (root, *root.parents) if parent.exists())
-    longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else LONGEST
-    names = [file.path.rpartition("/")[2] + suffix for file in plan.files]
-    names.append(state_name(plan.single))
-    for name in names:
-        if len(os.fsencode(name)) > longest:
-            raise DestinationError(
-                f"{root / name}: its name, until it is complete, has {len(os.fsencode(name))} bytes, and {longest} at most are allowed "
-                "there: give DST, or the file in SRC, a shorter one"
-            )
-
-
-def check_room(plan: Plan, root: Path, stale: Iterable[str] = ()) -> None:
-    """Raises SpaceError unless the disk has room for a plan's files, once the ``stale`` ones are gone and those in their place."""
-    existing = next(parent for parent in (root, *root.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    replaced = {name for file in plan.files for path in [root / file.path] for name in (path, partial(path))}
-    present = sum(_allocated(path) for path in replaced.union(root / name for name in stale))
-    if plan.totals.disk_needed > free + present:
-        raise SpaceError(
-            f"{root}: no room on the disk: the output needs {format_size(plan.totals.disk_needed)}, {format_size(free)} are free: "
-            "free some, or give a DST on another disk"
-        )
-
-
-def _allocated(path: Path) -> int:
-    """Bytes on the disk that removing ``path`` gives back."""
-    try:
-        found = path.lstat()
-    except OSError:
-        return 0
-    if not stat.S_ISREG(found.st_mode):
-        return 0
-    return getattr(found, "st_blocks", -(-found.st_size // 512)) * 512
-
-
-def prepare(plan: Plan, root: Path, *, suffix: str = PARTIAL) -> None:
-    """Makes DST a folder that can be written, or says why it cannot be."""
-    try:
-        check_folders(plan, root)
-        check_names(plan, root, suffix)
-        root.mkdir(parents=True, exist_ok=True)
-        if not os.access(root, os.W_OK | os.X_OK):
-            raise DestinationError(f"{root}: cannot be written: make it writable or give another DST")
-    except OSError as error:
-        raise DestinationError(f"{root}: cannot be written: {error.strerror}; give another DST") from error

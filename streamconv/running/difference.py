@@ -66,6 +66,6 @@ def _compare_sources(old: SourceFile, new: SourceFile) -> str:
     """How a source differs from what it was; nothing if it does not."""
     if old.size != new.size:
         return f"had {old.size} bytes, has {new.size}"
-    if old.mtime_ns != new.mtime_ns:
-        return "was modified"
-    return "has other bytes" if old.tag != new.tag else ""
+    if old.version == new.version:
+        return ""
+    return "has other bytes" if old.tag != new.tag else "was modified"

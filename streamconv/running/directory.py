@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from streamconv.engine.check import OutputCheck
-from streamconv.engine.io import sync_directory
-from streamconv.errors import DestinationError
+from streamconv.engine.io import check_folder, sync_directory
+from streamconv.errors import DestinationError, SpaceError
 from streamconv.planning.plan import Plan
 from streamconv.running.output import EARLIER, LOG, MOST, MOST_OF_PLAN, STATE, state_name
-from streamconv.storage import Entry
+from streamconv.storage import Version
+from streamconv.storage.filenames import LONGEST
 from streamconv.storage.reading import read_whole
+from streamconv.units import format_size
 
 PARTIAL = ".partial"
 UNFINISHED = re.compile(r"\.[0-9a-f]{12}\.partial$")
@@ -54,6 +57,7 @@ class Directory:
         single: the name of the one file, if DST is one.
     """
 
+    sink = None
     stays = False
 
     def __init__(self, root: Path, single: str | None = None) -> None:
@@ -64,7 +68,7 @@ class Directory:
 
     # Files -----------------------------------------------------------------------------------------------------
 
-    def list(self, folders: Iterable[str] = ()) -> Mapping[str, Entry]:
+    def list(self, folders: Iterable[str] = ()) -> Mapping[str, Version]:
         if self._single or not self.root.is_dir():
             return self.look([self._single] if self._single else [])
         inside = [path for path in self.root.iterdir() if path.is_dir() and not path.is_symlink()]
@@ -72,14 +76,14 @@ class Directory:
         paths = [path for folder in {self.root, *inside, *deep} if _is_readable(folder) for path in folder.iterdir()]
         return self.look(path.relative_to(self.root).as_posix() for path in paths if not path.is_dir())
 
-    def look(self, names: Iterable[str]) -> dict[str, Entry]:
+    def look(self, names: Iterable[str]) -> dict[str, Version]:
         seen = {}
         for name in names:
             with suppress(FileNotFoundError, NotADirectoryError):
                 seen[name] = _version(self.root / name)
         return seen
 
-    def remove(self, seen: Mapping[str, Entry], remade: Container[str]) -> None:
+    def remove(self, seen: Mapping[str, Version], remade: Container[str]) -> None:
         """See `Output`.
 
         What others may replace is taken aside before it is looked at again: between a look and a removal one may have put a new one there.
@@ -116,6 +120,27 @@ class Directory:
 
     def address(self, name: str) -> Path:
         return self.root / name
+
+    def check_room(self, plan: Plan, stale: Iterable[str]) -> None:
+        above = next(parent for parent in (self.root, *self.root.parents) if parent.exists())
+        free = shutil.disk_usage(above).free
+        replaced = {name for file in plan.files for path in [self.root / file.path] for name in (path, partial(path))}
+        present = sum(_allocated(path) for path in replaced.union(self.root / name for name in stale))
+        if plan.totals.disk_needed > free + present:
+            raise SpaceError(
+                f"{self.root}: no room on the disk: the output needs {format_size(plan.totals.disk_needed)}, {format_size(free)} are free: "
+                "free some, or give a DST on another disk"
+            )
+
+    def prepare(self, plan: Plan, suffix: str) -> None:
+        try:
+            check_folders(plan, self.root)
+            check_names(plan, self.root, suffix)
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.root, os.W_OK | os.X_OK):
+                raise DestinationError(f"{self.root}: cannot be written: make it writable or give another DST")
+        except OSError as error:
+            raise DestinationError(f"{self.root}: cannot be written: {error.strerror}; give another DST") from error
 
     def check_empty(self) -> None:
         occupied = (
@@ -198,6 +223,36 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
         os.fsync(file.fileno())
 
 
+def check_folders(plan: Plan, root: Path) -> None:
+    """Refuses a plan's files where a folder of theirs below ``root`` is a link or no folder.
+
+    Raises:
+        DestinationError: says which.
+    """
+    for folder in dict.fromkeys(folder for file in plan.files for folder in PurePosixPath(file.path).parents):
+        path = root / folder
+        if folder.name and os.path.lexists(path):
+            check_folder(path)
+
+
+def check_names(plan: Plan, root: Path, suffix: str = PARTIAL) -> None:
+    """Refuses names that are too long for the file system at ``root``, with the longest ``suffix`` that they have until files are complete.
+
+    Raises:
+        DestinationError: says which.
+    """
+    above = next(parent for parent in (root, *root.parents) if parent.exists())
+    longest = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else LONGEST
+    names = [file.path.rpartition("/")[2] + suffix for file in plan.files]
+    names.append(state_name(plan.single))
+    for name in names:
+        if len(os.fsencode(name)) > longest:
+            raise DestinationError(
+                f"{root / name}: its name, until it is complete, has {len(os.fsencode(name))} bytes, and {longest} at most are allowed "
+                "there: give DST, or the file in SRC, a shorter one"
+            )
+
+
 def remove_unfinished(plan: Plan, older: float = 0.0) -> None:
     """Removes what others left of a plan's files under names of their own and have not written to for ``older`` seconds."""
     root = Path(plan.root)
@@ -227,10 +282,10 @@ def _is_readable(folder: Path) -> bool:
     return folder.is_dir() and os.access(folder, os.R_OK)
 
 
-def _version(path: Path) -> Entry:
+def _version(path: Path) -> Version:
     """Size, or -1 of what is no plain file, and what changes with its content and not with its name."""
     found = path.lstat()
-    return Entry(found.st_size if stat.S_ISREG(found.st_mode) else -1, str(found.st_mtime_ns))
+    return Version(found.st_size if stat.S_ISREG(found.st_mode) else -1, str(found.st_mtime_ns))
 
 
 def _read(path: Path, most: int) -> bytes | None:
@@ -260,3 +315,14 @@ def _link(draft: Path, path: Path) -> None:
 def _put_back(aside: Path, path: Path) -> None:
     _link(aside, path)  # unless another one is there by now
     aside.unlink(missing_ok=True)
+
+
+def _allocated(path: Path) -> int:
+    """Bytes on the disk that removing ``path`` gives back."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0
+    if not stat.S_ISREG(found.st_mode):
+        return 0
+    return getattr(found, "st_blocks", -(-found.st_size // 512)) * 512

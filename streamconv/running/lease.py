@@ -7,14 +7,17 @@ DST is incomplete, and what stands under its final name is done.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from streamconv import codec
 from streamconv.errors import DestinationError
 from streamconv.planning.plan import VERSION, Plan
+from streamconv.running.directory import new_suffix
 from streamconv.running.log import Line, read_head
+from streamconv.running.making import make_files
 from streamconv.running.output import IN_PARTS, LOG, PLAN, Output, describe
-from streamconv.storage import Entry
+from streamconv.storage import Version
 from streamconv.storage.filenames import find_fault
 
 
@@ -38,15 +41,19 @@ class Lease:
         output: where they go.
         plan: the whole plan.
         part: (I, N): which part of it this process makes, of how many; unless given, all of it, or what is left when parts are made.
+
+    Attributes:
+        suffix: the longest that names of files have until they are complete.
     """
 
     def __init__(self, output: Output, plan: Plan, part: tuple[int, int] | None = None) -> None:
-        self._output, self._plan, self._part = output, plan, part
-        self._seen: dict[str, Entry] = {}
+        self.output, self._plan, self._part = output, plan, part
+        self._seen: dict[str, Version] = {}
+        self.suffix = new_suffix()
 
     def settle(self, *, overwrite: bool, resume: bool) -> tuple[bool, bool]:
         """Which of both it is to be, if both are said: what is begun is gone on with."""
-        return overwrite and not (resume and self._output.is_begun()), resume
+        return overwrite and not (resume and self.output.is_begun()), resume
 
     def list_numbers(self) -> list[int]:
         """The numbers of the files that this process is to see to."""
@@ -72,15 +79,15 @@ class Lease:
         if goes_on:
             self.go_on()
             return
-        if stale and not self._part and self._output.is_begun():
+        if stale and not self._part and self.output.is_begun():
             self._give_up()
-        old = {} if stale is None else self._output.look([*stale(), *(file.path for file in self._plan.files)])
-        if not self._output.is_begun():  # looked at after the files: what is among them was not made by others since
-            self._output.drop_earlier()
+        old = {} if stale is None else self.output.look([*stale(), *(file.path for file in self._plan.files)])
+        if not self.output.is_begun():  # looked at after the files: what is among them was not made by others since
+            self.output.drop_earlier()
             head: Line = {**describe(self._plan), "advice": IN_PARTS, "stale": old, "parts": self._part[1] if self._part else 0}
-            self._output.keep(LOG, lambda: [codec.encode(head) + b"\n"])
+            self.output.keep(LOG, lambda: [codec.encode(head) + b"\n"])
             self.check()  # another plan may have been quicker
-            self._output.keep(PLAN, self._plan.json_pieces)
+            self.output.keep(PLAN, self._plan.json_pieces)
         self.go_on()
 
     def go_on(self) -> None:
@@ -98,7 +105,7 @@ class Lease:
         Raises:
             DestinationError: there is none, or another one.
         """
-        where, text = self._output.where, self._output.load(LOG)
+        where, text = self.output.where, self.output.load(LOG)
         if text is None:
             raise DestinationError(f"{where}: holds no part of this plan: make its files with --part first")
         head = read_head(text)
@@ -112,6 +119,10 @@ class Lease:
                 f"or remove {LOG} there and start with --overwrite"
             )
         return head
+
+    def make(self, plan: Plan, numbers: Iterable[int], tell: Callable[[int], None]) -> Counter[str]:
+        """Makes these files of the plan, each by itself; what has overflowed in them."""
+        return make_files(plan, numbers, tell, self.check, self.output.sink)
 
     def find_missing(self, find_altered: Callable[[Sequence[int]], set[int]] | None) -> list[int]:
         """Those of this process's files that are to be made, with nothing in their places any more.
@@ -135,10 +146,10 @@ class Lease:
         """Those of these files that are done: present at their size and with their literals, and no stale ones."""
         standing = self._standing()
         files = self._plan.files
-        self._seen = self._output.look(files[number].path for number in numbers)
+        self._seen = self.output.look(files[number].path for number in numbers)
         new = {name: version for name, version in self._seen.items() if version != standing.get(name)}
         present = [k for k in numbers if files[k].path in new and new[files[k].path].size == files[k].size]
-        return set(present) - self._output.find_wrong(self._plan, present)
+        return set(present) - self.output.find_wrong(self._plan, present)
 
     def make_way(self, numbers: Iterable[int]) -> None:
         """Removes what is in the places of these files, as `find_done` has seen it: what others have made since stays."""
@@ -148,7 +159,7 @@ class Lease:
     def describe(self, number: int) -> str:
         """What is wrong with a file that is not as it should be."""
         file = self._plan.files[number]
-        version = self._output.look([file.path]).get(file.path)
+        version = self.output.look([file.path]).get(file.path)
         if version is None:
             return f"{file.path} is missing"
         return f"{file.path} has {version.size} bytes of {file.size}" if version.size != file.size else f"{file.path} holds something else"
@@ -159,7 +170,7 @@ class Lease:
         Raises:
             DestinationError: it is that of one process alone.
         """
-        if "parts" not in read_head(self._output.load(LOG) or b""):
+        if "parts" not in read_head(self.output.load(LOG) or b""):
             self.check()
         self.leave()
 
@@ -168,20 +179,20 @@ class Lease:
 
     def leave(self) -> None:
         """The output is complete: nothing of the state stays."""
-        self._output.leave()
+        self.output.leave()
 
-    def _standing(self) -> Mapping[str, Entry]:
+    def _standing(self) -> Mapping[str, Version]:
         """The stale files that stand until new ones replace them."""
-        if not self._output.stays:
+        if not self.output.stays:
             return {}
-        head = read_head(self._output.load(LOG) or b"")
+        head = read_head(self.output.load(LOG) or b"")
         made = self._names(files_to_make(self._plan)) if head.get("parts") else ()
         return {name: version for name, version in head.get("stale", {}).items() if name in made}
 
-    def _remove(self, seen: Mapping[str, Entry]) -> None:
+    def _remove(self, seen: Mapping[str, Version]) -> None:
         standing = self._standing()
         gone = {name: version for name, version in seen.items() if name not in standing}
-        self._output.remove(gone, self._names(range(len(self._plan.files))))
+        self.output.remove(gone, self._names(range(len(self._plan.files))))
 
     def _names(self, numbers: Iterable[int]) -> Collection[str]:
         return {self._plan.files[number].path for number in numbers}

@@ -80,7 +80,7 @@ def check_files(planned: Iterable[SourceFile]) -> None:
             found = remote.get(source.path) or fingerprint(source.path)
         except OSError as error:
             raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now: {error.strerror}; plan again") from error
-        if (found.size, found.mtime_ns, found.tag) != (source.size, source.mtime_ns, source.tag):
+        if found.version != source.version:
             raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now {found.size} or others: it changed; plan again")
 
 

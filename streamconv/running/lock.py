@@ -7,6 +7,7 @@ import hashlib
 import os
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,10 +19,12 @@ from streamconv.engine.io import sync_directory
 from streamconv.errors import DestinationError, writing
 from streamconv.planning.plan import Plan, SourceFile
 from streamconv.running.difference import find_difference
-from streamconv.running.directory import STRANGE, Directory
+from streamconv.running.directory import PARTIAL, STRANGE, Directory
+from streamconv.running.local import LocalEngine
 from streamconv.running.log import Holder, Line, Log, read_head, read_lines
 from streamconv.running.output import IN_PARTS, MOST, ONLY_COPY, PLAN, describe, is_only_copy
-from streamconv.storage import Entry, is_url
+from streamconv.running.reclaim import Reclaim
+from streamconv.storage import Version, is_url
 from streamconv.storage.reading import check_whole
 
 try:
@@ -42,28 +45,39 @@ class Lock:
     """The right of this process alone to write an output, and the log of what it has done.
 
     Args:
-        directory: the output.
+        output: where files go.
         plan: what is made there.
         settings: what the plan was made with, to say what differs.
-        reclaim: sources are given back meanwhile.
+        reclaim: gives sources back meanwhile.
+        checksum: `SUMS` is made, too.
 
     Attributes:
         log: of what is done, from `take` on.
         goes_on: what an interrupted run has left was taken up.
+        suffix: the longest that names of files have until they are complete.
     """
 
-    def __init__(self, directory: Directory, plan: Plan, settings: Mapping[str, Any] | None = None, *, reclaim: bool = False) -> None:
+    def __init__(
+        self,
+        output: Directory,
+        plan: Plan,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        reclaim: Reclaim | None = None,
+        checksum: bool = False,
+    ) -> None:
         self.log = Log()
         self.goes_on = False
-        self._directory, self._plan = directory, plan
-        self._settings, self._reclaim = dict(settings or {}), reclaim
+        self.suffix = PARTIAL
+        self.output, self._plan = output, plan
+        self._settings, self._reclaim, self._checksum = dict(settings or {}), reclaim, checksum
 
     def settle(self, *, overwrite: bool, resume: bool) -> tuple[bool, bool]:
         """Which of both it is to be, if both are said, or an overwrite was killed before it was begun."""
-        if resume and is_overwrite_noted(self._directory, self._settings):
+        if resume and is_overwrite_noted(self.output, self._settings):
             return True, False
         if overwrite and resume:
-            resume = self._directory.is_begun() or self.is_complete()
+            resume = self.output.is_begun() or self.is_complete()
             return not resume, resume
         return overwrite, resume
 
@@ -73,7 +87,7 @@ class Lock:
 
     def is_complete(self) -> bool:
         """Whether all files are there, at their sizes."""
-        paths = {self._directory.root / file.path: file.size for file in self._plan.files}
+        paths = {self.output.root / file.path: file.size for file in self._plan.files}
         return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
     def find_missing(self, *_: object) -> list[int]:
@@ -94,31 +108,37 @@ class Lock:
         Raises:
             DestinationError: another run is at it, or what is there belongs to another conversion.
         """
-        fd = _open_locked(self._directory.log, os.O_RDWR | os.O_APPEND) if goes_on else -1
+        fd = _open_locked(self.output.log, os.O_RDWR | os.O_APPEND) if goes_on else -1
         self.goes_on = fd >= 0
         if self.goes_on:
             self.log = Log(fd)
             head = self._take_up(fd)
         else:
             head = self._begin(stale)
-        if not (self._directory.state / PLAN).exists():
-            self._directory.keep(PLAN, self._plan.json_pieces)
+        if not (self.output.state / PLAN).exists():
+            self.output.keep(PLAN, self._plan.json_pieces)
         if not self.goes_on and stale is None:
             self._check_empty()
         with writing():
-            self._directory.remove(head.get("stale", {}), ())
+            self.output.remove(head.get("stale", {}), ())
 
     def _check_empty(self) -> None:
         """Refuses an output that another run has finished since it was looked at. Raises DestinationError."""
         try:
-            self._directory.check_empty()
+            self.output.check_empty()
         except DestinationError:
             self.leave()
             raise
 
+    def make(self, plan: Plan, numbers: Iterable[int], tell: Callable[[int], None]) -> Counter[str]:  # noqa: ARG002 - it makes all
+        """Makes the plan's files, the commit last; what has overflowed in them."""
+        engine = LocalEngine(plan, self.log, tell, checksum=self._checksum, reclaim=self._reclaim)
+        engine.run()
+        return engine.overflowed
+
     def leave(self) -> None:
         """The output is complete: nothing of the state stays."""
-        self._directory.leave()
+        self.output.leave()
         self.release()
 
     def release(self) -> None:
@@ -127,7 +147,7 @@ class Lock:
 
     def _begin(self, stale: Callable[[], Iterable[str]] | None) -> Line:
         """Begins a new log; a draft of it is locked first, so that no other run begins between the looks and the log's being there."""
-        draft = _draft_of(self._directory)
+        draft = _draft_of(self.output)
         fd = -1
         try:
             draft.parent.mkdir(exist_ok=True)
@@ -139,12 +159,12 @@ class Lock:
                 _discard(draft)
             self.release()
             if stale is not None and not isinstance(error, DestinationError):
-                note_overwrite(self._directory, self._settings)
+                note_overwrite(self.output, self._settings)
             raise
 
     def _replace(self, draft: Path, fd: int, stale: Callable[[], Iterable[str]] | None) -> Line:
         """Makes the draft the log, in the place of one that is there."""
-        directory = self._directory
+        directory = self.output
         olds = [_open_locked(path, os.O_RDWR) for path in (directory.log, directory.earlier)]
         try:
             if olds[0] >= 0 and is_only_copy(directory.load(directory.log.name) or b""):
@@ -163,7 +183,7 @@ class Lock:
                     os.close(old)
         return head
 
-    def _describe(self, stale: Mapping[str, Entry], *, overwrite: bool) -> Line:
+    def _describe(self, stale: Mapping[str, Version], *, overwrite: bool) -> Line:
         """The head of a new log."""
         return {
             **describe(self._plan),
@@ -174,7 +194,7 @@ class Lock:
             "holder": _describe_process(),
             "overwrite": overwrite,
             "stale": dict(stale),
-            "reclaim": self._reclaim,
+            "reclaim": self._reclaim is not None,
         }
 
     def _read_ends(self) -> dict[str, str]:
@@ -199,21 +219,21 @@ class Lock:
     def _check(self, head: Line, damage: str | None) -> None:
         """Refuses to go on with another conversion than that of a log with this head, or by a damaged one. Raises DestinationError."""
         if "parts" in head:
-            raise DestinationError(f"{self._directory.where}: {IN_PARTS}, or start afresh with --overwrite")
+            raise DestinationError(f"{self.output.where}: {IN_PARTS}, or start afresh with --overwrite")
         if difference := self._find_difference(head):
             afresh = "" if head.get("reclaim") else "start afresh with --overwrite, or "
             what = f"the interrupted run was another one ({difference})"
-            raise DestinationError(f"{self._directory.log}: {what}: {afresh}give the options of that run")
+            raise DestinationError(f"{self.output.log}: {what}: {afresh}give the options of that run")
         if self._reclaim and damage:  # no crash leaves that
-            raise DestinationError(f"{self._directory.log}: {damage}, and DST {ONLY_COPY}: restore that line")
+            raise DestinationError(f"{self.output.log}: {damage}, and DST {ONLY_COPY}: restore that line")
 
     def _find_difference(self, head: Line) -> str | None:
         """What makes this conversion another one than the one with this head."""
         if not head.keys() >= _NEEDED:
             return "its log cannot be read"
-        if head.get("reclaim", False) != self._reclaim:
-            return f"--reclaim-source was {'' if self._reclaim is False else 'not '}given"
-        if difference := find_difference(self._directory, head, self._plan, self._settings, exact=self._reclaim):
+        if head.get("reclaim", False) != (self._reclaim is not None):
+            return f"--reclaim-source was {'not ' if self._reclaim else ''}given"
+        if difference := find_difference(self.output, head, self._plan, self._settings, exact=self._reclaim is not None):
             return difference
         if self._reclaim:  # whose sources are checked, as far as they are still needed, before they are read
             return None

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from streamconv import codec
 from streamconv.errors import FormatError
-from streamconv.storage import Entry
+from streamconv.storage import Version
 
 
 class Holder(TypedDict):
@@ -40,7 +40,7 @@ class Line(TypedDict, total=False):
     holder: Holder
     overwrite: bool
     reclaim: bool
-    stale: dict[str, Entry]
+    stale: dict[str, Version]
     parts: int
     finished: str
     digest: str

@@ -14,7 +14,8 @@ from typing import Protocol
 from streamconv.errors import DestinationError, FormatError
 from streamconv.planning.plan import VERSION, Plan
 from streamconv.running.log import Line, read_head, read_lines
-from streamconv.storage import Entry
+from streamconv.storage import Version
+from streamconv.storage.sinks import Sink
 
 STATE = ".streamconv"
 PLAN, LOG = "plan.json", "log.jsonl"
@@ -38,15 +39,20 @@ class Output(Protocol):
     stays: bool
     """Files in the places of new ones stand until these replace them: none can be removed only if it still is what was seen."""
 
-    def list(self, folders: Iterable[str] = ()) -> Mapping[str, Entry]:
+    @property
+    def sink(self) -> Sink | None:
+        """What takes its files, if that is no file system of this machine."""
+        ...
+
+    def list(self, folders: Iterable[str] = ()) -> Mapping[str, Version]:
         """What of an output may be there: every file, or those at the top, in its folders, and in these ``folders``."""
         ...
 
-    def look(self, names: Iterable[str]) -> dict[str, Entry]:
+    def look(self, names: Iterable[str]) -> dict[str, Version]:
         """The versions of those of these files that are there: size, or -1 of what is no plain file, and what changes with its content."""
         ...
 
-    def remove(self, seen: Mapping[str, Entry], remade: Container[str]) -> None:
+    def remove(self, seen: Mapping[str, Version], remade: Container[str]) -> None:
         """Removes files that still are the versions that were ``seen``; those that are ``remade`` by others may be replaced meanwhile."""
         ...
 
@@ -60,6 +66,22 @@ class Output(Protocol):
 
     def address(self, name: str) -> Path | str:
         """Where a file is read."""
+        ...
+
+    def check_room(self, plan: Plan, stale: Iterable[str]) -> None:
+        """Raises SpaceError unless there is room for a plan's files, once the ``stale`` ones are gone and those in their place."""
+        ...
+
+    def prepare(self, plan: Plan, suffix: str) -> None:
+        """Makes it something that can be written, or says why it cannot be.
+
+        Args:
+            plan: of the files that will be there.
+            suffix: the longest that their names have until they are complete.
+
+        Raises:
+            DestinationError: it cannot be written.
+        """
         ...
 
     def check_empty(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,15 +25,13 @@ from streamconv.formats.registry import containers
 from streamconv.interrupts import Unwinding
 from streamconv.planning.plan import Plan
 from streamconv.running.bucket import Bucket
-from streamconv.running.destination import check_room, check_staging, prepare
-from streamconv.running.directory import PARTIAL, Directory, new_suffix
+from streamconv.running.directory import Directory
 from streamconv.running.executors import LOCAL, Executor, MakeFiles, executor_of
 from streamconv.running.kept import check_sources_stay
 from streamconv.running.lease import Lease, files_to_make
 from streamconv.running.local import SUMS, LocalEngine, check_sources
 from streamconv.running.lock import Lock
 from streamconv.running.log import Log
-from streamconv.running.making import make_files
 from streamconv.running.output import LOG, Output, check_earlier, check_free, finished_files, tidy
 from streamconv.running.progress import Progress, Shown, bar, how_to_show
 from streamconv.running.reclaim import Reclaim
@@ -103,15 +101,20 @@ def run(
     is_alone = engine == LOCAL and not (part or finish or is_url(plan.root))
     if reclaim_source and not is_alone:
         raise UsageError("--reclaim-source: goes with files that this process alone makes, below a path: leave it out")
+    if create_pr and not is_url(plan.root):
+        raise UsageError("--create-pr: goes with a DST on the Hub, such as hf://org/name")
     _check_share(plan, part, finish=finish, overwrite=overwrite, resume=resume, checksum=checksum)
     if is_alone and checksum:  # the source's own, if it has one, is of other files
         plan = replace(plan, files=tuple(file for file in plan.files if file.path != SUMS))
-    output = _open_output(plan, create_pr=create_pr)
     reclaim = Reclaim(plan) if reclaim_source else None
-    hold = _hold_of(plan, output, part, settings, is_alone=is_alone, reclaim=reclaim_source)
+    hold: Lock | Lease
+    if is_alone:
+        hold = Lock(Directory(Path(plan.root), plan.single), plan, settings, reclaim=reclaim, checksum=checksum)
+    else:
+        hold = Lease(_open_output(plan, create_pr=create_pr), plan, part)
     overwrite, resume = hold.settle(overwrite=overwrite, resume=resume)
     terms = _Terms(part, finish, overwrite, resume, verify, checksum, progress)
-    job = _Run(plan, output, hold, reclaim, terms)
+    job = _Run(plan, hold, reclaim, terms)
     return job.run(executor, ray_address)
 
 
@@ -149,18 +152,7 @@ def _open_output(plan: Plan, *, create_pr: bool) -> Output:
         from streamconv.storage.sinks import open_sink
 
         return Bucket(open_sink(plan.root, create_pr=create_pr, outdated=partial(find_stale_beside, plan)), plan.single)
-    if create_pr:
-        raise UsageError("--create-pr: goes with a DST on the Hub, such as hf://org/name")
     return Directory(Path(plan.root), plan.single)
-
-
-def _hold_of(
-    plan: Plan, output: Output, part: tuple[int, int] | None, settings: Mapping[str, Any] | None, *, is_alone: bool, reclaim: bool
-) -> Lock | Lease:
-    """By which right a run writes an output: as the only one, or beside others with the same plan."""
-    if is_alone and isinstance(output, Directory):
-        return Lock(output, plan, settings, reclaim=reclaim)
-    return Lease(output, plan, part)
 
 
 class _Terms(NamedTuple):
@@ -183,8 +175,9 @@ class _Terms(NamedTuple):
 class _Run:
     """A run of a plan, or a part of it, or the end of its parts."""
 
-    def __init__(self, plan: Plan, output: Output, hold: Lock | Lease, reclaim: Reclaim | None, terms: _Terms) -> None:
-        self._plan, self._output, self._hold, self._reclaim, self._terms = plan, output, hold, reclaim, terms
+    def __init__(self, plan: Plan, hold: Lock | Lease, reclaim: Reclaim | None, terms: _Terms) -> None:
+        self._plan, self._hold, self._reclaim, self._terms = plan, hold, reclaim, terms
+        self._output: Output = hold.output
         self._numbers = hold.list_numbers()
         self._mine = plan.for_files(self._numbers) if terms.part else plan
         self._missing: list[int] = []
@@ -239,7 +232,7 @@ class _Run:
     def _make(self, executor: Executor, address: str | None, finished: Collection[str]) -> None:
         """Takes the output, makes what is missing, and, but for a part, commits and leaves."""
         if self._terms.part or self._terms.is_whole:
-            with executor.open(self._plan, self._make_here, address) as make:  # which finds faults before anything is written
+            with executor.open(self._plan, self._hold.make, address) as make:  # which finds faults before anything is written
                 self._take(finished)
                 self._missing = self._hold.find_missing(self._find_altered if self._terms.part and self._terms.verify else None)
                 self._write(make, self._missing, self._terms.progress)
@@ -248,16 +241,6 @@ class _Run:
         elif self._terms.verify and (altered := self._find_altered(self._missing)):
             names = ", ".join(self._plan.files[number].path for number in sorted(altered))
             raise RunError(f"{self._output.where}: {names}: not what was written: check disk and memory, then run the part again")
-
-    def _make_here(self, plan: Plan, numbers: Iterable[int], tell: Callable[[int], None]) -> Counter[str]:
-        """Makes files of the plan by this process."""
-        if isinstance(self._hold, Lock):
-            engine = LocalEngine(plan, self._hold.log, tell, checksum=self._terms.checksum, reclaim=self._reclaim)
-            engine.run()
-            return engine.overflowed
-        if isinstance(self._output, Bucket):
-            return make_files(plan, numbers, tell, sink=self._output.sink)
-        return make_files(plan, numbers, tell, self._hold.check)
 
     def _take(self, finished: Collection[str]) -> None:
         """Takes the output, or goes on with what is begun there.
@@ -270,15 +253,10 @@ class _Run:
         if not goes_on and not self._terms.overwrite:
             self._check_free()
         stale = partial(list_stale, plan, output) if self._terms.overwrite and not goes_on else None
-        if isinstance(output, Directory):
-            mine = with_reclaim(plan, finished) if self._reclaim else self._mine
-            check_room(mine, output.root, stale() if stale else ())
-        else:
-            check_staging(plan)
+        output.check_room(with_reclaim(plan, finished) if self._reclaim else self._mine, stale() if stale else ())
         if self._terms.is_whole and not goes_on:
             check_replicas(plan)
-        if isinstance(output, Directory):
-            prepare(plan, output.root, suffix=PARTIAL if isinstance(self._hold, Lock) else new_suffix())
+        output.prepare(plan, self._hold.suffix)
         self._hold.take(goes_on=goes_on, stale=stale)
 
     def _check_free(self) -> None:
@@ -313,7 +291,7 @@ class _Run:
             self._check_made(self._hold)
             self._output.clear_up(self._plan)
             rest = [number for number in range(len(self._plan.files)) if number not in set(files_to_make(self._plan))]
-            self._write(self._make_here, rest, progress=False)
+            self._write(self._hold.make, rest, progress=False)
             self._write_sums()
         self._hold.leave()
 
@@ -343,8 +321,8 @@ class _Run:
             plan = plan.for_files(self._missing)
         if isinstance(self._hold, Lease) and not self._terms.is_whole:
             part = self._describe_part(self._hold)
-        if isinstance(self._output, Bucket) and (pull_request := self._output.sink.pull_request):
-            plan = replace(plan, notes=(*plan.notes, f"pull request: {pull_request}"))
+        if self._output.sink and self._output.sink.pull_request:
+            plan = replace(plan, notes=(*plan.notes, f"pull request: {self._output.sink.pull_request}"))
         verified = True if self._terms.verify or is_done else None
         overflow = Overflow(self._overflowed, complete=self._made == len(self._plan.files))
         return Result(plan, seconds, memory.peak(), anonymous, verified, part=part, place=place, overflow=overflow)

@@ -14,8 +14,13 @@ def is_url(path: object) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A stored file: its size in bytes and what changes with its content (an ETag, a digest), as far as the store tells."""
+class Version:
+    """Says whether a file is still the one that it was.
+
+    Attributes:
+        size: in bytes.
+        tag: what changes with its content, as far as its store tells: an ETag, a digest; on this machine the time of its last change.
+    """
 
     size: int
     tag: str = ""

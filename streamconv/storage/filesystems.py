@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from streamconv.errors import StreamconvError, UsageError
-from streamconv.storage import Entry
+from streamconv.storage import Version
 from streamconv.storage.addresses import missing, refusal, scheme_of
 from streamconv.storage.retries import OVER, READING, Refused, again, fault
 from streamconv.storage.sources import Answer, Catalog, Store
@@ -81,10 +81,10 @@ def asked(scheme: str) -> Iterator[None]:
         raise (Refused(status, str(failure)) if status else failure) from None
 
 
-def entry_of(row: Mapping[str, Any], *, every: bool = False) -> Entry:
+def entry_of(row: Mapping[str, Any], *, every: bool = False) -> Version:
     """A file as a listing tells of it; its tag is the best of what changes with it, or ``every`` such thing."""
     told = [str(row[key]).strip('"') for key in _VERSIONS if row.get(key)]
-    return Entry(-1 if row.get("size") is None else int(row["size"]), " ".join(told if every else told[:1]))
+    return Version(-1 if row.get("size") is None else int(row["size"]), " ".join(told if every else told[:1]))
 
 
 class _Body:
@@ -111,7 +111,7 @@ class FileSystem(Store):
     def _path(self, url: str) -> str:
         return str(self._fs._strip_protocol(url))
 
-    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Entry]:  # noqa: ARG002, B008 - it can list
+    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Version]:  # noqa: ARG002, B008 - it can list
         above = self._path(url).strip("/")
         found = self._ask(url, self._fs.find, detail=True)
         rows = {name.strip("/"): row for name, row in found.items() if row.get("type", "file") == "file"}
@@ -120,7 +120,7 @@ class FileSystem(Store):
         start = f"{above}/" if above else ""
         return {name.removeprefix(start): entry_of(row) for name, row in rows.items() if name.startswith(start)}
 
-    def entry(self, url: str) -> Entry:
+    def entry(self, url: str) -> Version:
         row = self._ask(url, self._fs.info)
         if row.get("type", "file") != "file":
             raise UsageError(f"{url}: not a file: give the URL of one")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streamconv.errors import DestinationError, StreamconvError, UsageError
-from streamconv.storage import Entry, Outdated
+from streamconv.storage import Outdated, Version
 from streamconv.storage.addresses import Repository, is_offline, repository, unwritable
 from streamconv.storage.repositories import Absent, ask, tree
 from streamconv.storage.retries import OVER, Refused, again
@@ -65,7 +65,7 @@ class HubSink:
         key = hashlib.sha256("\n".join((self._repo, self._branch, self._folder, kind)).encode()).hexdigest()
         self._state = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamconv" / key[:32]
 
-    def list(self) -> Mapping[str, Entry]:
+    def list(self) -> Mapping[str, Version]:
         """What is there, with the SHA-256 of large files and git's digest of others; of a pull request, what it changes.
 
         A branch that is not there yet will begin as main is.
@@ -78,7 +78,7 @@ class HubSink:
         before = self._list(self._branch) or {}
         return {name: entry for name, entry in there.items() if name in self._written or entry != before.get(name)}
 
-    def _list(self, revision: str) -> Mapping[str, Entry] | None:
+    def _list(self, revision: str) -> Mapping[str, Version] | None:
         """What a revision holds; None where there is none."""
         try:
             found = self._ask(tree, self._api, Repository(None, self._repo, revision, self._folder))

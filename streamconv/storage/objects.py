@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from streamconv.errors import StreamconvError
-from streamconv.storage import Entry, is_url
+from streamconv.storage import Version, is_url
 from streamconv.storage.addresses import scheme_of, unwritable
 from streamconv.storage.filesystems import asked, entry_of, open_filesystem
 from streamconv.storage.retries import OVER, Refused, again, fault
@@ -53,10 +53,10 @@ class ObjectSink:
         self._fs, self._root = open_filesystem(self.url)
         self._open: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self._written: dict[str, Entry] = {}
+        self._written: dict[str, Version] = {}
         self._states: dict[str, bytes] = {}
 
-    def list(self) -> Mapping[str, Entry]:
+    def list(self) -> Mapping[str, Version]:
         """What is there; what this process has put there where the store tells nothing."""
         self._fs.invalidate_cache()
         found: dict[str, Any] = self._do(partial(self._fs.find, self._root, detail=True), {})
@@ -79,7 +79,7 @@ class ObjectSink:
         for name, given in files.items():
             if isinstance(given, bytes):
                 self._do(partial(self._fs.pipe_file, f"{self._root}/{name}", given))
-                self._written[name] = Entry(len(given))
+                self._written[name] = Version(len(given))
             else:
                 again(partial(self._send, name, given), self.address(name), OVER)
 
@@ -113,7 +113,7 @@ class ObjectSink:
             yield write
             with self._asked():
                 file.close()
-            self._written[name] = Entry(size)
+            self._written[name] = Version(size)
         except BaseException:
             self._discard(file, path)
             raise

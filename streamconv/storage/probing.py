@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable
 from urllib.parse import quote
 
 from streamconv.errors import UsageError
-from streamconv.storage import Entry
+from streamconv.storage import Version
 from streamconv.storage.addresses import refusal
 from streamconv.storage.retries import Refused
 from streamconv.storage.sources import CONCURRENT, Catalog, Probed, in_parallel
 
-First = Callable[[str, int], tuple[Entry, bytes]]
+First = Callable[[str, int], tuple[Version, bytes]]
 """What a server tells of a file by its URL and gives of its first bytes; raises `Refused` where there is none."""
 
 _ABSENT = "there-is-no-such-file.safetensors"
@@ -28,14 +28,14 @@ def probe(url: str, first: First, catalog: Catalog) -> Probed:
     folder = url.rstrip("/") + "/"
     refused: set[int] = set()
 
-    def look(name: str) -> Entry | None:
+    def look(name: str) -> Version | None:
         try:
             return first(folder + quote(name), 1)[0]
         except Refused as error:
             refused.add(error.status)
             return None
 
-    def look_for(names: Iterable[str]) -> dict[str, Entry]:
+    def look_for(names: Iterable[str]) -> dict[str, Version]:
         asked = list(names)
         return {name: entry for name, entry in zip(asked, in_parallel(look, asked), strict=True) if entry is not None}
 
@@ -52,14 +52,14 @@ def probe(url: str, first: First, catalog: Catalog) -> Probed:
     for name, raw in found.read.items():
         hints = catalog.read(name, raw)
         found.update(look_for(hints.names))
-        found.update(dict.fromkeys(hints.named, Entry(-1)) | found)
+        found.update(dict.fromkeys(hints.named, Version(-1)) | found)
         series += hints.series
     for before, after in series:
         found.update(_look_for_ranks(url, look_for, before, after))
     return found
 
 
-def _look_for_ranks(url: str, look_for: Callable[[Iterable[str]], dict[str, Entry]], before: str, after: str) -> dict[str, Entry]:
+def _look_for_ranks(url: str, look_for: Callable[[Iterable[str]], dict[str, Version]], before: str, after: str) -> dict[str, Version]:
     """The files of a series that are there: ``before``, a number of two digits or more from 00, ``after``."""
     ranks = look_for([f"{before}00{after}"])
     more = ranks

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from streamconv.errors import RunError, SourceChanged, StreamconvError, UsageError
-from streamconv.storage import Entry, is_url
+from streamconv.storage import Version, is_url
 from streamconv.storage.addresses import WEB, refusal, scheme_of
 from streamconv.storage.pace import SPANS, Pace, waiting_for
 from streamconv.storage.retries import READING, RUNNING, Failed, Refused, again, fault
@@ -44,6 +44,10 @@ class Fingerprint(NamedTuple):
     allocated: int
     tag: str = ""
 
+    @property
+    def version(self) -> Version:
+        return Version(self.size, self.tag or str(self.mtime_ns))
+
 
 def fingerprint(path: str) -> Fingerprint:
     """Looks at a file.
@@ -59,7 +63,7 @@ def fingerprint(path: str) -> Fingerprint:
     return Fingerprint(found.st_size, found.st_mtime_ns, getattr(found, "st_blocks", -(-found.st_size // 512)) * 512)
 
 
-def fingerprints(paths: Iterable[str], known: Mapping[str, Entry] | None = None) -> dict[str, Fingerprint]:
+def fingerprints(paths: Iterable[str], known: Mapping[str, Version] | None = None) -> dict[str, Fingerprint]:
     """`fingerprint` of each, of several URLs at a time, but for those whose entries are ``known``."""
     given = list(dict.fromkeys(paths))
     found = {path: Fingerprint(known[path].size, 0, 0, known[path].tag) for path in given if known and path in known}
@@ -69,7 +73,7 @@ def fingerprints(paths: Iterable[str], known: Mapping[str, Entry] | None = None)
     return found | dict(zip(rest, in_parallel(fingerprint, rest), strict=True))
 
 
-def _ask(url: str, target: Target, known: Entry, start: int, stop: int) -> Part:
+def _ask(url: str, target: Target, known: Version, start: int, stop: int) -> Part:
     """The answer to one range request, for a file that is as it is known."""
     from streamconv.storage.web import Part
 
@@ -97,7 +101,7 @@ def _ask(url: str, target: Target, known: Entry, start: int, stop: int) -> Part:
     if changed:
         part.close()
         raise SourceChanged(f"{url}: planned {changed}: it changed; plan again")
-    part.entry = Entry(max(size, known.size), known.tag or tag)
+    part.entry = Version(max(size, known.size), known.tag or tag)
     if urlsplit(part.address).netloc != urlsplit(address).netloc:
         _resolved[asked] = part.address
     return part
@@ -165,7 +169,7 @@ class Ranges:
         small: what is read is: there is less patience with a server that does not answer.
     """
 
-    def __init__(self, known: Mapping[str, Entry] | None = None, stop: threading.Event | None = None, *, small: bool = False) -> None:
+    def __init__(self, known: Mapping[str, Version] | None = None, stop: threading.Event | None = None, *, small: bool = False) -> None:
         self._small, self._pace = small, Pace()
         self._known, self._stop = dict(known or {}), stop or threading.Event()
         self._expected: list[tuple[str, int, int]] = []
@@ -180,7 +184,7 @@ class Ranges:
             if not any(url == stream.url and start <= stream.position < stop for url, start, stop in self._expected):
                 self._drop(stream)
 
-    def know(self, url: str, entry: Entry) -> None:
+    def know(self, url: str, entry: Version) -> None:
         """Has a file be what it is taken for; see ``known``."""
         self._known[url] = entry
 
@@ -241,7 +245,7 @@ class Ranges:
         target = store.target(url)
         if target is None:
             return _PieceStream(store, url, start, stop, self._size)
-        part = _ask(url, target, self._known.get(url, Entry(-1)), start, stop)
+        part = _ask(url, target, self._known.get(url, Version(-1)), start, stop)
         self._known[url] = part.entry
         return part
 
@@ -315,7 +319,7 @@ def read_range(url: str, offset: int, view: memoryview, tag: str = "") -> None:
         UsageError: access is refused; else as `Ranges.read`.
     """
     ranges = _own_ranges()
-    ranges.know(url, Entry(-1, tag))
+    ranges.know(url, Version(-1, tag))
     try:
         ranges.read(url, offset, view)
     except RunError as error:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from streamconv.errors import UsageError
-from streamconv.storage import Entry
+from streamconv.storage import Version
 from streamconv.storage.addresses import WEB, refusal, scheme_of
 from streamconv.storage.folder import Folder, IrregularFile, Location, Walked
 from streamconv.storage.ranges import read_range
@@ -33,15 +33,15 @@ class Tree:
         files: of it that were given by their own URLs: these, and what is known of them.
     """
 
-    def __init__(self, url: str, catalog: Catalog, files: Mapping[str, tuple[str, Entry]] | None = None) -> None:
+    def __init__(self, url: str, catalog: Catalog, files: Mapping[str, tuple[str, Version]] | None = None) -> None:
         self.url, self.catalog = url.rstrip("/"), catalog
         self.store = store_of(url)
         self.memo: dict[object, Any] = {}
         self._is_folder = url.endswith("/")
-        self._listed: dict[str, Entry] | None = None
+        self._listed: dict[str, Version] | None = None
         self._folders: set[str] | None = None
         self._urls = {name: own for name, (own, _) in (files or {}).items()}
-        self._entries: dict[str, Entry | None] = {name: entry for name, (_, entry) in (files or {}).items() if entry.size >= 0}
+        self._entries: dict[str, Version | None] = {name: entry for name, (_, entry) in (files or {}).items() if entry.size >= 0}
         self._heads: dict[str, bytes] = {}
         self._read: dict[str, bytes] = {}
         self._lock = threading.Lock()
@@ -54,7 +54,7 @@ class Tree:
             return self._urls[relative]
         return f"{self.url}/{quote(relative) if scheme_of(self.url) in WEB else relative}"
 
-    def files(self) -> dict[str, Entry]:
+    def files(self) -> dict[str, Version]:
         """All of them, by relative name; a size of -1 is not known yet."""
         with self._lock:
             if self._listed is None:
@@ -80,22 +80,22 @@ class Tree:
             self._folders = folders
         return self._folders
 
-    def single(self) -> Entry | None:
+    def single(self) -> Version | None:
         """What is known of the one file that the URL names, a size of -1 for nothing yet; None: it is a folder's."""
         if self._is_folder:
             return None
         if scheme_of(self.url) in WEB and self.url.endswith(self.catalog.suffixes):
-            return Entry(-1)
+            return Version(-1)
         return self.files().get("")
 
-    def entry(self, relative: str) -> Entry | None:
+    def entry(self, relative: str) -> Version | None:
         """A file's, or None where there is none. What is not listed is asked for by itself.
 
         Raises:
             StreamconvError: the file that the URL names cannot be read.
         """
         if relative not in self._entries:
-            known = Entry(-1) if self._listed is None else self._listed.get(relative)
+            known = Version(-1) if self._listed is None else self._listed.get(relative)
             if known is not None and known.size < 0:
                 try:
                     known, head = self.store.head(self.address(relative))
@@ -126,7 +126,7 @@ class RemoteFile(io.RawIOBase):
 
     is_remote = True
 
-    def __init__(self, url: str, entry: Entry, head: bytes) -> None:
+    def __init__(self, url: str, entry: Version, head: bytes) -> None:
         self.size, self._url, self._tag = entry.size, url, entry.tag
         self._position = self._start = 0
         self._head = self._window = head
@@ -215,7 +215,7 @@ class RemoteFolder(Folder):
         entry = self._entry(name)
         return RemoteFile(self.place(name), entry, self._tree.head(self._relative(name)))
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> Version:
         entry = self._tree.entry(self._relative(name)) if name else None
         if entry is not None:
             return entry

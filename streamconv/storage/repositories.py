@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from streamconv.errors import UsageError
-from streamconv.storage import Entry
+from streamconv.storage import Version
 from streamconv.storage.addresses import Repository, credentials, is_offline, missing, refusal, repository
 from streamconv.storage.retries import READING, TRANSIENT, Failed, Refused, again, bare, fault
 from streamconv.storage.sources import Catalog, Store, Target
@@ -59,14 +59,14 @@ def _upload_fault(error: BaseException) -> Failed:
     return Failed(f"HTTP {status} from the storage") if status else fault(error)
 
 
-def tree(api: HfApi, place: Repository) -> dict[str, Entry]:
+def tree(api: HfApi, place: Repository) -> dict[str, Version]:
     """The files below a place by their relative names, with the SHA-256 of large ones and git's digest of others."""
     rows = api.list_repo_tree(place.name, place.path or None, recursive=True, revision=place.revision, repo_type=place.kind)
     return {row.path.removeprefix(f"{place.path}/"): entry for row in rows if (entry := _entry(row))}
 
 
-def _entry(row: Any) -> Entry | None:
-    return Entry(row.size, row.lfs.sha256 if row.lfs else row.blob_id or "") if hasattr(row, "size") else None
+def _entry(row: Any) -> Version | None:
+    return Version(row.size, row.lfs.sha256 if row.lfs else row.blob_id or "") if hasattr(row, "size") else None
 
 
 class Hub(Store):
@@ -78,7 +78,7 @@ class Hub(Store):
 
         self._endpoint = endpoint
         self._api = HfApi(endpoint=endpoint)
-        self._tags: dict[str, Entry] = {}
+        self._tags: dict[str, Version] = {}
 
     def pin(self, url: str) -> str:
         kind, name, revision, path = repository(url)
@@ -88,7 +88,7 @@ class Hub(Store):
         above = f"hf://{f'{kind}s/' if kind else ''}{name}@{commit or quote(revision or 'main', safe='')}"
         return f"{above}/{path}" if path else above
 
-    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Entry]:  # noqa: ARG002, B008 - it can list
+    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Version]:  # noqa: ARG002, B008 - it can list
         place = repository(url)
         if place.path and (single := self._file(url, place)):
             return {"": single}
@@ -96,11 +96,11 @@ class Hub(Store):
         self._tags |= {f"{url.rstrip('/')}/{file}": entry for file, entry in found.items()}
         return found
 
-    def _file(self, url: str, place: Repository) -> Entry | None:
+    def _file(self, url: str, place: Repository) -> Version | None:
         rows = _read(url, self._api.get_paths_info, place.name, [place.path], revision=place.revision, repo_type=place.kind)
         return next(map(_entry, rows), None)
 
-    def entry(self, url: str) -> Entry:
+    def entry(self, url: str) -> Version:
         """As it is at a commit, which does not change."""
         if url not in self._tags:
             if (found := self._file(url, repository(url))) is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from streamconv.errors import UsageError
-from streamconv.storage import Entry, Outdated
+from streamconv.storage import Outdated, Version
 from streamconv.storage.addresses import WEB, missing, scheme_of
 
 
@@ -21,7 +21,7 @@ class Sink(Protocol):
     pull_request: str
     """The URL of the one that was made, if that was wanted, and which old files it removes."""
 
-    def list(self) -> Mapping[str, Entry]:
+    def list(self) -> Mapping[str, Version]:
         """What is there, as far as the store tells; of a pull request, what it changes."""
         ...
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from streamconv.storage import Entry
+from streamconv.storage import Version
 from streamconv.threads import run_threads
 
 HEAD = 8 << 10  # bytes of a file that are asked for together with its size
@@ -22,7 +22,7 @@ _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
 
 
-class Probed(dict[str, Entry]):
+class Probed(dict[str, Version]):
     """What was found by asking for names: there may be more. ``read`` holds what had to be read to know the names."""
 
     def __init__(self) -> None:
@@ -84,17 +84,17 @@ class Store(ABC):
         return url
 
     @abstractmethod
-    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Entry]:
+    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Version]:
         """Every file below a URL by its relative name, ``""`` for one that is a file itself; empty where there is nothing.
 
         A size is -1 where only `entry` tells it. What a server cannot list is `Probed`, by the names of the catalog.
         """
 
     @abstractmethod
-    def entry(self, url: str) -> Entry:
+    def entry(self, url: str) -> Version:
         """A file's size and tag, asked for anew."""
 
-    def head(self, url: str) -> tuple[Entry, bytes]:
+    def head(self, url: str) -> tuple[Version, bytes]:
         """The same, with those of the first `HEAD` bytes that come along without another request."""
         return self.entry(url), b""
 

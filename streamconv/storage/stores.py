@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from streamconv.storage import Entry
+from streamconv.storage import Version
 from streamconv.storage.addresses import WEB, missing, scheme_of
 from streamconv.storage.sources import Store
 
-opened: dict[str, Entry] = {}
+opened: dict[str, Version] = {}
 """What files of web servers were when their headers were read: what a plan is made for."""
 
 

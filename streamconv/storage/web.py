@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urljoin
 
 from streamconv.errors import UsageError
-from streamconv.storage import Entry
+from streamconv.storage import Version
 from streamconv.storage.addresses import WEB, private, refusal
 from streamconv.storage.pace import Pace, waiting_for
 from streamconv.storage.probing import probe
@@ -157,14 +157,14 @@ class Part:
             self.close()
             raise
 
-    def _check(self, size: int) -> Entry:
+    def _check(self, size: int) -> Version:
         status, headers = self._answer.status_code, self._answer.headers
         tag, given = headers.get("ETag") or headers.get("Last-Modified") or "", headers.get("Content-Range", "")
         if (status == 416 and given.endswith("*/0")) or (status == 200 and headers.get("Content-Length") == "0"):
             self.stop = self.position
-            return Entry(0, tag)
+            return Version(0, tag)
         if status == 200 and not self.position and headers.get("Content-Length") == str(self.stop) == str(size):
-            return Entry(size, tag)  # small, and asked for as a whole
+            return Version(size, tag)  # small, and asked for as a whole
         if status != 206:
             raise Refused(status, moved=bool(self._answer.history))
         if headers.get("Content-Encoding", "identity") != "identity":
@@ -173,7 +173,7 @@ class Part:
         if found is None or int(found[1]) != self.position or not self.position <= int(found[2]) < self.stop:
             raise Failed(f"other bytes than asked for ({given or 'no Content-Range'})")
         self.stop = int(found[2]) + 1
-        return Entry(-1 if found[3] == "*" else int(found[3]), tag)
+        return Version(-1 if found[3] == "*" else int(found[3]), tag)
 
     def readinto(self, view: memoryview) -> int:
         """Fills the beginning of ``view`` with what comes next; at least a byte, or it is `Failed`."""
@@ -191,10 +191,10 @@ class Part:
         self._answer.close()
 
 
-def _first(url: str, nbytes: int) -> tuple[Entry, bytes]:
+def _first(url: str, nbytes: int) -> tuple[Version, bytes]:
     """A file's size, tag and first bytes."""
 
-    def read() -> tuple[Entry, bytes]:
+    def read() -> tuple[Version, bytes]:
         with closing(Part(url, (private(url), {}), 0, nbytes)) as part:
             if part.entry.size < 0:
                 raise Refused(200)
@@ -246,10 +246,10 @@ class Web(Store):
     def __init__(self) -> None:
         _session()  # so that a package that is missing is told of here
 
-    def entry(self, url: str) -> Entry:
+    def entry(self, url: str) -> Version:
         return self.head(url, 1)[0]
 
-    def head(self, url: str, nbytes: int = HEAD) -> tuple[Entry, bytes]:
+    def head(self, url: str, nbytes: int = HEAD) -> tuple[Version, bytes]:
         try:
             return _first(url, nbytes)
         except Refused as refused:
@@ -258,19 +258,19 @@ class Web(Store):
     def target(self, url: str) -> Target:
         return private(url), {}
 
-    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Entry]:  # noqa: B008 - it is frozen
+    def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Version]:  # noqa: B008 - it is frozen
         folder = url.rstrip("/") + "/"
         names = self._page(folder)
         if names is None:
             with suppress(Refused):
                 return {"": _first(url, 1)[0]}
             return probe(url, _first, catalog)
-        found: dict[str, Entry] = {}
+        found: dict[str, Version] = {}
         waiting: Sequence[tuple[str, Sequence[str]]] = [("", names)]
         for depth in range(_DEPTH + 1):
             folders = []
             for above, inside in waiting:
-                found |= {above + name: Entry(-1) for name in inside if not name.endswith("/")}
+                found |= {above + name: Version(-1) for name in inside if not name.endswith("/")}
                 folders += [above + name for name in inside if name.endswith("/") and not name.startswith((".", "__pycache__"))]
             if len(folders) > _FOLDERS:
                 raise UsageError(f"{url}: there are {len(folders)} folders below it: give the URL of one checkpoint")

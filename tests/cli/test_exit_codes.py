@@ -64,7 +64,7 @@ def test_so_it_is_in_parts(kind, source, tmp_path, monkeypatch):
         patched.setattr(local.LocalEngine, "_copy", failing(kind))
         assert code_of("run", tmp_path / "plan.json", "--part", "1/1") == 3
     with monkeypatch.context() as patched:
-        patched.setattr(running, "check_room", failing(kind))
+        patched.setattr(Directory, "check_room", failing(kind))
         assert code_of("run", tmp_path / "plan.json", "--part", "1/1") == 2
     with monkeypatch.context() as patched:
         patched.setattr(lease.Lease, "take", failing(kind))
@@ -72,9 +72,11 @@ def test_so_it_is_in_parts(kind, source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-@pytest.mark.parametrize("name", ["check_room", "check_replicas", "prepare", "check_sources"])
-def test_what_fails_before_is_2(name, kind, source, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, name, failing(kind))
+@pytest.mark.parametrize(
+    ("where", "name"), [(Directory, "check_room"), (running, "check_replicas"), (Directory, "prepare"), (running, "check_sources")]
+)
+def test_what_fails_before_is_2(where, name, kind, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(where, name, failing(kind))
     assert code_of("convert", source, tmp_path / "dst") == 2
     assert not (tmp_path / "dst").exists()
 

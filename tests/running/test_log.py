@@ -18,6 +18,7 @@ from streamconv.running import directory, lock
 from streamconv.running.directory import Directory
 from streamconv.running.lock import Lock
 from streamconv.running.output import is_only_copy
+from streamconv.running.reclaim import Reclaim
 from tools.crash import read_tree
 
 CHANGES = {
@@ -58,7 +59,8 @@ def begun(source: Path, tmp_path: Path) -> Path:
 
 
 def begin(source: Path, dst: Path, *, reclaim: bool = False) -> Path:
-    state = Lock(Directory(dst), api.plan(source, dst, overwrite=True), reclaim=reclaim)
+    plan = api.plan(source, dst, overwrite=True)
+    state = Lock(Directory(dst), plan, reclaim=Reclaim(plan) if reclaim else None)
     state.take(goes_on=False)
     state.release()
     return dst / ".streamconv" / "log.jsonl"

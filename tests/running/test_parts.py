@@ -30,7 +30,7 @@ from streamconv.running import run as running
 from streamconv.running.directory import Directory
 from streamconv.running.lease import Lease
 from streamconv.running.output import begun_plan
-from streamconv.storage import Entry
+from streamconv.storage import Version
 from tools import crash
 from tools.crash import read_tree
 
@@ -161,7 +161,7 @@ def test_what_another_has_made_meanwhile_is_not_taken_away(plan, tmp_path, wante
     (dst / name).write_bytes(b"?" * len(wanted[name]))
     whole, look, looked = Plan.from_json(plan.read_text()), Directory.look, list[str]()
 
-    def look_before_another(output: Directory, names: Iterable[str]) -> dict[str, Entry]:
+    def look_before_another(output: Directory, names: Iterable[str]) -> dict[str, Version]:
         found = look(output, names)
         looked.extend(found)
         if looked.count(name) == 2:  # noted, and about to go

@@ -209,7 +209,7 @@ def test_old_files_go_even_if_the_run_that_was_to_remove_them_died(source, tmp_p
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"model.safetensors", "config.json"}
 
 
-@pytest.mark.parametrize("at", [(api, "plan"), (running, "prepare")])
+@pytest.mark.parametrize("at", [(api, "plan"), (Directory, "prepare")])
 def test_an_overwrite_that_is_killed_before_its_journal_is_begun_is_gone_on_with(source, tmp_path, capsys, monkeypatch, at):
     dst = tmp_path / "dst"
     write(dst, {"old": random_tensor(4)})

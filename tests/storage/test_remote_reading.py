@@ -37,7 +37,7 @@ from streamconv.running.directory import Directory
 from streamconv.running.local import LocalEngine
 from streamconv.running.log import Log
 from streamconv.running.output import LOG, finished_files
-from streamconv.storage import Entry, ranges, retries, stores, web
+from streamconv.storage import Version, ranges, retries, stores, web
 from streamconv.storage.addresses import public
 from streamconv.storage.ranges import Ranges, read_range
 from streamconv.storage.retries import ATTEMPTS
@@ -297,7 +297,7 @@ def test_tags_with_and_without_quotes_are_the_same(server):
     url = f"{server.url}/data"
     entry = stores.store_of(url).entry(url)
     for tag in (entry.tag, entry.tag.strip('"'), f"W/{entry.tag}"):
-        reader = Ranges({url: Entry(entry.size, tag)})
+        reader = Ranges({url: Version(entry.size, tag)})
         assert take(reader, url, 0, 10) == DATA[:10]
         reader.close()
 

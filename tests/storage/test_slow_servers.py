@@ -15,7 +15,7 @@ from servers import silent_port
 import streamconv
 from streamconv.errors import RunError, StreamconvError
 from streamconv.running.progress import Phase, Progress
-from streamconv.storage import Entry, pace, probing, remote, retries, web
+from streamconv.storage import Version, pace, probing, remote, retries, web
 from streamconv.storage.locations import locate
 from streamconv.storage.ranges import Ranges
 from streamconv.storage.sources import Catalog, in_parallel
@@ -90,7 +90,7 @@ def test_a_server_that_drips_is_given_up(head):
             streamconv.open(f"{server.url}/model.safetensors")
         assert "\n" not in str(caught.value)
         with pytest.raises(RunError, match="rerun the same command with --resume") as caught:
-            Ranges({f"{server.url}/x": Entry(8192, "1")}).read(f"{server.url}/x", 0, memoryview(bytearray(8192)))
+            Ranges({f"{server.url}/x": Version(8192, "1")}).read(f"{server.url}/x", 0, memoryview(bytearray(8192)))
         assert head or "bytes came in" in str(caught.value)
 
 
@@ -128,11 +128,11 @@ def test_whom_a_run_waits_for_is_shown(monkeypatch):
 
 def test_heads_of_many_files_are_kept_by_several_threads(monkeypatch):
     class Endless:
-        def list(self, _url: str, _catalog: object) -> dict[str, Entry]:
-            return {f"{k}.bin": Entry(-1) for k in range(4000)}
+        def list(self, _url: str, _catalog: object) -> dict[str, Version]:
+            return {f"{k}.bin": Version(-1) for k in range(4000)}
 
-        def head(self, _url: str) -> tuple[Entry, bytes]:
-            return Entry(8), b"8 bytes."
+        def head(self, _url: str) -> tuple[Version, bytes]:
+            return Version(8), b"8 bytes."
 
     monkeypatch.setattr(remote, "store_of", lambda _url: Endless())
     before = sys.getswitchinterval()
