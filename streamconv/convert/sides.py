@@ -130,7 +130,8 @@ def lay_out(
     if target.file and len(ranks) > 1:
         raise UsageError(f"{target.path}: {len(ranks)} ranks are files of their own: give a directory")
     if not (first := next(iter(ranks))).endswith(container.names.suffixes):
-        raise UsageError(f"{first}: not a {target.format} file: give --format {by_suffix()[Path(first).suffix].name}")
+        other = by_suffix().get(Path(first).suffix)
+        raise UsageError(f"{first}: not a {target.format} file{f': give --format {other.name}' if other else ', as the recipe calls it'}")
     layouts = []
     for rank, names in ranks.items():
         rows = {name: specs[f"{rank}/{name}"] for name in names}

@@ -73,7 +73,7 @@ def compile_plan(
     proof.check_files(files)  # before memory is measured: this takes some, too
     fit = compiler.fitting.fit(budget, files, checks)
     rows = tuple(mapping)
-    names = {id(node): name for name, node in outputs.items()}
+    names = {id(items_of(node)): name for name, node in outputs.items()}
     return Plan(
         root=root,
         single=single,

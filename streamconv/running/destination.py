@@ -141,7 +141,9 @@ def target_of(
     Raises:
         UsageError: it contradicts ``format``, or is a URL that cannot be written to.
     """
-    if format is not None:
+    if format is None:
+        find_format("the recipe's format", default)
+    else:
         find_format("--format", format)
     if is_url(dst) and not str(dst).startswith("file://"):
         return RemoteTarget.of(str(dst), format, default, create_pr=create_pr)
@@ -154,7 +156,8 @@ def output_of(path: str) -> Target | RemoteTarget | None:
     """The DST that a path names, if it is a folder, a URL, or a file that a run has begun; None if it is another file."""
     if os.path.isdir(path) or is_url(path):  # noqa: PTH112 - unlike Path.is_dir it never raises
         return target_of(path, None)
-    if Path(path).suffix not in by_suffix():
+    container = by_suffix().get(Path(path).suffix)
+    if container is None or container.lay_out is None:
         return None
     target = target_of(path, None)
     return target if target.output.is_begun() or target.output.load_earlier() is not None else None

@@ -14,7 +14,7 @@ from streamconv.storage.sources import CONCURRENT, Catalog, Probed, in_parallel
 First = Callable[[str, int], tuple[Version, bytes]]
 """What a server tells of a file by its URL and gives of its first bytes; raises `Refused` where there is none."""
 
-_ABSENT = "there-is-no-such-file.safetensors"
+_ABSENT = "there-is-no-such-file"  # with a suffix of the catalog
 _MAX_TEXT = 100_000_000  # bytes of an index
 _MAX_RANKS = 4096  # files of ranks that are asked for
 
@@ -43,8 +43,9 @@ def probe(url: str, first: First, catalog: Catalog) -> Probed:
     found.update(look_for(catalog.hints.names))
     if not found:
         raise refusal(url, next((status for status in (401, 403, 200) if status in refused), 404))
-    if look_for([_ABSENT]):
-        raise UsageError(f"{url}: the server has a file for every name, even {_ABSENT}: give the URL of the checkpoint's file or index")
+    absent = _ABSENT + next(iter(catalog.suffixes), "")
+    if look_for([absent]):
+        raise UsageError(f"{url}: the server has a file for every name, even {absent}: give the URL of the checkpoint's file or index")
     for name, entry in found.items():
         if catalog.tells(name):
             found.read[name] = first(folder + name, max(1, min(entry.size, _MAX_TEXT)))[1]

@@ -261,6 +261,8 @@ def test_without_a_writer_it_is_read_only(model, folder, tmp_path, capsys, monke
     recipe = Recipe("to-crates", "", (Rule("{rest*}", "{rest*}"),), right=Side("crate"))
     with pytest.raises(streamconv.UsageError, match="such files are read, not written"):
         streamconv.plan(model, tmp_path / "out", recipe=recipe)
+    with pytest.raises(streamconv.UsageError, match="the recipe's format boxes: unknown container; known are safetensors, torch"):
+        streamconv.plan(model, tmp_path / "out", recipe=replace(recipe, right=Side("boxes")))
     assert not (tmp_path / "out").exists()
 
 
