@@ -2,19 +2,16 @@
 
 ``open``, ``plan``, ``run``, ``convert``, ``verify`` and ``doctor`` are the calls; `Recipe` and its `Rule`, `Drop`, `Make`, `Tie`, `Option`
 declare a conversion; every error derives from `StreamconvError`. Paths may be URLs, with the extra ``remote``.
+
+A name is imported when it is asked for.
 """
 
 from __future__ import annotations
 
-from streamconv import interrupts, recipes  # noqa: F401 - the first one first: Ctrl-C may come while the others are imported
+from importlib import import_module
+
+from streamconv import interrupts as interrupts  # the first one first: Ctrl-C may come while others are imported
 from streamconv._version import __version__ as __version__
-from streamconv.checkpoint.entries import TensorEntry
-from streamconv.checkpoint.opening import Checkpoint
-from streamconv.checkpoint.opening import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
-from streamconv.convert.api import convert, plan, verify
-from streamconv.diagnose.doctor import doctor
-from streamconv.diagnose.matching import match_recipes
-from streamconv.engine.comparison import Comparison
 from streamconv.errors import (
     BudgetError,
     CoverageError,
@@ -30,12 +27,42 @@ from streamconv.errors import (
     StreamconvError,
     UsageError,
 )
-from streamconv.planning.plan import Plan
-from streamconv.recipe import Drop, Make, Option, Recipe, Rule, Side, Tie
-from streamconv.running.results import Result
-from streamconv.running.run import run
 
-recipes.match = match_recipes  # which opens checkpoints, and so stands above the recipes
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from streamconv import recipes
+    from streamconv.checkpoint.entries import TensorEntry
+    from streamconv.checkpoint.opening import Checkpoint
+    from streamconv.checkpoint.opening import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
+    from streamconv.convert.api import convert, plan, verify
+    from streamconv.diagnose.doctor import doctor
+    from streamconv.engine.comparison import Comparison
+    from streamconv.planning.plan import Plan
+    from streamconv.recipe import Drop, Make, Option, Recipe, Rule, Side, Tie
+    from streamconv.running.results import Result
+    from streamconv.running.run import run
+
+_HOMES = {
+    "Checkpoint": "checkpoint.opening",
+    "Comparison": "engine.comparison",
+    "Drop": "recipe",
+    "Make": "recipe",
+    "Option": "recipe",
+    "Plan": "planning.plan",
+    "Recipe": "recipe",
+    "Result": "running.results",
+    "Rule": "recipe",
+    "Side": "recipe",
+    "TensorEntry": "checkpoint.entries",
+    "Tie": "recipe",
+    "convert": "convert.api",
+    "doctor": "diagnose.doctor",
+    "open": "checkpoint.opening:open_checkpoint",
+    "plan": "convert.api",
+    "run": "running.run",
+    "verify": "convert.api",
+}
+"""Name -> the module that it is imported from when it is asked for, and what it is called there if that is another name."""
 
 __all__ = [
     "BudgetError",
@@ -71,3 +98,20 @@ __all__ = [
     "run",
     "verify",
 ]
+
+import_module("streamconv.convert")
+del globals()["convert"]  # the package, which importing it puts there: `streamconv.convert` is the call
+
+
+def __getattr__(name: str) -> object:
+    if name == "recipes":
+        return import_module("streamconv.recipes")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, own = _HOMES[name].partition(":")
+    value = globals()[name] = getattr(import_module(f"streamconv.{module}"), own or name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

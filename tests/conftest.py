@@ -9,7 +9,7 @@ import pytest
 from checkpoint_files import ROOMY
 from hypothesis import HealthCheck, settings
 
-from streamconv.convert import api
+from streamconv.convert.options import ConvertOptions, Options, PlanOptions, VerifyOptions
 
 pytest_plugins = ("processes", "ranked_models", "seeded_defects", "toy_model")
 """Modules of tests/fixtures with fixtures of pytest."""
@@ -21,10 +21,10 @@ settings.register_profile("judged", settings.get_profile("desk"), derandomize=Tr
 settings.load_profile("judged" if os.environ.get("CI") else "desk")
 
 # The budget is the whole process's, and one that has run thousands of tests is larger than one that converts.
-api.MAX_MEMORY = ROOMY
-for call in (api.plan, api.verify):
-    assert call.__kwdefaults__["max_memory"]
-    call.__kwdefaults__["max_memory"] = ROOMY
+for kind in (ConvertOptions, PlanOptions, VerifyOptions):
+    assert kind.__init__.__kwdefaults__["max_memory"]
+    kind.__init__.__kwdefaults__["max_memory"] = ROOMY
+Options.__dataclass_fields__["max_memory"].default = ROOMY  # of the command
 
 
 @pytest.fixture(scope="module")

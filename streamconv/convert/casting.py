@@ -29,7 +29,7 @@ class Casting:
         keep: the patterns of ``--keep-dtype``: name patterns, or globs.
     """
 
-    def __init__(self, dtype: str | None, keep: Iterable[str]) -> None:
+    def __init__(self, dtype: object, keep: Iterable[str]) -> None:
         self._wanted = parse_dtype(dtype).name if dtype is not None else None
         if self._wanted not in (None, *CASTABLE):
             raise UsageError(f"--dtype {dtype}: tensors can be cast to {', '.join(CASTABLE)}")

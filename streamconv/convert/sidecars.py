@@ -9,8 +9,8 @@ from typing import Any
 
 from streamconv.checkpoint.components import find_components, find_pointers, look_beside, shorten
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, read_config
+from streamconv.convert.casting import Casting
 from streamconv.convert.dequantizing import PARAMS, Dequantization
-from streamconv.dtypes import parse_dtype
 from streamconv.errors import RecipeError
 from streamconv.formats.unrelated import is_known
 from streamconv.recipe import Conversion, Model, Recipe, Writer
@@ -30,7 +30,7 @@ def make_sidecars(
     beside: Folder | None,
     recipe: Recipe | None,
     conversion: Conversion,
-    dtype: str | None,
+    casting: Casting,
     dequantization: Dequantization | None = None,
 ) -> tuple[Sidecars, list[str]]:
     """The files beside the target's weights, and notes about them.
@@ -40,7 +40,7 @@ def make_sidecars(
         beside: ... unless this folder is given.
         recipe: may make files of its own, or None.
         conversion: what it made.
-        dtype: what floating tensors are cast to, or None.
+        casting: says what floating tensors are cast to.
         dequantization: what was made of a quantized source, or None.
     """
     root = beside or checkpoint.folder
@@ -69,15 +69,14 @@ def make_sidecars(
             notes.append(f"{CONFIG} is the source's own: give --sidecars-from a folder of the target model for one that its code reads")
         if missing := [name for name in recipe.target.expects if name not in sidecars]:
             notes.append(f"{', '.join(missing)}: not beside {root.url}; --sidecars-from a folder of the target model brings it along")
-    wanted = parse_dtype(dtype).name if dtype else None
     revise = dequantization.revise if dequantization else _keep
     if CONFIG in sidecars or CONFIG in made:
         given = made.get(CONFIG, config)
-        changed = _change(revise(CONFIG, given), wanted, conversion.config)
+        changed = _change(revise(CONFIG, given), casting.dtype, conversion.config)
         if CONFIG in made or changed != given:
             made[CONFIG] = changed
     configs = [*(f"{folder}/{CONFIG}" for folder in checkpoint.components if folder), *([PARAMS] if dequantization else [])]
-    made.update(_changed(root, [name for name in configs if name in sidecars], revise, wanted))
+    made.update(_changed(root, [name for name in configs if name in sidecars], revise, casting.dtype))
     for name, contents in made.items():
         if name not in sidecars or contents != (config if name == CONFIG else None):
             sidecars[name] = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()

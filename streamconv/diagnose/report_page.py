@@ -7,8 +7,8 @@ import os
 import platform
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import psutil
 from streamconv import memory
 from streamconv._version import __version__
 from streamconv.checkpoint.opening import open_checkpoint
+from streamconv.convert.options import ConvertOptions, Options, VerifyOptions, about_of, flags_of
 from streamconv.diagnose.report import LAYER, module_of
 from streamconv.dtypes import TensorSpec
 from streamconv.engine.comparison import Comparison, TensorDifference
@@ -28,13 +29,13 @@ from streamconv.recipe import Side
 from streamconv.recipes import get
 from streamconv.running.progress import Progress
 from streamconv.running.results import Result
+from streamconv.storage.folder import AnyPath
 from streamconv.text import one_line, without_secrets
 from streamconv.units import format_size
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 DIFFERING = 300  # rows of tensors that differ; of more, those with the largest differences
 PARTS = 200  # pieces of a file in the map
-_SHOWN_ELSEWHERE = {"command", "src", "dst", "a", "b", "report", "json", "quiet", "verbose", "no_progress", "yes"}
 
 
 def write(path: str, page: Mapping[str, Any]) -> None:
@@ -63,7 +64,7 @@ def _printable(value: Any) -> Any:
     return [_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def describe_conversion(result: Result, args: Namespace, progress: Progress) -> dict[str, Any]:
+def describe_conversion(result: Result, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
     """The page of a conversion."""
     plan, totals = result.plan, result.plan.totals
     rate = format_size(totals.bytes_written / max(result.seconds, 1e-9))
@@ -72,7 +73,7 @@ def describe_conversion(result: Result, args: Namespace, progress: Progress) -> 
     state, verdict = "good", "converted and verified" if result.verified else "converted"
     if comparison is not None:
         state = "good" if comparison.equal else "bad"
-        verdict += f", {'equal to' if comparison.equal else 'different from'} {args.compare}"
+        verdict += f", {'equal to' if comparison.equal else 'different from'} {options.compare_with}"
     figures = [
         ("written", format_size(totals.bytes_written), f"{len(plan.mapping):,} tensors in {len(plan.files):,} files"),
         ("time", _show_seconds(result.seconds), f"{rate}/s"),
@@ -81,7 +82,7 @@ def describe_conversion(result: Result, args: Namespace, progress: Progress) -> 
     ]
     specs = {row.target: row.spec for row in plan.mapping}
     return {
-        **_describe_run("Conversion", args.src, args.dst, args, progress, plan.workers),
+        **_describe_run("Conversion", options.src, options.dst, options, progress, plan.workers),
         "state": state,
         "verdict": verdict,
         "figures": figures,
@@ -99,11 +100,12 @@ def describe_conversion(result: Result, args: Namespace, progress: Progress) -> 
     }
 
 
-def describe_comparison(comparison: Comparison, args: Namespace, progress: Progress) -> dict[str, Any]:
+def describe_comparison(comparison: Comparison, options: VerifyOptions, progress: Progress) -> dict[str, Any]:
     """The page of a comparison."""
-    side = get(args.recipe).target if args.recipe else Side()
-    checkpoint = open_checkpoint(args.b, ranks=side.ranks, files=side.files, config=side.config)
-    unexpected, ties = set(comparison.unexpected), {} if args.recipe else checkpoint.ties
+    recipe = get(options.recipe) if isinstance(options.recipe, str) else options.recipe
+    side = recipe.target if recipe else Side()
+    checkpoint = open_checkpoint(options.b, ranks=side.ranks, files=side.files, config=side.config)
+    unexpected, ties = set(comparison.unexpected), {} if recipe else checkpoint.ties
     specs = {name: checkpoint[ties.get(name, name)].spec for name in {**checkpoint, **ties} if name not in unexpected}
     seconds = sum(phase.samples[-1][0] for phase in progress.phases)
     size = sum(spec.nbytes for spec in specs.values())
@@ -116,7 +118,7 @@ def describe_comparison(comparison: Comparison, args: Namespace, progress: Progr
         ("peak memory", format_size(memory.peak()), f"of {format_size(progress.budget or 0)}"),
     ]
     return {
-        **_describe_run("Comparison", args.a, args.b, args, progress, args.workers),
+        **_describe_run("Comparison", options.a, options.b, options, progress, options.workers),
         "state": "good" if comparison.equal else "bad",
         "verdict": "equal" if comparison.equal else "different",
         "figures": figures,
@@ -125,16 +127,15 @@ def describe_comparison(comparison: Comparison, args: Namespace, progress: Progr
     }
 
 
-def _describe_run(kind: str, source: str, target: str, args: Namespace, progress: Progress, workers: int | None) -> dict[str, Any]:
+def _describe_run(kind: str, source: AnyPath, target: AnyPath, options: Options, progress: Progress, workers: int | None) -> dict[str, Any]:
     """What pages have in common: what was asked for, how it went, where."""
-    arguments = {key.replace("_", "-"): value for key, value in vars(args).items() if key not in _SHOWN_ELSEWHERE}
     began = progress.phases[0].began if progress.phases else 0.0
     return {
         "kind": kind,
-        "source": source,
-        "target": target,
+        "source": str(source),
+        "target": str(target),
         "when": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "settings": [(key, _show_setting(value)) for key, value in arguments.items() if value not in (None, False, [])],
+        "settings": list(_describe_options(options)),
         "budget": progress.budget,
         "phases": [
             {"title": phase.title, "total": phase.total, "start": round(phase.began - began, 3), "samples": _round(phase.samples)}
@@ -145,12 +146,22 @@ def _describe_run(kind: str, source: str, target: str, args: Namespace, progress
     }
 
 
+def _describe_options(options: Options) -> Iterator[tuple[str, str]]:
+    """Options as the command line spells them, those that say nothing left out."""
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if option.default is not MISSING and about_of(option).commands and option.name != "report" and value:
+            yield flags_of(option)[-1].removeprefix("--"), _show_setting(value)
+
+
 def _round(samples: Iterable[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
     return [(round(seconds, 3), done, resident) for seconds, done, resident in samples]
 
 
 def _show_setting(value: object) -> str:
-    return "yes" if value is True else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, Mapping):
+        value = tuple(f"{key}={inner}" for key, inner in value.items())
+    return "yes" if value is True else ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _show_seconds(seconds: float) -> str:

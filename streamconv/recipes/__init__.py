@@ -7,7 +7,8 @@ A module here is declarations only: a tuple ``RECIPES``. Another package adds re
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from streamconv.recipe import Recipe
@@ -62,8 +63,13 @@ get = REGISTRY.get
 load = REGISTRY.load
 find_writer = REGISTRY.find_writer
 registry = REGISTRY.all
-match: Callable[[str | os.PathLike[str]], list[str]]
-"""The names of the recipes that fit a checkpoint, the likeliest first: set by what opens checkpoints, which stands above this."""
+
+
+def match(src: str | os.PathLike[str]) -> list[str]:
+    """The names of the recipes that fit a checkpoint, the likeliest first."""
+    matching = import_module("streamconv.diagnose.matching")  # opens checkpoints and so stands above this: when it is asked for only
+    names: list[str] = matching.match_recipes(src)
+    return names
 
 
 def is_named(recipe: Recipe, config: Mapping[str, Any]) -> bool:

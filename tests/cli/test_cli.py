@@ -26,7 +26,7 @@ from safetensors_files import BAD, PT, container, make, tensor
 import streamconv
 from streamconv.cli import command as cli
 from streamconv.dtypes import DTYPES
-from streamconv.engine import io, worker
+from streamconv.engine import io, writers
 from streamconv.engine.check import OutputCheck
 from streamconv.errors import RunError
 from streamconv.planning.plan import Plan
@@ -849,15 +849,15 @@ def interrupt(*given):
     signal.default_int_handler(*given)
 signal.signal(signal.SIGINT, interrupt)
 from streamconv.cli import command as cli
-from streamconv.engine import worker
-copy = worker.copy_range
+from streamconv.engine import writers
+copy = writers.copy_range
 def slow(*given):
     copy(*given)
     os.write(1, b"copied\\n")
     left[0] -= 1
     if left[0] <= 0:  # until the signal comes
         go_on.wait(600)
-worker.copy_range = slow
+writers.copy_range = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -934,7 +934,7 @@ def test_a_disk_that_fills_up_can_be_gone_on_with(source, tmp_path, capsys, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(*given)
 
-    monkeypatch.setattr(worker, "copy_range", full)
+    monkeypatch.setattr(writers, "copy_range", full)
     message = failure(capsys, 3, "convert", source, tmp_path / "dst", "--max-shard-size", "2KB")
     assert "no room left" in message
     assert "--resume" in message

@@ -13,7 +13,7 @@ import torch
 from checkpoint_files import numbered, run, write, write_bin, write_ckpt
 from seeded_defects import CONFIG, llama
 
-from streamconv.cli.command import EXAMPLES, _build_parser
+from streamconv.cli.parser import COMMANDS, build_parser
 from streamconv.diagnose import matching
 from streamconv.diagnose.doctor import examine
 from streamconv.diagnose.matching import rank_recipes, suggest_recipes
@@ -50,7 +50,7 @@ def pickled(tmp_path):
 
 
 def test_help_loads_nothing():
-    for command, found in loaded(("--help",), ("--version",), *((name, "--help") for name in EXAMPLES)):
+    for command, found in loaded(("--help",), ("--version",), *((name, "--help") for name in COMMANDS)):
         assert not found, command
 
 
@@ -84,27 +84,27 @@ def test_no_command_loads_what_it_does_not_need(healthy, pickled, tmp_path):
 # Help and completion -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", EXAMPLES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit) as ended:
         run(command, "--help")
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert EXAMPLES[command]
-    for example in EXAMPLES[command]:
+    assert COMMANDS[command].examples
+    for example in COMMANDS[command].examples:
         assert f"  streamconv {command} {example}".rstrip() in out
         words = shlex.split(example.partition(" > ")[0])
-        parsed = _build_parser().parse_args([command, *words])
+        parsed = build_parser().parse_args([command, *words])
         assert parsed.command == command
         if recipe := getattr(parsed, "recipe", None) or getattr(parsed, "name", None):
             assert recipe in registry() or recipe == "mine.yaml"
-            for option in [] if recipe == "mine.yaml" else getattr(parsed, "set", []):
+            for option in [] if recipe == "mine.yaml" else getattr(parsed, "options", []):
                 assert option.partition("=")[0] in registry()[recipe].settings
 
 
 def test_every_command_has_examples():
-    (commands,) = [action.choices for action in _build_parser()._actions if isinstance(action.choices, dict)]
-    assert set(EXAMPLES) == set(commands)
+    (commands,) = [action.choices for action in build_parser()._actions if isinstance(action.choices, dict)]
+    assert set(COMMANDS) == set(commands)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

@@ -24,6 +24,7 @@ from hub_server import hub
 from servers import s3
 
 from streamconv.cli import command as cli
+from streamconv.cli.parser import build_parser
 from tools.crash import read_tree
 
 README = Path(__file__).parent.parent.parent / "README.md"
@@ -167,11 +168,10 @@ def test_every_console_block_of_the_readme_is_run():
 
 def test_names_in_the_readme_exist():
     """Options and recipes that the text names are there."""
-    from streamconv.cli.command import _build_parser
     from streamconv.recipes import registry
 
     text = FILE.sub("", README.read_text())  # which call other programs, too
-    parser = _build_parser()
+    parser = build_parser()
     choices = parser._subparsers._group_actions[0].choices.values()
     known = {option for command in (parser, *choices) for action in command._actions for option in action.option_strings}
     for option in set(re.findall(r"(?<=[` ])--[a-z][a-z-]+", text)) - {"--write", "--reflink"}:  # of this file, and of cp
@@ -198,7 +198,7 @@ def test_scripts_and_manifests_are_well_formed():
 
 def test_what_scripts_give_streamconv_parses():
     """That of scripts whose clusters have no stand-in here, too."""
-    parser = cli._build_parser()
+    parser = build_parser()
     for name, text in read_files().items():
         if name.endswith((".sh", ".slurm")):
             lines = (shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines())

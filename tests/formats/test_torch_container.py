@@ -18,6 +18,7 @@ from checkpoint_files import assert_same, raw, read, refusal, run, write
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 
+from streamconv.checkpoint.opening import open_checkpoint
 from streamconv.convert import api
 from streamconv.digests import patches
 from streamconv.planning.plan import Plan
@@ -226,10 +227,10 @@ def test_casts(tmp_path, dtype):
 
 def test_detection_order(tmp_path):
     both = torch_shards(tmp_path / "both", {"a": torch.ones(900), "b": torch.ones(900)})
-    assert api.open_checkpoint(both).format == "torch"
+    assert open_checkpoint(both).format == "torch"
     write(both, {"a": torch.ones(2)})
-    assert api.open_checkpoint(both).format == "safetensors"
-    assert api.open_checkpoint(both).sidecars == ["config.json"], "neither container's files are sidecars"
+    assert open_checkpoint(both).format == "safetensors"
+    assert open_checkpoint(both).sidecars == ["config.json"], "neither container's files are sidecars"
     assert run("convert", both, tmp_path / "st", "--quiet") == 0
     assert listing(tmp_path / "st") == ["config.json", "model.safetensors"]
 

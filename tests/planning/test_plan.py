@@ -322,7 +322,7 @@ def test_what_is_no_file_is_no_plan(tmp_path, capsys, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "large").write_bytes(b"[" * 100)
-    monkeypatch.setattr("streamconv.cli.command.MOST_OF_PLAN", 50)
+    monkeypatch.setattr("streamconv.cli.commands.run.MOST_OF_PLAN", 50)
     for name in ("pipe", "folder", "device", "large", "absent", "\0"):
         assert "cannot be read" in refusal(capsys, tmp_path / name)
 

@@ -342,12 +342,14 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from streamconv.convert import api
+from streamconv.convert.options import PlanOptions
 from streamconv.running import run as running
 from streamconv.running.directory import Directory
 from streamconv.running.lock import Lock
 made = api.plan(sys.argv[1], sys.argv[2], max_memory="4GB", max_shard_size="500KB")
 Path(sys.argv[2]).mkdir()
-lock = Lock(Directory(Path(sys.argv[2])), made, api._describe(sys.argv[1], {"max_shard_size": "500KB"}))
+settings = PlanOptions(sys.argv[1], sys.argv[2], max_shard_size="500KB").identity()
+lock = Lock(Directory(Path(sys.argv[2])), made, settings)
 lock.take(goes_on=False)
 print("begun", flush=True)
 time.sleep(600)

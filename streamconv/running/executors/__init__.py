@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from streamconv.errors import UsageError
-from streamconv.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from streamconv.planning.plan import Plan
 
 LOCAL = "local"
-MakeFiles = Callable[[Plan, Iterable[int], Callable[[int], None]], Counter[str]]
+MakeFiles = Callable[["Plan", Iterable[int], Callable[[int], None]], Counter[str]]
 """Makes files of a plan, by number, each complete under its name or not at all, and tells how many bytes have come; gives how many values
 overflowed, by target. What it raises is a StreamconvError, and finished files stay."""
 

@@ -1,0 +1,1 @@
+"""The commands, a module each, which is loaded when its command is given: ``execute`` carries it out and returns the exit code."""

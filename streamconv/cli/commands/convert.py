@@ -1,0 +1,47 @@
+"""``streamconv convert SRC DST``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+
+from streamconv.cli.console import Console
+from streamconv.cli.parser import read_options
+from streamconv.cli.showing import ending_softly, make_progress, print_result, suggest_recipes
+from streamconv.convert import api
+from streamconv.convert.options import ConvertOptions
+from streamconv.errors import UsageError, writing
+from streamconv.storage import is_url
+
+
+def execute(args: argparse.Namespace, out: Console) -> int:
+    """Converts, and says what it came to."""
+    if args.reclaim_source and not args.yes:
+        _confirm(args, out)
+    progress = make_progress(args)
+    options = read_options(args, ConvertOptions)
+    with ending_softly() if is_url(args.dst) else nullcontext():
+        result = api.convert(**options, progress=progress)
+    if args.report:
+        from streamconv.diagnose import report_page
+
+        with writing():
+            report_page.write(args.report, report_page.describe_conversion(result, ConvertOptions(**options), progress))
+    print_result(args, out, result)
+    suggest_recipes(args, out)
+    return 0
+
+
+def _confirm(args: argparse.Namespace, out: Console) -> None:
+    """Asks on the terminal whether the source may go.
+
+    Raises:
+        UsageError: it may not, or there is nobody to ask.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError("--reclaim-source deletes SRC's weights while they are converted: without a terminal to ask on, say --yes, too")
+    question = out.show(f"{args.src}: its weights will be deleted, part by part, as soon as {args.dst} has them. Go on? [y/N]")
+    print(question, end=" ", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+        raise UsageError("--reclaim-source: not confirmed, nothing was done; leave it out to keep SRC")

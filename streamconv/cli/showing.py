@@ -1,0 +1,67 @@
+"""What several commands print beside what they are for: bars, results, recipes worth a look."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from streamconv import interrupts
+from streamconv.cli.console import Console, StdoutError
+from streamconv.diagnose import matching, report
+from streamconv.errors import StreamconvError
+from streamconv.running.progress import Progress
+from streamconv.running.results import Result
+from streamconv.text import join_lines
+from streamconv.units import parse_size
+
+
+def shows_bar(args: argparse.Namespace) -> bool:
+    """Whether a bar may be shown."""
+    return not (args.quiet or args.no_progress)
+
+
+def make_progress(args: argparse.Namespace) -> Progress:
+    """How to show a run and, for its report, what to keep of it.
+
+    Raises:
+        UsageError: the report cannot be written.
+    """
+    if args.report:
+        report.check_page(args.report)
+    return Progress(shows_bar(args), args.verbose, parse_size(args.max_memory), record=args.report is not None)
+
+
+def print_result(args: argparse.Namespace, out: Console, result: Result) -> None:
+    """Says what a run came to. What it was to make is made: a stdout that is gone is a note on stderr."""
+    try:
+        if args.json:
+            out.say_json(result.summary())
+        elif not args.quiet:
+            out.say(join_lines([*(f"note: {note}" for note in result.notes), *str(result).split("\n")]))
+            if result.comparison:
+                out.say(f"compared with {args.compare_with}: {result.comparison}")
+        out.flush()
+    except StdoutError as error:
+        if error.reason:
+            out.complain(f"note: all is done, but stdout cannot be written: {error.reason}")
+
+
+def suggest_recipes(args: argparse.Namespace, out: Console) -> None:
+    """Names the recipes that config.json points at, where none was asked for."""
+    if args.recipe or args.json or args.quiet:
+        return
+    with suppress(StreamconvError):
+        if names := matching.suggest_recipes(args.src):
+            out.say(f"note: for another layout of this model: --recipe {' or '.join(names)}")
+
+
+@contextmanager
+def ending_softly() -> Iterator[None]:
+    """Has what schedulers send before they kill be an interrupt, so that nothing unfinished is left."""
+    before = signal.signal(signal.SIGTERM, interrupts.handle if interrupts.is_installed() else signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,88 @@
+"""What is converted or compared: a recipe by its name, and checkpoints as its sides store them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from streamconv import memory, recipes
+from streamconv.checkpoint.opening import Checkpoint, detect_format, find_checkpoint
+from streamconv.convert.options import Options, PlanOptions, VerifyOptions
+from streamconv.convert.sides import open_other, open_side
+from streamconv.errors import UsageError
+from streamconv.formats.catalog import locate
+from streamconv.formats.registry import containers
+from streamconv.recipe import Recipe, Side
+from streamconv.running.destination import RemoteTarget, Target
+from streamconv.storage.folder import Folder
+from streamconv.units import parse_size
+
+
+def find_recipe(options: Options) -> Recipe | None:
+    """The recipe that is asked for. Raises RecipeError: there is none of that name, or its file is wrong."""
+    return recipes.get(options.recipe) if isinstance(options.recipe, str) else options.recipe
+
+
+def split_root(options: Options, recipe: Recipe | None) -> tuple[str | None, dict[str, object]]:
+    """Where the tensors are in a file that torch.save wrote, which can be said with any recipe, and the recipe's own options."""
+    settings = dict(options.options or {})
+    root = None if recipe is not None and "root" in recipe.options else settings.pop("root", None)
+    return None if root is None else str(root), settings
+
+
+def open_source(
+    options: PlanOptions, recipe: Recipe | None, root: str | None, target: Target | RemoteTarget
+) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint at SRC, and notes on what of it has no place in DST.
+
+    Raises:
+        StreamconvError: it cannot be read.
+        UsageError: it consists of components, and a recipe, or a DST that is one file, takes one model.
+    """
+    with memory.bounded(parse_size(options.max_memory)):
+        checkpoint = open_side(options.src, recipe.source if recipe else Side(), root, options.variant)
+    if not (target.file or recipe):
+        return checkpoint, []
+    others = ", ".join(filter(None, checkpoint.components))
+    if "" not in checkpoint.components:
+        what = f"DST {target.path} is one file" if target.file else "a recipe converts one model"
+        raise UsageError(f"{checkpoint.path}: consists of {others}, and {what}: give one of them as SRC")
+    if not (target.file and others):
+        return checkpoint, []
+    return checkpoint.select([""]), [f"{others}: left behind, as DST is one file; a directory holds them too"]
+
+
+def open_both(options: VerifyOptions, recipe: Recipe | None, root: str | None) -> tuple[Checkpoint, Checkpoint]:
+    """Two checkpoints to compare; the root is that of the first, and of the second if it has one or the first cannot have any."""
+    first, second = (recipe.source, recipe.target) if recipe else (Side(), Side())
+    a, b, variant = options.a, options.b, options.variant
+    with memory.bounded(parse_size(options.max_memory)):
+        nests = [containers()[detect_format(find_checkpoint(path)[0])].nests for path in (a, b)] if root is not None else []
+        if nests == [False, True]:
+            return open_side(a, first, None, variant), open_other(b, second, variant, root)
+        left = open_side(a, first, root, variant)
+        if nests == [True, True]:
+            with suppress(UsageError):
+                return left, open_other(b, second, variant, root)
+        return left, open_other(b, second, variant)
+
+
+def find_beside(options: Options) -> Folder | None:
+    """The folder that config and tokenizer files come from instead of SRC's.
+
+    Raises:
+        UsageError: it is no folder.
+    """
+    if options.sidecars_from is None:
+        return None
+    location = locate(options.sidecars_from)
+    if not location.is_folder:
+        raise UsageError(f"--sidecars-from {location}: not a directory")
+    return location.folder
+
+
+def local_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files of a checkpoint that are on this machine."""
+    contents = checkpoint.contents
+    paths = (file.local for file in (*contents.files, *contents.others))
+    return [path for path in paths if path is not None]

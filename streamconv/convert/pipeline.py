@@ -1,0 +1,135 @@
+"""From options to a plan, one step after the other: open, apply the recipe, lay out, compile, look at what may be in the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from streamconv import memory
+from streamconv.checkpoint.opening import Checkpoint
+from streamconv.convert.casting import Casting
+from streamconv.convert.conversion import convert_tensors, find_ties, store_once
+from streamconv.convert.dequantizing import dequantize
+from streamconv.convert.notes import note_layouts, note_ties
+from streamconv.convert.opening import find_beside, find_recipe, local_files, open_source, split_root
+from streamconv.convert.options import Options, PlanOptions
+from streamconv.convert.sidecars import make_sidecars
+from streamconv.convert.sides import Wanted, lay_out_components
+from streamconv.engine.io import BLOCK
+from streamconv.engine.readers import BACKENDS
+from streamconv.errors import DestinationError, UsageError
+from streamconv.formats.registry import DEFAULT, containers
+from streamconv.planning.compiler import compile_plan
+from streamconv.planning.fitting import Budget, check_workers
+from streamconv.planning.plan import Mapping as Row
+from streamconv.planning.plan import Plan
+from streamconv.recipe import read_identity_options
+from streamconv.recipe.vocabulary import sampling
+from streamconv.running.destination import RemoteTarget, Target, target_of
+from streamconv.running.directory import check_folders, check_names
+from streamconv.running.executors import executor_of
+from streamconv.running.kept import check_sources_stay
+from streamconv.running.run import with_reclaim
+from streamconv.running.streams import staged_bytes
+from streamconv.storage import is_url
+from streamconv.storage.folder import Folder
+from streamconv.units import parse_size
+
+
+def make_plan(options: PlanOptions) -> Plan:
+    """What `convert` would do with these options.
+
+    Raises:
+        StreamconvError: anything that can be refused before the first byte.
+    """
+    floor = memory.peak()
+    executor = executor_of(options.engine)
+    executor_bytes = executor.load(str(options.dst))
+    workers = executor.threads if options.workers is None else options.workers
+    check_backend(options)
+    recipe = find_recipe(options)
+    target = target_of(options.dst, options.format, recipe.target.format if recipe else DEFAULT, create_pr=options.create_pr)
+    root, settings = split_root(options, recipe)
+    keeps_ties = recipe is not None or read_identity_options(settings)["tied"] == "keep"
+    checkpoint, left_behind = open_source(options, recipe, root, target)
+    _check_target(target, checkpoint, options)
+    beside = find_beside(options)
+
+    casting = Casting(options.dtype, options.keep_dtype)
+    dequantization = dequantize(checkpoint, casting, renames=recipe is not None) if options.dequantize else None
+    if dequantization is not None:
+        checkpoint = dequantization.checkpoint
+    conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, dequantization)
+    container = containers()[target.format]
+    ties = find_ties(checkpoint.others if recipe else checkpoint, conversion) if container.ties != "copied" and keeps_ties else {}
+    if options.align and "align" not in container.takes:
+        raise UsageError(f"--align: {target.format} files have an alignment of their own: leave it out")
+    if container.ties == "named":
+        conversion = store_once(conversion, ties)
+
+    shard_bytes = parse_size(options.max_shard_size)
+    limit = None if options.single_file or target.file else shard_bytes
+    metadata = {"format": "pt", **sampling(conversion.outputs.values())}
+    wanted = Wanted(target, limit, ties, metadata, BLOCK if options.align else None)
+    layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, wanted)
+    sidecars, sidecar_notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, casting, dequantization)
+    notes = [*checkpoint.contents.notes, *left_behind, *note_ties(ties), *conversion.notes, *sidecar_notes]
+    plan = compile_plan(
+        conversion.outputs,
+        layouts,
+        root=str(target.root),
+        single=target.file,
+        format=target.format,
+        budget=Budget(
+            parse_size(options.max_memory),
+            check_workers(workers, remote=is_url(options.src)),
+            lambda: _bytes_taken(floor) + executor_bytes,
+        ),
+        sidecars=sidecars,
+        mapping=(Row(*row) for row in conversion.rows),
+        dropped=conversion.dropped,
+        notes=[*notes, *note_layouts(checkpoint, target, layouts, limit)],
+        replicas=conversion.replicas,
+        read_backend=options.read_backend,
+        reasons=conversion.reasons,
+        tied=len(conversion.tied) + len(ties),
+    )
+    check_sources_stay(plan, _read_files(checkpoint, beside, plan), overwrite=options.overwrite)
+    return _check_room(plan, target, options)
+
+
+def check_backend(options: Options) -> None:
+    """Raises UsageError: there is no such read backend."""
+    if options.read_backend not in BACKENDS:
+        raise UsageError(f"unknown read backend {options.read_backend!r}: known are {', '.join(BACKENDS)}")
+
+
+def _check_target(target: Target | RemoteTarget, checkpoint: Checkpoint, options: PlanOptions) -> None:
+    try:
+        target.check(checkpoint, overwrite=options.overwrite, resume=options.resume)
+    except OSError as error:
+        raise DestinationError(f"{target.path}: cannot be looked at: {error.strerror}; give another DST") from error
+
+
+def _check_room(plan: Plan, target: Target | RemoteTarget, options: PlanOptions) -> Plan:
+    """The plan with the room that it takes at DST. Raises StreamconvError: its files cannot be made there."""
+    if isinstance(target, RemoteTarget):
+        if options.reclaim_source:
+            raise UsageError(f"--reclaim-source: {target.path} is no path of this machine: leave it out")
+        return replace(plan, totals=replace(plan.totals, disk_needed=staged_bytes(plan)))
+    check_folders(plan, target.root)
+    check_names(plan, target.root)
+    return with_reclaim(plan) if options.reclaim_source else plan
+
+
+def _read_files(checkpoint: Checkpoint, beside: Folder | None, plan: Plan) -> list[Path]:
+    """Files of this machine that planning has read, or may have: those of the source, and in its folder what is called as outputs are."""
+    folders = [checkpoint.folder if checkpoint.location.is_folder else None, beside]
+    paths = [folder.local for folder in folders if folder is not None and folder.local is not None]
+    return [*local_files(checkpoint), *(path / file.path for path in paths for file in plan.files)]
+
+
+def _bytes_taken(floor: int) -> int:
+    """What the process takes: its high-water mark if planning set a new one, else what is resident now."""
+    peak = memory.peak()
+    return peak if peak > floor else memory.resident()
