@@ -11,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from itertools import chain, combinations, permutations
 from pathlib import Path
@@ -197,6 +197,7 @@ class _Matching:
     def __init__(self, sources: list[Folded], targets: list[Folded]) -> None:
         self.all_sources = list(sources)
         self.sources, self.targets = sources, targets
+        self.largest = _largest([*sources, *targets])
         self.lines: list[tuple[int, Line]] = []
         self.partners: dict[Folded, Folded] = {}
 
@@ -216,6 +217,9 @@ class _Matching:
         return [line for _, line in sorted(self.lines, key=lambda entry: entry[0])] + ties
 
     def _add(self, sources: Sequence[Folded], targets: Sequence[Folded], line: Line) -> None:
+        each = min((folded.numbers for folded in (*sources, *targets)), key=len)
+        if any(len(numbers) <= self.largest[place] for place, numbers in enumerate(each)):
+            line = replace(line, fields={**line.fields, "sparse": True})
         self.lines.append((min(map(self.all_sources.index, sources)), line))
         self.sources = [folded for folded in self.sources if folded not in sources]
         self.targets = [folded for folded in self.targets if folded not in targets]
@@ -284,6 +288,15 @@ class _Matching:
                     fields = {"tie": _named(a), "stored": _named(b), "right": _named(head)}
                     yield Line(fields, "the head repeats the embedding; add when: tie_word_embeddings if it need not")
                     break
+
+
+def _largest(folds: Iterable[Folded]) -> dict[int, int]:
+    """The largest number that a capture has anywhere, by its place in a name."""
+    largest: dict[int, int] = {}
+    for folded in folds:
+        for place, numbers in enumerate(folded.numbers):
+            largest[place] = max(largest.get(place, 0), *numbers)
+    return largest
 
 
 def _usual_order(part: Folded) -> tuple[int, Any]:

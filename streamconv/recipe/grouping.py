@@ -69,9 +69,9 @@ class Grouping:
         return instances
 
     def _numberings(self, fact: Rule | Drop) -> tuple[Numbering, Numbering | None]:
-        """The names on the left of a fact, and on its right."""
+        """The names on the left of a fact, and those on its right if their numbers are other ones."""
         right = self._sizes.numbering(fact, fact.binding.right) if isinstance(fact, Rule) else None
-        return self._sizes.numbering(fact, parse_names(fact.left)), right
+        return self._sizes.numbering(fact, parse_names(fact.left)), right if right and right.shifts else None
 
     def _hold(self, fact: Rule | Drop, numbers: Values, left: Numbering, right: Numbering | None) -> Values | None:
         """The values of captures for the numbers in a name, or None where the fact is not for it."""

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from toy_model import fused
 
 from streamconv.diagnose.draft import SCHEMA, draft, fold, read_shapes
+from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import CoverageError
+from streamconv.formats import Source
 from streamconv.notation.names import parse
 from streamconv.recipe import Recipe
 
@@ -188,6 +190,12 @@ def test_numbers_fold_where_shapes_agree():
     assert [folded.parts for folded in fold({"fc1.weight": (1,), "linear_2.w": (1,)})] == [("fc1.weight",), ("linear_2.w",)]
 
 
+def test_numbers_that_are_not_everywhere_make_a_sparse_rule():
+    source = {f"eyes.{i}.w": (2, 3) for i in range(2)} | {f"text.{i}.w": (4, 5) for i in range(4)} | {f"n.{i}.b": (6,) for i in (1, 2)}
+    rules, _ = made(source, {f"m.{name}": shape for name, shape in source.items()})
+    assert {rule["rule"]: rule.get("sparse", False) for rule in rules} == {"eyes.{i}.w": True, "n.{i}.b": True, "text.{i}.w": False}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     names=st.lists(st.text("ab.{}01/_", min_size=1, max_size=8), min_size=1, max_size=6, unique=True),
@@ -199,5 +207,9 @@ def test_any_names_make_a_draft_of_themselves(names, sizes):
     rules, unmade = made(shapes, shapes)
     assert not unmade
     assert all(rule["rule"] == rule["right"] for rule in rules)
+    recipe = Recipe.from_dict({"name": "x", "rules": rules})
+    assert set(recipe.apply({name: Source(TensorSpec(DTYPES["float32"], shape), ()) for name, shape in shapes.items()}).outputs) == set(
+        shapes
+    )
     patterns = [parse(rule["rule"]) for rule in rules]
     assert all(sum(pattern.match(name) is not None for pattern in patterns) == 1 for name in shapes)

@@ -177,8 +177,6 @@ def hf_files(model: Model) -> dict[str, Any]:
 
 
 _SPLIT = Recipe(
-    name="",
-    summary="",
     rules=(
         Rule("model.embed_tokens.weight", _EMBEDDING),
         _norm("model.norm.weight", "model.norm_out.weight"),

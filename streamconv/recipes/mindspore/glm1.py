@@ -20,8 +20,6 @@ def _same(name: str, when: str | None = None, *, optional: bool = False, sparse:
 
 
 _NAMES = Recipe(
-    name="",
-    summary="",
     rules=(
         Rule("transformer.word_embeddings.weight", "transformer.word_embeddings.embedding_table"),
         Rule(*_INPUT_NORM, when="half", cast="float16", firm=True),

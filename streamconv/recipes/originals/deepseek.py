@@ -51,9 +51,6 @@ TO_RANKS = Recipe(
     options={**_LAYERS, **from_config(n_experts="n_routed_experts")},
     reference="deepseek-ai/DeepSeek-V3 at 9b4e978, inference/convert.py",
     then=TensorParallel(
-        name="",
-        summary="",
-        rules=(),
         options={"model_parallel": Option("how many ranks", 8)},
         right=RANKS,
         own=PLAN,

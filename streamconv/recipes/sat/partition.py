@@ -236,7 +236,7 @@ def pair(
     """
     hf = replace(hf, writes=writes[1])
     known = {"tokenizer_type": Option("what model_config.json says of the tokenizer"), **(options or {})}
-    parts = [Recipe(name="", summary="", rules=sparse(*rules), dims=dims or {}) for rules in stages]
+    parts = [Recipe(rules=sparse(*rules), dims=dims or {}) for rules in stages]
     parts[0] = replace(parts[0], options=known, requires=requires or {}, left=hf)
     back = chain(*parts).inverse("")
     there = replace(
