@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from streamconv import codec
 from streamconv.errors import FormatError, RecipeError
@@ -93,8 +93,10 @@ def _spelt_out(step: object) -> object:
 
 def options(rows: object, where: str) -> dict[str, Option]:
     """Options by name; their help may be missing. Raises RecipeError."""
-    found = {}
-    for name, row in mapping(rows, f"{where}, options").items():
+    table, found = mapping(rows, f"{where}, options"), {}
+    if len(table) > MOST:
+        raise RecipeError(f"{where}: {len(table)} options, {MOST} at most")
+    for name, row in table.items():
         with within(name):
             found[name] = build(Option, row, f"{where}, option {name}")
     return found
@@ -138,12 +140,17 @@ def _decode(name: str, value: object, wanted: Any, where: str) -> Any:
     try:
         return codec.convert(value, wanted)
     except FormatError as error:
-        fault = _FAULT.fullmatch(str(error))
-        expected = (
-            " or ".join(filter(None, get_args(wanted))) if fault is None else _WORD.sub(lambda word: _WORDS[word[0]], fault["expected"])
-        )
-        verb = "hold" if fault and fault["inside"] else "be"
-        raise RecipeError(f"{where}: {name} must {verb} {expected}, found {reprlib.repr(value)}") from error
+        raise RecipeError(f"{where}: {name} must {_expected(str(error), wanted)}, found {reprlib.repr(value)}") from error
+
+
+def _expected(fault: str, wanted: Any) -> str:
+    """What a value must be or hold, in words: of a fault such as ``Expected int | str, got array - at $[...]``."""
+    if get_origin(wanted) is Literal:
+        return f"be {' or '.join(filter(None, get_args(wanted)))}"
+    form = _FAULT.fullmatch(fault)
+    if form is None:
+        return f"be readable ({fault})"
+    return ("hold " if form["inside"] else "be ") + _WORD.sub(lambda word: _WORDS[word[0]], form["expected"])
 
 
 _FAULT = re.compile(r"Expected (?P<expected>.*?)(?:, got .*?)?(?: - at \$(?P<inside>.+))?")

@@ -38,6 +38,7 @@ FILES = {
     "nested stages": (RULE + "then: " + "{then: " * 100 + "{}" + "}" * 100, "nested more than 32 deep"),
     "rules": (f"rules: [{many('{{rule: a{}, right: b}}', 5000)}]", "1 to 4096 rules"),
     "choices": (RULE + f"options: {{a: {{choices: [{many('c{}', 5000)}]}}}}", "choices must be a list of length <= 4096"),
+    "options": (RULE + f"options: {{{many('c{}: {{}}', 5000)}}}", "5000 options, 4096 at most"),
     "dims": (RULE + f"dims: {{{many('c{}: 1', 5000)}}}", "dims must be a mapping of length <= 4096"),
     "captures": (f"rules: [{{rule: '{'.'.join(f'{{a{k}}}' for k in range(300))}', right: b}}]", "at most 32 captures"),
     "a long pattern": (f"rules: [{{rule: {'a' * 300_000}, right: b}}]", "a pattern of 300000 characters, 8192 at most"),
