@@ -9,14 +9,13 @@ from itertools import chain
 from pathlib import Path
 
 from streamconv.digests import read_patches
-from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse, share_descriptors
+from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
 from streamconv.engine.readers import Reader, known_urls, make_reader
-from streamconv.engine.worker import Worker
+from streamconv.engine.worker import Worker, Workers
 from streamconv.errors import CoverageError, Interrupted
 from streamconv.planning.plan import Copy, Plan
 from streamconv.storage import Version, is_url
-from streamconv.threads import run_threads
 
 STEP = CHUNK // 2  # bytes of each side at a time
 HALF = STEP + BLOCK  # bytes of a reader's buffer for each side
@@ -55,12 +54,9 @@ class OutputCheck:
     ) -> None:
         self._plan, self._progress = plan, progress
         self._path_of = path_of or (lambda number: Path(plan.root) / plan.files[number].path)
-        self._workers, self._descriptors = share_descriptors(plan.workers)
-        self._urls = known_urls(plan)
-        if is_url(plan.root):
-            self._urls |= {str(self._path_of(number)): Version(file.size) for number, file in enumerate(plan.files)}
+        made = enumerate(plan.files) if is_url(plan.root) else ()
+        self._workers = Workers(plan, {str(self._path_of(number)): Version(file.size) for number, file in made})
         self._lock = threading.Lock()
-        self._stop = threading.Event()
         self._different: set[int] = set()
 
     def run(self) -> str | None:
@@ -71,8 +67,7 @@ class OutputCheck:
 
     def find_wrong_literals(self, numbers: Iterable[int]) -> set[int]:
         """Those files whose literals are not what is planned or whose checksums are not those of its bytes."""
-        worker, buffer = self._make_worker(), memoryview(bytearray(STEP))
-        reader = worker.reader
+        reader, buffer = self._workers.own.reader, memoryview(bytearray(STEP))
         wrong = set()
         try:
             for number in numbers:
@@ -81,30 +76,24 @@ class OutputCheck:
                 if not all(self._same(path, offset, memoryview(data), reader) for offset, data in chain(file.literals, found)):
                     wrong.add(number)
         finally:
-            worker.close()
+            self._workers.close()
         return wrong
 
     def compare(self, tasks: Iterator[Task], *, to_first: bool = False) -> set[int]:
         """The files that do not hold what one of the ``tasks`` has written, or the first of them that is found."""
-        run_threads(self._workers, partial(self._work, to_first=to_first), tasks, self._stop)
+        self._workers.run(partial(self._work, to_first=to_first), tasks)
         return self._different
 
     def _work(self, tasks: Iterator[Task], *, to_first: bool) -> None:
-        worker = self._make_worker()
         try:
             for task in tasks:
-                if task[0] not in self._different and not self._compare(task, worker):
+                if task[0] not in self._different and not self._compare(task, self._workers.own):
                     self._different.add(task[0])
                     if to_first:
-                        self._stop.set()
+                        self._workers.stop.set()
         except Interrupted:
             if not (to_first and self._different):
                 raise
-        finally:
-            worker.close()
-
-    def _make_worker(self) -> Worker:
-        return Worker(self._plan, self._descriptors, self._urls, self._stop)
 
     def _compare(self, task: Task, worker: Worker) -> bool:
         """Whether the bytes that a task wrote are in the file."""

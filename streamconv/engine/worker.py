@@ -1,21 +1,23 @@
-"""What one thread of an engine holds and does: it reads sources, computes tiles in memory of its own, hands both to writers."""
+"""The threads of a run: each reads sources, computes tiles in memory of its own, and hands both to writers."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse
+from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse, share_descriptors
 from streamconv.engine.order import tile_pieces
-from streamconv.engine.readers import make_reader
+from streamconv.engine.readers import BACKENDS, known_urls, make_reader
 from streamconv.engine.writers import Writer
 from streamconv.errors import Interrupted
 from streamconv.graph.moves import Move, region
 from streamconv.planning.plan import Compute, Copy, Plan
 from streamconv.storage import Version, is_url
+from streamconv.threads import Item, run_threads
 
 if TYPE_CHECKING:
     from streamconv.graph.evaluate import Arena
@@ -61,6 +63,19 @@ class Worker:
             arena.overflowed = 0
         return out.data.cast("B")
 
+    def digest(self, path: str, nbytes: int, kind: Callable[[], Any] = hashlib.sha256) -> str:
+        """The digest of a file of this machine."""
+        reader, buffer, digest = BACKENDS[self._plan.read_backend](2), self.reader.buffer(), kind()
+        try:
+            for start in range(0, nbytes, CHUNK):
+                self.raise_if_stopped()
+                size = min(CHUNK, nbytes - start)
+                at = reader.load(path, start, size, buffer)
+                digest.update(buffer[at : at + size])
+        finally:
+            reader.close()
+        return str(digest.hexdigest())
+
     def _read(self, path: str, offset: int, view: memoryview) -> None:
         self.raise_if_stopped()
         self.reader.read(path, offset, view)
@@ -96,3 +111,52 @@ class Worker:
         for at, offset, nbytes in tile_pieces(tile, itemsize):
             writer.write(packed[at : at + nbytes], segment.dst + offset)
         return tile.numel * itemsize
+
+
+class Workers:
+    """The workers of a run, one for each of its threads, as many as may have files open.
+
+    Args:
+        plan: that their tasks are of.
+        urls: that they read beside the plan's sources, with size and version.
+
+    Attributes:
+        count: how many there may be.
+        urls: all that they read.
+        stop: is set to have them end.
+        overflowed: of those that have ended; see `Worker.overflowed`.
+    """
+
+    def __init__(self, plan: Plan, urls: Mapping[str, Version] | None = None) -> None:
+        self._plan = plan
+        self.count, self._descriptors = share_descriptors(plan.workers)
+        self.urls = {**known_urls(plan), **(urls or {})}
+        self.stop, self.overflowed = threading.Event(), Counter[str]()
+        self._lock, self._local = threading.Lock(), threading.local()
+
+    @property
+    def own(self) -> Worker:
+        """The worker of the thread that asks."""
+        if not hasattr(self._local, "worker"):
+            self._local.worker = Worker(self._plan, self._descriptors, self.urls, self.stop)
+        worker: Worker = self._local.worker
+        return worker
+
+    def run(self, work: Callable[[Iterator[Item]], None], items: Iterable[Item], most: int | None = None) -> None:
+        """Has the threads do their ``work``, ``most`` of them; see `run_threads`."""
+
+        def work_and_close(shared: Iterator[Item]) -> None:
+            try:
+                work(shared)
+            finally:
+                self.close()
+
+        run_threads(min(self.count, most or self.count), work_and_close, items, self.stop)
+
+    def close(self) -> None:
+        """Closes the worker of the thread that asks."""
+        if hasattr(self._local, "worker"):
+            self.own.close()
+            with self._lock:
+                self.overflowed += self.own.overflowed
+            del self._local.worker

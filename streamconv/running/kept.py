@@ -9,9 +9,9 @@ from pathlib import Path
 from streamconv.errors import DestinationError, UsageError
 from streamconv.planning.plan import Plan
 from streamconv.running.directory import Directory, partial
-from streamconv.running.local import SUMS
 from streamconv.running.output import state_name
 from streamconv.running.stale import find_stale, list_stale
+from streamconv.running.sums import SUMS
 from streamconv.storage import is_url
 from streamconv.storage.places import Place, identify, place_of, places_of
 

@@ -14,29 +14,25 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
-from streamconv.digests import Crc32, format_sums, read_patches
+from streamconv.digests import Crc32, read_patches
 from streamconv.engine.check import OutputCheck
 from streamconv.engine.direct import allocate, shares_extents
 from streamconv.engine.io import (
-    CHUNK,
     NOFOLLOW,
     PositionedReader,
     describe_os_error,
     is_sparse,
     located,
     make_folders,
-    share_descriptors,
     sync_directory,
     write,
 )
 from streamconv.engine.order import Task, place_of, tasks_in_order
-from streamconv.engine.readers import BACKENDS, known_urls
-from streamconv.engine.worker import Worker
+from streamconv.engine.worker import Workers
 from streamconv.engine.writers import LocalFiles, Writer
 from streamconv.errors import DestinationError, RunError, SourceChanged, UsageError, unforeseen, writing
 from streamconv.graph.moves import Move
@@ -44,15 +40,14 @@ from streamconv.planning.plan import Compute, Copy, Plan, Segment, SourceFile
 from streamconv.running.directory import PARTIAL, holds, partial
 from streamconv.running.log import Log
 from streamconv.running.reclaim import Reclaim, find_reads
+from streamconv.running.sums import write_sums
 from streamconv.storage import is_url
 from streamconv.storage.ranges import fingerprint, fingerprints
-from streamconv.threads import run_threads
 from streamconv.units import format_size
 
 SAVE_BYTES = 1 << 30  # bytes of output, at most, after which what is done is made durable and noted ...
 SAVE_SECONDS = 10.0  # ... or after so long
 LOOK_SECONDS = 30.0  # between two looks at a source behind a URL
-SUMS = "SHA256SUMS"
 _log = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 """Told how many bytes of output have come since the last call."""
@@ -110,22 +105,22 @@ class LocalEngine:
         self._checksum, self._reclaim, self._suffix = checksum, reclaim, suffix
         self._root = Path(plan.root)
         self._sources = {source.path: source for source in plan.sources}
-        self._workers, self._descriptors = share_descriptors(plan.workers)
+        self._workers = Workers(plan)
         self._is_direct = plan.read_backend == "auto" and not shares_extents(self._root)
-        self._targets = LocalFiles(min(16, self._workers), is_direct=self._is_direct)
-        self._stop = threading.Event()
+        self._targets = LocalFiles(min(16, self._workers.count), is_direct=self._is_direct)
         self._lock = threading.Lock()
-        self.overflowed: Counter[str] = Counter()
-        """See `Worker.overflowed`; of all workers of this run."""
-        self._urls = known_urls(plan)
-        self._looked_at = dict.fromkeys(self._urls, time.monotonic())
+        self._looked_at = dict.fromkeys(self._workers.urls, time.monotonic())
         self._remaining: dict[int, int] = {}
         self._keeps_holes: dict[int, bool] = {}
-        self._local = threading.local()
         self._saving = threading.Lock()
         self._unsaved: dict[int, list[int]] = {}
         self._unsaved_bytes, self._saved_at = 0, time.monotonic()
         self._save_bytes = min(SAVE_BYTES, max((file.size for file in plan.files), default=0) // 2)
+
+    @property
+    def overflowed(self) -> Counter[str]:
+        """See `Worker.overflowed`; of all workers of this run."""
+        return self._workers.overflowed
 
     def run(self) -> None:
         """Runs the plan to its commit.
@@ -149,6 +144,7 @@ class LocalEngine:
         except OSError as error:
             raise describe_os_error(error, str(self._root)) from error
         finally:
+            self._workers.close()
             self._targets.close()
 
     def _make(self, numbers: Iterable[int]) -> None:
@@ -205,7 +201,7 @@ class LocalEngine:
         for number in set(hashed) - wrong:
             recorded = self._log.finished[known[number]]
             kind = Crc32 if recorded.startswith(Crc32.PREFIX) else hashlib.sha256
-            if self._read_digest(number, self._present_path(number), kind) != recorded:
+            if self._workers.own.digest(str(self._present_path(number)), self._plan.files[number].size, kind) != recorded:
                 wrong.add(number)
         compared = [number for number in kept if number not in wrong and number not in hashed]
         check = OutputCheck(self._plan, path_of=self._present_path)
@@ -262,7 +258,7 @@ class LocalEngine:
 
     def _finish(self, number: int) -> None:
         """Makes a complete file durable and gives it its name."""
-        path, name = self._path(number), self._plan.files[number].path
+        path, name, size = self._path(number), self._plan.files[number].path, self._plan.files[number].size
         temporary = partial(path, self._suffix)
         with self._targets.use(str(temporary)) as fd:
             self._seal(number, str(temporary), fd)
@@ -272,24 +268,24 @@ class LocalEngine:
         if self._reclaim:
             self._compare(number)
         if self._checksum or self._reclaim:
-            digest = self._read_digest(number, temporary)
+            digest = self._workers.own.digest(str(temporary), size)
         elif self._is_costly(number):
-            digest = self._read_digest(number, temporary, Crc32)
+            digest = self._workers.own.digest(str(temporary), size, Crc32)
         if self._checksum and self._is_commit(number):
-            self.write_sums({**self._log.finished, name: digest})
+            write_sums(self._plan, {**self._log.finished, name: digest}, self._suffix)
         with self._saving:
             self._targets.close(str(temporary))
             temporary.replace(path)
             sync_directory(str(path.parent))
             self._log.finish(name, digest)
             self._unsaved.pop(number, None)
-        _log.info("%s: %s done", name, format_size(self._plan.files[number].size))
+        _log.info("%s: %s done", name, format_size(size))
         if self._reclaim:
             self._reclaim.release(self._log.finished, [name])
 
     def _is_costly(self, number: int) -> bool:
         """Whether a later run would have to ask servers again to compare a file with its sources, had it no digest."""
-        return bool(self._urls) and self._log.is_kept and not self._is_commit(number)
+        return bool(self._workers.urls) and self._log.is_kept and not self._is_commit(number)
 
     def _compare(self, number: int) -> None:
         """Compares a file that is about to be finished with its sources, as the disk has it."""
@@ -299,37 +295,6 @@ class LocalEngine:
         if check.find_wrong_literals([number]) or check.compare(tasks_in_order(self._plan, [number])):
             raise RunError(f"{path}: does not hold what was written: check disk and memory, then rerun with --resume")
 
-    def _read_digest(self, number: int, path: Path, kind: Callable[[], Any] = hashlib.sha256) -> str:
-        reader, buffer, found = BACKENDS[self._plan.read_backend](2), self._worker().reader.buffer(), kind()
-        try:
-            for start in range(0, self._plan.files[number].size, CHUNK):
-                self._worker().raise_if_stopped()
-                size = min(CHUNK, self._plan.files[number].size - start)
-                at = reader.load(str(path), start, size, buffer)
-                found.update(buffer[at : at + size])
-        finally:
-            reader.close()
-        digest: str = found.hexdigest()
-        return digest
-
-    def write_sums(self, digests: Mapping[str, str]) -> None:
-        """Writes `SUMS` durably: ``digests`` by file, and those of the plan's other files, which are finished.
-
-        Beside an output of one file, lines of other files stay.
-        """
-        known = {name: digest for name, digest in digests.items() if not digest.startswith(Crc32.PREFIX)}
-        sums = {file.path: known.get(file.path) or self._read_digest(k, self._path(k)) for k, file in enumerate(self._plan.files)}
-        path = self._root / SUMS
-        kept = path.read_bytes() if self._plan.single and path.exists() else b""
-        temporary = partial(path, self._suffix)
-        temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:
-            file.write(format_sums(sums, kept))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(str(self._root))
-
     def _seal(self, number: int, path: str, fd: int) -> None:
         """Reads a file back where it has checksums, and writes them."""
         if not (checksums := self._plan.files[number].checksums):
@@ -337,11 +302,11 @@ class LocalEngine:
         reader = PositionedReader()
 
         def read(offset: int, view: memoryview) -> None:
-            self._worker().raise_if_stopped()
+            self._workers.own.raise_if_stopped()
             reader.read(path, offset, view)
 
         try:
-            for offset, data in read_patches(checksums, read, self._worker().reader.buffer()):
+            for offset, data in read_patches(checksums, read, self._workers.own.reader.buffer()):
                 write(fd, memoryview(data), offset)
                 self._progress(len(data))
         finally:
@@ -352,7 +317,7 @@ class LocalEngine:
         if self._plan.files[last].path not in self._log.finished:
             self._finish(last)
         elif self._checksum:
-            self.write_sums(self._log.finished)
+            write_sums(self._plan, self._log.finished, self._suffix)
         sync_directory(str(self._root))
 
     def _note(self, number: int, place: int, nbytes: int) -> None:
@@ -383,35 +348,23 @@ class LocalEngine:
 
     def _work(self, tasks: Iterator[Task]) -> None:
         with unforeseen(str(self._root)):
-            run_threads(self._workers, self._do, tasks, self._stop)
+            self._workers.run(self._do, tasks)
 
     def _do(self, tasks: Iterator[Task]) -> None:
-        try:
-            for task in tasks:
-                number, segment, tile = task
-                with located(str(self._partial(number)), place_of(self._plan, task)):
-                    done = self._copy(number, segment) if isinstance(segment, Copy) else self._compute(number, segment, tile)
-                if not self._reclaim and self._plan.sources:  # which changes them itself; a plan of constants has none
-                    self._look_at(self._plan.sources[segment.source].path)
-                with self._lock:
-                    self._remaining[number] -= done
-                    complete = not self._remaining[number]
-                    self._progress(done)
-                if not complete:
-                    self._note(number, place_of(self._plan, task), done)
-                elif not self._is_commit(number) and not self._reclaim:
-                    self._finish(number)
-        finally:
-            self._worker().close()
+        for task in tasks:
+            number, segment, tile = task
+            with located(str(self._partial(number)), place_of(self._plan, task)):
+                done = self._copy(number, segment) if isinstance(segment, Copy) else self._compute(number, segment, tile)
+            if not self._reclaim and self._plan.sources:  # which changes them itself; a plan of constants has none
+                self._look_at(self._plan.sources[segment.source].path)
             with self._lock:
-                self.overflowed += self._worker().overflowed
-
-    def _worker(self) -> Worker:
-        """This thread's worker."""
-        if not hasattr(self._local, "worker"):
-            self._local.worker = Worker(self._plan, self._descriptors, self._urls, self._stop)
-        worker: Worker = self._local.worker
-        return worker
+                self._remaining[number] -= done
+                complete = not self._remaining[number]
+                self._progress(done)
+            if not complete:
+                self._note(number, place_of(self._plan, task), done)
+            elif not self._is_commit(number) and not self._reclaim:
+                self._finish(number)
 
     def _is_sparse(self, number: int) -> bool:
         path = self._plan.sources[number].path if self._plan.sources else ""  # a plan of constants has no sources at all
@@ -419,17 +372,17 @@ class LocalEngine:
 
     def _open(self, number: int) -> AbstractContextManager[Writer]:
         """A file that is being made, for this thread."""
-        buffer, holes = self._worker().reader.buffer, self._keeps_holes[number]
+        buffer, holes = self._workers.own.reader.buffer, self._keeps_holes[number]
         return self._targets.open(str(self._partial(number)), buffer, keeps_holes=holes)
 
     def _copy(self, number: int, segment: Copy) -> int:
         with self._open(number) as file:
-            return self._worker().copy(segment, file)
+            return self._workers.own.copy(segment, file)
 
     def _compute(self, number: int, segment: Compute, tile: Move | None) -> int:
         assert tile is not None
         with self._open(number) as file:
-            return self._worker().compute(segment, tile, file)
+            return self._workers.own.compute(segment, tile, file)
 
 
 def _nbytes(plan: Plan, segment: Segment) -> int:

@@ -29,14 +29,14 @@ from streamconv.running.directory import Directory
 from streamconv.running.executors import LOCAL, Executor, MakeFiles, executor_of
 from streamconv.running.kept import check_sources_stay
 from streamconv.running.lease import Lease, files_to_make
-from streamconv.running.local import SUMS, LocalEngine, check_sources
+from streamconv.running.local import check_sources
 from streamconv.running.lock import Lock
-from streamconv.running.log import Log
 from streamconv.running.output import LOG, Output, check_earlier, check_free, finished_files, tidy
 from streamconv.running.progress import Progress, Shown, bar, how_to_show
 from streamconv.running.reclaim import Reclaim
 from streamconv.running.results import Overflow, Part, Result, check_outputs, watch
 from streamconv.running.stale import find_stale_beside, list_stale
+from streamconv.running.sums import SUMS, write_sums
 from streamconv.storage import is_url
 
 
@@ -312,7 +312,7 @@ class _Run:
 
     def _write_sums(self) -> None:
         if self._terms.checksum:
-            LocalEngine(self._plan, Log()).write_sums({})
+            write_sums(self._plan, {})
 
     def _describe(self, seconds: float, anonymous: int, *, is_done: bool) -> Result:
         """What came of it."""

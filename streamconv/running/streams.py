@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from streamconv.engine.io import describe_os_error, share_descriptors
+from streamconv.engine.io import describe_os_error
 from streamconv.engine.order import place_of
-from streamconv.engine.readers import known_urls
-from streamconv.engine.worker import Worker
+from streamconv.engine.worker import Worker, Workers
 from streamconv.engine.writers import Stream
 from streamconv.errors import unforeseen
 from streamconv.planning.plan import Compute, Copy, FilePlan, Plan, Segment
@@ -27,7 +26,6 @@ from streamconv.storage.objects import ObjectSink, stream_bytes, takes_streams
 from streamconv.storage.retries import OVER, Failed, again
 from streamconv.storage.sinks import Sink
 from streamconv.storage.staging import staging
-from streamconv.threads import run_threads
 from streamconv.units import format_size
 
 _log = logging.getLogger(__name__)
@@ -40,9 +38,7 @@ def send_files(plan: Plan, numbers: Iterable[int], tell: Progress, check: Callab
     streamed = [number for number in wanted if isinstance(sink, ObjectSink) and in_order(plan, plan.files[number])]
     overflowed: Counter[str] = Counter()
     if isinstance(sink, ObjectSink) and streamed:
-        streams = _Streams(plan, sink, tell, check)
-        streams.run(streamed)
-        overflowed += streams.overflowed
+        overflowed += _Streams(plan, sink, tell, check).run(streamed)
     return overflowed + _make_staged(plan, [number for number in wanted if number not in streamed], tell, check, sink)
 
 
@@ -72,35 +68,31 @@ class _Streams:
 
     def __init__(self, plan: Plan, sink: ObjectSink, tell: Progress, check: Callable[[], object]) -> None:
         self._plan, self._sink, self._tell, self._check = plan, sink, tell, check
-        self._workers, self._descriptors = share_descriptors(plan.workers)
-        self._stop, self._lock = threading.Event(), threading.Lock()
-        self.overflowed: Counter[str] = Counter()
+        self._workers, self._lock = Workers(plan), threading.Lock()
 
-    def run(self, numbers: list[int]) -> None:
-        count = min(self._workers, len(numbers))
+    def run(self, numbers: list[int]) -> Counter[str]:
+        """Makes these files; what has overflowed in them."""
+        count = min(self._workers.count, len(numbers))
         room = self._plan.workers * stream_bytes(max(file.size for file in self._plan.files)) // count
         where = str(self._plan.destination)
         try:
             with unforeseen(where):
-                run_threads(count, partial(self._work, room=room), numbers, self._stop)
+                self._workers.run(partial(self._work, room=room), numbers, count)
         except OSError as error:
             raise describe_os_error(error, where) from error
         finally:
-            self._stop.set()
+            self._workers.stop.set()
             self._sink.discard(PATIENCE)
+        return self._workers.overflowed
 
     def _work(self, numbers: Iterator[int], room: int) -> None:
-        worker = Worker(self._plan, self._descriptors, known_urls(self._plan), self._stop)
-        try:
-            for number in numbers:
-                self._check()
-                self._make(number, worker, room)
-        finally:
-            worker.close()
+        for number in numbers:
+            self._check()
+            self._make(number, self._workers.own, room)
 
     def _make(self, number: int, worker: Worker, room: int) -> None:
         """Makes a file, by a stream that may take ``room`` bytes of memory; from its beginning again where the sink fails."""
-        file = self._plan.files[number]
+        file, overflowed = self._plan.files[number], worker.overflowed.copy()
 
         def attempt() -> None:
             told = 0
@@ -112,7 +104,7 @@ class _Streams:
                 told += len(piece)
                 self._report(len(piece))
 
-            worker.overflowed.clear()
+            worker.overflowed = overflowed.copy()
             try:
                 with self._sink.stream(file.path, file.size, room) as send:
                     _send(self._plan, file, worker, Stream(hand_on))
@@ -122,9 +114,7 @@ class _Streams:
                 self._report(-told)
                 raise
 
-        again(attempt, self._sink.address(file.path), OVER, stop=self._stop)
-        with self._lock:
-            self.overflowed += worker.overflowed
+        again(attempt, self._sink.address(file.path), OVER, stop=self._workers.stop)
         _log.info("%s: %s done", file.path, format_size(file.size))
 
     def _report(self, nbytes: int) -> None:

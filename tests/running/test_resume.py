@@ -464,7 +464,7 @@ def test_long_copies_and_evaluations_look_whether_they_should_stop(source, tmp_p
     real = local.LocalEngine._compute
 
     def compute(engine: local.LocalEngine, *task: object) -> int:
-        engine._stop.set()
+        engine._workers.stop.set()
         return real(engine, *task)
 
     monkeypatch.setattr(local.LocalEngine, "_compute", compute)
