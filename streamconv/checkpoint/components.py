@@ -32,8 +32,8 @@ class Beside:
     @property
     def note(self) -> str:
         """What a user should know of that which stays; "" for nothing."""
-        told = [f"{shorten(names)} ({kind})" for kind, names in self.left.items() if kind not in UNSAID]
-        return f"not part of the model, and left behind: {'; '.join(told)}" if told else ""
+        kinds = [f"{shorten(names)} ({kind})" for kind, names in self.left.items() if kind not in UNSAID]
+        return f"not part of the model, and left behind: {'; '.join(kinds)}" if kinds else ""
 
 
 # Components ---------------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def find_components(root: Folder) -> list[str]:
     Raises:
         FormatError: a list that cannot be read, or that names what does not lie below the folder.
     """
-    found: list[str] = []
+    components: list[str] = []
     waiting = [""]
     while waiting:
         here = waiting.pop(0)
@@ -83,14 +83,14 @@ def find_components(root: Folder) -> list[str]:
                 continue
             for part in _read_list(folder.file(name), read):
                 path = "/".join(filter(None, (here, part)))
-                if path in found or not (path == here or root.has_folder(path)):
+                if path in components or not (path == here or root.has_folder(path)):
                     continue
-                found.append(path)
+                components.append(path)
                 if path != here:
                     waiting.append(path)
-                if len(found) > _MAX_COMPONENTS:
+                if len(components) > _MAX_COMPONENTS:
                     raise FormatError(f"{show(folder.file(name))}: names more than {_MAX_COMPONENTS} folders, which no model has: mend it")
-    return found
+    return components
 
 
 def _read_list(path: Location, read: Callable[[Any], Iterator[Any]]) -> list[str]:
@@ -144,8 +144,8 @@ def look_beside(root: Folder, own: Iterable[Location] = (), components: Iterable
     read = {file.below(root) for file in own}
     named = list(components)
     inside = set(filter(None, named))
-    told = inside if named and "" not in named else {*inside, ""}  # of these, what reads them says what it does not
-    found: list[str] = []
+    explained = inside if named and "" not in named else {*inside, ""}  # of these, what reads them says what it does not
+    along: list[str] = []
     left: dict[str, list[str]] = {}
 
     def leave(kind: str, path: str) -> None:
@@ -165,10 +165,11 @@ def look_beside(root: Folder, own: Iterable[Location] = (), components: Iterable
             path = above + name
             if path in read:
                 continue
-            if kind := kind_of(name):
+            kind = kind_of(name)
+            if kind:
                 leave(kind, path)
             elif is_weights(name):
-                if here not in told:
+                if here not in explained:
                     leave("weights that are not read", path)
             elif name == _ADAPTER and read and _is_unread_adapter(above, files, read):
                 leave("an adapter that is not read", path)  # without its weights it would keep libraries from opening the model
@@ -176,8 +177,8 @@ def look_beside(root: Folder, own: Iterable[Location] = (), components: Iterable
                 what = "a link to a file that is not there: fetch the checkpoint again, or remove the link"
                 raise FormatError(f"{show(root.file(path))}: {what}")
             else:
-                found.append(path)
-    return Beside(sorted(found), left)
+                along.append(path)
+    return Beside(sorted(along), left)
 
 
 def _is_unread_adapter(above: str, files: Iterable[str], read: Collection[str]) -> bool:
@@ -196,13 +197,13 @@ def find_pointers(root: Folder, names: Iterable[str]) -> list[str]:
     """Those of the files below a folder of this machine that are Git LFS pointers."""
     if root.local is None:  # servers give the files themselves
         return []
-    found = []
+    pointers = []
     for name in names:
         path = root.local / name
         if path.is_file() and path.stat().st_size <= _POINTER:
             with path.open("rb") as file:
-                found += [name] if file.read(len(_POINTER_BEGINS)) == _POINTER_BEGINS else []
-    return found
+                pointers += [name] if file.read(len(_POINTER_BEGINS)) == _POINTER_BEGINS else []
+    return pointers
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:

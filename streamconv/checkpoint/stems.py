@@ -61,7 +61,8 @@ def _stem_of_files(contents: Contents) -> str | None:
     if len(names) == 1 and not kind.shard(names[0]):
         suffix = next((suffix for suffix in kind.suffixes if names[0].endswith(suffix)), "")
         return without_variant(names[0].removesuffix(suffix), kind) if suffix else None
-    stems = {match["stem"] if (match := kind.shard(name)) else "" for name in names}
+    shards = [kind.shard(name) for name in names]
+    stems = {match["stem"] if match else "" for match in shards}
     return without_variant(stems.pop(), kind) or None if len(stems) == 1 else None
 
 

@@ -68,9 +68,9 @@ def _first_kind(names: Iterable[str], architecture: str) -> list[str]:
     """Those of the names that nothing but the model's class, or their order, can decide between."""
     own = (pattern for known, pattern in _BY_CLASS if re.fullmatch(known, architecture))
     for pattern in (*own, *_KINDS):
-        found = [name for name in names if re.fullmatch(pattern, name, re.DOTALL)]
-        if found:
-            return found
+        matches = [name for name in names if re.fullmatch(pattern, name, re.DOTALL)]
+        if matches:
+            return matches
     raise AssertionError("the last kind takes every name")
 
 
@@ -88,8 +88,8 @@ def says_tie(name: str, kept: str) -> bool:
     other, _, own = kept.rpartition(".")
     if module and other:
         return parameter == own and name.isprintable() and " " not in name
-    known = re.compile(rf"{_EMBEDDING}|{_HEAD}|{_OUTPUT}")
-    return known.fullmatch(name) is not None and known.fullmatch(kept) is not None
+    either_end = re.compile(rf"{_EMBEDDING}|{_HEAD}|{_OUTPUT}")
+    return either_end.fullmatch(name) is not None and either_end.fullmatch(kept) is not None
 
 
 def explain_absent(name: str, present: Collection[str], *, untied: bool) -> str | None:
@@ -102,7 +102,8 @@ def explain_absent(name: str, present: Collection[str], *, untied: bool) -> str 
     """
     if _COMPUTED.fullmatch(name):
         return "which the model's code computes"
-    if match := _BIAS.fullmatch(name):
+    match = _BIAS.fullmatch(name)
+    if match:
         bias = f"{match['stem']}.bias"
         return f"another name of {bias}" if bias in present else None
     head = re.fullmatch(rf"(.*\.)?({_HEAD}|{_OUTPUT})", name, re.DOTALL)

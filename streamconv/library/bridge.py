@@ -75,33 +75,33 @@ class Bridge(Recipe):
         decoded = decode(scheme, nodes, config, dtype_of, title) if scheme else Decoded(dict(nodes))
         return self._map(decoded, model, rows, values, recast)
 
-    def _map(self, given: Decoded, model: LibraryModel, rows: Mapping[str, Row], values: Mapping[str, Any], recast: Recast) -> Conversion:
+    def _map(self, decoded: Decoded, model: LibraryModel, rows: Mapping[str, Row], values: Mapping[str, Any], recast: Recast) -> Conversion:
         """What the library's mapping makes of tensors."""
-        nodes = given.nodes
+        nodes = decoded.nodes
         if self.name == TO_NATIVE:
-            made, how, passed_over = model.load(nodes, make_foreign, recast)
-            model.check(made, values["allow_missing"])
-            dropped = passed_over | given.dropped
-            ties = {name: kept for name, kept in model.ties.items() if kept in made}
-            replicas: list[Replica] = [(made[name], made[kept], (name, kept)) for name, kept in ties.items() if name in made]
+            targets, how, passed_over = model.load(nodes, make_foreign, recast)
+            model.check(targets, values["allow_missing"])
+            dropped = passed_over | decoded.dropped
+            ties = {name: kept for name, kept in model.ties.items() if kept in targets}
+            replicas: list[Replica] = [(targets[name], targets[kept], (name, kept)) for name, kept in ties.items() if name in targets]
             if values["tied"] == "copy":
-                made |= {name: made[kept] for name, kept in ties.items()}
+                targets |= {name: targets[kept] for name, kept in ties.items()}
             else:
-                made = {name: node for name, node in made.items() if name not in ties}
-            return conclude(nodes, rows, made, how, recast, dropped=dropped, tied=list(ties), replicas=replicas)
+                targets = {name: node for name, node in targets.items() if name not in ties}
+            return conclude(nodes, rows, targets, how, recast, dropped=dropped, tied=list(ties), replicas=replicas)
         model.check(nodes, values["allow_missing"])
         repeated = {name: kept for name, kept in model.ties.items() if name in nodes and kept in nodes}
         kept = {name: node for name, node in nodes.items() if name not in repeated}
-        made, how = model.save(kept)
-        _prove(model, made, kept)
+        targets, how = model.save(kept)
+        _prove(model, targets, kept)
         replicas = [(nodes[name], nodes[first], (name, first)) for name, first in repeated.items()]
-        return conclude(nodes, rows, made, how, recast, dropped=given.dropped, tied=list(repeated), replicas=replicas)
+        return conclude(nodes, rows, targets, how, recast, dropped=decoded.dropped, tied=list(repeated), replicas=replicas)
 
 
 def conclude(
     nodes: Nodes,
     rows: Mapping[str, Row],
-    made: Nodes,
+    targets: Nodes,
     how: Mapping[str, str],
     recast: Recast,
     *,
@@ -114,22 +114,23 @@ def conclude(
     names = {id(source): name for name, node in nodes.items() for source in sources(node)}
     order = {name: k for k, name in enumerate(nodes)}
     outputs: list[tuple[int, Row, AnyNode]] = []
-    for target, node in made.items():
-        used = list(dict.fromkeys(names[id(source)] for source in sources(node)))
-        wanted = recast(target, node.spec)
-        if wanted and wanted != node.spec.dtype.name:
-            node = apply(Cast(wanted), node)  # noqa: PLW2901
-        stored = tuple(dict.fromkeys(source for name in used for source in rows[name].sources))
-        outputs.append((min((order[name] for name in used), default=len(order)), Row(target, stored, how.get(target, ""), node.spec), node))
+    for target, node in targets.items():
+        inputs = list(dict.fromkeys(names[id(source)] for source in sources(node)))
+        dtype = recast(target, node.spec)
+        if dtype and dtype != node.spec.dtype.name:
+            node = apply(Cast(dtype), node)  # noqa: PLW2901
+        stored = tuple(dict.fromkeys(source for name in inputs for source in rows[name].sources))
+        position = min((order[name] for name in inputs), default=len(order))
+        outputs.append((position, Row(target, stored, how.get(target, ""), node.spec), node))
     outputs.sort(key=lambda item: item[0])
-    lost = {source: why for name, why in (dropped or {}).items() for source in rows[name].sources}
+    reasons = {source: why for name, why in (dropped or {}).items() for source in rows[name].sources}
     return Conversion(
         {row.target: node for _, row, node in outputs},
         [row for _, row, _ in outputs],
-        [*lost, *(name for name in tied if name in rows)],
+        [*reasons, *(name for name in tied if name in rows)],
         notes=list(notes),
         replicas=list(replicas),
-        reasons=lost,
+        reasons=reasons,
         tied=list(tied),
     )
 
@@ -139,7 +140,8 @@ def plain_config(model: Model) -> dict[str, Any]:
     if model.options["fp8"] == "keep" or not model.config:
         return {}
     config = without_quantization(model.config)
-    if not any(isinstance(known.get(key), str) for known in _configs(config) for key in ("dtype", "torch_dtype")):
+    stated = [part.get(key) for part in _configs(config) for key in ("dtype", "torch_dtype")]
+    if not any(isinstance(dtype, str) for dtype in stated):
         config["dtype"] = model_dtype(config, "config.json")
     return {"config.json": config} if config != model.config else {}
 
@@ -147,21 +149,22 @@ def plain_config(model: Model) -> dict[str, Any]:
 def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """A config and that of the text model in it."""
     yield config
-    if isinstance(text := config.get("text_config"), Mapping):
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
         yield text
 
 
-def _prove(model: LibraryModel, made: Nodes, nodes: Nodes) -> None:
+def _prove(model: LibraryModel, targets: Nodes, nodes: Nodes) -> None:
     """Raises CoverageError unless loading what was made gives every tensor of the source back, element by element."""
-    again, _, _ = model.load(made, make_foreign)
-    for name, given in nodes.items():
+    again, _, _ = model.load(targets, make_foreign)
+    for name, original in nodes.items():
         node = again.get(name)
         pieces = trace(node, identity(node.spec.numel)) if node and node.spec.numel else ()
         moves = [(piece.leaf, piece.move.simplify()) for piece in pieces]
-        stored = next(sources(given))  # of a matrix with scales the matrix
+        stored = next(sources(original))  # of a matrix with scales the matrix
         same = (
             node is not None
-            and node.spec == given.spec
+            and node.spec == original.spec
             and all(leaf is stored and (move.src, move.src_strides) == (move.dst, move.dst_strides) for leaf, move in moves)
         )
         if not same:

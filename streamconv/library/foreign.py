@@ -50,7 +50,8 @@ class Foreign(Compute):
         return TensorSpec(DTYPES[self.dtype], self.shape)
 
     def needs(self, region: Move, inputs: Sequence[TensorSpec]) -> list[Move]:  # noqa: ARG002
-        return [Move(spec.shape, 0, rows, 0, rows) for spec in inputs for rows in [packed_strides(spec.shape)]]
+        strides = [packed_strides(spec.shape) for spec in inputs]
+        return [Move(spec.shape, 0, rows, 0, rows) for spec, rows in zip(inputs, strides, strict=True)]
 
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
         return self.memory
@@ -62,9 +63,9 @@ class Foreign(Compute):
         self._load()
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
-        given = json.loads(self.given)
-        made = self._load().convert(given["target"], given["group"], self.output, [part.torch() for part in parts])
-        out.torch().copy_(made.reshape(-1).as_strided(region.sizes, region.src_strides, region.src))
+        conversion = json.loads(self.given)
+        tensor = self._load().convert(conversion["target"], conversion["group"], self.output, [part.torch() for part in parts])
+        out.torch().copy_(tensor.reshape(-1).as_strided(region.sizes, region.src_strides, region.src))
         return 0
 
     def _load(self) -> LibraryModel:
@@ -82,13 +83,13 @@ def make_foreign(model: LibraryModel, converter: Any, target: str, group: Group,
     """Nodes that run a converter on all of its tensors; their specs, and what it allocates, are found on tensors without data."""
     from streamconv.library.lazy import Allocations, spec_of, without_data
 
-    with Allocations() as taken:  # type: ignore[no-untyped-call]
-        made = model.run(converter, target, group, lambda name: without_data(nodes[name].spec))
-    given = json.dumps({"config": model.config, "target": target, "group": group}, sort_keys=True)
+    with Allocations() as allocations:  # type: ignore[no-untyped-call]
+        tensors = model.run(converter, target, group, lambda name: without_data(nodes[name].spec))
+    conversion = json.dumps({"config": model.config, "target": target, "group": group}, sort_keys=True)
     numels = tuple(node.spec.numel for node in nodes.values())
-    found: dict[str, AnyNode] = {}
-    for name, tensor in made.items():
+    outputs: dict[str, AnyNode] = {}
+    for name, tensor in tensors.items():
         spec = spec_of(tensor[0] if isinstance(tensor, list) else tensor)
-        op = Foreign(given, name, spec.dtype.name, spec.shape, numels, taken.nbytes + spec.nbytes)
-        found[name] = apply(op, *nodes.values())
-    return found
+        op = Foreign(conversion, name, spec.dtype.name, spec.shape, numels, allocations.nbytes + spec.nbytes)
+        outputs[name] = apply(op, *nodes.values())
+    return outputs

@@ -69,5 +69,5 @@ def head_size(config: Mapping[str, Any]) -> int:
 
 
 def _number(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    found = next((config[key] for key in keys if type(config.get(key)) is int and config[key] > 0), 0)
-    return int(found)
+    number = next((config[key] for key in keys if type(config.get(key)) is int and config[key] > 0), 0)
+    return int(number)

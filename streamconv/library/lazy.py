@@ -93,11 +93,11 @@ def _cat(tensors: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
     dim %= tensors[0].dim()
     parts = [f"x{k}" for k in range(len(tensors))]
     axes = _axes(tensors[0].dim())
-    left = ", ".join(" ".join([*axes[:dim], part, *axes[dim + 1 :]]) for part in parts)
-    right = " ".join([*axes[:dim], f"({' + '.join(parts)})", *axes[dim + 1 :]])
+    inputs = ", ".join(" ".join([*axes[:dim], part, *axes[dim + 1 :]]) for part in parts)
+    output = " ".join([*axes[:dim], f"({' + '.join(parts)})", *axes[dim + 1 :]])
     sizes = {axis: n for axis, n in _sizes(tensors[0].shape).items() if axis != axes[dim]}
     sizes |= {part: tensor.shape[dim] for part, tensor in zip(parts, tensors, strict=True)}
-    return LazyTensor(apply(_layout(f"{left} -> {right}", sizes, (1,) * len(tensors)), *(tensor.node for tensor in tensors)))
+    return LazyTensor(apply(_layout(f"{inputs} -> {output}", sizes, (1,) * len(tensors)), *(tensor.node for tensor in tensors)))
 
 
 def _stack(tensors: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
@@ -115,10 +115,10 @@ def _pieces(tensor: LazyTensor, sizes: Sequence[int], dim: int) -> list[LazyTens
         return [LazyTensor(tensor.node)]
     parts = [f"x{k}" for k in range(len(sizes))]
     axes = _axes(tensor.dim())
-    left = " ".join([*axes[:dim], f"({' + '.join(parts)})", *axes[dim + 1 :]])
-    right = ", ".join(" ".join([*axes[:dim], part, *axes[dim + 1 :]]) for part in parts)
-    known = {axis: n for axis, n in _sizes(tensor.shape).items() if axis != axes[dim]} | dict(zip(parts, sizes, strict=True))
-    return [LazyTensor(apply(_layout(f"{left} -> {right}", known, (1,), output), tensor.node)) for output in range(len(parts))]
+    whole = " ".join([*axes[:dim], f"({' + '.join(parts)})", *axes[dim + 1 :]])
+    pieces = ", ".join(" ".join([*axes[:dim], part, *axes[dim + 1 :]]) for part in parts)
+    axis_sizes = {axis: n for axis, n in _sizes(tensor.shape).items() if axis != axes[dim]} | dict(zip(parts, sizes, strict=True))
+    return [LazyTensor(apply(_layout(f"{whole} -> {pieces}", axis_sizes, (1,), output), tensor.node)) for output in range(len(parts))]
 
 
 def _split(tensor: LazyTensor, size: int, dim: int = 0) -> list[LazyTensor]:
@@ -131,8 +131,8 @@ def _slice(tensor: LazyTensor, dim: int = 0, start: int | None = None, end: int 
     if step != 1:
         raise CoverageError("a slice with a step cannot be streamed as a rearrangement")
     sizes = [first, max(0, last - first), tensor.shape[dim] - max(first, last)]
-    kept = [k for k, size in enumerate(sizes) if size]
-    return _pieces(tensor, [sizes[k] for k in kept], dim)[kept.index(1)]
+    nonempty = [k for k, size in enumerate(sizes) if size]
+    return _pieces(tensor, [sizes[k] for k in nonempty], dim)[nonempty.index(1)]
 
 
 def _select(tensor: LazyTensor, dim: int = 0, index: int = 0) -> LazyTensor:
@@ -200,11 +200,11 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     nbytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
             if isinstance(tensor, torch.Tensor) and not tensor._is_view():
                 self.nbytes += tensor.nbytes
-        return made
+        return output
 
 
 def without_data(spec: TensorSpec) -> torch.Tensor:

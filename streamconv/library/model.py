@@ -43,22 +43,22 @@ class LibraryModel:
             import transformers
             from transformers import conversion_mapping, core_model_loading
 
-            found = getattr(transformers, str(classes[0]), None)
+            model_class = getattr(transformers, str(classes[0]), None)
         except ImportError as error:
             raise UsageError(f"{self.title} takes transformers 5 or later: pip install 'streamconv[transformers]' ({error})") from error
         self._loading, self._mapping = core_model_loading, conversion_mapping
-        known = transformers.CONFIG_MAPPING
-        if kind not in known or not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        config_classes = transformers.CONFIG_MAPPING
+        if kind not in config_classes or not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
             raise UsageError(
                 f"{self.title}: transformers {transformers.__version__} has no {kind!r} {classes[0]}; code beside a checkpoint is not run"
             )
         quiet = transformers.utils.logging.get_verbosity()
         transformers.utils.logging.set_verbosity(50)  # critical only
         try:
-            given = known[kind]._decode_special_floats({key: value for key, value in config.items() if key != "quantization_config"})
-            own = known[kind].from_dict(given)
+            values = {key: value for key, value in config.items() if key != "quantization_config"}
+            own = config_classes[kind].from_dict(config_classes[kind]._decode_special_floats(values))
             with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-                self.model = found(own)
+                self.model = model_class(own)
             self._quantizer = self._read_quantizer(config.get("quantization_config"))
         except StreamconvError:
             raise
@@ -67,7 +67,8 @@ class LibraryModel:
         finally:
             transformers.utils.logging.set_verbosity(quiet)
         self.meta = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        self.ties = {name: kept for name, kept in (getattr(self.model, "all_tied_weights_keys", None) or {}).items() if name in self.meta}
+        ties = getattr(self.model, "all_tied_weights_keys", None) or {}
+        self.ties = {name: kept for name, kept in ties.items() if name in self.meta}
         self.prefix = self.model.base_model_prefix
 
     def _read_quantizer(self, config: Mapping[str, Any] | None) -> Any:
@@ -84,9 +85,9 @@ class LibraryModel:
 
     def transforms(self) -> tuple[list[Any], list[Any]]:
         """What loading does to names, and to tensors."""
-        found = self._mapping.get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
-        renamings = [entry for entry in found if isinstance(entry, self._loading.WeightRenaming)]
-        return renamings, [entry for entry in found if isinstance(entry, self._loading.WeightConverter)]
+        entries = self._mapping.get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
+        renamings = [entry for entry in entries if isinstance(entry, self._loading.WeightRenaming)]
+        return renamings, [entry for entry in entries if isinstance(entry, self._loading.WeightConverter)]
 
     def _sorted(self, names: Iterable[str]) -> Iterator[str]:
         """The names in the library's order. Its keys take a kilobyte each: there are those of a layer at a time."""
@@ -114,7 +115,7 @@ class LibraryModel:
         """What loading makes of stored tensors; how; and which it passes over on purpose, and why."""
         renamings, converters = self.transforms()
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        made: dict[str, AnyNode] = {}
+        targets: dict[str, AnyNode] = {}
         groups: dict[str, Group] = {}
         first: dict[str, str] = {}
         dropped: dict[str, str] = {}
@@ -122,17 +123,18 @@ class LibraryModel:
         for name in self._sorted(nodes):
             target, pattern = self.place(name, renamings, converters)
             if target not in self.meta:
-                if why := self._passed_over(target):
+                why = self._passed_over(target)
+                if why:
                     dropped[name] = why
                 else:
                     unexpected.append(name)
-            elif pattern is not None and target not in made:
+            elif pattern is not None and target not in targets:
                 groups.setdefault(target, {}).setdefault(pattern, []).append(name)
                 first.setdefault(target, name)
             elif first.setdefault(target, name) != name:
                 raise CoverageError(f"{self.title}: {name} and {first[target]} are both {target}: remove one of them")
             else:
-                made[target] = nodes[name]
+                targets[target] = nodes[name]
         if unexpected:
             raise CoverageError(
                 f"{self.title}: {unexpected[0]}{_more(unexpected)}: the model has no such tensor{_near(unexpected[0], self.meta)}"
@@ -141,29 +143,29 @@ class LibraryModel:
         for target, group in groups.items():
             converter = by_pattern[next(iter(group))]
             for name, node in self._convert(converter, target, group, nodes, recast, foreign).items():
-                if name in made:
+                if name in targets:
                     raise CoverageError(f"{self.title}: {name} is made twice, from {first.get(name, target)} and from {first[target]}")
-                made[name], how[name] = node, _describe(converter)
-        return made, how, dropped
+                targets[name], how[name] = node, _describe(converter)
+        return targets, how, dropped
 
     def save(self, nodes: Nodes) -> tuple[dict[str, AnyNode], dict[str, str]]:
         """What saving makes of a state dict, with the real sizes of what is taken apart."""
         own = self._mapping.get_model_conversion_mapping(self.model, add_legacy=False)
         whole = self._quantizer.update_weight_conversions(own, self.model) if self._quantizer else own
         # Names that a quantizer also reads are not those that it is stored under.
-        kept = [entry for entry in whole if entry in own or not isinstance(entry, self._loading.WeightRenaming)]
-        transforms = [entry.reverse_transform() for entry in kept[::-1] if not isinstance(entry, self._loading.PrefixChange)]
+        entries = [entry for entry in whole if entry in own or not isinstance(entry, self._loading.WeightRenaming)]
+        transforms = [entry.reverse_transform() for entry in entries[::-1] if not isinstance(entry, self._loading.PrefixChange)]
         renamings = [entry for entry in transforms if isinstance(entry, self._loading.WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, self._loading.WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         groups: dict[str, Group] = {}
-        made: dict[str, AnyNode] = {}
+        targets: dict[str, AnyNode] = {}
         how: dict[str, str] = {}
 
         def keep(name: str, node: AnyNode) -> None:
-            if name in made:
+            if name in targets:
                 raise CoverageError(f"{self.title}: {name} is made twice: this mapping cannot be undone")
-            made[name] = node
+            targets[name] = node
 
         for name in self._sorted(nodes):
             target, pattern = self._loading.apply_converters(name, converters)
@@ -177,7 +179,7 @@ class LibraryModel:
                 final = self._loading.apply_renamings(name, renamings)
                 keep(final, node)
                 how[final] = _describe(converter)
-        return made, how
+        return targets, how
 
     def _convert(
         self, converter: Any, target: str, group: Group, nodes: Nodes, recast: Recast = keep_dtype, foreign: Foreign | None = None
@@ -189,20 +191,21 @@ class LibraryModel:
 
         def read(name: str) -> LazyTensor:
             node = nodes[name]
-            wanted = recast(target, node.spec) if mixed else None
-            return LazyTensor(apply(Cast(wanted), node) if wanted and wanted != node.spec.dtype.name else node)
+            dtype = recast(target, node.spec) if mixed else None
+            return LazyTensor(apply(Cast(dtype), node) if dtype and dtype != node.spec.dtype.name else node)
 
         try:
-            made = self.run(converter, target, group, lambda name: partial(read, name))
+            tensors = self.run(converter, target, group, lambda name: partial(read, name))
         except ComputesValuesError as error:
             if foreign:
-                return foreign(self, converter, target, group, {name: read(name).node for names in group.values() for name in names})
+                inputs = {name: read(name).node for names in group.values() for name in names}
+                return foreign(self, converter, target, group, inputs)
             raise CoverageError(f"{self.title}, {target}, by {_describe(converter)}: {error}") from error
         except StreamconvError as error:
             raise CoverageError(f"{self.title}, {target}, by {_describe(converter)}: {error}") from error
         except Exception as error:
             raise CoverageError(f"{self.title}: {_describe(converter)} does not fit {target}: {type(error).__name__}: {error}") from error
-        return {name: (tensor[0] if isinstance(tensor, list) else tensor).node for name, tensor in made.items()}
+        return {name: (tensor[0] if isinstance(tensor, list) else tensor).node for name, tensor in tensors.items()}
 
     def run(self, converter: Any, target: str, group: Group, tensor: Callable[[str], Any]) -> dict[str, Any]:
         """The library's own conversion of tensors, or of functions that give them."""
@@ -214,16 +217,17 @@ class LibraryModel:
             for name in names:
                 own.add_tensor(target, name, pattern, tensor(name))
         with torch.no_grad():
-            made: dict[str, Any] = own.convert(target, model=self.model, config=self.model.config)
-        return made
+            tensors: dict[str, Any] = own.convert(target, model=self.model, config=self.model.config)
+        return tensors
 
     def convert(self, target: str, group: Group, output: str, tensors: Sequence[Any]) -> Any:
         """One of the tensors that loading makes of a group of real ones."""
         _, converters = self.transforms()
         converter = next(one for one in converters if next(iter(group)) in one.source_patterns)
-        given = dict(zip((name for names in group.values() for name in names), tensors, strict=True))
-        made = self.run(converter, target, group, given.__getitem__)[output]
-        return (made[0] if isinstance(made, list) else made).contiguous()
+        names = [name for members in group.values() for name in members]
+        by_name = dict(zip(names, tensors, strict=True))
+        result = self.run(converter, target, group, by_name.__getitem__)[output]
+        return (result[0] if isinstance(result, list) else result).contiguous()
 
     def _sized(self, op: Any) -> Any:
         """An operation; one that cuts a tensor into several learns where."""
@@ -253,14 +257,13 @@ class LibraryModel:
         tied = {name for name, kept in self.ties.items() if kept in nodes} | {kept for name, kept in self.ties.items() if name in nodes}
         ignored = [re.compile(pattern) for pattern in getattr(self.model, "_keys_to_ignore_on_load_missing", None) or []]
         globs = [glob.strip() for glob in allowed.split(",") if glob.strip()]
-        missing = [
-            name
-            for name in self.meta
-            if name not in nodes
-            and name not in tied
-            and not any(pattern.search(name) for pattern in ignored)
-            and not any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-        ]
+
+        def may_be_missing(name: str) -> bool:
+            if name in nodes or name in tied:
+                return True
+            return any(pattern.search(name) for pattern in ignored) or any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+        missing = [name for name in self.meta if not may_be_missing(name)]
         if missing:
             raise CoverageError(
                 f"{self.title}: {missing[0]}{_more(missing)} of the model: no tensor for it{_near(missing[0], nodes)}; "
@@ -305,8 +308,8 @@ def _part_sizes(names: list[str], total: int, meta: Mapping[str, Any], config: A
     heads = getattr(config, "num_attention_heads", None) or 0
     groups = getattr(config, "num_key_value_heads", None) or heads
     modules = [name.rsplit(".", 2)[-2] if "." in name else name for name in names]
-    found = [re.search(r"(?:^|_)(q|k|v|query|key|value)(?:_|$)", module) for module in modules]
-    if [match[1][0] if match else "" for match in found] == ["q", "k", "v"] and heads and total % (heads + 2 * groups) == 0:
+    matches = [re.search(r"(?:^|_)(q|k|v|query|key|value)(?:_|$)", module) for module in modules]
+    if [match[1][0] if match else "" for match in matches] == ["q", "k", "v"] and heads and total % (heads + 2 * groups) == 0:
         size = total // (heads + 2 * groups)
         return [heads * size, groups * size, groups * size]
     words = getattr(config, "vocab_size", None) or 0

@@ -115,15 +115,15 @@ class TensorParallel(Recipe):
             if self.number not in scope["given"]:
                 plan.notes.append(f"{size} ranks, which --set {self.number}=N changes")
             plan.check({name: node.spec.shape for name, node in nodes.items()}, size)
-            made, how = {}, {}
+            targets, how = {}, {}
             for name, node in nodes.items():
                 for rank, tensor in enumerate(plan.split(name, LazyTensor(node), size)):
                     if tensor is not None:
                         target = f"{FILE.format(rank=rank, size=size)}/{name}"
-                        made[target] = tensor.node
+                        targets[target] = tensor.node
                         if tensor.node is not node:
                             how[target] = f"part {rank} of {size}"
-            return conclude(nodes, rows, made, how, recast, notes=plan.notes)
+            return conclude(nodes, rows, targets, how, recast, notes=plan.notes)
         groups, size = _group(nodes, title)
         plan = Plan(self._read_plan(values), config, list(groups), values, title)
         replicas: list[Replica] = []
@@ -131,8 +131,9 @@ class TensorParallel(Recipe):
         for name, ranks in groups.items():
             stored = list(ranks.values())
             dims = len(nodes[stored[0]].spec.shape)
-            if odd := set(ranks).symmetric_difference(plan.holders(name, dims, size)):
-                rank = min(odd)
+            unexpected = set(ranks).symmetric_difference(plan.holders(name, dims, size))
+            if unexpected:
+                rank = min(unexpected)
                 what = "must not be there by the plan" if rank in ranks else f"is missing, while rank {min(ranks)} has it"
                 raise CoverageError(f"{title}: {FILE.format(rank=rank, size=size)}/{name} {what}")
             joined, pairs = plan.join(name, [LazyTensor(nodes[one]) for one in stored])
@@ -154,12 +155,12 @@ class TensorParallel(Recipe):
         try:
             if path.stat().st_size > _MAX_PLAN:
                 raise UsageError(f"--set plan={path}: larger than {_MAX_PLAN} bytes, which no plan is")
-            found = json.loads(path.read_text(encoding="utf-8"))
+            styles = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"--set plan={path}: cannot be read as JSON: {error}; give a file of names and styles") from error
-        if not isinstance(found, dict) or not all(isinstance(style, str) for style in found.values()):
+        if not isinstance(styles, dict) or not all(isinstance(style, str) for style in styles.values()):
             raise UsageError(f"--set plan={path}: expected a JSON object of names and styles")
-        return found
+        return styles
 
 
 class Plan:
@@ -183,18 +184,19 @@ class Plan:
         self._places: dict[str, tuple[str, bool]] = {}
         if library:
             renamings, converters = library.transforms()
-            several = {pattern for converter in converters if len(converter.source_patterns) > 1 for pattern in converter.source_patterns}
+            joining = [converter for converter in converters if len(converter.source_patterns) > 1]
+            several = {pattern for converter in joining for pattern in converter.source_patterns}
             for name in names:
                 target, pattern = (name, None) if name in library.meta else library.place(name, renamings, converters)
                 self._places[name] = (target, pattern in several)
-        used = {style for name in names if (style := self._rule(self._places.get(name, (name, False))[0]))}
-        if not used:
+        if not any(self._rule(self._places.get(name, (name, False))[0]) for name in names):
             raise CoverageError(f"{title}: the plan names none of these tensors: is it for this model?")
 
     def _rule(self, name: str) -> str | None:
         """The plan's name for a tensor: its own, or its module's."""
         general = re.sub(r"\.\d+(\.|$)", r".*\1", name)
-        return next((known for known in (general, general.rpartition(".")[0]) if known in self._plan), None)
+        module = general.rpartition(".")[0]
+        return next((key for key in (general, module) if key in self._plan), None)
 
     def style(self, name: str, shape: Sequence[int], size: int, *, part: bool = False) -> Style:
         """How a tensor of that shape, or of whose parts each has it, is divided among so many ranks."""
@@ -212,8 +214,8 @@ class Plan:
         repeated = (heads.count,) if heads.repeatable else by_block
         if not any(count and size > count for count in repeated):
             return style
-        asked = self._values.get("kv_heads")
-        if asked == "divide" or (not asked and part and self._is_cut(heads, shape[axis], size)):
+        choice = self._values.get("kv_heads")
+        if choice == "divide" or (not choice and part and self._is_cut(heads, shape[axis], size)):
             return style
         return replace(style, heads=repeated)
 
@@ -223,20 +225,22 @@ class Plan:
 
     def check(self, shapes: Mapping[str, Sequence[int]], size: int) -> None:
         """Raises CoverageError where heads, experts or words cannot be shared among so many ranks; notes what ranks repeat."""
-        found: dict[Heads, str] = {}
+        units_of: dict[Heads, str] = {}
         for name, shape in shapes.items():
             for units in self._units(name, shape, size):
-                found.setdefault(units, name)
-        if any(not units.fit(size) for units in found):
-            units, name = next((units, name) for units, name in found.items() if not units.fit(size))
-            fitting = [n for n in range(1, max(units.count for units in found) + 1) if all(units.fit(n) for units in found)]
-            known = f"{', '.join(map(str, fitting[:-1]))} or {fitting[-1]}" if fitting[1:] else "1 only"
+                units_of.setdefault(units, name)
+        unfitting = [units for units in units_of if not units.fit(size)]
+        if unfitting:
+            units, name = unfitting[0], units_of[unfitting[0]]
+            most = max(one.count for one in units_of)
+            fitting = [count for count in range(1, most + 1) if all(one.fit(count) for one in units_of)]
+            sizes = f"{', '.join(map(str, fitting[:-1]))} or {fitting[-1]}" if fitting[1:] else "1 only"
             raise CoverageError(
-                f"{self.title}: {units.count} {units.what} cannot be divided among {size} ranks ({name}): model_parallel can be {known}"
+                f"{self.title}: {units.count} {units.what} cannot be divided among {size} ranks ({name}): model_parallel can be {sizes}"
             )
         self.notes += [
             f"{units.count} {units.what} for {size} ranks: {size // units.count} ranks in a row hold the same"
-            for units in found
+            for units in units_of
             if units.repeatable and size > units.count
         ]
 
@@ -301,14 +305,21 @@ class Plan:
         shares = [part * count for part, count in zip(style.blocks, copies, strict=True)]
         shares = [share // math.gcd(*shares) for share in shares]
         ranks = [self._blocks(name, tensor, shares, axis) for tensor in tensors]
-        whole = _join([_join([rank[k] for rank in ranks[::count]], axis) for k, count in enumerate(copies)], axis)
-        pairs = [(ranks[r - r % count][k], rank[k], r - r % count, r) for k, count in enumerate(copies) for r, rank in enumerate(ranks)]
+        blocks: list[LazyTensor] = []
+        pairs: list[Pair] = []
+        for k, count in enumerate(copies):  # of so many ranks in a row the first one's block stands for all
+            blocks.append(_join([rank[k] for rank in ranks[::count]], axis))
+            for number, rank in enumerate(ranks):
+                first = number - number % count
+                if first != number:
+                    pairs.append((ranks[first][k], rank[k], first, number))
+        whole = _join(blocks, axis)
         rows, most = self._config.get("vocab_size") or 0, (self._values.get("pad_vocab") or 0) * size
         if most and axis == whole.dim() - 2 and rows < whole.shape[axis] <= _up(rows, most):
             from streamconv.library.lazy import LazyTensor
 
             whole = LazyTensor(take("rows", [whole.node], {"stop": rows}, {}))
-        return whole, [pair for pair in pairs if pair[2] != pair[3]]
+        return whole, pairs
 
     def _padded(self, tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
         """A tensor with a row for each word, filled up so that ranks get the same number."""
@@ -327,17 +338,18 @@ class Plan:
         return tensor.split([unit * part for part in shares], dim=axis)  # type: ignore[no-untyped-call,no-any-return]
 
     def _expert(self, name: str) -> int:
-        found = re.search(r"\.experts\.(\d+)\.", name)
-        if found is None:
+        match = re.search(r"\.experts\.(\d+)\.", name)
+        if match is None:
             raise CoverageError(f"{self.title}: {name}: the plan divides it by expert, and its name has no number of one")
-        return int(found[1])
+        return int(match[1])
 
     def _count_experts(self) -> int:
         keys = ("n_experts", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-        found = next((known[key] for key in keys for known in (self._values, self._config) if isinstance(known.get(key), int)), None)
-        if found is None:
+        tables = [(key, table) for key in keys for table in (self._values, self._config)]
+        count = next((table[key] for key, table in tables if isinstance(table.get(key), int)), None)
+        if count is None:
             raise CoverageError(f"{self.title}: config.json has none of {', '.join(keys)}: how many experts there are is not known")
-        return int(found)
+        return int(count)
 
 
 def _up(rows: int, multiple: int) -> int:
@@ -374,11 +386,11 @@ def _group(names: Mapping[str, AnyNode], title: str) -> tuple[dict[str, dict[int
     groups: dict[str, dict[int, str]] = {}
     sizes = set()
     for stored in names:
-        found = _RANKED.fullmatch(stored)
-        if found is None:
+        match = _RANKED.fullmatch(stored)
+        if match is None:
             raise CoverageError(f"{title}: {stored}: expected tensors of files model0-mpN.safetensors, model1-mpN.safetensors, ...")
-        groups.setdefault(found[3], {})[int(found[1])] = stored
-        sizes.add(int(found[2]))
+        groups.setdefault(match[3], {})[int(match[1])] = stored
+        sizes.add(int(match[2]))
     if len(sizes) != 1:
         raise CoverageError(f"{title}: files of {', '.join(map(str, sorted(sizes)))} ranks are there: keep those of one size")
     (size,) = sizes

@@ -112,8 +112,8 @@ _Computing = Callable[[Node, int, int, int], Iterator[Segment]]
 class _Compiler:
     """The tables a plan is built from: sources and nodes by number."""
 
-    def __init__(self, found: Mapping[str, Fingerprint], stream: int) -> None:
-        self._found, self._stream = found, stream
+    def __init__(self, fingerprints: Mapping[str, Fingerprint], stream: int) -> None:
+        self._fingerprints, self._stream = fingerprints, stream
         self.sources: list[SourceFile] = []
         self.nodes: list[AnyNode] = []
         self.fitting = Fitting(self.nodes, self.sources, stream)
@@ -124,7 +124,7 @@ class _Compiler:
         number = self._source_numbers.get(path)
         if number is None:
             number = self._source_numbers[path] = len(self.sources)
-            self.sources.append(SourceFile(path, *(self._found.get(path) or fingerprints([path])[path])))
+            self.sources.append(SourceFile(path, *(self._fingerprints.get(path) or fingerprints([path])[path])))
         return number
 
     def node(self, node: AnyNode) -> int:
@@ -140,13 +140,13 @@ class _Compiler:
         """A file's plan; tiles are not chosen yet."""
         segments: list[Segment] = []
         filled = set()
-        made = self._in_order if self._stream and not layout.checksums else self._computed
+        compute = self._in_order if self._stream and not layout.checksums else self._computed
         for name, slot in sorted(layout.slots.items(), key=lambda item: item[1]):
             if slot in filled:
                 continue  # tied to the tensor before
             if outputs[name].spec.nbytes:
                 filled.add(slot)
-            for segment in self._segments(outputs[name], layout.pieces.get(name) or [(slot, outputs[name].spec.nbytes)], made):
+            for segment in self._segments(outputs[name], layout.pieces.get(name) or [(slot, outputs[name].spec.nbytes)], compute):
                 last = segments[-1] if segments else None
                 if isinstance(segment, Copy) and isinstance(last, Copy) and _continues(last, segment):
                     segments[-1] = last._replace(nbytes=last.nbytes + segment.nbytes)
@@ -154,11 +154,11 @@ class _Compiler:
                     segments.append(segment)
         return FilePlan(layout.path, layout.size, layout.literals, tuple(segments), tuple(layout.slots), layout.checksums)
 
-    def sidecar(self, path: str, given: str | bytes) -> FilePlan:
+    def sidecar(self, path: str, content: str | bytes) -> FilePlan:
         """A file beside the weights: another file's bytes, or these."""
-        if isinstance(given, bytes):
-            return FilePlan(path, len(given), ((0, given),), ())
-        number = self.source(given)
+        if isinstance(content, bytes):
+            return FilePlan(path, len(content), ((0, content),), ())
+        number = self.source(content)
         size = self.sources[number].size
         return FilePlan(path, size, (), (Copy(number, 0, 0, size),) if size else ())
 
@@ -177,25 +177,25 @@ class _Compiler:
         itemsize = node.spec.dtype.itemsize
         if not nbytes:
             return
-        for found in trace(node, identity(nbytes // itemsize, start // itemsize)):
-            move = found.move.simplify()
-            if found.exact and isinstance(found.leaf, Source) and _copyable(move, found.leaf):
+        for piece in trace(node, identity(nbytes // itemsize, start // itemsize)):
+            move = piece.move.simplify()
+            if piece.exact and isinstance(piece.leaf, Source) and _copyable(move, piece.leaf):
                 for dst, src in move.runs():
-                    yield from self._range(found.leaf.extents, src * itemsize, slot + dst * itemsize, move.run * itemsize)
+                    yield from self._range(piece.leaf.extents, src * itemsize, slot + dst * itemsize, move.run * itemsize)
             else:
-                extent = next((extent for leaf in sources(found.leaf) for extent in leaf.extents), None)
-                leaf_item = found.leaf.spec.dtype.itemsize if isinstance(found.leaf, Source) else 0
+                extent = next((extent for leaf in sources(piece.leaf) for extent in leaf.extents), None)
+                leaf_item = piece.leaf.spec.dtype.itemsize if isinstance(piece.leaf, Source) else 0
                 where = (self.source(extent.path), extent.offset) if extent else (0, 0)
                 whole = replace(move, dst=move.dst + start // itemsize)
                 # What has to see all of its input makes all of its output: in one tile, once.
-                tile = move.sizes if is_made_whole(found.leaf) else ()
+                tile = move.sizes if is_made_whole(piece.leaf) else ()
                 yield Compute(self.node(node), slot - start, whole, tile, *where, leaf_item)
 
     def _in_order(self, node: Node, start: int, slot: int, nbytes: int) -> Iterator[Segment]:
         """The same, front to back: what is not copied is computed in ranges of the file."""
-        found = list(self._computed(node, start, slot, nbytes))
-        copies = sorted((segment for segment in found if isinstance(segment, Copy)), key=lambda segment: segment.dst)
-        computed = [segment for segment in found if isinstance(segment, Compute)]
+        segments = list(self._computed(node, start, slot, nbytes))
+        copies = sorted((segment for segment in segments if isinstance(segment, Copy)), key=lambda segment: segment.dst)
+        computed = [segment for segment in segments if isinstance(segment, Compute)]
         itemsize, at = node.spec.dtype.itemsize, slot
         if any(not segment.tile and self.fitting.tile(segment, TILE).pieces > SCATTERED for segment in computed):
             self.fitting.in_order.add(self.node(node))

@@ -32,8 +32,8 @@ class Box:
 
     def at(self, start: int, axes: Axes | None = None) -> Box:
         """The same runs from ``start`` on, with other axes if they are given."""
-        given = self.axes if axes is None else axes
-        return Box(start, self.run, tuple((count, stride) for count, stride in given if count > 1))
+        present = self.axes if axes is None else axes
+        return Box(start, self.run, tuple((count, stride) for count, stride in present if count > 1))
 
 
 class Fault(Exception):

@@ -167,7 +167,7 @@ class Fitting:
         return segment._replace(tile=())
 
     def _is_whole(self, segment: Compute) -> bool:
-        return any(is_made_whole(found.leaf) for found in trace(self._nodes[segment.node], region(segment.move)))
+        return any(is_made_whole(piece.leaf) for piece in trace(self._nodes[segment.node], region(segment.move)))
 
     def tiled(self, file: FilePlan, fit: Fit) -> FilePlan:
         """The file with its tiles chosen."""

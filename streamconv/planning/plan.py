@@ -100,8 +100,8 @@ class Plan:
     def _facts(self) -> list[tuple[str, str]]:
         """What a reader wants to know first, by name."""
         totals, workers = self.totals, f"{self.workers} worker{'' if self.workers == 1 else 's'}"
-        taken = sum(source.allocated for source in self.sources)
-        disk = f"{format_size(taken)} now, {format_size(taken + totals.disk_needed)} afterwards, with the sources"
+        allocated = sum(source.allocated for source in self.sources)
+        disk = f"{format_size(allocated)} now, {format_size(allocated + totals.disk_needed)} afterwards, with the sources"
         if is_url(self.root):
             disk = f"at most {format_size(totals.disk_needed)} at a time, until it is uploaded" if totals.disk_needed else "none"
         return [
@@ -156,11 +156,11 @@ class Plan:
     def for_files(self, numbers: Iterable[int]) -> Plan:
         """The plan of some output files alone, with what they are made of and no more, as a remote worker receives it."""
         files = [self.files[number] for number in numbers]
-        used = sorted({segment.node for file in files for segment in file.segments if isinstance(segment, Compute)})
-        nodes = {node: k for k, node in enumerate(used)}
-        kept = {segment.source for file in files for segment in file.segments} if self.sources else set()
-        read = set(source_files(self.nodes[node] for node in used))
-        sources = [k for k, source in enumerate(self.sources) if k in kept or source.path in read]
+        node_numbers = sorted({segment.node for file in files for segment in file.segments if isinstance(segment, Compute)})
+        nodes = {node: k for k, node in enumerate(node_numbers)}
+        source_numbers = {segment.source for file in files for segment in file.segments} if self.sources else set()
+        read = set(source_files(self.nodes[node] for node in node_numbers))
+        sources = [k for k, source in enumerate(self.sources) if k in source_numbers or source.path in read]
         numbered = {source: k for k, source in enumerate(sources)}
 
         def renumber(segment: Segment) -> Segment:
@@ -173,12 +173,12 @@ class Plan:
         return replace(
             self,
             sources=tuple(self.sources[k] for k in sources),
-            nodes=tuple(self.nodes[node] for node in used),
+            nodes=tuple(self.nodes[node] for node in node_numbers),
             files=tuple(replace(file, segments=tuple(map(renumber, file.segments))) for file in files),
             checks=(),
             mapping=tuple(row for row in self.mapping if row.target in mine),
             totals=add_up(files, self.nodes, self.sources),
-            names=tuple(self.names[node] for node in used if self.names),
+            names=tuple(self.names[node] for node in node_numbers if self.names),
         )
 
     def target_of(self, segment: Compute) -> str:
@@ -231,16 +231,16 @@ class Plan:
 
     @cached_property
     def _digest(self) -> str:
-        graph, found = Graph(self.sources), hashlib.sha256()
+        graph, digest = Graph(self.sources), hashlib.sha256()
         roots = [graph.add(node) for node in self.nodes]
         sources = [source._replace(allocated=0) for source in self.sources]
         for part in (VERSION, self.format, sources, roots, self.checks, self.dropped):
-            found.update(codec.encode(part))
+            digest.update(codec.encode(part))
         for row in (*graph.ops, *graph.rows, *mapping_rows(self.mapping)):
-            found.update(codec.encode(row))
+            digest.update(codec.encode(row))
         for file in self.files:
-            found.update(codec.encode(file_row(replace(file, segments=tuple(map(_without_tile, file.segments))))))
-        return found.hexdigest()
+            digest.update(codec.encode(file_row(replace(file, segments=tuple(map(_without_tile, file.segments))))))
+        return digest.hexdigest()
 
     # JSON ------------------------------------------------------------------------------------------------------
 
@@ -316,7 +316,7 @@ def _without_tile(segment: Segment) -> Segment:
 
 def _list_files(files: Iterable[tuple[str, int]]) -> str:
     """``model-[1-9].safetensors x9, config.json``: the names, folded; the largest first."""
-    listed = list(files)
-    folded = sorted(fold((None, (Path(path).name,)) for path, _ in listed), key=lambda kind: -sum(listed[k][1] for k in kind.members))
-    shown = [f"{kind.texts[0]}{f' x{len(kind.members)}' if len(kind.members) > 1 else ''}" for kind in folded[:4]]
-    return ", ".join(shown) + (f", and {len(folded) - 4} more" if len(folded) > 4 else "")
+    sizes = list(files)
+    folded = sorted(fold((None, (Path(path).name,)) for path, _ in sizes), key=lambda kind: -sum(sizes[k][1] for k in kind.members))
+    texts = [f"{kind.texts[0]}{f' x{len(kind.members)}' if len(kind.members) > 1 else ''}" for kind in folded[:4]]
+    return ", ".join(texts) + (f", and {len(folded) - 4} more" if len(folded) > 4 else "")

@@ -125,12 +125,12 @@ def source_files(nodes: Iterable[AnyNode]) -> list[str]:
     return list(dict.fromkeys(extent.path for node in nodes for leaf in sources(node) for extent in leaf.extents))
 
 
-def add_up(files: Iterable[FilePlan], nodes: Sequence[AnyNode], given: Sequence[SourceFile]) -> Totals:
+def add_up(files: Iterable[FilePlan], nodes: Sequence[AnyNode], source_table: Sequence[SourceFile]) -> Totals:
     """What making these files of nodes and sources takes."""
     copied = computed = read = written = 0
     disk = 0.0
     # What is left of a sparse source's blocks may straddle twice as many blocks in the output.
-    shares = [1.0 if is_url(source.path) or not source.size else source.allocated / source.size for source in given]
+    shares = [1.0 if is_url(source.path) or not source.size else source.allocated / source.size for source in source_table]
     density = [min(1.0, share if share > SPARSE else 2 * share) for share in shares] or [1.0]  # nothing is read: all is made
     for file in files:
         written += file.size

@@ -114,7 +114,7 @@ def test_save_pretrained_keeps_the_same(kind):
     import tiny_models
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    from streamconv.library.bridge import choose_kept
+    from streamconv.library.model import choose_kept
 
     tested = 0
     for model in tiny_models.every_class(transformers, kind):

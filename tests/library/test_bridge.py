@@ -122,7 +122,7 @@ def test_parts_of_different_sizes_come_back_as_they_were(transformers, tmp_path)
 
 def test_fused_heads_of_different_numbers_come_back_as_they_were(transformers):
     """Eight, two and two heads in one tensor: 8 + 2 + 2 parts of it, not 4 + 4 + 4."""
-    from streamconv.library.bridge import _part_sizes
+    from streamconv.library.model import _part_sizes
 
     names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
     assert _part_sizes(names, 48, {}, llama(transformers).config) == [32, 8, 8]

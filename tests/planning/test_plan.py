@@ -323,8 +323,9 @@ def test_what_is_no_file_is_no_plan(tmp_path, capsys, monkeypatch):
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "large").write_bytes(b"[" * 100)
     monkeypatch.setattr("streamconv.cli.commands.run.MOST_OF_PLAN", 50)
-    for name in ("pipe", "folder", "device", "large", "absent", "\0"):
+    for name in ("pipe", "device", "large", "absent", "\0"):
         assert "cannot be read" in refusal(capsys, tmp_path / name)
+    assert "is no plan but a DST" in refusal(capsys, tmp_path / "folder")
 
 
 def test_names_that_are_no_utf8_come_through(tmp_path):
