@@ -26,7 +26,7 @@ PACKAGES = {
     "": 700,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 1_000,  # strings and integers
     "storage": 1_800,  # where files are; most of it is what servers need
-    "graph": 1_200,  # nodes, ops, and how a region of one is made
+    "graph": 1_250,  # nodes, ops, how a region of one is made, and values that regions share
     "formats": 2_400,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "checkpoint": 700,  # finding out what a path holds
     "schemes": 350,  # quantizations, and the list of them that others add to

@@ -10,13 +10,15 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamconv.graph.moves import Move, identity, packed, packed_strides
-from streamconv.graph.node import AnyNode, Extent, Node, Source, items_of
+from streamconv.graph.node import AnyNode, Extent, Node, Source, descend, items_of
 from streamconv.graph.ops import Compute, Elementwise, Layout, Reduce, Values
+from streamconv.graph.reductions import value_of
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -100,29 +102,38 @@ def _below(node: AnyNode, numel: int, *, scattered: bool = False) -> int:
 
 def evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read) -> None:
     """Writes the region ``move`` of ``node`` into the flat array ``out``."""
+    _evaluate(node, move, out, arena, read, beside=False)
+
+
+def _evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read, *, beside: bool) -> None:
+    """The same; ``beside``: of what other regions need, too."""
     if not isinstance(node, Node):
         _gather(node, move.simplify(), out, arena, read)
         return
     mark, op = arena.mark, node.op
     if isinstance(op, Layout):
         for number, piece in op.pull(move):
-            evaluate(node.inputs[number], piece, out, arena, read)
+            _evaluate(node.inputs[number], piece, out, arena, read, beside=beside)
     elif isinstance(op, Reduce):
-        value = _reduce(node, op, arena, read)
+        overflowed, reduction = arena.overflowed, partial(_reduce, node, op, arena, read)
+        value = value_of(node, lambda: reduction().copy()) if beside else reduction()
+        if beside:  # the same values are counted where they are written
+            arena.overflowed = overflowed
         copy_strided(out[move.dst :], value[move.src :], list(zip(move.sizes, move.dst_strides, move.src_strides, strict=True)), arena)
     else:
         assert isinstance(op, Compute)
-        _compute(node, op, move, out, arena, read)
+        _compute(node, op, move, out, arena, read, beside=beside)
     arena.release(mark)
 
 
-def _compute(node: Node, op: Compute, move: Move, out: Array, arena: Arena, read: Read) -> None:
+def _compute(node: Node, op: Compute, move: Move, out: Array, arena: Arena, read: Read, *, beside: bool) -> None:
     """Has an op fill a region of its output, wherever that lies, from regions of its inputs in buffers of their own."""
     overflowed, region = arena.overflowed, packed(move)
     parts = []
-    for child, wanted in zip(node.inputs, op.needs(region, [child.spec for child in node.inputs]), strict=True):
+    needs = op.needs(region, [child.spec for child in node.inputs])
+    for (child, is_beside), wanted in zip(descend(node, beside=beside), needs, strict=True):
         part = arena.take(wanted.numel, child.spec.dtype.itemsize)
-        evaluate(child, packed(wanted), part, arena, read)
+        _evaluate(child, packed(wanted), part, arena, read, beside=is_beside)
         parts.append(Values(part.reshape(wanted.sizes), child.spec.dtype))
     if not isinstance(op, Elementwise):  # which may ask for the same values again and again
         arena.overflowed = overflowed
@@ -137,25 +148,25 @@ def _reduce(node: Node, op: Reduce, arena: Arena, read: Read) -> Array:
     buffers = [arena.take(count, itemsize) for count, itemsize in op.buffers(specs)]
 
     def fetch(number: int, start: int, part: Array) -> None:
-        evaluate(node.inputs[number], identity(len(part), start), part, arena, read)
+        _evaluate(node.inputs[number], identity(len(part), start), part, arena, read, beside=True)
 
     op.reduce(specs, fetch, buffers)
     return buffers[-1]
 
 
-def reads(node: AnyNode, move: Move) -> Iterator[tuple[str, int, int]]:
-    """What evaluating the region ``move`` reads, in that order: path, offset and bytes."""
+def reads(node: AnyNode, move: Move, *, beside: bool = False) -> Iterator[tuple[str, int, int]]:
+    """What evaluating the region ``move`` reads, in that order: path, offset and bytes; less what is read once for many regions."""
     if not isinstance(node, Node):
         for start, count in _spans(node, move.simplify()):
             yield from _split(node.extents, start, count)
     elif isinstance(node.op, Layout):
         for number, piece in node.op.pull(move):
-            yield from reads(node.inputs[number], piece)
-    else:
+            yield from reads(node.inputs[number], piece, beside=beside)
+    elif isinstance(node.op, Compute) or not beside:
         specs = [child.spec for child in node.inputs]
         wanted = node.op.needs(packed(move), specs) if isinstance(node.op, Compute) else [identity(spec.numel) for spec in specs]
-        for child, region in zip(node.inputs, wanted, strict=True):
-            yield from reads(child, region)
+        for (child, is_beside), region in zip(descend(node, beside=beside), wanted, strict=True):
+            yield from reads(child, region, beside=is_beside)
 
 
 def kinds(nodes: Iterable[AnyNode]) -> Iterator[Node]:

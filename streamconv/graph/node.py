@@ -7,7 +7,7 @@ inputs in buffers of their own and turn them into values.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from streamconv.dtypes import DTYPES, TensorSpec
@@ -34,7 +34,7 @@ class Source:
     extents: tuple[Extent, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Node:
     """An op applied to inputs. Plain data; nothing here pretends to be a tensor."""
 
@@ -117,6 +117,28 @@ def is_made_whole(node: AnyNode) -> bool:
         specs = [child.spec for child in node.inputs]
         return node.op.reach(1, specs) == [spec.numel for spec in specs]
     return isinstance(node.op, Reduce)
+
+
+def descend(node: Node, *, beside: bool) -> Iterator[tuple[AnyNode, bool]]:
+    """The inputs of a node, and whether they stand beside what its region is followed to: other regions need their values, too."""
+    for k, child in enumerate(node.inputs):
+        yield child, beside or not (isinstance(node.op, Layout) or (isinstance(node.op, Elementwise) and k == 0))
+
+
+def shared_values(nodes: Iterable[AnyNode]) -> list[Node]:
+    """What of a graph several regions need the value of: the outputs of each `Reduce` that a computation takes."""
+    stack: list[tuple[AnyNode, bool]] = [(node, False) for node in nodes]
+    seen: set[tuple[int, bool]] = set()
+    shared: dict[int, Node] = {}
+    while stack:
+        node, beside = stack.pop()
+        if not isinstance(node, Node) or (id(node), beside) in seen:
+            continue
+        seen.add((id(node), beside))
+        if beside and isinstance(node.op, Reduce):
+            shared[id(node)] = node
+        stack.extend(descend(node, beside=beside))
+    return list(shared.values())
 
 
 def items_of(node: AnyNode) -> AnyNode:

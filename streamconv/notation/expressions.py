@@ -68,6 +68,17 @@ def check(text: str) -> None:
     _parse(text)
 
 
+def constant(text: str) -> Any:
+    """The value of an expression that takes nothing from outside; None of one that does.
+
+    Raises:
+        NotationError: not an expression, or values that do not go together.
+    """
+    if any(isinstance(node, ast.Name) for node in ast.walk(_parse(text))):
+        return None
+    return evaluate(text, {})
+
+
 def find_names(text: str) -> list[str]:
     """The names whose own values an expression takes, not those of what has members or is called."""
     tree = _parse(text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from streamconv import memory
 from streamconv.errors import BudgetError, UsageError
 from streamconv.graph.moves import region
-from streamconv.graph.node import AnyNode, Node, is_made_whole, trace
+from streamconv.graph.node import AnyNode, Node, is_made_whole, shared_values, trace
 from streamconv.graph.tiles import Tile, choose_tile
 from streamconv.planning.plan import Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile
 from streamconv.planning.proof import MOST_WORKERS
@@ -25,6 +25,7 @@ SMALLEST_TILE = 64 << 10
 MARGIN = 6 << 20  # bytes: how much one process may differ from the next in what it takes itself
 RESERVE = 6 << 20  # bytes: thread stacks, descriptors, the bar, what the allocator keeps; per worker see WORKER
 HELD_COMPUTE, HELD_COPY = 640, 240  # bytes: what a run holds of a segment from planning to its end: its tile, its task, its place when done
+HELD_SHARED = 1 << 10  # bytes: what holding a value takes beside the value
 WORKERS = 8  # unless asked otherwise: so many reads and writes in flight saturate a disk, on any number of cores
 REMOTE_WORKERS = 16  # ... or connections; one alone is often slow
 WORKER = 2560 << 10  # bytes: a worker's stack, its buffer, and what it maps at a time
@@ -55,12 +56,13 @@ def refit(plan: Plan, budget: Budget) -> Plan:
 def base_of(plan: Plan) -> int:
     """Bytes that a plan counts for the process itself, before its workers and what is held of its segments."""
     stream = bytes_of_stream(plan.root, (file.size for file in plan.files))
-    return plan.peak_memory - RESERVE - _bytes_held(plan.files) - plan.workers * _bytes_each(plan.arena, plan.sources, stream)
+    return plan.peak_memory - RESERVE - _bytes_held(plan.files, plan.nodes) - plan.workers * _bytes_each(plan.arena, plan.sources, stream)
 
 
-def _bytes_held(files: Iterable[FilePlan]) -> int:
-    """What a run holds of the segments of these files."""
-    return sum(HELD_COPY if isinstance(segment, Copy) else HELD_COMPUTE for file in files for segment in file.segments)
+def _bytes_held(files: Iterable[FilePlan], nodes: Sequence[AnyNode]) -> int:
+    """What a run holds of the segments of these files, and of the values that they share."""
+    shared = sum(node.spec.nbytes + HELD_SHARED for node in shared_values(nodes))
+    return shared + sum(HELD_COPY if isinstance(segment, Copy) else HELD_COMPUTE for file in files for segment in file.segments)
 
 
 def _bytes_each(arena: int, files: Iterable[SourceFile], stream: int) -> int:
@@ -107,7 +109,7 @@ class Fitting:
 
             prepare(self._nodes)
         computed = [s for file in files for s in file.segments if isinstance(s, Compute)]
-        base = budget.measure() + _bytes_held(files)
+        base = budget.measure() + _bytes_held(files, self._nodes)
         scattered = frozenset(self.in_order | {s.node for s in computed if not s.tile and self.tile(s, TILE).pieces > SCATTERED})
         tile = SCATTERED_TILE if scattered else TILE
         largest = max((self._nbytes(s) for s in computed if s.node in self.in_order), default=0)

@@ -93,7 +93,9 @@ class Recipe:
                 try:
                     _check_fact(fact)
                 except (RecipeError, UsageError) as error:
-                    raise RecipeError(f"recipe {self.name}, rule {pattern_of(fact)[:200]!r}: {error}") from error
+                    fault = RecipeError(f"recipe {self.name}, rule {pattern_of(fact)[:200]!r}: {error}")
+                    fault.place = error.place if isinstance(error, RecipeError) else ()
+                    raise fault from error
 
     @property
     def stages(self) -> list[Recipe]:
@@ -332,7 +334,7 @@ def _check_fact(fact: Fact) -> None:
         if fact.layout and len(fact.layout) > LONGEST:
             raise NotationError(f"a layout of {len(fact.layout)} characters, {LONGEST} at most", fact.layout, LONGEST)
         _ = fact.binding
-        steps.check(fact.undo)
+        steps.check(fact.undo, "undo")
         if fact.cast:
             parse_dtype(fact.cast)
 

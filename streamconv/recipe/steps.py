@@ -18,30 +18,61 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import Annotated, Any, get_args
 
+from msgspec import Meta
+
+from streamconv import codec
 from streamconv.dtypes import parse_dtype
-from streamconv.errors import CoverageError, RecipeError
+from streamconv.errors import CoverageError, FormatError, RecipeError
 from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import Add, Cast, Dequantize, InvFreq, MergeLora, Rearrange, Rows, SampleRows, Scale, Zeros
+from streamconv.notation import expressions
 from streamconv.text import did_you_mean
 
 Lookup = Mapping[str, AnyNode]
+Count = Annotated[int, Meta(ge=0)]
+"""Of rows, columns or elements."""
+Factor = Annotated[float, Meta(description="other than 0")]
+
+_WORDS = {int: "expected a whole number", float: "expected a number", bool: "expected true or false", str: "expected a text"}
+
+Step = Callable[..., AnyNode]
+"""Makes a node of a rule's, and of all tensors by name; what it takes of a recipe are its keyword arguments, by their types."""
+
+_STEPS: dict[str, Step] = {}
+
+
+def step(name: str) -> Callable[[Step], Step]:
+    """Makes a function the step of that name, which recipes may then have.
+
+    >>> @step("first")
+    ... def first(nodes, entries, *, rows: int):
+    ...     return take("rows", nodes, {"stop": rows}, entries)
+    """
+
+    def register(function: Step) -> Step:
+        if _STEPS.setdefault(name, function) is not function:
+            raise RecipeError(f"there is an op {name} already: give it another name")
+        return function
+
+    return register
 
 
 def take(name: str, nodes: Sequence[AnyNode], given: Mapping[str, Any], entries: Lookup) -> AnyNode:
     """The node of step ``name`` on ``nodes``; ``entries`` are all tensors, for steps that look at another one.
 
     Raises:
-        CoverageError: what is given does not fit the tensors.
+        CoverageError: what is given does not fit the tensors, or is no value that the step takes.
     """
-    missing = [key for key, value in given.items() if value is None]
-    if missing:
-        raise CoverageError(f"{name}: no value for {missing[0]}: give it with --set, or in config.json")
-    try:
-        return _STEPS[name](nodes, entries, **given)
-    except TypeError as error:
-        raise CoverageError(f"{name}: {error}") from error
+    kinds = _parameters(name)
+    for key, value in given.items():
+        if value is None:
+            raise CoverageError(f"{name}: no value for {key}: give it with --set, or in config.json")
+        if wrong := _find_wrong(value, kinds[key].annotation):
+            raise CoverageError(f"{name}: {key} is {value!r}: {wrong}")
+    return _STEPS[name](nodes, entries, **given)
 
 
 def describe(name: str, given: Mapping[str, Any]) -> str:
@@ -49,28 +80,51 @@ def describe(name: str, given: Mapping[str, Any]) -> str:
     return " ".join([name, *(f"{key}={value}" for key, value in given.items())])
 
 
-def check(op: Mapping[str, Any]) -> None:
-    """Raises RecipeError where a fact's ``op`` names no step, or does not give what the step takes."""
+def check(op: Mapping[str, Any], field: str = "op") -> None:
+    """Raises RecipeError where a fact's ``op``, or what another field of it says, is no step with what that takes, of the right kind."""
     if not op:
         return
     name = op.get("op")
     if not isinstance(name, str) or name not in _STEPS:
-        raise RecipeError(f"op {name!r} is unknown{did_you_mean(str(name), _STEPS)}; known are {', '.join(_STEPS)}")
-    takes = {key: known for key, known in inspect.signature(_STEPS[name]).parameters.items() if known.kind is known.KEYWORD_ONLY}
-    given = op.keys() - {"op"}
+        raise _fault(f"op {name!r} is unknown{did_you_mean(str(name), _STEPS)}; known are {', '.join(_STEPS)}", field, "op")
+    takes = _parameters(name)
+    given = [key for key in op if key != "op"]
     if unknown := sorted(given - takes.keys()):
-        raise RecipeError(f"op {name} has no {unknown[0]!r}{did_you_mean(unknown[0], takes)}; it takes {', '.join(takes)}")
+        hint = did_you_mean(unknown[0], takes)
+        raise _fault(f"op {name} has no {unknown[0]!r}{hint}; it takes {', '.join(takes)}", field, unknown[0])
     if missing := [key for key, known in takes.items() if known.default is known.empty and key not in given]:
-        raise RecipeError(f"op {name} needs {', '.join(missing)}")
-    if name in ARITHMETIC:
-        _check_number(name, op["value"])
+        raise _fault(f"op {name} needs {', '.join(missing)}", field)
+    for key in given:
+        value = expressions.constant(op[key]) if isinstance(op[key], str) else op[key]
+        if value is not None and (wrong := _find_wrong(value, takes[key].annotation)):
+            raise _fault(f"op {name}: {key} is {op[key]!r}: {wrong}", field, key)
 
 
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, str):
-        return  # an expression
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or (name == "scale" and not value):
-        raise RecipeError(f"op {name}: value is {value!r}: expected a number{' other than 0' if name == 'scale' else ''}")
+def _fault(message: str, *place: str) -> RecipeError:
+    error = RecipeError(message)
+    error.place = place
+    return error
+
+
+@cache
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    """What a step takes of a recipe, with their types."""
+    signature = inspect.signature(_STEPS[name], eval_str=True)
+    return {key: known for key, known in signature.parameters.items() if known.kind is known.KEYWORD_ONLY}
+
+
+def _find_wrong(value: Any, kind: Any) -> str:
+    """What is wrong with a value that is to be of a kind, "": nothing."""
+    words = _WORDS[get_args(kind)[0] if get_args(kind) else kind]
+    if kind is Factor and value == 0:
+        return f"{words} other than 0"
+    if isinstance(value, float) and not math.isfinite(value):
+        return words
+    try:
+        codec.convert(value, kind)
+    except FormatError as error:
+        return f"{words}; {error}" if isinstance(value, int) and get_args(kind) else words
+    return ""
 
 
 ARITHMETIC = ("add", "scale")
@@ -91,26 +145,20 @@ def is_exact(op: Mapping[str, Any]) -> bool:
     return op.get("op") == "scale" and isinstance(value, int | float) and abs(math.frexp(value)[0]) == 0.5
 
 
+@step("add")
 def _add(nodes: Sequence[AnyNode], _entries: Lookup, *, value: float, inverse: int = 0) -> AnyNode:
     (node,) = nodes
-    _check_value("add", value)
     return apply(Add(float(-value if inverse else value)), node)
 
 
-def _scale(nodes: Sequence[AnyNode], _entries: Lookup, *, value: float, inverse: int = 0) -> AnyNode:
+@step("scale")
+def _scale(nodes: Sequence[AnyNode], _entries: Lookup, *, value: Factor, inverse: int = 0) -> AnyNode:
     (node,) = nodes
-    _check_value("scale", value)
     return apply(Scale(float(value), bool(inverse)), node)
 
 
-def _check_value(name: str, value: Any) -> None:
-    try:
-        _check_number(name, None if isinstance(value, str) else value)
-    except RecipeError as error:
-        raise CoverageError(str(error)) from error
-
-
-def _rows(nodes: Sequence[AnyNode], _entries: Lookup, *, stop: int, start: int = 0) -> AnyNode:
+@step("rows")
+def _rows(nodes: Sequence[AnyNode], _entries: Lookup, *, stop: Count, start: Count = 0) -> AnyNode:
     (node,) = nodes
     return node if (start, stop) == (0, (*node.spec.shape, 0)[0]) else apply(Rows(start, stop, math.prod(node.spec.shape[1:])), node)
 
@@ -126,7 +174,8 @@ def _stack(*nodes: AnyNode) -> AnyNode:
     return apply(Rearrange(layout, sizes, (1,) * len(nodes)), *nodes)
 
 
-def _pad(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: int) -> AnyNode:
+@step("pad")
+def _pad(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: Count) -> AnyNode:
     (node,) = nodes
     count, *rest = node.spec.shape
     if rows < count:
@@ -134,7 +183,8 @@ def _pad(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: int) -> AnyNode:
     return node if rows == count else _stack(node, apply(Zeros(node.spec.dtype.name, (rows - count, *rest))))
 
 
-def _grow(nodes: Sequence[AnyNode], entries: Lookup, *, rows: int, first: int, seed: int, stream: int, like: str = "") -> AnyNode:
+@step("grow")
+def _grow(nodes: Sequence[AnyNode], entries: Lookup, *, rows: Count, first: Count, seed: int, stream: int, like: str = "") -> AnyNode:
     (node,) = nodes
     if like and like not in entries:
         raise CoverageError(f"grow: {like}, whose rows the new ones are to be like, is not there")
@@ -152,18 +202,21 @@ def _grow(nodes: Sequence[AnyNode], entries: Lookup, *, rows: int, first: int, s
     return _stack(kept, *sampled) if sampled else kept
 
 
-def _zeros(nodes: Sequence[AnyNode], entries: Lookup, *, size: int, rows: int = 0, dtype: str = "float32", like: str = "") -> AnyNode:
+@step("zeros")
+def _zeros(nodes: Sequence[AnyNode], entries: Lookup, *, size: Count, rows: Count = 0, dtype: str = "float32", like: str = "") -> AnyNode:
     _expect_none(nodes)
     wanted = entries[like].spec.dtype.name if like in entries else parse_dtype(dtype).name
     return apply(Zeros(wanted, (rows, size) if rows else (size,)))
 
 
-def _inv_freq(nodes: Sequence[AnyNode], entries: Lookup, *, dim: int, base: int = 10000, like: str = "") -> AnyNode:
+@step("inv_freq")
+def _inv_freq(nodes: Sequence[AnyNode], entries: Lookup, *, dim: Count, base: Count = 10000, like: str = "") -> AnyNode:
     _expect_none(nodes)
     made, dtype = apply(InvFreq(dim, base)), entries[like].spec.dtype.name if like in entries else "float32"
     return made if dtype == "float32" else apply(Cast(dtype), made)
 
 
+@step("merge_lora")
 def _merge_lora(nodes: Sequence[AnyNode], _entries: Lookup, *, merge: bool, alpha: int) -> AnyNode:
     weight, *factors = nodes
     if not merge:
@@ -184,6 +237,7 @@ def _expect_none(nodes: Sequence[AnyNode]) -> None:
         raise CoverageError("a tensor that is made of nothing has no source")
 
 
+@step("same")
 def _same(nodes: Sequence[AnyNode], entries: Lookup, *, tensor: str) -> AnyNode:
     _expect_none(nodes)
     if tensor not in entries:
@@ -191,7 +245,8 @@ def _same(nodes: Sequence[AnyNode], entries: Lookup, *, tensor: str) -> AnyNode:
     return entries[tensor]
 
 
-def _dequantize(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: int, columns: int) -> AnyNode:
+@step("dequantize")
+def _dequantize(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: Count, columns: Count) -> AnyNode:
     spec = nodes[0].spec
     if len(nodes) == 1 and not (spec.dtype.floating and spec.dtype.nbytes == 1):
         return nodes[0]
@@ -199,17 +254,3 @@ def _dequantize(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: int, column
         found = ", ".join(str(node.spec) for node in nodes)
         raise CoverageError(f"dequantize: a matrix and the scales of its blocks of {rows} x {columns} go together, found {found}")
     return apply(Dequantize((spec.shape[0], spec.shape[1]), (rows, columns)), *nodes)
-
-
-_STEPS: dict[str, Callable[..., AnyNode]] = {
-    "add": _add,
-    "scale": _scale,
-    "rows": _rows,
-    "pad": _pad,
-    "grow": _grow,
-    "zeros": _zeros,
-    "inv_freq": _inv_freq,
-    "same": _same,
-    "dequantize": _dequantize,
-    "merge_lora": _merge_lora,
-}

@@ -91,7 +91,7 @@ def test_values_that_become_infinite_are_counted(tmp_path):
         ({"op": "rows", "stopp": 3}, "did you mean stop"),
         ({"op": "grow", "rows": 3}, "needs"),
         ({"op": "multiply", "value": 3}, "unknown"),
-        ({"op": "add", "value": [1]}, "op must be"),
+        ({"op": "add", "value": [1]}, "op must hold"),
     ],
 )
 def test_what_a_step_does_not_take_is_refused_when_it_is_declared(tmp_path, op, told):

@@ -133,7 +133,11 @@ Fetch = Callable[[int, int, "Array"], None]
 
 
 class Reduce(Op):
-    """An op that sees its inputs once, in passes, and leaves a small value: a plan has all of it made at once."""
+    """An op that sees its inputs once, in passes, and leaves a small value, all of it at once.
+
+    Where a `Compute` takes it, it runs ahead of the first tile that does, once in a process, and the value is kept for the others;
+    a run that is resumed makes it again. Else it is a tile of its own.
+    """
 
     @abstractmethod
     def buffers(self, inputs: Sequence[TensorSpec]) -> list[tuple[int, int]]:
