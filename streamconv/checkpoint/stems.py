@@ -22,15 +22,18 @@ def stem_of(checkpoint: Checkpoint, folder: str, format: str) -> str | None:  # 
         return None
     contents = checkpoint.components[folder]
     stem = _stem_of_files(contents)
-    library = library_of(stem)
-    if library in (None, PLAIN):  # other names of single files are given by people
-        is_original = stem is not None and bool(names := containers()[contents.format].names.originals) and stem.startswith(names)
-        if library == PLAIN or is_original or not checkpoint.location.is_folder:
-            return None
-        library = _library_by_config(checkpoint, folder)
-        if library == PLAIN:
-            return None
+    library = PLAIN if _is_plain(stem, contents) else library_of(stem)
+    if library is None:  # other names are given by people
+        library = _library_by_config(checkpoint, folder) if checkpoint.location.is_folder else PLAIN
+    if library == PLAIN:
+        return None
     return containers()[format].names.stems.get(library) if library else stem
+
+
+def _is_plain(stem: str | None, contents: Contents) -> bool:
+    """Whether names start as the container's own files do, or as original files that libraries pass over."""
+    names = containers()[contents.format].names
+    return stem is not None and (stem == names.stem or (bool(names.originals) and stem.startswith(names.originals)))
 
 
 def reads_shards(checkpoint: Checkpoint, folder: str, stem: str | None) -> bool:

@@ -172,6 +172,12 @@ def test_it_is_resharded_and_told_by_the_suffix_of_dst(folder, tmp_path):
     assert_same(values(tmp_path / "again"), TENSORS)
 
 
+def test_its_own_names_are_not_taken_for_names_that_people_gave(folder, tmp_path):
+    (folder / "config.json").unlink()
+    assert run("convert", folder, tmp_path / "out", "--quiet") == 0
+    assert listed(tmp_path / "out") == ["model.safetensors", "tokenizer.json"]
+
+
 def test_a_file_is_told_by_its_first_bytes(folder, tmp_path, capsys):
     assert run("convert", folder, tmp_path / "one.crate", "--quiet") == 0
     (tmp_path / "nameless").mkdir()
