@@ -183,7 +183,7 @@ def look_beside(root: Folder, own: Iterable[Location] = (), components: Iterable
 
 def _is_unread_adapter(above: str, files: Iterable[str], read: Collection[str]) -> bool:
     """Whether a folder holds an adapter's weights, and others are read."""
-    stems = tuple(stems_of(["peft"]))
+    stems = stems_of(["peft"])
     own = [name for name in files if name.startswith(stems) and is_weights(name)]
     return bool(own) and not any(above + name in read for name in own)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Mapping
+from functools import cache
 from importlib.metadata import entry_points
 
 from streamconv.errors import UsageError
@@ -73,10 +74,16 @@ def find_format(option: str, name: str) -> Container:
     return container
 
 
-def stems_of(libraries: Collection[str]) -> list[str]:
+def stems_of(libraries: Collection[str]) -> tuple[str, ...]:
     """How names of files start that these libraries look for, in any container."""
-    stems = [container.names.stems.get(library) for library in libraries for container in containers().values()]
-    return list(dict.fromkeys(filter(None, stems)))
+    return _stems_of(tuple(libraries), tuple(containers()))
+
+
+@cache
+def _stems_of(libraries: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """The same, asked for each file of a folder."""
+    stems = [containers()[name].names.stems.get(library) for library in libraries for name in names]
+    return tuple(dict.fromkeys(filter(None, stems)))
 
 
 def library_of(stem: str | None) -> str | None:

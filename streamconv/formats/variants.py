@@ -26,7 +26,7 @@ def check_variant(name: str) -> None:
 
 def variant_of(name: str, kind: Names) -> str | None:
     """Of which variant a weight file or an index is, by its name."""
-    found = _pattern(kind.suffixes, tuple(stems_of(_LIBRARIES))).fullmatch(name)
+    found = _pattern(kind.suffixes, stems_of(_LIBRARIES)).fullmatch(name)
     return next(filter(None, found.groups())) if found else None
 
 
