@@ -210,8 +210,12 @@ def _check_operand(text: str, at: int, operator: str, operand: str) -> None:
     """Raises NotationError where a number's arithmetic cannot be done."""
     if operator == "//" and not re.fullmatch(r"\w+", operand):
         raise NotationError(f"{operand!r} after // is no name and no number", text, at)
-    if operator and (operator, operand) != ("=", "*"):
+    if not operator or (operator, operand) == ("=", "*"):
+        return
+    try:
         expressions.check(operand)
+    except NotationError as error:
+        raise NotationError(f"{operand!r} after {operator} is not an expression", text, at + error.position) from None
 
 
 class _State(NamedTuple):

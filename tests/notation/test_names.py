@@ -71,6 +71,13 @@ MATCHES = [
     ("{a,b:c}", "b:c", {"list0": 1}),
     ("{x*}", "a\nb", {"x": "a\nb"}),
     ("{i}", "9" * 18, {"i": 10**18 - 1}),
+    # numbers with arithmetic are those that stand there
+    ("l.{i+1}.w", "l.3.w", {"i": 3}),
+    ("l.{i-n}.w", "l.0.w", {"i": 0}),
+    ("l.{i=n-1}.w", "l.7.w", {"i": 7}),
+    ("rank{r=*:02}", "rank05", {"r": 5}),
+    ("rank{r//k:02}", "rank11", {"r": 11}),
+    ("x{e+1?_}", "x_2", {"e": 2}),
 ]
 
 MISSES = [
@@ -120,6 +127,12 @@ def test_captures() -> None:
         Capture("r", "int", width=3),
         Capture("n", "rest"),
         Capture("e", "int", prefix="_"),
+    )
+    assert parse("{i+n}{r//k:02}{j=a * (b + 1)}{m=*}").captures == (
+        Capture("i", "int", operator="+", operand="n"),
+        Capture("r", "int", width=2, operator="//", operand="k"),
+        Capture("j", "int", operator="=", operand="a * (b + 1)"),
+        Capture("m", "int", operator="=", operand="*"),
     )
 
 
@@ -172,6 +185,12 @@ def test_patterns_are_values() -> None:
         ("{i}.{i:a,b}", 4, "differently"),
         ("{p:a,b}{p:b,a}", 7, "differently"),
         ("{i}.{i*}", 4, "differently"),
+        ("{i}.{i+1}", 4, "differently"),
+        ("a{i+}", 2, "expected"),
+        ("a{i*2}", 2, "expected"),
+        ("a{i+(n}", 4, "not an expression"),
+        ("a{r//a b}", 5, "no name and no number"),
+        ("a{i+1:q,k}", 2, "no identifier"),
     ],
 )
 def test_errors_point_at_the_character(text: str, position: int, words: str) -> None:
