@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from streamconv.dtypes import CASTABLE, TensorSpec, parse_dtype
+from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec, parse_dtype
 from streamconv.errors import UsageError
 from streamconv.notation.names import nearest
 from streamconv.notation.names import parse as parse_names
@@ -91,10 +91,14 @@ class Casting:
             return None
         found = find_quantization(config, files(), specs)
         if found is None:
-            odd = [
-                name for name, spec in specs.items() if spec.dtype.floating and spec.dtype.name not in CASTABLE and not self._is_kept(name)
-            ]
-            return f"{odd[0]} is {specs[odd[0]]} and stays so: --dtype casts {', '.join(CASTABLE)}" if odd else None
+            odd = [name for name, spec in specs.items() if spec.dtype.name not in CASTABLE and not self._is_kept(name)]
+            for name in odd:
+                dtype = specs[name].dtype
+                if dtype.name not in DTYPES:  # a container's own
+                    told = f"{dtype.packing}, of which nothing here makes numbers: leave --dtype out, or keep it with --keep-dtype"
+                    raise UsageError(f"--dtype {self._dtype}: {name} is {specs[name]}: {told}")
+            floats = [name for name in odd if specs[name].dtype.floating]
+            return f"{floats[0]} is {specs[floats[0]]} and stays so: --dtype casts {', '.join(CASTABLE)}" if floats else None
         own = quantized_tensors(specs)
         kept = bool(own) and not own & self._cast and any(self._is_kept(name) for name in own)
         if kept or (not self._cast and self._same):

@@ -346,6 +346,10 @@ def test_numbers_of_blocks_are_refused_by_name(quantized, tmp_path, capsys):
     assert "tensor 'experts.0.weight': safetensors has no type for crate_q4" in message
     message = refusal(capsys, "convert", quantized, tmp_path / "out", "--format", "torch")
     assert "torch has no type for crate_q4" in message
+    message = refusal(capsys, "convert", quantized, tmp_path / "out", "--format", "crate", "--dtype", "bfloat16")
+    assert "experts.0.weight is crate_q4[4, 64]: crate_q4 packs 32 elements into 18 bytes" in message
+    kept = streamconv.plan(quantized, tmp_path / "out", format="crate", dtype="bfloat16", keep_dtype=["experts.*"])
+    assert [str(row.spec) for row in kept.mapping if row.target == "norm"] == ["bfloat16[8]"]
     rest = Rule("norm", "norm")
     for rule, told in (
         (Rule("experts.{e}.weight", "experts.{e}.weight", op={"op": "scale", "value": 2.0}), "crate_q4"),
