@@ -16,7 +16,7 @@ from streamconv.planning.plan import Mapping as Row
 from streamconv.running.destination import RemoteTarget, Target
 from streamconv.running.lock import forget_overwrite, note_overwrite
 from streamconv.running.log import read_head
-from streamconv.running.output import LOG, begun_plan
+from streamconv.running.output import LOG, PLAN, begun_plan, finished_files
 from streamconv.running.reclaim import Reclaim
 from streamconv.storage.folder import AnyPath
 
@@ -50,6 +50,8 @@ def find_begun(src: AnyPath, target: Target | RemoteTarget, *, reclaim_source: b
         return None
     if not reclaim_source:
         raise DestinationError(f"{target.path}: the interrupted run was begun with --reclaim-source: add it, to go on")
+    if not finished_files(text) and target.output.load(PLAN) is None:  # it was killed before it gave anything back
+        return None
     made, _ = begun_plan(target.output, str(target.root))
     above = Path(os.path.abspath(str(src)))  # noqa: PTH100 - links are looked for later
     if foreign := [file for file in Reclaim(made).files if not Path(file).is_relative_to(above if above.is_dir() else above.parent)]:

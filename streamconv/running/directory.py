@@ -17,13 +17,14 @@ from streamconv.engine.check import OutputCheck
 from streamconv.engine.io import check_folder, sync_directory
 from streamconv.errors import DestinationError, SpaceError
 from streamconv.planning.plan import Plan
-from streamconv.running.output import EARLIER, LOG, MOST, MOST_OF_PLAN, STATE, state_name
+from streamconv.running.output import EARLIER, LOG, MOST, MOST_OF_PLAN, PLAN, STATE, state_name
 from streamconv.storage import Version
 from streamconv.storage.filenames import LONGEST
 from streamconv.storage.reading import read_whole
 from streamconv.units import format_size
 
 PARTIAL = ".partial"
+DRAFT = ".new"  # at the end of a log's name, until its first line is there
 UNFINISHED = re.compile(r"\.[0-9a-f]{12}\.partial$")
 ATTEMPTS = 5  # to make or remove what others remove or make at the same time
 STRANGE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL, errno.EFBIG}  # what links, folders, devices and large files say
@@ -174,6 +175,8 @@ class Directory:
     def keep(self, name: str, pieces: Callable[[], Iterable[bytes]]) -> None:
         """See `Output`; unless there is one, which stays: it is made by ``link``, which one of many wins, over NFS too."""
         path = self.state / name
+        if path.exists():
+            return
         for _ in range(ATTEMPTS):
             draft = partial(path, new_suffix())
             try:
@@ -197,16 +200,21 @@ class Directory:
         sync_directory(str(self.root))
 
     def leave(self) -> None:
+        """See `Output`; what is not of ours stays, wherever it is."""
+        if not os.path.lexists(self.state):
+            return
+        check_folder(self.state)
         self.log.unlink(missing_ok=True)
         for _ in range(ATTEMPTS):
             try:
                 for path in self.state.iterdir():
-                    path.unlink(missing_ok=True)
+                    if UNFINISHED.sub("", path.name).removesuffix(DRAFT) in {PLAN, LOG}:
+                        path.unlink(missing_ok=True)
                 self.state.rmdir()
                 break
             except FileNotFoundError:  # another was quicker
                 break
-            except OSError as error:
+            except OSError as error:  # another has put something there meanwhile
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
         sync_directory(str(self.root))
@@ -224,15 +232,15 @@ def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
 
 
 def check_folders(plan: Plan, root: Path) -> None:
-    """Refuses a plan's files where a folder of theirs below ``root`` is a link or no folder.
+    """Refuses a plan's files, and the state, where a folder of theirs below ``root`` is a link or no folder.
 
     Raises:
         DestinationError: says which.
     """
-    for folder in dict.fromkeys(folder for file in plan.files for folder in PurePosixPath(file.path).parents):
-        path = root / folder
-        if folder.name and os.path.lexists(path):
-            check_folder(path)
+    folders = [folder for file in plan.files for folder in PurePosixPath(file.path).parents if folder.name]
+    for folder in dict.fromkeys([PurePosixPath(state_name(plan.single)), *folders]):
+        if os.path.lexists(root / folder):
+            check_folder(root / folder)
 
 
 def check_names(plan: Plan, root: Path, suffix: str = PARTIAL) -> None:

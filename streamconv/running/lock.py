@@ -15,11 +15,11 @@ from typing import Any
 
 from streamconv import codec
 from streamconv.engine import order
-from streamconv.engine.io import sync_directory
+from streamconv.engine.io import check_folder, sync_directory
 from streamconv.errors import DestinationError, writing
 from streamconv.planning.plan import Plan, SourceFile
 from streamconv.running.difference import find_difference
-from streamconv.running.directory import PARTIAL, STRANGE, Directory
+from streamconv.running.directory import DRAFT, PARTIAL, STRANGE, Directory
 from streamconv.running.local import LocalEngine
 from streamconv.running.log import Holder, Line, Log, read_head, read_lines
 from streamconv.running.output import IN_PARTS, MOST, ONLY_COPY, PLAN, describe, is_only_copy
@@ -32,7 +32,6 @@ try:
 except ImportError:  # a system without it
     fcntl = None  # type: ignore[assignment]
 
-DRAFT = ".new"  # at the end of a log's name, until its first line is there
 HEAD, TAIL = 256 << 10, 64 << 10  # bytes of a source that tell it from another: a container's table of contents is at one end
 ADVICE = "this conversion was interrupted or is running; rerun the same command with --resume"
 _OWN = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
@@ -115,8 +114,6 @@ class Lock:
             head = self._take_up(fd)
         else:
             head = self._begin(stale)
-        if not (self.output.state / PLAN).exists():
-            self.output.keep(PLAN, self._plan.json_pieces)
         if not self.goes_on and stale is None:
             self._check_empty()
         with writing():
@@ -173,6 +170,7 @@ class Lock:
             os.ftruncate(fd, 0)
             self.log.append(head)
             (directory.state / PLAN).unlink(missing_ok=True)
+            directory.keep(PLAN, self._plan.json_pieces)  # first, so that where there is a log, there is its plan
             draft.replace(directory.log)
             sync_directory(str(directory.state))
             sync_directory(str(directory.root))
@@ -210,6 +208,7 @@ class Lock:
             self.release()
             raise
         os.ftruncate(fd, size)
+        self.output.keep(PLAN, self._plan.json_pieces)  # which a run that was to replace this one may have taken away
         self.log.replay(lines)
         self.log.append({"holder": _describe_process()})
         if _tiling(self._plan) != _last(lines, "tiling"):  # other memory or workers: what is half done was cut otherwise
@@ -291,8 +290,9 @@ def note_overwrite(directory: Directory, settings: Mapping[str, Any]) -> None:
     """
     line: Line = {"state": "not begun", "advice": "rerun the same command, or with --resume", "overwrite": True, "settings": dict(settings)}
     draft = _draft_of(directory)
-    with suppress(OSError):  # what cannot be noted is said when DST is written to
+    with suppress(OSError, DestinationError):  # what cannot be noted is said when DST is written to
         draft.parent.mkdir(exist_ok=True)
+        check_folder(draft.parent)
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_APPEND | _OWN, 0o666)
         try:
             if _lock(fd):  # else another run is at it, which is said later
@@ -310,7 +310,8 @@ def is_overwrite_noted(directory: Directory, settings: Mapping[str, Any]) -> boo
 
 def forget_overwrite(directory: Directory) -> None:
     """Takes back what `note_overwrite` has noted."""
-    _discard(_draft_of(directory))
+    if not directory.state.is_symlink():
+        _discard(_draft_of(directory))
 
 
 def _draft_of(directory: Directory) -> Path:

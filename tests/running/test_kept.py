@@ -193,6 +193,30 @@ def test_links_in_the_place_of_files_are_replaced_themselves(source, tmp_path):
     assert not any(path.is_symlink() for path in dst.rglob("*"))
 
 
+@pytest.mark.parametrize("options", [[], ["--overwrite"], ["--resume"], ["--overwrite", "--resume"]])
+def test_a_link_in_the_place_of_the_state_is_not_followed(source, tmp_path, capsys, options):
+    """What is there is neither written nor removed, whatever it is called."""
+    dst = old_output(tmp_path / "dst")
+    (tmp_path / "mine").mkdir()
+    for name in ("log.jsonl.new", "plan.json", "notes.txt"):
+        (tmp_path / "mine" / name).write_text("mine")
+    (dst / ".streamconv").symlink_to(tmp_path / "mine")
+    assert run("plan", source, tmp_path / "other", "--out", tmp_path / "plan.json", "--quiet") == 0
+    (tmp_path / "plan.json").write_text((tmp_path / "plan.json").read_text().replace(str(tmp_path / "other"), str(dst)))
+    before = files(tmp_path)
+    refusal(capsys, "convert", source, dst, *options)
+    if options != ["--overwrite", "--resume"]:
+        refusal(capsys, "run", tmp_path / "plan.json", "--part", "1/2", *options)
+    assert files(tmp_path) == before
+
+
+def test_what_is_not_of_ours_beside_the_state_stays(source, tmp_path):
+    (tmp_path / "dst" / ".streamconv").mkdir(parents=True)
+    (tmp_path / "dst" / ".streamconv" / "notes.txt").write_text("mine")
+    assert run("convert", source, tmp_path / "dst", "--quiet") == 0
+    assert [path.name for path in (tmp_path / "dst" / ".streamconv").iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.parametrize("how", ["single", "part", "sidecar"])
 def test_names_that_are_too_long_once_they_are_not_complete(source, tmp_path, capsys, how):
     name = "n" * (LONGEST - 7 - 12)  # and its suffix

@@ -276,25 +276,32 @@ def test_a_process_that_dies_costs_its_file_another_attempt(cluster, source, tmp
         run(plan, engine="ray")
     begun = notes(tmp_path / "log", "begun")
     for file in plan.files:
-        assert [int(count) for path, _, count in begun if path == file.path] == [4] * ((1 + bool(file.tensors)) * bool(file.segments))
+        assert [int(count) for path, _, count in begun if path == file.path] == ([4, 2] if file.tensors else [4] * bool(file.segments))
     assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
     with joined(cluster, noting(tmp_path / "log", deaths=99)), pytest.raises(RunError, match="lost 5 times"):
         run(replace(plan, root=str(tmp_path / "again")), engine="ray")
 
 
 @pytest.mark.slow
-def test_a_task_that_takes_more_than_it_declared_is_refused_by_name(cluster, source, tmp_path, whole):
+def test_a_task_that_takes_too_much_has_fewer_workers_next(cluster, source, tmp_path, whole):
     plan = api.plan(source, tmp_path / "dst", max_memory=ROOMY, max_shard_size="600KB", engine="ray", workers=4)
-    hook = noting(tmp_path / "log", delay=0.5, ballast=100 << 20, threads=1)
-    with joined(cluster, hook), pytest.raises(RunError, match="ran out of memory") as refused:
+    with joined(cluster, noting(tmp_path / "log", delay=0.5, ballast=100 << 20, threads=1)):
+        run(plan, engine="ray")
+    assert read_tree(tmp_path / "dst") == whole
+    large = [file.path for file in plan.files if file.size > 100_000]
+    threads = {path: [int(count) for name, _, count in notes(tmp_path / "log", "begun") if name == path] for path in large}
+    assert set(map(tuple, threads.values())) == {(4, 2, 1)}
+    assert [path for path in (tmp_path / "dst").iterdir() if path.name.endswith(".partial")] == []
+
+
+@pytest.mark.slow
+def test_a_task_that_always_takes_too_much_is_refused_by_name(cluster, source, tmp_path):
+    plan = api.plan(source, tmp_path / "dst", max_memory=ROOMY, max_shard_size="600KB", engine="ray")
+    with joined(cluster, noting(tmp_path / "log", delay=0.5, ballast=100 << 20)), pytest.raises(RunError, match="--max-memory") as refused:
         run(plan, engine="ray")
     assert str(refused.value).startswith("model-000")
     assert int(str(refused.value).partition("--max-memory ")[2].partition("MB")[0]) > (plan.peak_memory + (50 << 20)) / 1e6
     assert not [path for path in (tmp_path / "dst").iterdir() if path.name.endswith(".partial")]
-    less = api.plan(source, tmp_path / "dst", max_memory=ROOMY, max_shard_size="600KB", engine="ray", resume=True, workers=1)
-    with joined(cluster, hook):
-        run(less, engine="ray", resume=True)
-    assert read_tree(tmp_path / "dst") == whole
 
 
 @pytest.mark.slow
@@ -302,7 +309,6 @@ def test_a_task_that_ray_kills_for_memory_is_refused_by_name(source, tmp_path, m
     from streamconv.running.executors import ray as engine
 
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
-    monkeypatch.setenv("RAY_task_oom_retries", "1")
     monkeypatch.setattr(engine._Cluster, "_ask", lambda *_: iter([memory.resident()]))  # which Ray would kill as well
     plan = api.plan(source, tmp_path / "dst", max_memory=ROOMY, max_shard_size="600KB", engine="ray")
     with start(2) as cluster, joined(cluster, noting(tmp_path / "log", delay=20)), pytest.raises(RunError) as refused:

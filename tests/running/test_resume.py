@@ -19,7 +19,7 @@ import pytest
 from checkpoint_files import ROOMY, random_tensor, refusal, run, write
 
 from streamconv import threads
-from streamconv.convert import api
+from streamconv.convert import api, recovery
 from streamconv.digests import format_sums
 from streamconv.engine import order
 from streamconv.errors import DestinationError, RunError
@@ -209,7 +209,7 @@ def test_old_files_go_even_if_the_run_that_was_to_remove_them_died(source, tmp_p
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"model.safetensors", "config.json"}
 
 
-@pytest.mark.parametrize("at", [(api, "plan"), (Directory, "prepare")])
+@pytest.mark.parametrize("at", [(api, "make_plan"), (Directory, "prepare")])
 def test_an_overwrite_that_is_killed_before_its_journal_is_begun_is_gone_on_with(source, tmp_path, capsys, monkeypatch, at):
     dst = tmp_path / "dst"
     write(dst, {"old": random_tensor(4)})
@@ -245,7 +245,7 @@ def test_a_journal_that_cannot_be_read_now_is_not_taken_for_none(source, tmp_pat
 def test_the_same_command_with_resume_goes_on_with_an_overwrite(source, tmp_path, monkeypatch):
     dst = tmp_path / "dst"
     write(dst, {"old": random_tensor(4)})
-    monkeypatch.setattr(api, "note_overwrite", lambda *_: None)
+    monkeypatch.setattr(recovery, "note_overwrite", lambda *_: None)
     interrupt(monkeypatch, source, dst, "--overwrite")
     begun = go_on(monkeypatch, source, dst, "--overwrite")
     assert len(begun) < 28

@@ -1,8 +1,9 @@
 """Files made by tasks of a Ray cluster, a task for each, on whatever nodes have room.
 
-Every node is asked first whether it sees the sources and DST as they are here, and what a process takes there: each file is planned for
-that. Its task declares the workers and the memory of that plan, and never takes more. Ray finds it a node, and another one when its process
-or its node is lost.
+Every node is asked first whether it sees the sources and DST as they are here. A task is `making.make_files` within the memory that it
+declares: it chooses tiles for the process that it finds itself in, and gives up when that takes more. What comes after a failed attempt
+is decided here, so Ray's own retries are off: a file whose process or node was lost is made again elsewhere, and the bytes that were told
+of it are taken back; want of memory means fewer workers, then smaller tiles.
 """
 
 from __future__ import annotations
@@ -10,24 +11,25 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
+import socket
+import sys
+import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from streamconv import memory
+from streamconv import errors, memory
 from streamconv.engine.io import describe_os_error
 from streamconv.errors import BudgetError, DestinationError, Interrupted, RunError, StreamconvError, UsageError
 from streamconv.planning.fitting import MARGIN, Budget, base_of, refit
 from streamconv.planning.plan import Plan
 from streamconv.running import making
-from streamconv.running.cluster import first_line, join_cluster, name_of, nodes_of, offers_of
 from streamconv.running.directory import new_suffix
 from streamconv.running.executors import MakeFiles
 from streamconv.running.local import Progress, check_sources
@@ -39,24 +41,55 @@ from streamconv.units import format_size
 JOINED = 42 << 20  # bytes: what a connection to Ray takes in a process that has loaded it, and what tasks leave in theirs, ...
 LEFT = 12 << 20  # bytes: ... which is this after ...
 TASKS = 12  # ... so many, when a process ends: more of them would leave more
-RETRIES = 4  # of a file whose process or node was lost, by Ray
-OOM_RETRIES = "RAY_task_oom_retries"  # variable: the same where a node ran out of memory; there Ray would go on without end
+RETRIES = 4  # of a file whose process or node was lost
 ANSWER = 120.0  # seconds that nodes have to say what they see: a process has to start there
-STEP = 64 << 20  # bytes of a file after which its task says so: always as often, however many attempts there are
+EVERY = 0.5  # seconds between two messages of a task
 LOOK = 0.1  # seconds between two looks at what a task's process takes
 PATIENCE = 10.0  # seconds that cancelled tasks have to clear up
+SHORT = "memory"  # the kind of a failure for want of it
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class _Task:
-    """What is known of a file's task: what it declared, where it runs, how many bytes have come."""
+class _Failure(NamedTuple):
+    """Why a task ends without its file: the class of the error, its line, and the bytes of memory that it speaks of."""
 
-    path: str
+    kind: str
+    message: str
+    nbytes: int = 0
+
+
+_Said = str | int | dict[str, int] | _Failure
+"""What a task says, see `_make`."""
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What a task keeps to. In bytes: ``memory`` is declared and never exceeded, tiles are chosen for ``limit``.
+
+    ``mark`` is the name of a file in DST, and ``word`` stands in it.
+    """
+
     workers: int
     memory: int
+    limit: int
+    mark: str
+    word: str
+
+
+@dataclass
+class _Attempt:
+    """A file that is being made: with how much, by which node, and how many bytes of it have come."""
+
+    number: int
+    workers: int
+    memory: int = 0
+    smallest: bool = False
+    lost: int = 0
     node: str = ""
     done: int = 0
+
+
+# At the driver ---------------------------------------------------------------------------------------------------------
 
 
 class Ray:
@@ -67,7 +100,6 @@ class Ray:
     def load(self, root: str) -> int:
         if root.startswith("hf://"):
             raise UsageError(f"--engine ray: files go up to {root} from one machine: leave it out, or give a DST that all nodes reach")
-        os.environ.setdefault(OOM_RETRIES, str(RETRIES))
         try:
             importlib.import_module("ray")
         except ImportError:
@@ -75,9 +107,9 @@ class Ray:
         return JOINED
 
     @contextmanager
-    def open(self, plan: Plan, here: MakeFiles, address: str | None) -> Iterator[MakeFiles]:  # noqa: ARG002 - files are made by nodes
+    def open(self, plan: Plan, here: MakeFiles, address: str | None) -> Iterator[MakeFiles]:  # noqa: ARG002 - nodes make them
         self.load(plan.root)
-        with join_cluster(address) as ray:
+        with _connect(address) as ray:
             cluster = _Cluster(ray, plan)
             cluster.check()
             yield cluster.make_files
@@ -86,16 +118,84 @@ class Ray:
 EXECUTOR = Ray()
 
 
+@contextmanager
+def _connect(address: str | None) -> Iterator[Any]:
+    """Ray, connected; a connection that was there stays."""
+    ray: Any = importlib.import_module("ray")
+    with ExitStack() as stack:
+        if ray.is_initialized():
+            joined = ray.get_runtime_context().gcs_address
+            if address not in {None, "auto", joined}:
+                raise UsageError(f"--ray-address {address}: this process has joined {joined} already: call ray.shutdown() first")
+            stack.enter_context(redirect_stdout(sys.stderr))  # Ray prints there what happens to nodes
+        else:
+            stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+            if threading.current_thread() is threading.main_thread():
+                stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+            stack.callback(ray.shutdown)
+            _init(ray, address or os.environ.get("RAY_ADDRESS"))
+        yield ray
+
+
+def _init(ray: Any, address: str | None) -> None:
+    """Joins or starts a cluster.
+
+    Raises:
+        UsageError: it does not answer.
+    """
+    if "://" in (address or ""):
+        raise UsageError(f"--ray-address {address}: give HOST:PORT, and run on a machine that is a node of that cluster")
+    here = ""  # the last cluster that was started on this machine, perhaps long gone
+    with suppress(OSError):
+        here = (Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster").read_text()
+    known = (here or address) if address in {None, "auto"} else address
+    try:
+        try:
+            host, colon, port = (known or "").rpartition(":")
+            if colon:  # Ray itself would try for minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+        except OSError:
+            if address:
+                raise
+            known = "local"
+        if known and known == here and _wants_token(port):
+            known = "auto"  # to which alone Ray sends this machine's token
+        ray.init(address=known, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        where = f"--ray-address {address}" if address else "--engine ray"
+        raise UsageError(f"{where}: no cluster can be joined: {_first_line(error)}; see 'ray status', and RAY_AUTH_MODE") from error
+
+
+def _wants_token(port: str) -> bool:
+    """Whether the head of this machine's cluster asks for a token; Ray itself finds out by trying for 20 seconds."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.name() == "gcs_server" and f"--gcs_server_port={port}" in process.cmdline():
+                return process.environ().get("RAY_AUTH_MODE", "").lower() == "token"
+    return False
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().split("\n", maxsplit=1)[0]
+
+
+def _name(node: dict[str, Any]) -> str:
+    """``host (192.0.2.7, 84b09ba1...)``: names may be shared, a node's id is not."""
+    first, *others = dict.fromkeys((node["NodeManagerHostname"], node["NodeName"], node["NodeManagerAddress"], node["NodeID"]))
+    return f"{first} ({', '.join(others)})"
+
+
 class _Cluster:
     """A cluster that has been joined, for one plan."""
 
     def __init__(self, ray: Any, plan: Plan) -> None:
         self._ray, self._plan = ray, plan
+        self._mark, self._word = f"{state_name(plan.single)}/{LOG}", plan.digest()
         self._base = self._bound = 0
-        options = {"max_calls": TASKS, "max_retries": RETRIES, "num_returns": "streaming", "scheduling_strategy": "SPREAD"}
-        self._make = ray.remote(**options)(_make)
-
-    # Before the first byte ---------------------------------------------------------------------------------------------
+        self._overflowed: Counter[str] = Counter()
+        self._task = ray.remote(max_calls=TASKS, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")(_make)
 
     def check(self) -> None:
         """Asks every node whether it can take part, and sees to it that there is memory for every file.
@@ -104,11 +204,28 @@ class _Cluster:
             UsageError: a node lacks something.
             BudgetError: no node offers enough.
         """
-        with _leave_mark(self._plan.root) as mark:
-            self._base = MARGIN + LEFT + max(self._ask(nodes_of(self._ray), mark), default=0)
+        with self._leave_mark() as mark:
+            self._base = MARGIN + LEFT + max(self._ask(self._nodes(), mark), default=0)
         self._bound = self._plan.peak_memory + max(0, self._base - base_of(self._plan))
         for number in range(len(self._plan.files)):
-            self._fit(self._plan, number)
+            self._agree(_Attempt(number, self._plan.workers))
+
+    @contextmanager
+    def _leave_mark(self) -> Iterator[str]:
+        """The name of a file in DST that is there while the block runs; DST, too, unless there is one."""
+        root = Path(self._plan.root)
+        mark = f"{STATE}{new_suffix()}"
+        with ExitStack() as stack:
+            if not is_url(self._plan.root):
+                try:
+                    for folder in reversed([folder for folder in (root, *root.parents) if not folder.exists()]):
+                        folder.mkdir()
+                        stack.callback(_remove_folder, folder)
+                    stack.callback((root / mark).unlink, missing_ok=True)
+                    (root / mark).write_text(mark)
+                except OSError as error:
+                    raise DestinationError(f"{root}: cannot be written: {error.strerror}; give another DST") from error
+            yield mark
 
     def _ask(self, nodes: Sequence[dict[str, Any]], mark: str) -> Iterator[int]:
         """Bytes that a process takes at each node, where all can take part."""
@@ -124,100 +241,159 @@ class _Cluster:
             except self._ray.exceptions.GetTimeoutError:
                 fault = f"does not answer within {ANSWER:.0f} s"
             except self._ray.exceptions.RayError as error:
-                fault = f"cannot run streamconv {_version()}: {first_line(getattr(error, 'cause', None) or error)}"
+                fault = f"cannot run streamconv {_version()}: {_first_line(getattr(error, 'cause', None) or error)}"
             if not fault:
                 yield nbytes
-            elif any(node["NodeID"] == other["NodeID"] for other in nodes_of(self._ray)):  # else it is gone
-                raise UsageError(f"node {name_of(node)} {fault}; mend that, or take the node out of the cluster")
+            elif any(node["NodeID"] == other["NodeID"] for other in self._nodes()):  # else it is gone
+                raise UsageError(f"node {_name(node)} {fault}; mend that, or take the node out of the cluster")
 
-    def _fit(self, plan: Plan, number: int) -> Plan:
-        """The plan of a file alone: for as many workers as some node has processors for, in the memory that it offers.
+    def _nodes(self) -> list[dict[str, Any]]:
+        """The nodes that run tasks.
+
+        Raises:
+            RunError: there is none.
+        """
+        found = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+        if not found:
+            raise RunError("--engine ray: no node of the cluster has a processor for tasks: start one, then run again with --resume")
+        return found
+
+    def _agree(self, attempt: _Attempt) -> _Terms:
+        """How a file is to be made: with so many workers at most, within what some node offers.
 
         Raises:
             BudgetError: no node offers enough.
         """
-        mine, shortage = _bare(plan.for_files([number])), None
-        offers = sorted(offers_of(self._ray), key=lambda offer: (min(offer[0], mine.workers), offer[1]), reverse=True)
-        for cpus, nbytes in offers:
-            try:
-                return refit(mine, Budget(min(self._bound, nbytes), min(cpus, mine.workers), lambda: self._base))
-            except BudgetError as error:
-                shortage = error
-        assert shortage is not None
-        path, room, needed = mine.files[0].path, max(nbytes for _, nbytes in offers), shortage.needed
-        if room >= self._bound:
-            raise BudgetError(f"{path}: {shortage}", needed)
-        raise BudgetError(
-            f"{path}: its task takes {format_size(needed)} of memory, and no node offers more than {format_size(room)}: "
-            f"start one with 'ray start --memory {needed}' or more",
-            needed,
-        )
-
-    # Files -------------------------------------------------------------------------------------------------------------
+        path, mine = self._plan.files[attempt.number].path, _bare(self._plan.for_files([attempt.number]))
+        offers = [(int(node["Resources"]["CPU"]), int(node["Resources"].get("memory", 0))) for node in self._nodes()]
+        room, workers = max(nbytes for _, nbytes in offers), attempt.workers
+        limit = min(self._bound, room)
+        try:
+            if attempt.smallest:
+                limit = min(limit, _find_least(mine, self._base))
+            while True:
+                fitted = refit(mine, Budget(limit, workers, lambda: self._base))
+                if fitted.workers == 1 or any(cpus >= fitted.workers and nbytes >= fitted.peak_memory for cpus, nbytes in offers):
+                    break
+                workers = fitted.workers - 1
+        except BudgetError as error:
+            if room >= self._bound:
+                raise BudgetError(f"{path}: {error}", error.needed) from None
+            raise BudgetError(
+                f"{path}: its task takes {format_size(error.needed)} of memory, and no node offers more than {format_size(room)}: "
+                f"start one with 'ray start --memory {error.needed}' or more",
+                error.needed,
+            ) from None
+        declared = max(fitted.peak_memory, min(attempt.memory, room))
+        return _Terms(fitted.workers, declared, fitted.peak_memory, self._mark, self._word)
 
     def make_files(self, plan: Plan, numbers: Iterable[int], tell: Progress) -> Counter[str]:
-        """Makes these files of the plan; what has overflowed in them.
+        """Makes these files of the plan, as `making.make_files` does; what has overflowed in them.
 
         Raises:
             StreamconvError: what the first task that failed for good raised; others are cancelled, and finished files stay.
         """
-        waiting, running = iter(numbers), dict[Any, _Task]()
-        overflowed: Counter[str] = Counter()
+        waiting = deque(_Attempt(number, plan.workers) for number in numbers)
+        running: dict[Any, _Attempt] = {}
+        self._overflowed.clear()
         try:
-            while True:
-                ahead = 4 + 2 * sum(cpus for cpus, _ in offers_of(self._ray))
-                for number in islice(waiting, max(0, ahead - len(running))):
-                    file = self._fit(plan, number)
-                    running[self._start(file)] = _Task(file.files[0].path, file.workers, file.peak_memory)
-                if not running:
-                    return overflowed
+            while waiting or running:
+                ahead = 4 + 2 * sum(int(node["Resources"]["CPU"]) for node in self._nodes())
+                while waiting and len(running) < ahead:
+                    running[self._start(waiting[0])] = waiting[0]
+                    waiting.popleft()
                 ready, _ = self._ray.wait(list(running), timeout=1.0)
-                if not ready:
-                    self._check_offered(running.values())
-                for reference in ready:
-                    task = running[reference]
-                    try:
-                        task.node, nbytes, counts = self._ray.get(next(reference))
-                    except StopIteration:
-                        _log.info("%s: %s done by node %s", task.path, format_size(task.done), self._describe(task))
-                        del running[reference]
-                        continue
-                    except self._ray.exceptions.RayError as error:
-                        raise self._failure(task, error) from error
-                    task.done += nbytes
-                    tell(nbytes)
-                    overflowed.update(counts)
+                for task in ready or self._find_stuck(running):
+                    attempt = running[task]
+                    following = self._hear(task, attempt, tell)
+                    if following is not attempt:
+                        del running[task]
+                        if following:
+                            tell(-attempt.done)
+                            waiting.appendleft(following)
         finally:
             self._cancel(running)
+        return self._overflowed
 
-    def _start(self, file: Plan) -> Any:
-        mark = f"{state_name(self._plan.single)}/{LOG}"
-        make = self._make.options(num_cpus=file.workers, memory=file.peak_memory)
-        return make.remote(file.to_json(), self._bound, mark, self._plan.digest())
+    def _start(self, attempt: _Attempt) -> Any:
+        terms = self._agree(attempt)
+        attempt.workers, attempt.memory = terms.workers, terms.memory
+        make = self._task.options(num_cpus=terms.workers, memory=terms.memory)
+        return make.remote(_bare(self._plan.for_files([attempt.number])).to_json(), terms)
 
-    def _describe(self, task: _Task) -> str:
-        """The node of a task, as people know it."""
-        return next((name_of(node) for node in self._ray.nodes() if node["NodeID"] == task.node), task.node)
+    def _hear(self, task: Any, attempt: _Attempt, tell: Progress) -> _Attempt | None:
+        """Takes in what a task says next; returns the attempt that follows: the same, another one, or none when the file is there."""
+        file, raised = self._plan.files[attempt.number], self._ray.exceptions
+        try:
+            heard = self._ray.get(next(task))
+        except StopIteration:
+            tell(file.size - attempt.done)
+            _log.info("%s: %s done by node %s", file.path, format_size(file.size), attempt.node)
+            return None
+        except raised.OutOfMemoryError:
+            return self._with_less(attempt, "its node ran out of memory, and Ray stopped the task", attempt.memory)
+        except (raised.RayTaskError, raised.RaySystemError) as error:
+            if not isinstance(error, raised.TaskCancelledError):
+                raise RunError(f"{file.path}: node {attempt.node}: {_first_line(getattr(error, 'cause', None) or error)}") from error
+            lost = error
+        except raised.RayError as error:
+            lost = error
+        else:
+            return self._take(heard, attempt, tell)
+        _log.info("%s: its task was lost: %s", file.path, _first_line(lost))
+        if attempt.lost == RETRIES:
+            raise RunError(
+                f"{file.path}: its task was lost {RETRIES + 1} times, at last at node {attempt.node}: {_first_line(lost)}; "
+                "mend that and rerun the same command with --resume"
+            )
+        following = replace(attempt, lost=attempt.lost + 1, node="", done=0)
+        if isinstance(lost, raised.WorkerCrashedError):  # the kernel, too, ends processes for want of memory
+            following.workers = max(1, attempt.workers // 2)
+        return following
 
-    def _failure(self, task: _Task, error: Exception) -> StreamconvError:
-        """Why a task has failed for good."""
-        cause, where = getattr(error, "cause", None), self._describe(task)
-        if isinstance(cause, StreamconvError):
-            return type(cause)(f"{cause} (at node {where})")
-        fault = first_line(cause or error)
-        if isinstance(error, self._ray.exceptions.OutOfMemoryError):
-            fault = "ran out of memory, and Ray stopped the task"
-        elif not isinstance(error, self._ray.exceptions.RayTaskError):
-            fault = f"its task was lost {RETRIES + 1} times: {fault}"
-        return RunError(f"{task.path}: node {where}: {fault}; mend that and rerun the same command with --resume")
+    def _take(self, heard: _Said, attempt: _Attempt, tell: Progress) -> _Attempt:
+        if isinstance(heard, dict):
+            self._overflowed.update(heard)
+        elif isinstance(heard, str):
+            attempt.node = next((_name(node) for node in self._nodes() if node["NodeID"] == heard), heard)
+        elif isinstance(heard, int):
+            tell(heard - attempt.done)
+            attempt.done = heard
+        elif heard.kind == SHORT:
+            return self._with_less(attempt, heard.message, heard.nbytes)
+        else:
+            raise getattr(errors, heard.kind)(f"{heard.message} (at node {attempt.node})")
+        return attempt
 
-    def _check_offered(self, tasks: Iterable[_Task]) -> None:
-        """Raises RunError for a task that no node can run any more, which Ray would wait for."""
-        offers = offers_of(self._ray)
-        for task in tasks:
-            if not any(cpus >= task.workers and nbytes >= task.memory for cpus, nbytes in offers):
-                wanted = f"{task.workers} processors and {format_size(task.memory)} of memory"
-                raise RunError(f"{task.path}: the nodes that offered {wanted} are gone: rerun the same command with --resume")
+    def _with_less(self, attempt: _Attempt, fault: str, taken: int) -> _Attempt:
+        """The attempt after one that wanted for memory.
+
+        Raises:
+            RunError: there is nothing left to save.
+        """
+        path, had = self._plan.files[attempt.number].path, format_size(attempt.memory)
+        _log.info("%s: %s; with %d workers, %s was declared", path, fault, attempt.workers, had)
+        if attempt.smallest:
+            needed = -(-(self._bound + max(0, taken - attempt.memory) + MARGIN) // 10**6)
+            raise RunError(
+                f"{path}: {fault} (node {attempt.node}), even with one worker and the smallest tiles, where {had} was declared: "
+                f"rerun with --resume and --max-memory {needed}MB, on nodes that have it free"
+            )
+        workers, smallest = max(1, attempt.workers // 2), attempt.workers == 1
+        return _Attempt(attempt.number, workers, attempt.memory, smallest=smallest, lost=attempt.lost)
+
+    def _find_stuck(self, running: dict[Any, _Attempt]) -> list[Any]:
+        """Tasks that wait for what no node offers any more; they are cancelled."""
+        offers = [node["Resources"] for node in self._nodes()]
+        stuck = [
+            task
+            for task, attempt in running.items()
+            if not attempt.node and not any(has["CPU"] >= attempt.workers and has.get("memory", 0) >= attempt.memory for has in offers)
+        ]
+        for task in stuck:
+            running[task].memory = 0
+            self._ray.cancel(task)
+        return stuck
 
     def _cancel(self, running: Iterable[Any]) -> None:
         """Ends tasks, and gives them time to remove what they have begun."""
@@ -230,28 +406,6 @@ class _Cluster:
                     self._ray.get(next(task))
                 except (StopIteration, self._ray.exceptions.RayError):
                     left.remove(task)
-
-
-@contextmanager
-def _leave_mark(dst: str) -> Iterator[str]:
-    """The name of a file in DST that is there while the block runs, with its name in it; DST, too, unless there is one."""
-    root, mark = Path(dst), f"{STATE}{new_suffix()}"
-    with ExitStack() as stack:
-        if not is_url(dst):
-            try:
-                for folder in reversed([folder for folder in (root, *root.parents) if not folder.exists()]):
-                    folder.mkdir()
-                    stack.callback(_remove_folder, folder)
-                stack.callback((root / mark).unlink, missing_ok=True)
-                (root / mark).write_text(mark)
-            except OSError as error:
-                raise DestinationError(f"{root}: cannot be written: {error.strerror}; give another DST") from error
-        yield mark
-
-
-def _remove_folder(folder: Path) -> None:
-    with suppress(OSError):  # somebody else has put something there
-        folder.rmdir()
 
 
 def _bare(plan: Plan) -> Plan:
@@ -268,11 +422,26 @@ def _question(plan: Plan) -> Plan:
     return replace(_bare(plan), nodes=tuple(kinds(plan.nodes)), names=(), files=())
 
 
+def _find_least(plan: Plan, base: int) -> int:
+    """Bytes of memory that one worker takes with the smallest tiles, in a process of ``base`` bytes."""
+    try:
+        return refit(plan, Budget(0, 1, lambda: base)).peak_memory
+    except BudgetError as error:
+        return error.needed
+
+
+def _remove_folder(folder: Path) -> None:
+    with suppress(OSError):  # somebody else has put something there
+        folder.rmdir()
+
+
 def _version() -> str:
     return str(importlib.import_module("streamconv").__version__)
 
 
 # At the nodes ----------------------------------------------------------------------------------------------------------
+
+_BASE = [0]  # bytes that this process took before its last task; what that left taken, the next one uses again
 
 
 def _look(text: str, version: str, mark: str) -> tuple[str, int]:
@@ -311,50 +480,68 @@ def _find_fault(plan: Plan, mark: str, word: str) -> str:
     return ""
 
 
-def _make(text: str, bound: int, mark: str, word: str) -> Iterator[tuple[str, int, Mapping[str, int]]]:
-    """A task: makes a plan's one file, in the memory of that plan; ``bound`` is what no file's may exceed.
+def _make(text: str, terms: _Terms) -> Iterator[_Said]:
+    """A task: makes a plan's one file.
 
-    Yields at which node it runs, how many bytes have come since the last time, and at the end what has overflowed: always as many times,
-    since of another attempt Ray passes on what follows what it has passed on of the one before.
+    Says at which node it runs, then how many bytes have come, and at last how many values overflowed, by target, or what went wrong.
     """
-    plan, stop = Plan.from_json(text), threading.Event()
-    path, size, limit = plan.files[0].path, plan.files[0].size, plan.peak_memory
-    node = str(importlib.import_module("ray").get_runtime_context().get_node_id())
-    yield node, 0, {}
-    if fault := _find_fault(plan, mark, word):
-        raise RunError(f"{path}: its node {fault}; mend that and rerun the same command with --resume")
-    memory.trim()
-    done = told = most = 0
+    plan, failures, stop = Plan.from_json(text), list[_Failure](), threading.Event()
+    overflowed: dict[str, int] = {}
+    over = threading.Event()  # an interrupted join() would take the thread for dead
+    done = taken = 0
 
     def tell(nbytes: int) -> None:
         nonlocal done
         if stop.is_set():
-            raise Interrupted(f"{path}: interrupted")
+            raise Interrupted(f"{plan.files[0].path}: interrupted")
         done += nbytes
 
-    thread = ThreadPoolExecutor(1)  # cancelling interrupts this one
-    making_it = thread.submit(making.make_files, plan, [0], tell)
+    def work() -> None:
+        try:
+            failures.extend(_try_to_make(plan, terms, tell, overflowed))
+        finally:
+            over.set()
+
+    threading.Thread(target=work, daemon=True).start()
     try:
-        while not wait([making_it], LOOK).done:
-            most = max(most, memory.resident())
-            if most > limit:
+        yield str(importlib.import_module("ray").get_runtime_context().get_node_id())
+        told = time.monotonic()
+        while not over.wait(LOOK):
+            if (found := memory.resident()) > terms.memory:
+                taken = max(taken, found)
                 stop.set()
-            while told + STEP <= min(done, size):
-                told += STEP
-                yield node, STEP, {}
+            if time.monotonic() - told >= EVERY:
+                told = time.monotonic()
+                yield done
     finally:
         stop.set()
-        thread.shutdown()
-    error = making_it.exception()
-    if isinstance(error, MemoryError) or (isinstance(error, Interrupted) and most > limit):
-        needed = -(-(bound + max(0, most - limit) + MARGIN) // 10**6)
-        raise RunError(
-            f"{path}: its task ran out of memory: it took {format_size(most)}, {format_size(limit)} were declared: "
-            f"rerun with --resume, -j 1 and --max-memory {needed}MB, on nodes that have it free"
-        )
-    if error:
-        raise describe_os_error(error, path) if isinstance(error, OSError) else error
-    while told + STEP <= size:
-        told += STEP
-        yield node, STEP, {}
-    yield node, size - told, making_it.result()
+        over.wait()
+    if failures and taken:
+        yield _Failure(SHORT, f"its task took {format_size(taken)} of memory", taken)
+    elif failures:
+        yield failures[0]
+    elif overflowed:
+        yield overflowed
+
+
+def _try_to_make(plan: Plan, terms: _Terms, tell: Progress, overflowed: dict[str, int]) -> Iterator[_Failure]:
+    """Makes a plan's one file, and notes what has ``overflowed`` in it; yields why it could not."""
+    memory.trim()
+    path, left = plan.files[0].path, max(0, memory.resident() - _BASE[0]) if _BASE[0] else 0
+    try:
+        if fault := _find_fault(plan, terms.mark, terms.word):
+            yield _Failure("RunError", f"{path}: its node {fault}; mend that and rerun the same command with --resume")
+            return
+        fitted = refit(plan, Budget(terms.limit, terms.workers, lambda: memory.resident() - left + LEFT))
+        _BASE[0] = base_of(fitted) - LEFT
+        overflowed |= making.make_files(fitted, [0], tell)
+    except BudgetError as error:
+        yield _Failure(SHORT, "its process takes more before it begins than was planned", error.needed)
+    except StreamconvError as error:
+        yield _Failure(type(error).__name__, str(error))
+    except OSError as error:
+        yield _Failure("RunError", str(describe_os_error(error, path)))
+    except MemoryError as error:
+        yield _Failure(SHORT, f"its task ran out of memory ({error})", terms.memory)
+    except Exception as error:  # noqa: BLE001 - the driver has to know
+        yield _Failure("RunError", f"{path}: {type(error).__name__}: {error}")
