@@ -23,7 +23,6 @@ from streamconv.convert import api
 from streamconv.digests import patches
 from streamconv.planning.plan import Plan
 from streamconv.running import local
-from streamconv.running import run as running
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 
@@ -330,7 +329,6 @@ def test_verify_after_writing_sees_damage(tmp_path, monkeypatch, capsys, place):
         path.write_bytes(data)
 
     monkeypatch.setattr(local.LocalEngine, "run", damage)
-    monkeypatch.setattr(running, "LocalEngine", local.LocalEngine)
     assert run("convert", source, tmp_path / "dst", "--format", "torch", "--verify", "--quiet") == 3
     assert "does not hold what was written" in capsys.readouterr().err
 
