@@ -9,9 +9,9 @@ from streamconv import memory
 from streamconv.convert.casting import Casting
 from streamconv.convert.conversion import all_tensors, convert_tensors
 from streamconv.convert.dequantizing import dequantize
-from streamconv.convert.opening import find_beside, find_recipe, local_files, open_both, split_root
+from streamconv.convert.opening import check_backend, find_beside, find_recipe, local_files, open_both, split_root
 from streamconv.convert.options import ConvertOptions, PlanOptions, VerifyOptions, arguments_of
-from streamconv.convert.pipeline import check_backend, make_plan
+from streamconv.convert.pipeline import make_plan
 from streamconv.convert.recovery import find_begun, find_finished, overwrite_noted
 from streamconv.convert.sides import open_other
 from streamconv.engine.comparison import Comparison, compare

@@ -9,6 +9,7 @@ from streamconv import memory, recipes
 from streamconv.checkpoint.opening import Checkpoint, detect_format, find_checkpoint
 from streamconv.convert.options import Options, PlanOptions, VerifyOptions
 from streamconv.convert.sides import open_other, open_side
+from streamconv.engine.readers import BACKENDS
 from streamconv.errors import UsageError
 from streamconv.formats.catalog import locate
 from streamconv.formats.registry import containers
@@ -16,6 +17,12 @@ from streamconv.recipe import Recipe, Side
 from streamconv.running.destination import RemoteTarget, Target
 from streamconv.storage.folder import Folder
 from streamconv.units import parse_size
+
+
+def check_backend(options: Options) -> None:
+    """Raises UsageError: there is no such read backend."""
+    if options.read_backend not in BACKENDS:
+        raise UsageError(f"unknown read backend {options.read_backend!r}: known are {', '.join(BACKENDS)}")
 
 
 def find_recipe(options: Options) -> Recipe | None:

@@ -11,12 +11,11 @@ from streamconv.convert.casting import Casting
 from streamconv.convert.conversion import convert_tensors, find_ties, store_once
 from streamconv.convert.dequantizing import dequantize
 from streamconv.convert.notes import note_layouts, note_ties
-from streamconv.convert.opening import find_beside, find_recipe, local_files, open_source, split_root
-from streamconv.convert.options import Options, PlanOptions
+from streamconv.convert.opening import check_backend, find_beside, find_recipe, local_files, open_source, split_root
+from streamconv.convert.options import PlanOptions
 from streamconv.convert.sidecars import make_sidecars
 from streamconv.convert.sides import Wanted, lay_out_components
 from streamconv.engine.io import BLOCK
-from streamconv.engine.readers import BACKENDS
 from streamconv.errors import DestinationError, UsageError
 from streamconv.formats.registry import DEFAULT, containers
 from streamconv.planning.compiler import compile_plan
@@ -45,7 +44,10 @@ def make_plan(options: PlanOptions) -> Plan:
     floor = memory.peak()
     executor = executor_of(options.engine)
     executor_bytes = executor.load(str(options.dst))
-    workers = executor.threads if options.workers is None else options.workers
+    workers = check_workers(executor.threads if options.workers is None else options.workers, remote=is_url(options.src))
+    budget = Budget(parse_size(options.max_memory), workers, lambda: _bytes_taken(floor) + executor_bytes)
+    shard_bytes = parse_size(options.max_shard_size)
+    casting = Casting(options.dtype, options.keep_dtype)
     check_backend(options)
     recipe = find_recipe(options)
     target = target_of(options.dst, options.format, recipe.target.format if recipe else DEFAULT, create_pr=options.create_pr)
@@ -55,7 +57,6 @@ def make_plan(options: PlanOptions) -> Plan:
     _check_target(target, checkpoint, options)
     beside = find_beside(options)
 
-    casting = Casting(options.dtype, options.keep_dtype)
     dequantization = dequantize(checkpoint, casting, renames=recipe is not None) if options.dequantize else None
     if dequantization is not None:
         checkpoint = dequantization.checkpoint
@@ -67,28 +68,24 @@ def make_plan(options: PlanOptions) -> Plan:
     if container.ties == "named":
         conversion = store_once(conversion, ties)
 
-    shard_bytes = parse_size(options.max_shard_size)
     limit = None if options.single_file or target.file else shard_bytes
     metadata = {"format": "pt", **sampling(conversion.outputs.values())}
     wanted = Wanted(target, limit, ties, metadata, BLOCK if options.align else None)
     layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, wanted)
     sidecars, sidecar_notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, casting, dequantization)
     notes = [*checkpoint.contents.notes, *left_behind, *note_ties(ties), *conversion.notes, *sidecar_notes]
+    notes += note_layouts(checkpoint, target, layouts, limit)
     plan = compile_plan(
         conversion.outputs,
         layouts,
         root=str(target.root),
         single=target.file,
         format=target.format,
-        budget=Budget(
-            parse_size(options.max_memory),
-            check_workers(workers, remote=is_url(options.src)),
-            lambda: _bytes_taken(floor) + executor_bytes,
-        ),
+        budget=budget,
         sidecars=sidecars,
         mapping=(Row(*row) for row in conversion.rows),
         dropped=conversion.dropped,
-        notes=[*notes, *note_layouts(checkpoint, target, layouts, limit)],
+        notes=notes,
         replicas=conversion.replicas,
         read_backend=options.read_backend,
         reasons=conversion.reasons,
@@ -96,12 +93,6 @@ def make_plan(options: PlanOptions) -> Plan:
     )
     check_sources_stay(plan, _read_files(checkpoint, beside, plan), overwrite=options.overwrite)
     return _check_room(plan, target, options)
-
-
-def check_backend(options: Options) -> None:
-    """Raises UsageError: there is no such read backend."""
-    if options.read_backend not in BACKENDS:
-        raise UsageError(f"unknown read backend {options.read_backend!r}: known are {', '.join(BACKENDS)}")
 
 
 def _check_target(target: Target | RemoteTarget, checkpoint: Checkpoint, options: PlanOptions) -> None:
