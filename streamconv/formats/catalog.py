@@ -54,7 +54,8 @@ def _read(name: str, raw: bytes) -> Hints:
     for names in _names():
         if name == names.marker:
             folder = _folder_of(raw)
-            return Hints(series=[(f"{folder}/{before}", after) for before, after in names.nested_series] if folder else [])
+            series = [(f"{folder}/{before}", after) for before, after in names.nested_series]
+            return Hints(series=series if folder else [])
     with suppress(ValueError, AttributeError, TypeError):  # reading it says what is wrong
         table = json.loads(raw)
         if name == _CONFIG:

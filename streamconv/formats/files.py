@@ -154,8 +154,8 @@ def show(path: Location) -> str:
 
 def damaged(path: Location, problem: str, tensor: str | None = None) -> FormatError:
     """The error for a file that breaks a rule of its format."""
-    place = "" if tensor is None else f"tensor {short.repr(tensor)}: "
-    return FormatError(f"{show(path)}: {place}{problem[:800]}; the file is damaged: download or write it again")
+    subject = "" if tensor is None else f"tensor {short.repr(tensor)}: "
+    return FormatError(f"{show(path)}: {subject}{problem[:800]}; the file is damaged: download or write it again")
 
 
 def lfs_pointer(path: Location) -> FormatError:

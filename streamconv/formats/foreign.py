@@ -111,4 +111,4 @@ def _advice(path: Location, way: str) -> str:
 
 def _put(template: str, old: str, new: str) -> str:
     """A template with the two files in it, whatever they are called."""
-    return re.sub("OLD|NEW", lambda found: old if found[0] == "OLD" else new, template)
+    return re.sub("OLD|NEW", lambda match: old if match[0] == "OLD" else new, template)

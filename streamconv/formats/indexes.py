@@ -58,13 +58,13 @@ def check_index(
     Raises:
         FormatError: a tensor is in another file than the index says, or in none without a reason.
     """
-    place: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for file, table in tables.items():
-        place |= dict.fromkeys(table, file)
-    listed = set(weight_map.values())
-    extra = [name for name, file in place.items() if name not in weight_map and file in listed]
-    absent = {name: explain(name, place) for name in weight_map if name not in place}
-    wrong = {name: f"is in {short.repr(file)}" for name, file in place.items() if weight_map.get(name, file) != file}
+        file_of |= dict.fromkeys(table, file)
+    shards = set(weight_map.values())
+    extra = [name for name, file in file_of.items() if name not in weight_map and file in shards]
+    absent = {name: explain(name, file_of) for name in weight_map if name not in file_of}
+    wrong = {name: f"is in {short.repr(file)}" for name, file in file_of.items() if weight_map.get(name, file) != file}
     wrong = wrong or {name: "is in no file" for name, why in absent.items() if why is None}
     if wrong:
         name, what = next(iter(wrong.items()))

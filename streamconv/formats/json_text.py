@@ -48,7 +48,7 @@ def parse_object(path: Location, raw: bytes, what: str) -> dict[str, Any]:
     memory.claim(memory_of(raw), f"{show(path)}: its {what} of {len(raw)} bytes")
     hook = _parse_int if b"-0" in raw else None  # None is much faster
     try:
-        found = json.loads(raw.decode(), object_pairs_hook=_object, parse_int=hook, parse_constant=_refuse_constant)
+        value = json.loads(raw.decode(), object_pairs_hook=_object, parse_int=hook, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         problem = f"its {what} is not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
@@ -56,11 +56,11 @@ def parse_object(path: Location, raw: bytes, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         problem = f"its {what} is not JSON that can be read: {short.repr(str(error))}"
     else:
-        if type(found) is dict:
-            return found
-        if type(found) is not Repeated:
-            raise damaged(path, f"its {what} must be a JSON object and is a {type(found).__name__}")
-        problem = f"its {what} names {short.repr(found.key)} twice"
+        if type(value) is dict:
+            return value
+        if type(value) is not Repeated:
+            raise damaged(path, f"its {what} must be a JSON object and is a {type(value).__name__}")
+        problem = f"its {what} names {short.repr(value.key)} twice"
     raise damaged(path, problem)
 
 

@@ -148,7 +148,10 @@ def _records(wire: _Wire, stop: int) -> Iterator[_Record]:
     for outer in wire.fields(0, stop):
         if (outer.number, outer.kind) != (1, _BYTES):
             continue
-        parts = {field.number: field for field in wire.fields(outer.start, outer.stop) if field.number < 4 and field.kind == _BYTES}
+        parts = {}
+        for field in wire.fields(outer.start, outer.stop):
+            if field.number < 4 and field.kind == _BYTES:
+                parts[field.number] = field
         name = wire.text(parts[1]) if 1 in parts else ""
         if 2 in parts:
             yield _record(wire, name, outer.at, parts[2])
@@ -279,14 +282,14 @@ def read(
         FormatError: damaged, hostile or encrypted files; a tensor in two files (but for a few equal bytes) without ``by_rank``.
         UsageError: the path is not there or cannot be read.
     """
-    found = find_files(path, KIND, files, by_rank=by_rank)
+    selection = find_files(path, KIND, files, by_rank=by_rank)
     tables, left_out = {}, []
-    for name, (table, others) in zip(found.files, read_each(found.files.values(), KIND.noun, _read_file), strict=True):
+    for name, (table, others) in zip(selection.files, read_each(selection.files.values(), KIND.noun, _read_file), strict=True):
         tables[name] = dict(table)
         left_out += [f"{name}/{other}" if by_rank else other for other in others]
     if not by_rank:
-        _leave_out_repeated(path, found.files, tables)
-    contents = gather("mindspore", path, found, tables, by_rank=by_rank, explain=explain)
+        _leave_out_repeated(path, selection.files, tables)
+    contents = gather("mindspore", path, selection, tables, by_rank=by_rank, explain=explain)
     if left_out:
         contents.notes.append(f"{len(left_out)} values that are not tensors are left out: {short.repr(left_out)[1:-1]}")
     return contents
@@ -298,12 +301,14 @@ def _leave_out_repeated(path: Location, files: Mapping[str, Location], tables: M
     Raises:
         FormatError: a larger tensor is in several files, or the bytes differ.
     """
-    seen: dict[str, str] = {}
+    first_file: dict[str, str] = {}
     for file, table in tables.items():
-        for name in [name for name in table if seen.setdefault(name, file) != file]:
-            if _small_bytes(files[seen[name]], tables[seen[name]][name]) != _small_bytes(files[file], table.pop(name)):
+        repeated = [name for name in table if first_file.setdefault(name, file) != file]
+        for name in repeated:
+            first = first_file[name]
+            if _small_bytes(files[first], tables[first][name]) != _small_bytes(files[file], table.pop(name)):
                 raise FormatError(
-                    f"{show(path)}: tensor {short.repr(name)} is in both {short.repr(seen[name])} and {short.repr(file)}: slices or copies "
+                    f"{show(path)}: tensor {short.repr(name)} is in both {short.repr(first)} and {short.repr(file)}: slices or copies "
                     "that a parallel strategy made, or two steps of one training, which are not put together: merge slices with "
                     "mindspore.transform_checkpoints, or give the path of one file"
                 )

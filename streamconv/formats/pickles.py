@@ -82,16 +82,16 @@ class _Maker:
         if kind != "storage" or dtype is None or type(numel) is not int or numel < 0 or type(key) not in NAMES:
             raise Refused(f"it describes a storage as {short.repr(pid)}")
         self._spend(200)
-        known, first = self._storages.setdefault(str(key), (numel, dtype))
-        if known * first.itemsize != numel * dtype.itemsize:
-            raise Refused(f"it gives storage {short.repr(key)} two sizes, {known} {first} and {numel} {dtype}")
+        count, first = self._storages.setdefault(str(key), (numel, dtype))
+        if count * first.itemsize != numel * dtype.itemsize:
+            raise Refused(f"it gives storage {short.repr(key)} two sizes, {count} {first} and {numel} {dtype}")
         shift = view[0][1] if view and view[0] else 0
         if type(shift) is not int or shift < 0:
             raise Refused(f"it describes a storage as {short.repr(pid)}")
         return Storage(str(key), dtype, shift * dtype.itemsize)
 
-    def call(self, made: Any, args: tuple[Any, ...]) -> Any:
-        name = made.name
+    def call(self, callee: Any, args: tuple[Any, ...]) -> Any:
+        name = callee.name
         if name in _FROM_TYPE:
             return self._typed(args)
         if name in _DENSE:
@@ -121,16 +121,16 @@ class _Maker:
         function, kind, inner = args[:3]
         if type(function) is not Global or type(inner) is not tuple:
             raise Refused(f"it describes a tensor as {short.repr(args)}")
-        made = self.call(function, inner)
-        return made if type(made) is Tensor else Odd(kind.name if type(kind) is Global else function.name)
+        tensor = self.call(function, inner)
+        return tensor if type(tensor) is Tensor else Odd(kind.name if type(kind) is Global else function.name)
 
     def _dict(self, pairs: Any) -> dict[str, Any]:
-        made: dict[str, Any] = {}
+        table: dict[str, Any] = {}
         if type(pairs) not in (list, tuple):
             raise Refused(f"it makes a dict of {short.repr(pairs)}")
         self._spend(105 * len(pairs))
-        fill(made, pairs)
-        return made
+        fill(table, pairs)
+        return table
 
     def _tensor(self, args: tuple[Any, ...], version: str) -> Any:
         storage, offset, shape, stride = args[:4]
@@ -140,10 +140,10 @@ class _Maker:
         dtype = _TYPES[args[6].name.removeprefix("torch.")] if third else storage.dtype
         metadata = args[7:8] if third else args[6:7]
         self._spend(16 * (len(shape) + len(stride)))
-        sizes = (offset, *shape, *stride)
-        if type(storage) is not Storage or {*map(type, sizes)} != {int} or min(sizes) < 0 or len(shape) != len(stride):
+        numbers = (offset, *shape, *stride)
+        if type(storage) is not Storage or {*map(type, numbers)} != {int} or min(numbers) < 0 or len(shape) != len(stride):
             raise Refused(f"it describes a tensor as {short.repr(args)}")
-        lazy = any(facts.get("conj") or facts.get("neg") for facts in metadata if facts)
+        lazy = any(flags.get("conj") or flags.get("neg") for flags in metadata if flags)
         return Tensor(storage, dtype, offset, tuple(shape), tuple(stride), lazy)
 
 

@@ -25,12 +25,12 @@ def containers() -> Mapping[str, Container]:
         UsageError: an entry point gives no container, or one whose name another has.
     """
     if not _known:
-        listed: dict[str, Container] = {}
+        by_name: dict[str, Container] = {}
         for name in MODULES:
-            _add(listed, importlib.import_module(f"streamconv.formats.{name}").CONTAINER, name)
+            _add(by_name, importlib.import_module(f"streamconv.formats.{name}").CONTAINER, name)
         for entry in entry_points(group=GROUP):
-            _add(listed, entry.load(), f"entry point {entry.value} of group {GROUP}")
-        _known.update(listed)
+            _add(by_name, entry.load(), f"entry point {entry.value} of group {GROUP}")
+        _known.update(by_name)
     return _known
 
 
@@ -46,12 +46,12 @@ def register(container: Container) -> None:
     _add(_known, container, "register")
 
 
-def _add(known: dict[str, Container], container: object, origin: str) -> None:
+def _add(by_name: dict[str, Container], container: object, origin: str) -> None:
     if not isinstance(container, Container):
         raise UsageError(f"{origin}: expected a Container, found a {type(container).__name__}: mend it")
-    if container.name in known:
+    if container.name in by_name:
         raise UsageError(f"{origin}: there is a container called {container.name} already: give it another name")
-    known[container.name] = container
+    by_name[container.name] = container
 
 
 def written() -> Collection[str]:

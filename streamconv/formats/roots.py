@@ -107,16 +107,16 @@ def _is_plain(value: Any) -> bool:
 def _of_module(module: Inert) -> list[tuple[str, Any]]:
     passing = module.attribute("_non_persistent_buffers_set")
     left_out = set(_elements(passing)) if type(passing) is Inert else set()
-    found = list(module.attribute("_parameters").items())
-    found += [(name, value) for name, value in module.attribute("_buffers").items() if name not in left_out]
-    found += module.attribute("_modules").items()
-    return [(name, value) for name, value in found if value is not None]
+    members = list(module.attribute("_parameters").items())
+    members += [(name, value) for name, value in module.attribute("_buffers").items() if name not in left_out]
+    members += module.attribute("_modules").items()
+    return [(name, value) for name, value in members if value is not None]
 
 
 def _elements(group: Inert) -> Iterator[str]:
     """The names in a set, whichever way a pickle made it."""
-    given = group.args[0] if group.args and type(group.args[0]) in (list, tuple) else []
-    yield from (element for element in [*given, *(group.elements or [])] if type(element) is str)
+    members = group.args[0] if group.args and type(group.args[0]) in (list, tuple) else []
+    yield from (element for element in [*members, *(group.elements or [])] if type(element) is str)
 
 
 def leaves(path: Location, tree: Any, without: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
@@ -157,15 +157,15 @@ def leaves(path: Location, tree: Any, without: Iterable[str] = ()) -> Iterator[t
 
 def kinds(nodes: Iterable[Any]) -> list[str]:
     """Classes of objects and functions in parts of a tree; not all, if there are very many."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for node in _all_below(nodes):
         if type(node) is Inert:
-            found.setdefault(node.kind)
+            names.setdefault(node.kind)
         elif type(node) is Global:
-            found.setdefault(node.name)
+            names.setdefault(node.name)
         elif type(node) is Odd:
-            found.setdefault(node.maker)
-    return sorted(name for name in found if name not in _PLAIN_KINDS)
+            names.setdefault(node.maker)
+    return sorted(name for name in names if name not in _PLAIN_KINDS)
 
 
 def count_tensors(nodes: Iterable[Any]) -> int:
@@ -207,9 +207,9 @@ def keys_of(path: Location, tree: Any, root: str) -> tuple[str, ...]:
         below = _by_name(tree)
         fitting = [(key, value) for key, value in below if rest == key or rest.startswith(f"{key}.")]
         if not fitting:
-            known = short.repr(_first_names(below) or type(tree).__name__)
+            names = short.repr(_first_names(below) or type(tree).__name__)
             key = rest.partition(".")[0]
-            raise UsageError(f"{show(path)}: no key {short.repr(key)} of root {short.repr(root)}, found {known}: give one of those")
+            raise UsageError(f"{show(path)}: no key {short.repr(key)} of root {short.repr(root)}, found {names}: give one of those")
         key, tree = max(fitting, key=lambda pair: len(pair[0]))
         keys.append(key)
         rest = rest[len(key) + 1 :]
@@ -248,17 +248,18 @@ def find(path: Location, tree: Any) -> Candidate:
     """
     if _is_tensor(tree):
         return Candidate((), tree, named=False)
-    found = _candidates(tree, (), objects=False, seen=set()) or _candidates(tree, (), objects=True, seen=set())
-    if len(found) == 1:
-        return found[0]
-    if found:
-        listed = ", ".join(f"{short.repr(one.root)} ({count_tensors([one.node])} tensors)" for one in found[:8])
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    candidates = _candidates(tree, (), objects=False, seen=set()) or _candidates(tree, (), objects=True, seen=set())
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        choices = ", ".join(f"{short.repr(one.root)} ({count_tensors([one.node])} tensors)" for one in candidates[:8])
+        more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
         raise UsageError(
-            f"{show(path)}: several parts hold weights: {listed}{more}: say which with --set root={found[0].root} or another of them "
+            f"{show(path)}: several parts hold weights: {choices}{more}: say which with --set root={candidates[0].root} or another of them "
             "(--set root= takes all)"
         )
-    if count := count_tensors([tree]):
+    count = count_tensors([tree])
+    if count:
         raise UsageError(
             f"{show(path)}: none of its {count} tensors is a model's, they are the state of an optimizer or a trainer; found "
             f"{describe(tree)}: "
@@ -270,9 +271,15 @@ def find(path: Location, tree: Any) -> Candidate:
 def describe(tree: Any) -> str:
     """The first names in a tree, and classes of objects in it, for a message."""
     names = _first_names(_by_name(tree))
-    found = short.repr(names) if names else "" if type(tree) in (Inert, Global) else f"a {type(tree).__name__}"
+    clauses = []
+    if names:
+        clauses.append(short.repr(names))
+    elif type(tree) not in (Inert, Global):
+        clauses.append(f"a {type(tree).__name__}")
     objects = ", ".join(short.repr(kind)[1:-1] for kind in kinds([tree])[:6])
-    return " with ".join(filter(None, (found, f"objects of {objects}, which are not made" if objects else ""))) or "plain values"
+    if objects:
+        clauses.append(f"objects of {objects}, which are not made")
+    return " with ".join(clauses) or "plain values"
 
 
 def describe_pickle(path: Location, file: File, nbytes: int) -> str:
@@ -301,28 +308,28 @@ def _candidates(node: Any, keys: tuple[str, ...], *, objects: bool, seen: set[in
     holds = any(not _is_scalar(value) and not _is_trainers(name) for name, value in tensors)
     if whole.real or (holds and named):
         return [whole]
-    found: list[Candidate] = []
+    inner: list[Candidate] = []
     for name, value in below:
         if type(value) not in ATOMS and not _is_trainers(name):
-            found += _candidates(value, (*keys, name), objects=objects, seen=seen)
+            inner += _candidates(value, (*keys, name), objects=objects, seen=seen)
     if holds:  # what else could be the weights, if it does not say that it is
-        return [one for one in found if one.named and one.real] or [whole]
-    if not found and tensors and (named or not keys):
+        return [one for one in inner if one.named and one.real] or [whole]
+    if not inner and tensors and (named or not keys):
         return [whole]
-    return _choose(whole, found, alone=len(below) == 1)
+    return _choose(whole, inner, alone=len(below) == 1)
 
 
-def _choose(whole: Candidate, found: list[Candidate], *, alone: bool) -> list[Candidate]:
+def _choose(whole: Candidate, inner: list[Candidate], *, alone: bool) -> list[Candidate]:
     """Of what lies below a node those that are weights by themselves, or the node, if they are its parts."""
-    named = [one for one in found if one.named]
-    if whole.named and not (named and len(named) == len(found)):
-        return [replace(whole, real=any(one.real for one in found))] if found else []
-    if named or (found and all(one.real for one in found)):
-        strong = [one for one in found if one.named or one.real]
+    named = [one for one in inner if one.named]
+    if whole.named and not (named and len(named) == len(inner)):
+        return [replace(whole, real=any(one.real for one in inner))] if inner else []
+    if named or (inner and all(one.real for one in inner)):
+        strong = [one for one in inner if one.named or one.real]
         return [one for one in strong if one.real or one.flat] or strong
-    if len(found) == 1 and not whole.keys and not alone:
-        return found
-    return [whole] if found else []
+    if len(inner) == 1 and not whole.keys and not alone:
+        return inner
+    return [whole] if inner else []
 
 
 def _is_named(key: str) -> bool:
@@ -341,8 +348,8 @@ def maker_of(leaf: Any) -> str | None:
     """What would have made a tensor that is not plain bytes; None for all else."""
     if type(leaf) is Odd:
         return leaf.maker
-    made = type(leaf) is Inert and any(type(value) is Tensor for value in leaf.args)
-    return leaf.kind if made else None
+    holds_tensor = type(leaf) is Inert and any(type(value) is Tensor for value in leaf.args)
+    return leaf.kind if holds_tensor else None
 
 
 def _is_scalar(value: Any) -> bool:
@@ -362,8 +369,12 @@ def training_parts(node: Any, *, by_name: bool) -> list[tuple[str, Any]]:
     """What lies directly below a node and is a trainer's state, by what it is made of and, with ``by_name``, by what it is called."""
     if is_module(node):
         return []
-    pairs = [(name, value) for name, value in children(node) or () if _is_training(value) or (by_name and _is_called_so(name, value))]
-    return [(name, value) for name, value in pairs if count_tensors([value])]
+    parts = []
+    for name, value in children(node) or ():
+        is_training = _is_training(value) or (by_name and _is_called_so(name, value))
+        if is_training and count_tensors([value]):
+            parts.append((name, value))
+    return parts
 
 
 def _is_called_so(name: str, value: Any) -> bool:

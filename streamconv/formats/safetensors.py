@@ -119,15 +119,15 @@ def read(
         FormatError: damaged, incomplete or contradictory files; a tensor in two files without ``by_rank``.
         UsageError: the path is not there or cannot be read.
     """
-    found = find_files(path, KIND, files, by_rank=by_rank)
+    selection = find_files(path, KIND, files, by_rank=by_rank)
     specs: _Specs = {}
     tables: dict[str, Table] = {}
     metadata: dict[str, str] = {}
-    each = read_each(found.files.values(), KIND.noun, lambda file: _read_file(file, specs))
-    for name, (table, said) in zip(found.files, each, strict=True):
+    each = read_each(selection.files.values(), KIND.noun, lambda file: _read_file(file, specs))
+    for name, (table, texts) in zip(selection.files, each, strict=True):
         tables[name] = table
-        metadata = said | metadata  # files agree as a rule; where not, the first has its say
-    return gather("safetensors", path, found, tables, by_rank=by_rank, explain=explain, metadata=metadata)
+        metadata = texts | metadata  # files agree as a rule; where not, the first has its say
+    return gather("safetensors", path, selection, tables, by_rank=by_rank, explain=explain, metadata=metadata)
 
 
 def read_file(path: Location) -> tuple[Table, dict[str, str]]:
@@ -252,8 +252,8 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], a
     """
     for name, spec in specs.items():
         if spec.dtype.name not in _CODE_OF:
-            told = f"safetensors has no type for {spec.dtype}: leave it out, or choose a container that has with --format"
-            raise UsageError(f"tensor {short.repr(name)}: {told}")
+            remedy = f"safetensors has no type for {spec.dtype}: leave it out, or choose a container that has with --format"
+            raise UsageError(f"tensor {short.repr(name)}: {remedy}")
     if _METADATA in specs:
         raise UsageError(f"a tensor cannot be named {_METADATA!r} in a safetensors file: rename it")
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}

@@ -46,9 +46,9 @@ def read(path: Location, *, by_rank: bool = True, explain: Explain = unexplained
         UsageError: the path is not there or cannot be read, or a file does not hold a model's state.
     """
     folder = path.folder.folder(_iteration(path)).file("")
-    found = torch_files.read(folder, by_rank=True, root=ROOT, files=_ranks(folder), explain=explain)
-    notes = [note for note in found.notes if not note.startswith("the tensors are those below")]
-    return Contents("sat", found.entries, found.files, [path.folder.file(LATEST)], notes=notes)
+    contents = torch_files.read(folder, by_rank=True, root=ROOT, files=_ranks(folder), explain=explain)
+    notes = [note for note in contents.notes if not note.startswith("the tensors are those below")]
+    return Contents("sat", contents.entries, contents.files, [path.folder.file(LATEST)], notes=notes)
 
 
 def _iteration(path: Location) -> str:
@@ -70,10 +70,15 @@ def _ranks(folder: Location) -> list[str]:
         names = folder.folder.list()
     except OSError as error:
         raise unreadable(folder, error, KIND.noun) from error
-    ranks = {int(match[1]): name for name in names if (match := _RANK.fullmatch(name))}
+    ranks = {}
+    for name in names:
+        match = _RANK.fullmatch(name)
+        if match:
+            ranks[int(match[1])] = name
     if not ranks and any(name.startswith("z3_rank_") for name in names):
         raise FormatError(f"{show(folder)}: parts of parameters, as ZeRO stage 3 keeps them, are not read: gather them with SAT first")
-    if missing := sorted(set(range(max(ranks, default=0) + 1)) - set(ranks)):
+    missing = sorted(set(range(max(ranks, default=0) + 1)) - set(ranks))
+    if missing:
         raise FormatError(f"{show(folder)}: no mp_rank_{missing[0]:02}_model_states.pt: fetch the files of all ranks")
     return [ranks[number] for number in sorted(ranks)]
 
@@ -106,13 +111,13 @@ def lay_out(
         tables.setdefault(rank, {})[inner] = spec
     layouts = []
     for rank, table in sorted(tables.items()):
-        own = {name.partition("/")[2]: kept.partition("/")[2] for name, kept in (tied or {}).items() if _same_rank(rank, name, kept)}
+        own = {}
+        for name, stored in (tied or {}).items():
+            if _same_rank(rank, name, stored):
+                own[name.partition("/")[2]] = stored.partition("/")[2]
         (layout,) = torch_files.lay_out(table, max_shard_size=None, file=f"{ITERATION}/{rank}", tied=own, root=ROOT)
-        layouts.append(
-            FileLayout(
-                layout.path, layout.size, layout.literals, {f"{rank}/{name}": slot for name, slot in layout.slots.items()}, layout.checksums
-            )
-        )
+        slots = {f"{rank}/{name}": slot for name, slot in layout.slots.items()}
+        layouts.append(FileLayout(layout.path, layout.size, layout.literals, slots, layout.checksums))
     return [*layouts, FileLayout(LATEST, len(ITERATION), ((0, ITERATION.encode()),), {})]
 
 

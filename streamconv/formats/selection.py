@@ -86,7 +86,7 @@ def find_files(
     Args:
         path: a file, an index, or a directory with what libraries load, or with files that are clearly one checkpoint.
         kind: how they are called.
-        chosen: names of the files of the directory to take instead, or what was found before.
+        chosen: names of the files of the directory to take instead, or a selection, which is returned as it is.
         by_rank: files repeat names, so that several belong together whatever they are called.
         variant: which variant of the weights to take, where it is there; without one, those that are of none come first.
 
@@ -101,29 +101,29 @@ def find_files(
     if chosen is not None:
         return _present(path, Selection({name: folder.file(name) for name in chosen}))
     everything = _names(path, kind)
-    taken, names = choose_variant(path, everything, kind, variant)
-    if taken:
-        found = _find_variant(path, names, kind, taken)
+    only_variant, names = choose_variant(path, everything, kind, variant)
+    if only_variant:
+        selection = _find_variant(path, names, kind, only_variant)
         if not variant:
-            return replace(found, notes=(f"only the variant {taken} of the weights is there: it is read",))
-        return _with_note(found, f"the variant {taken} is", everything)
-    read = next((name for name in kind.known if name in names), None) or _other_index(path, names, kind)
-    if read is None:
+            return replace(selection, notes=(f"only the variant {only_variant} of the weights is there: it is read",))
+        return _with_note(selection, f"the variant {only_variant} is", everything)
+    choice = next((name for name in kind.known if name in names), None) or _other_index(path, names, kind)
+    if choice is None:
         files = _choose(path, names, kind, by_rank=by_rank)
-        found = _present(path, Selection({name: folder.file(name) for name in files}))
-        said = f"{listing(files)} {'are' if len(files) > 1 else 'is'}"
-    elif kind.is_index(read):
-        found, said = _listed(folder.file(read), kind, names), f"{one_line(read)} is"
+        selection = _present(path, Selection({name: folder.file(name) for name in files}))
+        subject = f"{listing(files)} {'are' if len(files) > 1 else 'is'}"
+    elif kind.is_index(choice):
+        selection, subject = _listed(folder.file(choice), kind, names), f"{one_line(choice)} is"
     else:
-        found, said = Selection({read: folder.file(read)}), f"{one_line(read)} is"
-    return _with_note(found, said, everything)
+        selection, subject = Selection({choice: folder.file(choice)}), f"{one_line(choice)} is"
+    return _with_note(selection, subject, everything)
 
 
 def choose_variant(path: Location, names: Sequence[str], kind: Names, asked: str | None) -> tuple[str | None, list[str]]:
     """The variant to read, None for none, and the names among which its files are."""
-    chosen = of_variant(names, kind, asked) if asked else []
-    if chosen:
-        return asked, chosen
+    files = of_variant(names, kind, asked) if asked else []
+    if files:
+        return asked, files
     others = of_variant(names, kind, None)
     there = sorted({variant for name in names if (variant := variant_of(name, kind))})
     if not there or any(map(kind.is_part, others)):
@@ -148,18 +148,21 @@ def _names(path: Location, kind: Names) -> list[str]:
     folder = path.folder
     try:
         names = sorted(name for name in folder.list() if not name.startswith("."))
-        folders = sorted((name for name in names if re.fullmatch(kind.folders, name) and folder.has_folder(name)), key=len)
-        return names + [f"{inner}/{name}" for inner in folders for name in sorted(folder.folder(inner).list())]
+        folders = [name for name in names if re.fullmatch(kind.folders, name) and folder.has_folder(name)]
+        nested = []
+        for inner in sorted(folders, key=len):
+            nested += [f"{inner}/{name}" for name in sorted(folder.folder(inner).list())]
+        return names + nested
     except OSError as error:
         raise unreadable(path, error, kind.noun) from error
 
 
 def _other_index(directory: Location, names: Iterable[str], kind: Names) -> str | None:
     """The one index that is called as none that libraries know."""
-    found = list(filter(kind.is_index, names))
-    if len(found) > 1:
-        raise FormatError(f"{show(directory)}: several indexes, {short.repr(found)}, none of them {kind.index}: give the path of one")
-    return found[0] if found else None
+    indexes = list(filter(kind.is_index, names))
+    if len(indexes) > 1:
+        raise FormatError(f"{show(directory)}: several indexes, {short.repr(indexes)}, none of them {kind.index}: give the path of one")
+    return indexes[0] if indexes else None
 
 
 def _listed(index: Location, kind: Names, names: Collection[str]) -> Selection:
@@ -180,21 +183,22 @@ def _in_order(shards: Iterable[str], kind: Names) -> list[str]:
     return sorted(names) if all(map(kind.shard, names)) else names
 
 
-def _present(where: Location, found: Selection) -> Selection:
-    absent = [name for name, file in found.files.items() if not file.folder.has(file.relative)]
+def _present(where: Location, selection: Selection) -> Selection:
+    absent = [name for name, file in selection.files.items() if not file.folder.has(file.relative)]
     if absent:
-        count = f"{len(absent)} of {len(found.files)} files are not there"
+        count = f"{len(absent)} of {len(selection.files)} files are not there"
         raise FormatError(f"{show(where)}: {count}, such as {short.repr(absent[0])}: download them")
-    return found
+    return selection
 
 
 def _choose(directory: Location, names: Sequence[str], kind: Names, *, by_rank: bool) -> list[str]:
     """The weight files of a directory in which nothing is called as libraries have it."""
     names = [name for name in names if not re.fullmatch(kind.others, name)]
-    choices = ([name for name in names if re.fullmatch(choice, name, re.DOTALL)] for choice in kind.choices)
-    if not (found := next(filter(None, choices), [])):
-        raise FormatError(f"{show(directory)}: no *{', *'.join(kind.suffixes)} file in it: give the path of a checkpoint")
-    return found if by_rank else one_checkpoint(directory, found, kind)
+    for pattern in kind.choices:
+        files = [name for name in names if re.fullmatch(pattern, name, re.DOTALL)]
+        if files:
+            return files if by_rank else one_checkpoint(directory, files, kind)
+    raise FormatError(f"{show(directory)}: no *{', *'.join(kind.suffixes)} file in it: give the path of a checkpoint")
 
 
 def one_checkpoint(directory: Location, names: Sequence[str], kind: Names) -> list[str]:
@@ -206,9 +210,11 @@ def one_checkpoint(directory: Location, names: Sequence[str], kind: Names) -> li
     _check_counts(directory, names, kind)
     groups = group_files(names, kind)
     if len(groups) > 1 and kind.originals:  # as transformers passes over those of Meta and Mistral
-        groups = {key: group for key, group in groups.items() if not key.startswith(kind.originals)} or groups
+        others = {key: group for key, group in groups.items() if not key.startswith(kind.originals)}
+        groups = others or groups
     if len(groups) > 1:
-        groups = {key: group for key, group in groups.items() if holds_checkpoint(directory.folder.file(group[0]))} or groups
+        checkpoints = {key: group for key, group in groups.items() if holds_checkpoint(directory.folder.file(group[0]))}
+        groups = checkpoints or groups
     own = [key for key in groups if key.startswith(f"{kind.stem}-#-of-")]
     if len(own) == 1:
         groups = {own[0]: groups[own[0]]}
@@ -218,8 +224,8 @@ def one_checkpoint(directory: Location, names: Sequence[str], kind: Names) -> li
             f"{show(directory)}: {len(groups)} checkpoints in one folder, and no index or name says which one counts: {choices}: "
             "give the path of one"
         )
-    (found,) = groups.values()
-    return found
+    (checkpoint,) = groups.values()
+    return checkpoint
 
 
 def group_files(names: Sequence[str], kind: Names) -> dict[str, list[str]]:
@@ -235,13 +241,13 @@ def group_files(names: Sequence[str], kind: Names) -> dict[str, list[str]]:
             numbered.setdefault(f"{number[1]}#{number[3]}", {})[int(number[2])] = name
         else:
             shards[name] = [name]
-    for key, found in numbered.items():
-        first = min(found)
-        if first < 2 and len(found) == max(found) - first + 1:
-            shards[key] = [found[number] for number in sorted(found)]
+    for key, files in numbered.items():
+        first = min(files)
+        if first < 2 and len(files) == max(files) - first + 1:
+            shards[key] = [files[number] for number in sorted(files)]
         else:
-            shards |= {name: [name] for name in found.values()}
-    order = {name: place for place, name in enumerate(names)}
+            shards |= {name: [name] for name in files.values()}
+    order = {name: position for position, name in enumerate(names)}
     return dict(sorted(shards.items(), key=lambda item: order[item[1][0]]))
 
 
@@ -252,11 +258,11 @@ def _check_counts(directory: Location, names: Iterable[str], kind: Names) -> Non
             raise FormatError(f"{show(directory)}: {count} of the {total} files {short.repr(stem)}-* are there: download the others")
 
 
-def _with_note(found: Selection, read: str, names: Iterable[str]) -> Selection:
+def _with_note(selection: Selection, read: str, names: Iterable[str]) -> Selection:
     """The same, with a word on the weights that are there and not read; what is no part of a model is told with what goes along."""
-    own = {*found.files, found.index.name if found.index else ""}
+    own = {*selection.files, selection.index.name if selection.index else ""}
     rest = [name for name in names if name not in own and "/" not in name and is_weights(name) and not kind_of(name)]
-    return replace(found, notes=(*found.notes, f"{read} read; not read: {listing(rest)}")) if rest else found
+    return replace(selection, notes=(*selection.notes, f"{read} read; not read: {listing(rest)}")) if rest else selection
 
 
 # Files that nothing is known of but their bytes ------------------------------------------------------------------------
@@ -268,20 +274,20 @@ def find_unnamed(directory: Location, names: Iterable[str]) -> list[str]:
     Raises:
         FormatError: there are none, and the first file of another format is named for what it is.
     """
-    left = [name for name in sorted(names) if not name.startswith(".") and not _TEXTS.fullmatch(name)]
+    candidates = [name for name in sorted(names) if not name.startswith(".") and not _TEXTS.fullmatch(name)]
     foreign: FormatError | None = None
-    found = []
-    for name in left[:_UNNAMED]:
+    weights = []
+    for name in candidates[:_UNNAMED]:
         if directory.folder.has_folder(name):
             continue
         try:
             if recognize(directory.folder.file(name), texts=False):
-                found.append(name)
+                weights.append(name)
         except FormatError as error:
             foreign = foreign or error
-    if not found and foreign:
+    if not weights and foreign:
         raise foreign
-    return found
+    return weights
 
 
 # Messages --------------------------------------------------------------------------------------------------------------
@@ -289,5 +295,5 @@ def find_unnamed(directory: Location, names: Iterable[str]) -> list[str]:
 
 def listing(names: Sequence[str], most: int = 6) -> str:
     """Names of files in a line."""
-    shown = ", ".join(map(one_line, names[:most]))
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+    line = ", ".join(map(one_line, names[:most]))
+    return line if len(names) <= most else f"{line} and {len(names) - most} more"

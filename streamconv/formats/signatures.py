@@ -117,8 +117,8 @@ def _protobuf(path: Location, head: bytes) -> str | None:
     if path.suffix in (".mlmodel", ".pb"):
         return "CoreML" if path.suffix == ".mlmodel" else "a TensorFlow SavedModel"
     producer = head[4 : 4 + head[3]] if len(head) > 4 else b""
-    named = head[2:3] == b"\x12" and producer.isascii() and producer[:1].isalpha()
-    return "ONNX" if named or path.suffix == ".onnx" else None
+    is_onnx = head[2:3] == b"\x12" and producer.isascii() and producer[:1].isalpha()
+    return "ONNX" if is_onnx or path.suffix == ".onnx" else None
 
 
 def _text(head: bytes) -> str | None:

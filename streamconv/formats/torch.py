@@ -160,8 +160,8 @@ def _open_zip(path: Location, file: File) -> tuple[Any, _Places]:
         if entry and entry.deflated:
             raise FormatError(f"{show(path)}: storage {short.repr(key)} is compressed, torch.save stores it plain: {rezip(path)}")
         if not entry or entry.nbytes != nbytes:
-            found = f"has {entry.nbytes}" if entry else "is not there"
-            raise damaged(path, f"storage {short.repr(key)} takes {nbytes} bytes, its zip entry {found}")
+            actual = f"has {entry.nbytes}" if entry else "is not there"
+            raise damaged(path, f"storage {short.repr(key)} takes {nbytes} bytes, its zip entry {actual}")
         places[key] = (entry.start, nbytes)
     return (torchscript.as_module(archive, tree) if scripted else tree), places
 
@@ -172,8 +172,8 @@ def _open_legacy(path: Location, file: File, size: int) -> tuple[Any, _Places]:
     storages: Storages = {}
     budget = Budget()
     magic, _, system, tree, keys = (unpickle(path, reader, storages, budget) for _ in range(5))
-    listed = type(keys) is list and NAMES.issuperset(map(type, keys)) and len(keys) == len(storages)
-    if magic != MAGIC or not listed or {*map(str, keys)} != storages.keys():
+    matches = type(keys) is list and NAMES.issuperset(map(type, keys)) and len(keys) == len(storages)
+    if magic != MAGIC or not matches or {*map(str, keys)} != storages.keys():
         raise damaged(path, f"its list of storages is not that of its {len(storages)} storages: {short.repr(keys)}")
     if type(system) is not dict or system.get("little_endian") is not True:
         raise FormatError(f"{show(path)}: it is not little-endian, and only such files are read: {_rewrite(path, safe=False)}")
@@ -185,8 +185,8 @@ def _open_legacy(path: Location, file: File, size: int) -> tuple[Any, _Places]:
         places[key] = (position + 8, count * dtype.itemsize)
         position = sum(places[key])
         if position > size or int.from_bytes(raw, "little") != count:
-            found = f"the file of {size} bytes says {int.from_bytes(raw, 'little')} elements"
-            raise damaged(path, f"storage {short.repr(key)}, {count} of {dtype}, should end at {position}; {found}")
+            actual = f"the file of {size} bytes says {int.from_bytes(raw, 'little')} elements"
+            raise damaged(path, f"storage {short.repr(key)}, {count} of {dtype}, should end at {position}; {actual}")
     return tree, places
 
 
@@ -225,8 +225,8 @@ def _source(path: Location, name: str, tensor: Tensor, place: tuple[int, int]) -
     if end > nbytes:
         raise damaged(path, f"{spec}, strides {short.repr(tensor.stride)}, ends at byte {end} of a storage of {nbytes}", name)
     if spec.nbytes > max(MAX_REPEATED, nbytes):
-        told = f"a view that repeats {nbytes} stored bytes until it has {spec.nbytes}, of at most {MAX_REPEATED}: save what it repeats"
-        raise FormatError(f"{show(path)}: tensor {short.repr(name)}: {told}")
+        problem = f"a view that repeats {nbytes} stored bytes until it has {spec.nbytes}, of at most {MAX_REPEATED}: save what it repeats"
+        raise FormatError(f"{show(path)}: tensor {short.repr(name)}: {problem}")
     return stored_view(spec, tensor.stride, str(path), start + offset)
 
 
@@ -292,31 +292,35 @@ def read(
         FormatError: damaged, hostile, incomplete or contradictory files; a tensor in two files without ``by_rank``.
         UsageError: the path or the root is not there or cannot be read.
     """
-    chosen = find_files(path, KIND, files, by_rank=by_rank)
-    each = read_each(chosen.files.values(), (KIND.noun, root), lambda file: _read_file(file, root))
-    all_read = dict(zip(chosen.files, each, strict=True))
+    selection = find_files(path, KIND, files, by_rank=by_rank)
+    each = read_each(selection.files.values(), (KIND.noun, root), lambda file: _read_file(file, root))
+    all_read = dict(zip(selection.files, each, strict=True))
     tables = {name: one.entries for name, one in all_read.items()}
-    found = next(filter(None, (one.root for one in all_read.values())), "")
-    left_out = [f"{name}/{other}" if by_rank else other for name, one in all_read.items() for other in one.left_out]
-    notes = list(chosen.notes)
-    if chosen.index:
-        notes += check_index(chosen.index, chosen.weight_map, tables, explain)
+    below = next(filter(None, (one.root for one in all_read.values())), "")
+    left_out = []
+    for name, one in all_read.items():
+        left_out += [f"{name}/{other}" if by_rank else other for other in one.left_out]
+    notes = list(selection.notes)
+    if selection.index:
+        notes += check_index(selection.index, selection.weight_map, tables, explain)
     entries = merge(path, tables, by_rank=by_rank)
-    contents = TorchContents("torch", entries, list(chosen.files.values()), [chosen.index] if chosen.index else [], notes=notes)
-    contents.root, contents.left_out = found, left_out
-    if found:
-        contents.notes.append(f"the tensors are those below {found!r} (--set root=KEY takes others, --set root= all)")
+    contents = TorchContents("torch", entries, list(selection.files.values()), [selection.index] if selection.index else [], notes=notes)
+    contents.root, contents.left_out = below, left_out
+    if below:
+        contents.notes.append(f"the tensors are those below {below!r} (--set root=KEY takes others, --set root= all)")
     if left_out:
         contents.notes.append(_left_out_note(left_out, all_read.values()))
     return contents
 
 
 def _left_out_note(left_out: list[str], files: Iterable[_Read]) -> str:
-    known = sorted({kind for one in files for kind in one.kinds})
+    kinds = sorted({kind for one in files for kind in one.kinds})
     count = sum(one.tensors for one in files)
-    held = [f"{count} tensors"] if count else []
-    held += [f"objects of {', '.join(short.repr(kind)[1:-1] for kind in known[:6])}{', ...' if len(known) > 6 else ''}"] if known else []
-    among = f"; among them {' and '.join(held)}" if held else ""
+    contents = [f"{count} tensors"] if count else []
+    if kinds:
+        line = ", ".join(short.repr(kind)[1:-1] for kind in kinds[:6])
+        contents.append(f"objects of {line}{', ...' if len(kinds) > 6 else ''}")
+    among = f"; among them {' and '.join(contents)}" if contents else ""
     return f"{len(left_out)} values that are not among these tensors are left out: {short.repr(left_out)[1:-1]}{among}"
 
 
@@ -350,18 +354,25 @@ def lay_out(
         UsageError: a dtype that torch does not have, a tie that does not fit, or no room to lay the file out.
     """
     groups = _group(specs, tied or {})
-    everything = dict(specs) | {name: specs[kept] for kept, names in groups.items() for name in names if name not in specs}
+    everything = dict(specs)
+    for stored, group in groups.items():
+        everything |= {name: specs[stored] for name in group if name not in specs}
     if file:
         shards = {file: list(everything)}
     else:
         names_of = {names[0]: names for names in groups.values()}
-        sizes = {names[0]: specs[kept].nbytes for kept, names in groups.items()}
-        split = split_into_shards(sizes, max_shard_size, variant_stem(stem, variant), KIND.suffixes[0])
-        shards = {path: firsts + [other for first in firsts for other in names_of[first][1:]] for path, firsts in split.items()}
-    layouts = [_lay_out_file(path, {name: everything[name] for name in names}, tied or {}, root) for path, names in shards.items()]
+        nbytes_of = {names[0]: specs[stored].nbytes for stored, names in groups.items()}
+        shards = split_into_shards(nbytes_of, max_shard_size, variant_stem(stem, variant), KIND.suffixes[0])
+        for shard in shards.values():
+            for first in list(shard):
+                shard.extend(names_of[first][1:])
+    layouts = []
+    for path, shard in shards.items():
+        table = {name: everything[name] for name in shard}
+        layouts.append(_lay_out_file(path, table, tied or {}, root))
     if len(shards) == 1:
         return layouts
-    return [*layouts, index_layout(index_name(stem, KIND.suffixes[0], variant), shards, (specs[kept] for kept in groups))]
+    return [*layouts, index_layout(index_name(stem, KIND.suffixes[0], variant), shards, (specs[stored] for stored in groups))]
 
 
 def _group(specs: Mapping[str, TensorSpec], tied: Mapping[str, str]) -> dict[str, list[str]]:

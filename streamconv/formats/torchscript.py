@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from streamconv.errors import FormatError
@@ -43,7 +44,10 @@ class _Sources:
         text = self._archive.read(file, min(_MAX_SOURCE, self._left))
         self._left -= len(text)
         for name, body in _CLASS.findall(text.decode("utf-8", "replace")):
-            yield name, {attribute for _, listed in _LIST.findall(body) for attribute in _TEXT.findall(listed)}
+            attributes: set[str] = set()
+            for _, texts in _LIST.findall(body):
+                attributes.update(_TEXT.findall(texts))
+            yield name, attributes
 
 
 def as_module(archive: Archive, program: Any) -> Inert:
@@ -55,7 +59,7 @@ def as_module(archive: Archive, program: Any) -> Inert:
     sources = _Sources(archive)
     if type(program) is not Inert or sources.stored(program.kind) is None:
         raise damaged(archive.path, f"its TorchScript program is {short.repr(program)}, which its code does not declare as a module")
-    made: dict[int, Inert] = {}
+    modules_by_id: dict[int, Inert] = {}
     waiting = [program]
     count = 0
     while waiting:
@@ -63,15 +67,15 @@ def as_module(archive: Archive, program: Any) -> Inert:
         stored = sources.stored(script.kind) or set()
         tensors: dict[str, Any] = {}
         modules: dict[str, Any] = {}
-        for name, value in ((name, value) for part in script.attributes() for name, value in part.items()):
+        for name, value in chain.from_iterable(attributes.items() for attributes in script.attributes()):
             if name in stored and type(value) in (Tensor, Odd):
                 tensors[name] = value
             elif type(value) is Inert and sources.stored(value.kind) is not None:
-                if id(value) not in made:
-                    made[id(value)] = Inert(value.kind)
+                if id(value) not in modules_by_id:
+                    modules_by_id[id(value)] = Inert(value.kind)
                     waiting.append(value)
-                modules[name] = made[id(value)]
-        module = made.setdefault(id(script), Inert(script.kind))
+                modules[name] = modules_by_id[id(value)]
+        module = modules_by_id.setdefault(id(script), Inert(script.kind))
         module.state = {"_parameters": tensors, "_buffers": {}, "_modules": modules}
         count += len(tensors)
     if not count:
@@ -79,4 +83,4 @@ def as_module(archive: Archive, program: Any) -> Inert:
             f"{show(archive.path)}: a TorchScript program without parameters or buffers (frozen, they are constants of its code): "
             "give the file that it was frozen from"
         )
-    return made[id(program)]
+    return modules_by_id[id(program)]

@@ -67,15 +67,15 @@ class Inert:
 
     def attributes(self) -> list[dict[str, Any]]:
         """What attributes would have been set from: ``__dict__`` and slots, or a dict that a function takes for that."""
-        given = self.args[:1] if self.state is None else self.state
-        parts = given if type(given) is tuple else (given,)
+        state = self.args[:1] if self.state is None else self.state
+        parts = state if type(state) is tuple else (state,)
         return [part for part in parts if type(part) is dict]
 
 
 class Maker(Protocol):
     """Says what stands for calls and for what lies outside of a pickle."""
 
-    def call(self, made: Any, args: tuple[Any, ...]) -> Any:
+    def call(self, callee: Any, args: tuple[Any, ...]) -> Any:
         """What stands for the result of a call."""
 
     def persistent(self, pid: Any) -> Any:
@@ -174,9 +174,9 @@ class Machine:
 
     def _above_mark(self) -> list[Any]:
         """What was pushed since the mark, which goes."""
-        found, self._stack = self._stack, self._below.pop()
+        values, self._stack = self._stack, self._below.pop()
         self._spend(-_MARK)
-        return found
+        return values
 
     def _drop(self) -> None:
         self._above_mark()
@@ -304,10 +304,10 @@ class Machine:
         self._spend(len(full) if full.isascii() else 4 * len(full))
         self._push(Global(full))
 
-    def _call(self, made: Any, args: Any) -> None:
-        if type(args) is not tuple or type(made) not in (Global, Inert):
-            raise Refused(f"it calls {short.repr(made)}")
-        self._push(self._maker.call(made, args) if type(made) is Global else Inert(made.kind, args))
+    def _call(self, callee: Any, args: Any) -> None:
+        if type(args) is not tuple or type(callee) not in (Global, Inert):
+            raise Refused(f"it calls {short.repr(callee)}")
+        self._push(self._maker.call(callee, args) if type(callee) is Global else Inert(callee.kind, args))
 
     def _reduce(self) -> None:
         args = self._stack.pop()
@@ -318,9 +318,9 @@ class Machine:
         self._call(self._stack.pop(), (*args, keywords))
 
     def _marked_call(self) -> None:
-        made, *args = self._above_mark()
+        callee, *args = self._above_mark()
         self._spend(8 * len(args))
-        self._call(made, tuple(args))
+        self._call(callee, tuple(args))
 
     def _instance(self) -> None:
         args = tuple(self._above_mark())

@@ -26,8 +26,8 @@ def check_variant(name: str) -> None:
 
 def variant_of(name: str, kind: Names) -> str | None:
     """Of which variant a weight file or an index is, by its name."""
-    found = _pattern(kind.suffixes, stems_of(_LIBRARIES)).fullmatch(name)
-    return next(filter(None, found.groups())) if found else None
+    match = _pattern(kind.suffixes, stems_of(_LIBRARIES)).fullmatch(name)
+    return next(filter(None, match.groups())) if match else None
 
 
 def of_variant(names: Iterable[str], kind: Names, variant: str | None) -> list[str]:
@@ -37,15 +37,15 @@ def of_variant(names: Iterable[str], kind: Names, variant: str | None) -> list[s
 
 def without_variant(stem: str, kind: Names) -> str:
     """How the names of a model's files start, where those of a variant start with ``stem``."""
-    found = variant_of(stem + (kind.suffixes or ("",))[0], kind)
-    return stem.removesuffix(f".{found}") if found else stem
+    variant = variant_of(stem + (kind.suffixes or ("",))[0], kind)
+    return stem.removesuffix(f".{variant}") if variant else stem
 
 
 def modern(name: str, kind: Names) -> str:
     """How a file is called today that diffusers once called otherwise."""
     variant = variant_of(name, kind)
-    found = re.fullmatch(r"(.*)(-\d+-of-\d+)(\.[^.-]+)(\.[^.]+)", name) if variant else None
-    return f"{found[1]}{found[3]}{found[2]}{found[4]}" if found else name
+    match = re.fullmatch(r"(.*)(-\d+-of-\d+)(\.[^.-]+)(\.[^.]+)", name) if variant else None
+    return f"{match[1]}{match[3]}{match[2]}{match[4]}" if match else name
 
 
 @cache

@@ -180,10 +180,10 @@ def read_archive(path: Location, file: File) -> Archive:
     entries: dict[str, Entry] = {}
     folder = infos[0].filename.partition("/")[0] if infos else ""
     end = 0
-    known = _aligned_starts(infos, limit) if file.is_remote else {}
+    starts = _aligned_starts(infos, limit) if file.is_remote else {}
     for info in sorted(infos, key=lambda info: info.header_offset):
         entry = f"zip entry {short.repr(info.filename)}"
-        start = known.get(info.header_offset)
+        start = starts.get(info.header_offset)
         if start is None:
             start = _start(path, file, info, end, limit)
         end = start + info.compress_size
@@ -207,8 +207,8 @@ def _start(path: Location, file: File, info: zipfile.ZipInfo, end: int, limit: i
     if len(header) < 30 or header[:4] != b"PK\3\4" or info.header_offset < end or not (end or info.header_offset == 0):
         raise damaged(path, f"{entry} does not start at byte {info.header_offset}, as the directory says")
     start: int = info.header_offset + 30 + sum(struct.unpack("<2H", header[26:]))
-    said = file.pread(start - info.header_offset - 30, info.header_offset + 30)
-    if start + info.compress_size > limit or not said.startswith(_raw_name(info)):
+    stored_name = file.pread(start - info.header_offset - 30, info.header_offset + 30)
+    if start + info.compress_size > limit or not stored_name.startswith(_raw_name(info)):
         raise damaged(path, f"{entry} of {info.compress_size} bytes at {start} does not lie inside the {limit} bytes of data")
     return start
 
@@ -227,11 +227,11 @@ def _aligned_starts(infos: list[zipfile.ZipInfo], limit: int) -> dict[int, int]:
     starts = {}
     for info, after in itertools.pairwise(infos[1:]):
         ends = [after.header_offset - size for size in ((16, 24) if info.flag_bits & 8 else (0,))]
-        found = [end - info.compress_size for end in ends if (end - info.compress_size) % _ALIGNMENT == 0]
+        candidates = [end - info.compress_size for end in ends if (end - info.compress_size) % _ALIGNMENT == 0]
         least = info.header_offset + 30 + len(info.orig_filename.encode())
-        if len(found) != 1 or not 0 <= found[0] - least < _MAX_PADDING or after.header_offset > limit:
+        if len(candidates) != 1 or not 0 <= candidates[0] - least < _MAX_PADDING or after.header_offset > limit:
             return {}
-        starts[info.header_offset] = found[0]
+        starts[info.header_offset] = candidates[0]
     return starts
 
 
