@@ -83,12 +83,12 @@ def read_patches(checksums: Sequence[Checksum], read: Callable[[int, memoryview]
     return patches(checksums, crcs)
 
 
-def format_sums(sums: Mapping[str, str], kept: bytes = b"") -> bytes:
-    """Names and SHA-256s in the form that ``sha256sum --check`` reads; of ``kept``, which is in it, the lines of other files stay.
+def format_sums(sums: Mapping[str, str], previous: bytes = b"") -> bytes:
+    """Names and SHA-256s in the form that ``sha256sum --check`` reads; of ``previous``, which is in it, the lines of other files stay.
 
     Names are bytes to it: those that are no text, which Python has as half characters, come out as they are.
     """
-    lines = {_name_of(line): line for line in kept.decode("utf-8", "surrogateescape").split("\n") if line}
+    lines = {_name_of(line): line for line in previous.decode("utf-8", "surrogateescape").split("\n") if line}
     for name, digest in sums.items():
         escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
         lines[escaped] = f"{chr(92) if escaped != name else ''}{digest}  {escaped}"

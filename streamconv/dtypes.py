@@ -64,21 +64,21 @@ _SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bflo
 CASTABLE = ("float64", "float32", "float16", "bfloat16")
 
 
-def dtype_name(given: object) -> str:
+def dtype_name(dtype: object) -> str:
     """What a type of torch, numpy or ml_dtypes is called; a text as it is."""
-    if isinstance(given, type):
-        return given.__name__  # numpy.float16, ml_dtypes.bfloat16
-    name = getattr(given, "name", None)  # numpy.dtype("float16")
-    return name if isinstance(name, str) else str(given)
+    if isinstance(dtype, type):
+        return dtype.__name__  # numpy.float16, ml_dtypes.bfloat16
+    name = getattr(dtype, "name", None)  # numpy.dtype("float16")
+    return name if isinstance(name, str) else str(dtype)
 
 
-def parse_dtype(given: object) -> DType:
+def parse_dtype(dtype: object) -> DType:
     """The type that ``float32``, ``fp32``, ``torch.float32`` ... name, or that torch or numpy have.
 
     Raises:
         UsageError: no such type.
     """
-    text = dtype_name(given)
+    text = dtype_name(dtype)
     name = text.strip().lower().removeprefix("torch.")
     name = _SHORT.get(name, name)
     if name not in DTYPES:

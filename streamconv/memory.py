@@ -82,12 +82,12 @@ def claim(nbytes: int, what: str) -> None:
     """
     if nbytes < 1 << 20:
         return
-    taken = 0 if _bound is None else resident()
+    used = 0 if _bound is None else resident()
     limit = READING if _bound is None else _bound
-    if taken + nbytes > limit:
-        needed = -(-(taken + nbytes) // 10**6) * 10**6
-        beside = f" beside the {format_size(taken)} of the process" if taken else ""
-        remedy = f"use --max-memory {needed // 10**6}MB" if taken else "give a checkpoint of smaller files"
+    if used + nbytes > limit:
+        needed = -(-(used + nbytes) // 10**6) * 10**6
+        beside = f" beside the {format_size(used)} of the process" if used else ""
+        remedy = f"use --max-memory {needed // 10**6}MB" if used else "give a checkpoint of smaller files"
         raise BudgetError(
             f"{what} may take {format_size(nbytes)} to read{beside}, more than the {format_size(limit)} there are: {remedy}", needed
         )

@@ -20,10 +20,10 @@ _SECRET = re.compile(
 
 def one_line(text: object) -> str:
     """A text with escapes for what is not printable: controls, line ends of every kind, marks of direction, half characters."""
-    given = str(text)
-    if given.isprintable():
-        return given
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in given)
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
 def join_lines(lines: Iterable[object]) -> str:
@@ -31,18 +31,18 @@ def join_lines(lines: Iterable[object]) -> str:
     return "\n".join(map(one_line, lines))
 
 
-def did_you_mean(given: str, known: Iterable[str], n: int = 1) -> str:
+def did_you_mean(word: str, names: Iterable[str], n: int = 1) -> str:
     """``; did you mean A?``, or of ``n`` names, of what is spelt like something that was given; nothing where nothing is."""
-    folded = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(given[:200].lower(), folded, n, cutoff=0.6)
-    return f"; did you mean {' or '.join(folded[name] for name in near)}?" if near else ""
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(word[:200].lower(), by_lower, n, cutoff=0.6)
+    return f"; did you mean {' or '.join(by_lower[name] for name in near)}?" if near else ""
 
 
 def without_secrets(text: str) -> str:
     """A text in which URLs have no query, no fragment and no name or password, and other parts of a signature no value."""
     if "=" not in text and ":/" not in text:
         return text
-    return _SECRET.sub(r"\g<key>=...", _URL.sub(lambda found: _without_query(found[0]), text))
+    return _SECRET.sub(r"\g<key>=...", _URL.sub(lambda match: _without_query(match[0]), text))
 
 
 def _without_query(url: str) -> str:

@@ -142,9 +142,9 @@ def look_beside(root: Folder, own: Iterable[Location] = (), components: Iterable
         FormatError: a link to a file that is not there.
     """
     read = {file.below(root) for file in own}
-    named = list(components)
-    inside = set(filter(None, named))
-    explained = inside if named and "" not in named else {*inside, ""}  # of these, what reads them says what it does not
+    folders_read = set(components)
+    inside = set(filter(None, folders_read))
+    explained = inside if folders_read and "" not in folders_read else {*inside, ""}  # of these, what reads them says what it does not
     along: list[str] = []
     left: dict[str, list[str]] = {}
 
@@ -202,7 +202,8 @@ def find_pointers(root: Folder, names: Iterable[str]) -> list[str]:
         path = root.local / name
         if path.is_file() and path.stat().st_size <= _POINTER:
             with path.open("rb") as file:
-                pointers += [name] if file.read(len(_POINTER_BEGINS)) == _POINTER_BEGINS else []
+                if file.read(len(_POINTER_BEGINS)) == _POINTER_BEGINS:
+                    pointers.append(name)
     return pointers
 
 

@@ -52,18 +52,22 @@ class TensorEntry:
 
     @property
     def spec(self) -> TensorSpec:
+        """Its dtype and shape."""
         return self.source.spec
 
     @property
     def dtype(self) -> str:
+        """The name of its type, as ``inspect`` spells it: ``bfloat16``, ``float8_e4m3fn``, ``int64``."""
         return self.spec.dtype.name
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The size of each axis, in elements; empty for a scalar."""
         return self.spec.shape
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its elements."""
         return self.spec.nbytes
 
     def __repr__(self) -> str:
@@ -73,15 +77,16 @@ class TensorEntry:
         return table("", ["name", "dtype", "shape", "size"], [(self.name, self.dtype, list(self.shape), format_size(self.nbytes))])
 
     def __getitem__(self, index: Index) -> Any:
-        found = self.numpy(index)
-        one = not found.shape and index is not ... and not (isinstance(index, tuple) and any(part is ... for part in index))
-        return found[()] if one else found  # a number, where numpy has one
+        array = self.numpy(index)
+        items = index if isinstance(index, tuple) else (index,)
+        is_number = not array.shape and not any(item is ... for item in items)
+        return array[()] if is_number else array  # as numpy has it
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         if copy is False:
             raise ValueError(f"{self.name}: reading it makes an array of its own: leave out copy=False")
-        found = self.numpy()
-        return found if dtype is None else found.astype(dtype, copy=False)
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
 
     def torch(self, rows: Index = ...) -> Tensor:
         """The tensor, or ``rows`` of it (a slice, or any index that ``entry[...]`` takes), as a torch tensor that owns its memory."""
@@ -194,6 +199,6 @@ def _asked_for(node: AnyNode, move: Move) -> Iterator[None]:
     """Has what is behind URLs of a region be asked for in few requests."""
     from streamconv.graph.evaluate import reads
 
-    asked = [one for one in reads(node, move) if is_url(one[0])]
-    with announced(asked) if asked else ExitStack():
+    ranges = [one for one in reads(node, move) if is_url(one[0])]
+    with announced(ranges) if ranges else ExitStack():
         yield

@@ -120,10 +120,12 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     @property
     def format(self) -> str:
+        """The name of the container that its files are of, such as ``safetensors``; of components that of the first."""
         return self.contents.format
 
     @property
     def metadata(self) -> dict[str, str]:
+        """The texts by key that its files' headers hold beside the tensors; empty where there are none."""
         return self.contents.metadata
 
     @cached_property
@@ -137,15 +139,15 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def find_ties(self, choice: Callable[[Mapping[str, Any]], Choice]) -> dict[str, str]:
         """The same, where ``choice`` of a model's config chooses what names do not tell."""
-        found: dict[str, str] = {}
+        tied: dict[str, str] = {}
         for folder, contents in self.components.items():
             try:
                 config = self.config_of(folder)
             except FormatError:
                 config = {}
             own = ties(contents, config, choice(config))
-            found |= {prefixed(folder, name): prefixed(folder, kept) for name, kept in own.items()}
-        return found
+            tied |= {prefixed(folder, name): prefixed(folder, stored) for name, stored in own.items()}
+        return tied
 
     def config_of(self, folder: str) -> dict[str, Any]:
         """The config of a component. Raises as `config` does."""
@@ -208,10 +210,10 @@ def read_config(folder: Folder, name: str = CONFIG) -> dict[str, Any]:
     if not folder.has(name):
         return {}
     path = folder.file(name)
-    found = read_json(path, MAX_CONFIG, "a config")
-    if not isinstance(found, dict):
-        raise FormatError(f"{path}: expected a JSON object, found a {type(found).__name__}; mend it")
-    return found
+    config = read_json(path, MAX_CONFIG, "a config")
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: expected a JSON object, found a {type(config).__name__}; mend it")
+    return config
 
 
 def open_checkpoint(
@@ -250,7 +252,8 @@ def open_checkpoint(
     if variant is not None:
         check_variant(variant)
     where, notes = find_checkpoint(path)
-    if folders := find_weighted(where) if components else []:
+    folders = find_weighted(where) if components else []
+    if folders:
 
         def open_component(folder: str) -> Contents:
             own: dict[str, Any] = {} if folder else {"by_rank": by_rank, "root": root, "ranks": ranks, "files": files}
@@ -261,20 +264,23 @@ def open_checkpoint(
         joined.notes[:0] = notes
         _check_has(where, opened, variant)
         return Checkpoint(where, joined, config, opened, variant)
-    chosen, ranked = choose_files(where, ranks, files)
+    names, ranked = choose_files(where, ranks, files)
     by_rank = by_rank or ranked
-    name, found = _choose(where, chosen, by_rank=by_rank, variant=variant)
+    name, selection = _choose(where, names, by_rank=by_rank, variant=variant)
     container = containers()[name]
     if root is not None and not container.nests:
         raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
-    given: dict[str, Any] = {} if root is None else {"root": root}
-    given |= {} if found is None else {"files": found}
+    options: dict[str, Any] = {}
+    if root is not None:
+        options["root"] = root
+    if selection is not None:
+        options["files"] = selection
     location = where.folder.file("") if is_index(where.name) else where
 
     def explain(tensor: str, present: Collection[str]) -> str | None:
         return explain_absent(tensor, present, untied=_is_untied(location))
 
-    contents = container.read(where, by_rank=by_rank, explain=explain, **given)
+    contents = container.read(where, by_rank=by_rank, explain=explain, **options)
     contents.notes[:0] = notes
     if components:
         _check_has(where, {"": contents}, variant)
@@ -283,26 +289,31 @@ def open_checkpoint(
 
 def _check_has(path: Location, components: Mapping[str, Contents], variant: str | None) -> None:
     """Raises UsageError where a variant is asked for, and no component has it."""
-    files = [variant_of(file.name, containers()[part.format].names) for part in components.values() for file in part.files]
-    if variant and variant not in files:
+    if not variant:
+        return
+    variants: set[str | None] = set()
+    for contents in components.values():
+        kind = containers()[contents.format].names
+        variants.update(variant_of(file.name, kind) for file in contents.files)
+    if variant not in variants:
         raise UsageError(f"--variant {variant}: {show(path)} has no weights called so, as in model.{variant}.safetensors: leave it out")
 
 
-def find_checkpoint(given: AnyPath) -> tuple[Location, list[str]]:
+def find_checkpoint(source_path: AnyPath) -> tuple[Location, list[str]]:
     """Where a checkpoint is: the path, or the snapshot that a folder of the Hub's cache stands for, with a note that says so.
 
     Raises:
         UsageError: it is not there, or not readable.
     """
-    location = locate(given)
+    location = locate(source_path)
     path = location.local
     if path is None:
         return location, []
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        told = f"give the path of a checkpoint's file or its directory{hub_cache.hint(str(given))}"
-        raise UsageError(f"{one_line(as_given(given, location))}: no such file or directory: {told}") from None
+        remedy = f"give the path of a checkpoint's file or its directory{hub_cache.hint(str(source_path))}"
+        raise UsageError(f"{one_line(as_given(source_path, location))}: no such file or directory: {remedy}") from None
     except (OSError, ValueError) as error:
         raise unreadable(location, error, "a checkpoint") from error
     snapshot = hub_cache.find_snapshot(path) if location.is_folder else None
@@ -337,14 +348,14 @@ def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool, variant: st
         return name, None
     kind = containers()[name].names
     if chosen:
-        found = find_files(path, kind, chosen)
+        selection = find_files(path, kind, chosen)
     elif path.is_folder and not any(map(kind.is_part, path.folder.list())):
         names = one_checkpoint(path, find_unnamed(path, path.folder.list()), kind)
-        found = find_files(path, kind, names)
+        selection = find_files(path, kind, names)
     else:
-        found = find_files(path, kind, by_rank=by_rank, variant=variant)
-    first = next(iter(found.files.values()))
-    return container_of(first), found
+        selection = find_files(path, kind, by_rank=by_rank, variant=variant)
+    first = next(iter(selection.files.values()))
+    return container_of(first), selection
 
 
 def choose_files(path: Location, ranks: Sequence[str], files: Sequence[str]) -> tuple[list[str], bool]:
@@ -355,12 +366,13 @@ def choose_files(path: Location, ranks: Sequence[str], files: Sequence[str]) -> 
         names = sorted(path.folder.list(), key=natural_key)
     except OSError as error:
         raise unreadable(path, error, "a checkpoint") from error
+    weights = [name for name in names if PurePath(name).suffix in by_suffix()]
     for pattern in (*ranks, *files):
         if pattern in names and pattern.endswith(".index.json"):
             index = path.folder.file(pattern)
             weight_map = read_index(index, containers()[_format_of_index(index)].names)
             return sorted(set(weight_map.values()), key=natural_key), False
-        matching = [name for name in names if parse_names(pattern).match(name) is not None and PurePath(name).suffix in by_suffix()]
+        matching = [name for name in weights if parse_names(pattern).match(name) is not None]
         if matching:
             return matching, pattern in ranks
     return [], False
@@ -393,31 +405,33 @@ def detect_format(path: Location, variant: str | None = None) -> str:
         names = [name for name in path.folder.list() if not name.startswith(".")]
     except OSError as error:
         raise unreadable(path, error, "a checkpoint") from error
-    for chosen in dict.fromkeys((variant, None)):
-        parts = {name: _parts(names, container.names, chosen) for name, container in containers().items()}
+    for wanted in dict.fromkeys((variant, None)):
+        parts = {name: _parts(names, container.names, wanted) for name, container in containers().items()}
         if any(parts.values()):
             break
     else:
         parts = {name: list(filter(container.names.is_part, names)) for name, container in containers().items()}
-    found = [name for name in parts if parts[name]]
-    if len(found) > 1:  # a suffix alone says little: .bin is anything
-        found = [name for name in found if _is_certain(path, containers()[name].names, parts[name])] or found
-    if found:
-        return found[0]
-    if unnamed := find_unnamed(path, names):
+    formats = [name for name in parts if parts[name]]
+    if len(formats) > 1:  # a suffix alone says little: .bin is anything
+        formats = [name for name in formats if _is_certain(path, containers()[name].names, parts[name])] or formats
+    if formats:
+        return formats[0]
+    unnamed = find_unnamed(path, names)
+    if unnamed:
         return container_of(path.folder.file(unnamed[0]))
     raise FormatError(f"{show(path)}: no *{', *'.join(by_suffix())} file in it: give the path of a checkpoint")
 
 
 def _parts(names: Iterable[str], kind: Names, variant: str | None) -> list[str]:
     """What is called as files of a kind, of that variant or of none."""
-    return [name for name in of_variant(names, kind, variant) if kind.is_part(name) or (variant and name.endswith(".json"))]
+    files = of_variant(names, kind, variant)
+    return [name for name in files if kind.is_part(name) or (variant and name.endswith(".json"))]
 
 
 def _is_certain(directory: Location, kind: Names, names: Sequence[str]) -> bool:
     """Whether files of these names are of a kind: by a name that libraries give, or by the first bytes of one."""
-    given = any(name in kind.known or kind.is_index(name) or not name.endswith(kind.suffixes) for name in names)
-    return given or any(holds_checkpoint(directory.folder.file(name)) for name in names)
+    by_name = any(name in kind.known or kind.is_index(name) or not name.endswith(kind.suffixes) for name in names)
+    return by_name or any(holds_checkpoint(directory.folder.file(name)) for name in names)
 
 
 def _format_of_index(path: Location) -> str:
@@ -444,21 +458,20 @@ def join_components(components: Mapping[str, Contents]) -> Contents:
     first = next(iter(components.values()), Contents(DEFAULT, {}, []))
     if list(components) == [""]:
         return first
-    return Contents(
-        first.format,
-        {prefixed(folder, name): entry for folder, part in components.items() for name, entry in part.entries.items()},
-        [file for part in components.values() for file in part.files],
-        [file for part in components.values() for file in part.others],
-        first.metadata,
-        [f"{folder}: {note}" if folder else note for folder, part in components.items() for note in part.notes],
-    )
+    joined = Contents(first.format, {}, [], metadata=first.metadata)
+    for folder, contents in components.items():
+        joined.entries.update((prefixed(folder, name), entry) for name, entry in contents.entries.items())
+        joined.files.extend(contents.files)
+        joined.others.extend(contents.others)
+        joined.notes.extend(f"{folder}: {note}" if folder else note for note in contents.notes)
+    return joined
 
 
 def ties(contents: Contents, config: Mapping[str, Any] | None = None, choose: Choice = lambda _: None) -> dict[str, str]:
     """See `Checkpoint.ties`; ``choose`` as `find_ties` takes it."""
     entries = contents.entries
     if containers()[contents.format].ties == "named":
-        said = contents.metadata.items()
-        return {name: kept for name, kept in said if name not in entries and kept in entries and says_tie(name, kept)}
+        texts = contents.metadata.items()
+        return {name: stored for name, stored in texts if name not in entries and stored in entries and says_tie(name, stored)}
     classes = (config or {}).get("architectures")
     return find_ties(entries, str(classes[0]) if isinstance(classes, list) and classes else "", choose)
