@@ -65,14 +65,16 @@ def canonical(entries: Iterable[str], aliases: Sequence[tuple[str, str]]) -> dic
         return {name: name for name in entries}
     patterns = [(parse_names(a), parse_names(b)) for a, b in aliases]
     matcher = Matcher([a for a, _ in patterns])
-    found: dict[str, str] = {}
+    stored_names: dict[str, str] = {}
     for name in entries:
         match = matcher.match(name)
-        known = patterns[match[0][0]][1].format(match[0][1]) if match else name
-        if known in found:
-            raise CoverageError(f"{name} and {found[known]} are two names of one tensor, {known}: remove one of them")
-        found[known] = name
-    return found
+        canonical_name = patterns[match[0][0]][1].format(match[0][1]) if match else name
+        if canonical_name in stored_names:
+            raise CoverageError(
+                f"{name} and {stored_names[canonical_name]} are two names of one tensor, {canonical_name}: remove one of them"
+            )
+        stored_names[canonical_name] = name
+    return stored_names
 
 
 class Application:
@@ -135,9 +137,9 @@ class Application:
             raise CoverageError(f"{self.title}: nothing to convert, the source holds no tensor that a rule keeps")
         if self._unread:
             self.notes.append(f"{self._unread} tensors that ranks or layers repeat are taken from the first of them")
-        made = sorted(self.outputs.items(), key=lambda item: item[1][0])
-        outputs = {name: node for name, (_, node, _) in made}
-        rows = [row for _, (_, _, row) in made]
+        in_order = sorted(self.outputs.items(), key=lambda item: item[1][0])
+        outputs = {name: node for name, (_, node, _) in in_order}
+        rows = [row for _, (_, _, row) in in_order]
         return Conversion(outputs, rows, self.dropped, self.notes, self.replicas, reasons=self.reasons, tied=self.tied)
 
     def _label(self, name: str) -> str:
@@ -150,14 +152,14 @@ class Application:
         entries = dict(self.entries)
         for tie in self.facts:
             if isinstance(tie, Tie) and tie.flipped and tie.right in entries and tie.stored in entries:
-                found, kept = entries[tie.right], entries[tie.stored]
+                replica, original = entries[tie.right], entries[tie.stored]
                 both = (self._label(tie.right), self._label(tie.stored))
-                if found.spec != kept.spec:
+                if replica.spec != original.spec:
                     raise CoverageError(
-                        f"{self.title}: {both[0]} should repeat {both[1]} and is {found.spec}, "
-                        f"not {kept.spec}: mend the source, or set the options so that they are not tied"
+                        f"{self.title}: {both[0]} should repeat {both[1]} and is {replica.spec}, "
+                        f"not {original.spec}: mend the source, or set the options so that they are not tied"
                     )
-                self.replicas.append((found, kept, both))
+                self.replicas.append((replica, original, both))
                 del entries[tie.right]
                 self.dropped.append(both[0])
                 self.tied.append(both[0])
@@ -168,22 +170,22 @@ class Application:
     def _build(self, rule: Rule, group: Group) -> None:
         binding = rule.binding
         stacks, lengths, names = self._stacks(rule, group)
-        kept = [name for stack in stacks for name in stack]
-        nodes = [self.entries[name] for name in kept]
+        members = [name for stack in stacks for name in stack]
+        nodes = [self.entries[name] for name in members]
         values: Values = {right: group.values[left] for left, right in binding.each}
         right = self.sizes.numbering(rule, binding.right)
         where = f"{self.title}, {names[0]}: "
         if rule.partial:
             values |= dict.fromkeys(binding.right_lists, 0)
         if binding.layout is None:
-            made = self._step(rule, nodes, group.values, where) if rule.op else nodes[0]
+            result = self._step(rule, nodes, group.values, where) if rule.op else nodes[0]
             for target in self._alike(rule, right, values):
-                changed = rule.op and made is not nodes[0]
+                changed = rule.op and result is not nodes[0]
                 how = steps.describe(str(rule.op["op"]), self._given(rule, group.values)) if changed else ""
-                self._emit(target, made, names, how, rule)
+                self._emit(target, result, names, how, rule)
             return
         nodes = [self._step(rule, [node], group.values, where) for node in nodes] if rule.op else nodes
-        spec_of = {name: node.spec for name, node in zip(kept, nodes, strict=True)}
+        spec_of = {name: node.spec for name, node in zip(members, nodes, strict=True)}
         specs = [spec_of[stack[0]] for stack in stacks]
         shapes = [(*lengths, *spec.shape) for spec in specs]
         for stack, shape in zip(stacks, shapes, strict=True):
@@ -194,31 +196,29 @@ class Application:
         ops = self._ops(rule, group, tuple(shapes), tuple(len(stack) for stack in stacks), where)
         choices = itertools.product(*(range(len(capture_of(binding.right, n).alternatives)) for n in binding.right_lists))
         copies = [self.sizes.repeats(rule, n) for n in binding.right_counts]
-        sizes, ready = ops[0].sizes, iter(ops)
+        sizes, next_op = ops[0].sizes, iter(ops)
         for choice in choices:
-            chosen = {**values, **dict(zip(binding.right_lists, choice, strict=True))}
+            with_choice = {**values, **dict(zip(binding.right_lists, choice, strict=True))}
             for counts in itertools.product(*(range(sizes[n]) for n in binding.right_counts)):
-                op = next(ready)
-                targets = [
-                    target
-                    for repeat in itertools.product(*map(range, copies))
-                    for numbers in [[n * c + k for n, c, k in zip(counts, copies, repeat, strict=True)]]
-                    for target in self._alike(rule, right, {**chosen, **dict(zip(binding.right_counts, numbers, strict=True))})
-                ]
+                op = next(next_op)
+                targets: list[str] = []
+                for repeat in itertools.product(*map(range, copies)):
+                    numbers = [n * c + k for n, c, k in zip(counts, copies, repeat, strict=True)]
+                    targets += self._alike(rule, right, {**with_choice, **dict(zip(binding.right_counts, numbers, strict=True))})
                 try:
-                    made = rearrange(op, tuple(self._one_dtype(rule, targets[0], nodes)))
+                    result = rearrange(op, tuple(self._one_dtype(rule, targets[0], nodes)))
                 except CoverageError as error:
                     raise CoverageError(f"{where}{error}") from error
                 for target in targets:
-                    self._emit(target, made, names, rule.layout or "", rule)
+                    self._emit(target, result, names, rule.layout or "", rule)
 
     def _stacks(self, rule: Rule, group: Group) -> tuple[list[list[str]], tuple[int, ...], list[str]]:
         """For each left tensor the names behind it, the sizes of the leading axes that they count along, and all names, copies too."""
         binding = rule.binding
         members: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
         copies = [self.sizes.repeats(rule, n) for n in binding.left_counts]
-        said = [(self.sizes.dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_counts, copies, strict=True)]
-        last = [max(1 + max(counts[k] for _, counts in group.members), known) for k, known in enumerate(said)]
+        minimums = [(self.sizes.dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_counts, copies, strict=True)]
+        totals = [max(1 + max(counts[k] for _, counts in group.members), minimum) for k, minimum in enumerate(minimums)]
         for (choice, counts), alike in sorted(group.members.items()):
             name = alike[min(alike)]
             first = members.setdefault((choice, tuple(n // c for n, c in zip(counts, copies, strict=True))), name)
@@ -230,9 +230,9 @@ class Application:
         choices = list(itertools.product(*(range(len(capture_of(binding.left, n).alternatives)) for n in binding.left_lists)))
         if rule.partial:
             choices = [choice for choice in choices if (choice, ()) in group.members or choice == choices[0]]
-        lengths = tuple(-(-n // c) for n, c in zip(last, copies, strict=True))
-        if len(group.members) != len(choices) * math.prod(last):  # numbers may be huge: the grid is not made, something is missing early
-            missing = next((c, g) for g in grid(last) for c in choices if (c, g) not in group.members)
+        lengths = tuple(-(-n // c) for n, c in zip(totals, copies, strict=True))
+        if len(group.members) != len(choices) * math.prod(totals):  # totals may be huge: of the grid only the first gap is looked for
+            missing = next((c, g) for g in grid(totals) for c in choices if (c, g) not in group.members)
             values = {
                 **group.values,
                 **dict(zip(binding.left_lists, missing[0], strict=True)),
@@ -242,7 +242,7 @@ class Application:
             present = next(iter(members.values()))
             raise CoverageError(
                 f"{self.title}: {self.sizes.numbering(rule, binding.left).write(values)} is missing, while {present} is there: "
-                f"{len(choices) * math.prod(last)} tensors go together, {len(group.members)} were found"
+                f"{len(choices) * math.prod(totals)} tensors go together, {len(group.members)} were found"
             )
         stacks = [[members[choice, counts] for counts in grid(lengths)] for choice in choices]
         names = dict.fromkeys(name for stack in stacks for name in stack)
@@ -253,18 +253,18 @@ class Application:
         """The op for each target, in order; the same for all groups with the same shapes and alternatives."""
         binding = rule.binding
         assert binding.layout is not None
-        chosen = tuple(
+        alternatives = tuple(
             capture_of(side, pair[k]).alternatives[int(group.values[pair[0]])]
             for k, side in sorted(enumerate((binding.left, binding.right)), reverse=rule.flipped)
             for pair in binding.each
             if capture_of(side, pair[k]).kind == "list"
         )
-        key = (id(rule), shapes, stacks, chosen)
+        key = (id(rule), shapes, stacks, alternatives)
         if key not in self._cache:
             layout = binding.layout.spread([len(shape) for shape in shapes])
-            fixed = {axis: size for axis in layout.axes if (size := self.sizes.dim(rule, axis, chosen, firm=True)) is not None}
+            fixed = {axis: size for axis in layout.axes if (size := self.sizes.dim(rule, axis, alternatives, firm=True)) is not None}
             try:
-                sizes = layout.solve(shapes, lambda axis: self.sizes.dim(rule, axis, chosen), where, fixed)
+                sizes = layout.solve(shapes, lambda axis: self.sizes.dim(rule, axis, alternatives), where, fixed)
             except CoverageError as error:
                 raise CoverageError(f"{error}{self.sizes.near(rule)}") from error
             leading = len(binding.right_counts)
@@ -300,14 +300,14 @@ class Application:
         """The inputs, cast to what the target shall have where they differ among themselves."""
         mixed = len({node.spec.dtype.name for node in nodes}) > 1
         for node in nodes:
-            wanted = self._cast(rule, target, node.spec) if mixed else None
-            yield apply(Cast(wanted), node) if wanted and wanted != node.spec.dtype.name else node
+            dtype = self._cast(rule, target, node.spec) if mixed else None
+            yield apply(Cast(dtype), node) if dtype and dtype != node.spec.dtype.name else node
 
     def _cast(self, rule: Rule | None, target: str, spec: TensorSpec) -> str | None:
         """The dtype that a target shall have, None: its own."""
-        asked = self.recast(target, spec)
+        option = self.recast(target, spec)
         cast = parse_dtype(rule.cast).name if rule and rule.cast and not rule.flipped else None
-        return cast or asked if rule and rule.firm else asked or cast
+        return cast or option if rule and rule.firm else option or cast
 
     def _alike(self, fact: Rule | Make, names: Numbering, values: Values) -> Iterator[str]:
         """The names of a pattern, one for each number of the captures that ``values`` leave open."""
@@ -319,16 +319,16 @@ class Application:
             yield names.write({**values, **dict(zip(missing, numbers, strict=True))})
 
     def _emit(self, target: str, node: AnyNode, names: Sequence[str], how: str, rule: Rule | None = None) -> None:
-        wanted = self._cast(rule, target, node.spec)
-        if wanted and wanted != node.spec.dtype.name:
-            node = apply(Cast(wanted), node)
+        dtype = self._cast(rule, target, node.spec)
+        if dtype and dtype != node.spec.dtype.name:
+            node = apply(Cast(dtype), node)
         if target in self.outputs:
             both = [*self.outputs[target][2].sources[:1], *names[:1], "nothing"]
             raise CoverageError(f"{self.title}: {target} is made twice, from {both[0]} and from {both[1]}")
         sources = tuple(dict.fromkeys(source for name in names for source in self.rows[name].sources))
         how = ", then ".join(dict.fromkeys(filter(None, (*(self.rows[name].layout for name in names), how))))
-        place = min((self.order[name] for name in names), default=len(self.order))
-        self.outputs[target] = (place, node, Row(target, sources, how, node.spec))
+        position = min((self.order[name] for name in names), default=len(self.order))
+        self.outputs[target] = (position, node, Row(target, sources, how, node.spec))
 
     def _make_ties(self) -> None:
         for tie in self.facts:
@@ -352,8 +352,8 @@ def identity(entries: Mapping[str, AnyNode], recast: Recast = keep_dtype) -> Con
     outputs: dict[str, AnyNode] = {}
     rows = []
     for name, entry in entries.items():
-        wanted = recast(name, entry.spec)
-        node = apply(Cast(wanted), entry) if wanted and wanted != entry.spec.dtype.name else entry
+        dtype = recast(name, entry.spec)
+        node = apply(Cast(dtype), entry) if dtype and dtype != entry.spec.dtype.name else entry
         outputs[name] = node
         rows.append(Row(name, (name,), "", node.spec))
     return Conversion(outputs, rows)

@@ -49,19 +49,19 @@ def facts(rows: object, where: str) -> tuple[Fact, ...]:
     if not isinstance(rows, list) or not 1 <= len(rows) <= MOST:
         with within("rules"):
             raise RecipeError(f"{where}: 'rules' must be a list of 1 to {MOST} rules")
-    found = []
+    entries = []
     for number, row in enumerate(rows, 1):
         with within("rules", number - 1):
-            found.append(_fact(row, f"{where}, rule {number}"))
-    return tuple(found)
+            entries.append(_fact(row, f"{where}, rule {number}"))
+    return tuple(entries)
 
 
 def _fact(row: object, where: str) -> Fact:
     fact = dict(mapping(row, where))
     kind = next((kind for kind in KINDS if kind in fact), None)
     if kind is None:
-        found = ", ".join(map(str, fact))[:200] or "nothing"
-        raise RecipeError(f"{where}: expected one of {', '.join(KINDS)}, found {found}")
+        fields = ", ".join(map(str, fact))[:200] or "nothing"
+        raise RecipeError(f"{where}: expected one of {', '.join(KINDS)}, found {fields}")
     first = FIRST[kind]
     if first in fact:
         raise RecipeError(f"{where}: unknown field {first!r}; the {first} side stands after {kind!r}")
@@ -93,17 +93,17 @@ def _spelt_out(step: object) -> object:
 
 def options(rows: object, where: str) -> dict[str, Option]:
     """Options by name; their help may be missing. Raises RecipeError."""
-    table, found = mapping(rows, f"{where}, options"), {}
+    table, entries = mapping(rows, f"{where}, options"), {}
     if len(table) > MOST:
         raise RecipeError(f"{where}: {len(table)} options, {MOST} at most")
     for name, row in table.items():
         with within(name):
-            found[name] = build(Option, row, f"{where}, option {name}")
-    return found
+            entries[name] = build(Option, row, f"{where}, option {name}")
+    return entries
 
 
-def build(kind: Any, data: object, where: str, made: Collection[str] = ()) -> Any:
-    """A dataclass of the values of its fields, which have the types that it declares; those ``made`` are read. Raises RecipeError."""
+def build(kind: Any, data: object, where: str, ready: Collection[str] = ()) -> Any:
+    """A dataclass of its fields' values, which have the types that it declares; ``ready`` ones stay as they are. Raises RecipeError."""
     values = mapping(data, where)
     types = types_of(kind)
     if unknown := sorted(set(values) - set(types)):
@@ -112,7 +112,7 @@ def build(kind: Any, data: object, where: str, made: Collection[str] = ()) -> An
     decoded = {}
     for name, value in values.items():
         with within(name):
-            decoded[name] = value if name in made else _decode(name, value, types[name], where)
+            decoded[name] = value if name in ready else _decode(name, value, types[name], where)
     if missing := [name for name in required_of(kind) if name not in values]:
         raise RecipeError(f"{where}: missing {', '.join(missing)}")
     return kind(**decoded)
@@ -135,18 +135,18 @@ def _in_files(declared: Any) -> Any:
     return Union[tuple(one for one in get_args(declared) if one is not NoneType and get_origin(one) is not Callable)]  # noqa: UP007
 
 
-def _decode(name: str, value: object, wanted: Any, where: str) -> Any:
+def _decode(name: str, value: object, type_: Any, where: str) -> Any:
     """A field of a file as one of the type that the dataclass declares. Raises RecipeError."""
     try:
-        return codec.convert(value, wanted)
+        return codec.convert(value, type_)
     except FormatError as error:
-        raise RecipeError(f"{where}: {name} must {_expected(str(error), wanted)}, found {reprlib.repr(value)}") from error
+        raise RecipeError(f"{where}: {name} must {_expected(str(error), type_)}, found {reprlib.repr(value)}") from error
 
 
-def _expected(fault: str, wanted: Any) -> str:
+def _expected(fault: str, type_: Any) -> str:
     """What a value must be or hold, in words: of a fault such as ``Expected int | str, got array - at $[...]``."""
-    if get_origin(wanted) is Literal:
-        return f"be {' or '.join(filter(None, get_args(wanted)))}"
+    if get_origin(type_) is Literal:
+        return f"be {' or '.join(filter(None, get_args(type_)))}"
     form = _FAULT.fullmatch(fault)
     if form is None:
         return f"be readable ({fault})"
@@ -163,10 +163,10 @@ _WORD = re.compile("|".join(map(re.escape, _WORDS)))
 
 def without_defaults(item: Any, *leave: str) -> dict[str, Any]:
     """The fields of a dataclass that are not at their defaults, as JSON values."""
-    found = {}
+    values = {}
     for f in dataclasses.fields(item):
         value = getattr(item, f.name)
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         if f.name not in leave and value != default:
-            found[f.name] = [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, tuple) else value
-    return found
+            values[f.name] = [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, tuple) else value
+    return values

@@ -195,26 +195,26 @@ class Option:
     def read(self, name: str, text: object) -> Any:
         """The value of ``--set name=text``. Raises UsageError."""
         kind = self.kind or ("str" if self.default is None or isinstance(self.default, str) else type(self.default).__name__)
-        given = str(text).strip()
+        value = str(text).strip()
         if kind == "bool":
-            if given.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-                return given.lower() in ("true", "1", "yes", "on")
+            if value.lower() in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+                return value.lower() in ("true", "1", "yes", "on")
         elif kind == "int":
-            if re.fullmatch(r"[+-]?[0-9]{1,18}", given):
-                return int(given)
-        elif not self.choices or given in self.choices:
-            return given
+            if re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+                return int(value)
+        elif not self.choices or value in self.choices:
+            return value
         expected = f"one of {', '.join(self.choices)}" if self.choices else {"bool": "true or false", "int": "a whole number"}[kind]
-        raise UsageError(f"--set {name}={given[:100]}: expected {expected} ({self.help})")
+        raise UsageError(f"--set {name}={value[:100]}: expected {expected} ({self.help})")
 
 
 def from_config(**keys: str) -> dict[str, Option]:
     """Whole numbers that config.json gives, here or in the target's folder, unless ``--set`` does: option -> key, with dots, or several."""
-    found = {}
-    for name, wanted in keys.items():
-        places = [f"{root}{key}" for root in ("config.", "sidecar.") for key in wanted.split()]
-        found[name] = Option(f"{' or '.join(wanted.split())} of config.json", default=f"{{{' or '.join(places)}}}", kind="int")
-    return found
+    options = {}
+    for name, names in keys.items():
+        places = [f"{root}{key}" for root in ("config.", "sidecar.") for key in names.split()]
+        options[name] = Option(f"{' or '.join(names.split())} of config.json", default=f"{{{' or '.join(places)}}}", kind="int")
+    return options
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ def load(path: Path, find_writer: Callable[[str], Writer]) -> Recipe:
                         find_writer(side.writes)
         recipe = with_sizes(recipe)
     except RecipeError as error:
-        said = str(error).removeprefix(str(path)).lstrip(":, ")
-        raise RecipeError(f"{path}:{_where(node, error)}: {said}") from error
+        message = str(error).removeprefix(str(path)).lstrip(":, ")
+        raise RecipeError(f"{path}:{_where(node, error)}: {message}") from error
     return recipe
 
 
@@ -107,11 +107,11 @@ def _check_extent(yaml: Any, loader: Any, text: str) -> None:
             raise RecipeError(f"{_place(event.start_mark)}: {problem}, which no recipe has")
 
 
-def _check_keys(node: Any, seen: set[int]) -> None:
+def _check_keys(node: Any, visited: set[int]) -> None:
     """Raises RecipeError where a key stands twice in one mapping."""
-    if id(node) in seen or node is None or isinstance(node.value, str):
+    if id(node) in visited or node is None or isinstance(node.value, str):
         return
-    seen.add(id(node))
+    visited.add(id(node))
     keys: set[str] = set()
     for item in node.value:
         if isinstance(item, tuple):
@@ -120,7 +120,7 @@ def _check_keys(node: Any, seen: set[int]) -> None:
                 raise RecipeError(f"{_place(key.start_mark)}: {key.value!r} a second time; remove one")
             keys.add(str(key.value))
         for inner in item if isinstance(item, tuple) else (item,):
-            _check_keys(inner, seen)
+            _check_keys(inner, visited)
 
 
 def _place(mark: Any, columns: int = 0) -> str:
@@ -156,11 +156,11 @@ def _scalar(node: Any, text: str) -> Any:
     return next((found for part in inner if (found := _scalar(part, text))), None)
 
 
-def run(path: Path, wanted: str | None) -> Recipe:
-    """The recipe in a Python file, which is run: its ``RECIPE``, or the one of its ``RECIPES`` that is called ``wanted``.
+def run(path: Path, name: str | None) -> Recipe:
+    """The recipe in a Python file, which is run: its ``RECIPE``, or the one of its ``RECIPES`` that is called ``name``.
 
     Raises:
-        UsageError: the file cannot be read, or has several and none is wanted.
+        UsageError: the file cannot be read, or has several and no name is given.
         RecipeError: it cannot be run, or holds none.
     """
     code = _read(path)
@@ -171,11 +171,11 @@ def run(path: Path, wanted: str | None) -> Recipe:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
         raise RecipeError(f"{path}:{line}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    given = names.get("RECIPE", names.get("RECIPES", ()))
-    recipes = [given] if isinstance(given, Recipe) else list(given) if isinstance(given, list | tuple) else [given]
+    value = names.get("RECIPE", names.get("RECIPES", ()))
+    recipes = [value] if isinstance(value, Recipe) else list(value) if isinstance(value, list | tuple) else [value]
     if not recipes or not all(isinstance(recipe, Recipe) for recipe in recipes):
         raise RecipeError(f"{path}: found no recipe: it must set RECIPE to a Recipe, or RECIPES to a tuple of them")
-    fitting = [recipe for recipe in recipes if wanted in (None, recipe.name)]
-    if len(fitting) != 1:
+    matches = [recipe for recipe in recipes if name in (None, recipe.name)]
+    if len(matches) != 1:
         raise UsageError(f"{path}: name one of its recipes: {', '.join(f'{path}:{recipe.name}' for recipe in recipes)}")
-    return with_sizes(fitting[0])
+    return with_sizes(matches[0])

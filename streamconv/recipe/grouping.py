@@ -43,16 +43,20 @@ class Grouping:
         used = [False] * len(facts)
         unmatched = []
         for name in entries:
-            found = [(k, values) for k, numbers in matcher.match(name) if (values := self._hold(facts[k], numbers, *sides[k])) is not None]
-            if len(found) > 1:
-                found = _narrowest(facts, found)
-            if not found:
+            matches: list[tuple[int, Values]] = []
+            for k, numbers in matcher.match(name):
+                captures = self._hold(facts[k], numbers, *sides[k])
+                if captures is not None:
+                    matches.append((k, captures))
+            if len(matches) > 1:
+                matches = _narrowest(facts, matches)
+            if not matches:
                 unmatched.append(name)
                 continue
-            if len(found) > 1:
-                both = " and ".join(repr(facts[k].left) for k, _ in found[:2])
+            if len(matches) > 1:
+                both = " and ".join(repr(facts[k].left) for k, _ in matches[:2])
                 raise CoverageError(f"{self._title}: {name} matches two rules, {both}: make one of them narrower")
-            number, values = found[0]
+            number, values = matches[0]
             fact = facts[number]
             used[number] = True
             if isinstance(fact, Drop):
@@ -61,8 +65,8 @@ class Grouping:
             binding = fact.binding
             key = tuple(values[left] for left, _ in binding.each)
             group = groups[number].setdefault(key, Group({left: values[left] for left, _ in binding.each}))
-            place = (tuple(int(values[n]) for n in binding.left_lists), tuple(int(values[n]) for n in binding.left_counts))
-            group.members.setdefault(place, {})[tuple(int(values[n]) for n in binding.left_alike)] = name
+            member = (tuple(int(values[n]) for n in binding.left_lists), tuple(int(values[n]) for n in binding.left_counts))
+            group.members.setdefault(member, {})[tuple(int(values[n]) for n in binding.left_alike)] = name
         self._check_coverage(facts, used, unmatched, entries)
         instances = [(fact, group) for fact, group in zip(facts, groups, strict=True) if isinstance(fact, Rule)]
         self._check_complete([(rule, group) for rule, group in instances if group and not _is_sparse(rule)])
@@ -87,8 +91,8 @@ class Grouping:
         return bool(expressions.evaluate(fact.optional, self._sizes.scope)) if isinstance(fact.optional, str) else fact.optional
 
     def _check_coverage(self, facts: Sequence[Rule | Drop], used: list[bool], unmatched: list[str], entries: Mapping[str, AnyNode]) -> None:
-        needed = [fact for fact, seen in zip(facts, used, strict=True) if not seen and not self._is_optional(fact)]
-        unused = sorted(needed, key=lambda fact: isinstance(fact, Drop))
+        missing = [fact for fact, has_match in zip(facts, used, strict=True) if not has_match and not self._is_optional(fact)]
+        unused = sorted(missing, key=lambda fact: isinstance(fact, Drop))
         if unmatched:
             hint = ""
             if near := nearest(unmatched[0], [fact.left for fact in facts]):
@@ -109,16 +113,16 @@ class Grouping:
                 f"{self._title}: rule {unused[0].left!r}{more}: no tensor for it{hint}; is this the right recipe and source?{when}"
             )
 
-    def _check_complete(self, found: Sequence[tuple[Rule, Mapping[tuple[object, ...], Group]]]) -> None:
+    def _check_complete(self, instances_of: Sequence[tuple[Rule, Mapping[tuple[object, ...], Group]]]) -> None:
         """Raises CoverageError where a rule has some of its names and not all."""
         numbers: dict[str, int] = {}
-        for rule, instances in found:
+        for rule, instances in instances_of:
             for k, (name, _) in enumerate(rule.binding.each):
                 if capture_of(rule.binding.left, name).kind == "int":
                     numbers[name] = max(
                         numbers.get(name, 0), self._sizes.dim(rule, name) or 0, *(1 + int(str(key[k])) for key in instances)
                     )
-        for rule, instances in found:
+        for rule, instances in instances_of:
             names = [name for name, _ in rule.binding.each]
             choices: list[Sequence[int]] = [
                 range(numbers[name]) if name in numbers
@@ -127,8 +131,8 @@ class Grouping:
                 for k, name in enumerate(names)
             ]  # fmt: skip
             if len(instances) != math.prod(map(len, choices)):  # numbers may be huge: something is missing early
-                index = ([c[n] for c, n in zip(choices, place, strict=True)] for place in grid([len(c) for c in choices]))
-                missing = next(one for one in index if tuple(one) not in instances)
+                all_values = ([c[n] for c, n in zip(choices, index, strict=True)] for index in grid([len(c) for c in choices]))
+                missing = next(one for one in all_values if tuple(one) not in instances)
                 values: Values = {capture.name: 0 for capture in rule.binding.left.captures}
                 values |= dict(zip(names, missing, strict=True))
                 name = self._sizes.numbering(rule, rule.binding.left).write(values)
@@ -144,10 +148,10 @@ def _is_sparse(rule: Rule) -> bool:
     return bool(rule.sparse or rule.where or rule.fallback or any(capture.kind == "rest" for capture in rule.binding.left.captures))
 
 
-def _narrowest(facts: Sequence[Rule | Drop], found: list[tuple[int, Values]]) -> list[tuple[int, Values]]:
+def _narrowest(facts: Sequence[Rule | Drop], matches: list[tuple[int, Values]]) -> list[tuple[int, Values]]:
     """Of several facts that match, those with a ``where``, else those that are no fallback."""
-    found = [one for one in found if facts[one[0]].where] or found
-    return [one for one in found if not facts[one[0]].fallback] or found
+    matches = [match for match in matches if facts[match[0]].where] or matches
+    return [match for match in matches if not facts[match[0]].fallback] or matches
 
 
 def grid(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -154,31 +154,31 @@ class Recipe:
         ]
         return drops + casts + steps_ + copies
 
-    def _named(self, given: Mapping[str, object]) -> dict[str, object]:
+    def _named(self, options: Mapping[str, object]) -> dict[str, object]:
         """What is given under the options' own names. Raises UsageError where one is given under two."""
         own = {other: name for name, option in self.settings.items() for other in option.also}
-        found: dict[str, object] = {}
-        for key, value in given.items():
+        values: dict[str, object] = {}
+        for key, value in options.items():
             name = own.get(key, key)
-            if name in found:
+            if name in values:
                 raise UsageError(f"--set {key}: it is {name} by another name, which is given too: leave one out")
-            found[name] = value
-        return found
+            values[name] = value
+        return values
 
-    def read_options(self, given: Mapping[str, object], scope: Mapping[str, Any]) -> dict[str, Any]:
+    def read_options(self, arguments: Mapping[str, object], scope: Mapping[str, Any]) -> dict[str, Any]:
         """The options' values: those given, else their defaults in ``scope``, where options that come before count.
 
         Raises:
             CoverageError: an option that must have a value and has none.
             UsageError: an option that the recipe does not have, or a value that it cannot take.
         """
-        known = self.settings
-        _check_options(given, known, f"recipe {self.name} has no such option; it has")
+        options = self.settings
+        _check_options(arguments, options, f"recipe {self.name} has no such option; it has")
         values: dict[str, Any] = {}
-        for name, option in known.items():
+        for name, option in options.items():
             default = option.default
-            if name in given:
-                values[name] = option.read(name, given[name])
+            if name in arguments:
+                values[name] = option.read(name, arguments[name])
             elif isinstance(default, str) and default.startswith("{"):
                 values[name] = expressions.evaluate(default[1:-1], {**scope, **values})
             else:
@@ -215,26 +215,26 @@ class Recipe:
         names = canonical(entries, self.source.aliases)
         nodes: Mapping[str, AnyNode] = {name: entries[stored] for name, stored in names.items()}
         rows = {name: Row(name, (stored,), "", entries[stored].spec) for name, stored in names.items()}
-        given = self._named(options or {})
-        scope = {**(config or {}), "config": config or {}, "sidecar": sidecar or {}, "given": list(given)}
-        resizing = {key for key in vocabulary.OPTIONS if key not in self.settings} if "resize_vocab" in given else set()
-        values = self.read_options({key: value for key, value in given.items() if key not in resizing}, scope_of(nodes, scope))
-        made: list[Conversion] = []
+        arguments = self._named(options or {})
+        scope = {**(config or {}), "config": config or {}, "sidecar": sidecar or {}, "given": list(arguments)}
+        resizing = {key for key in vocabulary.OPTIONS if key not in self.settings} if "resize_vocab" in arguments else set()
+        values = self.read_options({key: value for key, value in arguments.items() if key not in resizing}, scope_of(nodes, scope))
+        conversions: list[Conversion] = []
         for stage in self.stages:
-            casts = recast if len(made) == len(self.stages) - 1 else keep_dtype
-            made.append(replace(stage, name=self.name).make(nodes, rows, scope, values, casts))
-            nodes, rows = made[-1].outputs, {row.target: row for row in made[-1].rows}
+            casts = recast if len(conversions) == len(self.stages) - 1 else keep_dtype
+            conversions.append(replace(stage, name=self.name).make(nodes, rows, scope, values, casts))
+            nodes, rows = conversions[-1].outputs, {row.target: row for row in conversions[-1].rows}
         whole = Conversion(
-            made[-1].outputs,
-            made[-1].rows,
-            dropped=[name for stage in made for name in stage.dropped],
-            notes=[note for stage in made for note in stage.notes],
-            replicas=[replica for stage in made for replica in stage.replicas],
+            conversions[-1].outputs,
+            conversions[-1].rows,
+            dropped=[name for stage in conversions for name in stage.dropped],
+            notes=[note for stage in conversions for note in stage.notes],
+            replicas=[replica for stage in conversions for replica in stage.replicas],
             options=values,
-            reasons={name: rule for stage in made for name, rule in stage.reasons.items()},
-            tied=[name for stage in made for name in stage.tied],
+            reasons={name: rule for stage in conversions for name, rule in stage.reasons.items()},
+            tied=[name for stage in conversions for name in stage.tied],
         )
-        return resize_vocab(whole, _read(vocabulary.OPTIONS, {key: given[key] for key in resizing & set(given)}))
+        return resize_vocab(whole, _read(vocabulary.OPTIONS, {key: arguments[key] for key in resizing & set(arguments)}))
 
     def coverage(self, names: Mapping[str, int]) -> tuple[float, float]:
         """The shares of a checkpoint's tensors that have a rule, and of the rules without condition that have one of them; by names only.
@@ -245,19 +245,20 @@ class Recipe:
         ties = [fact for fact in self.rules if isinstance(fact, Tie) and fact.flipped]
         facts = [*(fact for fact in self.rules if isinstance(fact, Rule | Drop)), *ties]
         matcher = Matcher([parse_names(fact.right if isinstance(fact, Tie) else fact.left) for fact in facts])
-        found = {stored: matcher.match(known) for known, stored in canonical(names, self.source.aliases).items()}
-        used = {number for matches in found.values() for number, _ in matches}
-        needed = [isinstance(fact, Rule) and not (fact.optional or fact.when or re.fullmatch(r"\{\w+\*\}", fact.left)) for fact in facts]
-        required = [number for number, must in enumerate(needed) if must]
-        met = len(used.intersection(required)) / len(required) if required else 0.0
-        return sum(names[stored] for stored, matches in found.items() if matches) / max(sum(names.values()), 1), met
+        matches_of = {stored: matcher.match(name) for name, stored in canonical(names, self.source.aliases).items()}
+        used = {number for matches in matches_of.values() for number, _ in matches}
+        is_needed = [isinstance(fact, Rule) and not (fact.optional or fact.when or re.fullmatch(r"\{\w+\*\}", fact.left)) for fact in facts]
+        required = [number for number, must in enumerate(is_needed) if must]
+        share = len(used.intersection(required)) / len(required) if required else 0.0
+        return sum(names[stored] for stored, matches in matches_of.items() if matches) / max(sum(names.values()), 1), share
 
     def make(
         self, nodes: Mapping[str, AnyNode], rows: Mapping[str, Row], scope: Mapping[str, Any], values: Mapping[str, Any], recast: Recast
     ) -> Conversion:
         """One stage of `apply`: what this recipe, without the ones that follow, makes of tensors that ``rows`` say the origin of."""
-        title, known = f"recipe {self.name}", {**scope, **values}
-        return Application(title, self.rules, self.dims, self.requires, entries=nodes, scope=known, rows=rows, recast=recast).run()
+        title = f"recipe {self.name}"
+        scope = {**scope, **values}
+        return Application(title, self.rules, self.dims, self.requires, entries=nodes, scope=scope, rows=rows, recast=recast).run()
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON values, as a recipe file holds it, which says by the recipe's name what its functions are."""
@@ -295,9 +296,9 @@ class Recipe:
         return recipe
 
 
-def _check_options(given: Mapping[str, object], known: Mapping[str, Option], problem: str) -> None:
-    if unknown := sorted(set(given) - set(known)):
-        names = sorted(known)
+def _check_options(arguments: Mapping[str, object], options: Mapping[str, Option], problem: str) -> None:
+    if unknown := sorted(set(arguments) - set(options)):
+        names = sorted(options)
         listed = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "") or "none"
         raise UsageError(f"--set {unknown[0]}: {problem}: {listed}{did_you_mean(unknown[0], names)}")
 
@@ -310,11 +311,11 @@ def _check_sizes(dims: Mapping[str, Dim]) -> None:
                 expressions.check(one.removeprefix("="))
 
 
-def _check_alias(other: str, known: str) -> None:
+def _check_alias(alias: str, name: str) -> None:
     """Raises RecipeError where two names of a tensor do not have the same captures."""
-    first, second = ({(capture.name, capture.kind) for capture in plain_names(text).captures} for text in (other, known))
+    first, second = ({(capture.name, capture.kind) for capture in plain_names(text).captures} for text in (alias, name))
     if first != second:
-        raise RecipeError(f"the names {other!r} and {known!r} of one tensor must have the same captures")
+        raise RecipeError(f"the names {alias!r} and {name!r} of one tensor must have the same captures")
 
 
 def _check_fact(fact: Fact) -> None:
@@ -348,11 +349,11 @@ IDENTITY_OPTIONS = {
 """What ``--set`` accepts without a recipe."""
 
 
-def read_identity_options(given: Mapping[str, object]) -> dict[str, Any]:
+def read_identity_options(arguments: Mapping[str, object]) -> dict[str, Any]:
     """The values of these options. Raises UsageError."""
-    _check_options(given, IDENTITY_OPTIONS, "there is no recipe to take it; without one there are")
-    return _read(IDENTITY_OPTIONS, given)
+    _check_options(arguments, IDENTITY_OPTIONS, "there is no recipe to take it; without one there are")
+    return _read(IDENTITY_OPTIONS, arguments)
 
 
-def _read(known: Mapping[str, Option], given: Mapping[str, object]) -> dict[str, Any]:
-    return {name: option.read(name, given[name]) if name in given else option.default for name, option in known.items()}
+def _read(options: Mapping[str, Option], arguments: Mapping[str, object]) -> dict[str, Any]:
+    return {name: option.read(name, arguments[name]) if name in arguments else option.default for name, option in options.items()}

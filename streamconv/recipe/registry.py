@@ -53,9 +53,9 @@ class Registry:
             return forward.inverse(f"{forward.name}{INVERSE}")
         if name.endswith((".yaml", ".yml", ".json")):
             return self.load(Path(name))
-        file, mark, wanted = name.rpartition(".py:")
+        file, mark, recipe_name = name.rpartition(".py:")
         if mark or name.endswith(".py"):
-            return files.run(Path(f"{file}.py") if mark else Path(name), wanted if mark else None)
+            return files.run(Path(f"{file}.py") if mark else Path(name), recipe_name if mark else None)
         return self._find(name)
 
     def load(self, path: Path) -> Recipe:
@@ -89,14 +89,14 @@ class Registry:
         for module, names in self.modules.items():
             if name in names.split():
                 return next(recipe for recipe in self._declared(module) if recipe.name == name)
-        known = self.all()
-        if name not in known:
-            near = nearest(name, known)
+        recipes = self.all()
+        if name not in recipes:
+            near = nearest(name, recipes)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UsageError(
-                f"unknown recipe {name!r}: {hint}'streamconv recipes' lists all {len(known)}; or give a .yaml, .json or .py file"
+                f"unknown recipe {name!r}: {hint}'streamconv recipes' lists all {len(recipes)}; or give a .yaml, .json or .py file"
             )
-        return known[name]
+        return recipes[name]
 
     def all(self) -> dict[str, Recipe]:
         """All known recipes by name.
@@ -105,14 +105,14 @@ class Registry:
             RecipeError: two recipes have the same name, or an entry point does not give recipes.
         """
         if not self.known:
-            known: dict[str, Recipe] = {}
+            recipes: dict[str, Recipe] = {}
             for origin, recipe in self._everywhere():
                 if not isinstance(recipe, Recipe):
                     raise RecipeError(f"entry point {origin} of group {GROUP} gives a {type(recipe).__name__}, not a Recipe")
-                if recipe.name in known:
+                if recipe.name in recipes:
                     raise RecipeError(f"two recipes are called {recipe.name}; the second comes from {origin}")
-                known[recipe.name] = recipe
-            self.known = dict(sorted(known.items()))
+                recipes[recipe.name] = recipe
+            self.known = dict(sorted(recipes.items()))
         return dict(self.known)
 
     def forget(self) -> None:

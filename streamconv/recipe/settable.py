@@ -16,10 +16,10 @@ _OTHER = ("config", "sidecar", "given")  # which stand for whole files
 
 def with_sizes(recipe: Recipe) -> Recipe:
     """A recipe that has options for the sizes of its axes, and for the numbers that its expressions take from config.json."""
-    known = recipe.settings
-    names = [name for name in dict.fromkeys(_expression_names(recipe)) if name not in known and name not in _OTHER]
+    settings = recipe.settings
+    names = [name for name in dict.fromkeys(_expression_names(recipe)) if name not in settings and name not in _OTHER]
     options = {name: Option(f"{name} of config.json", default=f"{{{name}}}", kind="int") for name in names}
-    axes = [axis for axis in dict.fromkeys(_axes(recipe.rules)) if axis not in known and axis not in options]
+    axes = [axis for axis in dict.fromkeys(_axes(recipe.rules)) if axis not in settings and axis not in options]
     options |= {axis: Option(f"the size of axis {axis}, where shapes do not give it", kind="int") for axis in axes}
     dims: dict[str, Dim] = {axis: axis for axis in axes}
     dims |= {axis: _or_given(axis, size, axes) for axis, size in recipe.dims.items()}
@@ -55,10 +55,10 @@ def _expression_names(recipe: Recipe) -> Iterator[str]:
             continue
         captures = [capture for text in _patterns(fact) for capture in parse_names(text).captures]
         numbers = {capture.name: capture.operand for capture in captures if capture.operator and capture.operand != "*"}
-        known = [capture.name for capture in captures] + [*recipe.dims, *fact.dims]
-        yield from _names(numbers.values(), known)
-        for given in (fact.dims, fact.op, fact.undo if isinstance(fact, Rule) else {}):
-            yield from _names((size for key, size in given.items() if key != "op"), [capture.name for capture in captures])
+        names = [capture.name for capture in captures] + [*recipe.dims, *fact.dims]
+        yield from _names(numbers.values(), names)
+        for sizes in (fact.dims, fact.op, fact.undo if isinstance(fact, Rule) else {}):
+            yield from _names((size for key, size in sizes.items() if key != "op"), [capture.name for capture in captures])
 
 
 def _patterns(fact: Fact) -> list[str]:

@@ -40,14 +40,14 @@ def scope_of(entries: Mapping[str, AnyNode], scope: Mapping[str, Any]) -> dict[s
     }
 
 
-def near_keys(given: object, scope: Mapping[str, Any]) -> str:
+def near_keys(expression: object, scope: Mapping[str, Any]) -> str:
     """``; config.json has KEY``, for keys that are spelt like those that an expression asks for and that are not there."""
-    if not isinstance(given, str):
+    if not isinstance(expression, str):
         return ""
     config = scope.get("config") or {}
-    wanted = [name for name in re.findall(r"[A-Za-z_]\w*", given) if scope.get(name) is None]
-    found = {match for name in wanted for match in difflib.get_close_matches(name, config, 1, cutoff=0.85)}
-    return f"; config.json has {', '.join(sorted(found))}" if found else ""
+    unknown = [name for name in re.findall(r"[A-Za-z_]\w*", expression) if scope.get(name) is None]
+    keys = {match for name in unknown for match in difflib.get_close_matches(name, config, 1, cutoff=0.85)}
+    return f"; config.json has {', '.join(sorted(keys))}" if keys else ""
 
 
 def plain_names(text: str) -> Pattern:
@@ -107,17 +107,17 @@ class Sizes:
             texts += (size for size in sizes if isinstance(size, str))
         return near_keys(" ".join(texts), self.scope)
 
-    def dim(self, fact: Fact, axis: str, chosen: tuple[str, ...] = (), *, firm: bool = False) -> int | None:
+    def dim(self, fact: Fact, axis: str, alternatives: tuple[str, ...] = (), *, firm: bool = False) -> int | None:
         """The size of an axis, in tensors that differ; None where nothing says it, ``firm``: before shapes do."""
         own = {} if isinstance(fact, Tie) else fact.dims
-        given: Any = own.get(axis, self.dims.get(axis))
-        if isinstance(given, Mapping):
-            given = next((given[choice] for choice in chosen if choice in given), None)
-        if firm and isinstance(given, str) and not given.startswith("="):
+        size: Any = own.get(axis, self.dims.get(axis))
+        if isinstance(size, Mapping):
+            size = next((size[alternative] for alternative in alternatives if alternative in size), None)
+        if firm and isinstance(size, str) and not size.startswith("="):
             return None
-        value = self._value(given)
+        value = self._value(size)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise CoverageError(f"{self.title}: the size of axis {axis}, {given!r}, is {value!r}, not a whole number")
+            raise CoverageError(f"{self.title}: the size of axis {axis}, {size!r}, is {value!r}, not a whole number")
         repeats = self.repeats(fact, axis)
         if value is not None and value % repeats:
             raise CoverageError(f"{self.title}: {value} of {axis} cannot hold each tensor {repeats} times ({pattern_of(fact)!r})")
@@ -149,22 +149,22 @@ class Sizes:
                 places[capture.name] = self._number(fact, _written(capture), capture.operand, least=0)
         return Numbering(pattern, shifts, places)
 
-    def _number(self, fact: Fact, what: str, given: Dim | None, least: int | None = None) -> int:
+    def _number(self, fact: Fact, what: str, size: Dim | None, least: int | None = None) -> int:
         """What a size in a fact comes to; ``what`` says it in a message."""
-        value = expressions.evaluate(given, self._with_dims(fact, given)) if isinstance(given, str) else given
+        value = expressions.evaluate(size, self._with_dims(fact, size)) if isinstance(size, str) else size
         if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-            how = f"give it with --set or in config.json{near_keys(given, self.scope)}"
-            raise CoverageError(f"{self.title}: {what} ({pattern_of(fact)!r}), {given!r}, is {value!r}: {how}")
+            how = f"give it with --set or in config.json{near_keys(size, self.scope)}"
+            raise CoverageError(f"{self.title}: {what} ({pattern_of(fact)!r}), {size!r}, is {value!r}: {how}")
         return value
 
     def _with_dims(self, fact: Fact, text: str) -> Mapping[str, Any]:
         """What an expression of names may use: ``dims`` too."""
-        known = {**self.dims, **({} if isinstance(fact, Tie) else fact.dims)}
-        used = {name: known[name] for name in expressions.find_names(text) if name in known}
-        return {**self.scope, **{name: self._value(size) for name, size in used.items()}}
+        dims = {**self.dims, **({} if isinstance(fact, Tie) else fact.dims)}
+        sizes = {name: dims[name] for name in expressions.find_names(text) if name in dims}
+        return {**self.scope, **{name: self._value(size) for name, size in sizes.items()}}
 
-    def _value(self, given: Any) -> Any:
-        return expressions.evaluate(given.removeprefix("="), self.scope) if isinstance(given, str) else given
+    def _value(self, size: Any) -> Any:
+        return expressions.evaluate(size.removeprefix("="), self.scope) if isinstance(size, str) else size
 
 
 def _written(capture: Capture) -> str:

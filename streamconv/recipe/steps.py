@@ -60,24 +60,24 @@ def step(name: str) -> Callable[[Step], Step]:
     return register
 
 
-def take(name: str, nodes: Sequence[AnyNode], given: Mapping[str, Any], entries: Lookup) -> AnyNode:
+def take(name: str, nodes: Sequence[AnyNode], parameters: Mapping[str, Any], entries: Lookup) -> AnyNode:
     """The node of step ``name`` on ``nodes``; ``entries`` are all tensors, for steps that look at another one.
 
     Raises:
         CoverageError: what is given does not fit the tensors, or is no value that the step takes.
     """
     kinds = _parameters(name)
-    for key, value in given.items():
+    for key, value in parameters.items():
         if value is None:
             raise CoverageError(f"{name}: no value for {key}: give it with --set, or in config.json")
         if wrong := _find_wrong(value, kinds[key].annotation):
             raise CoverageError(f"{name}: {key} is {value!r}: {wrong}")
-    return _STEPS[name](nodes, entries, **given)
+    return _STEPS[name](nodes, entries, **parameters)
 
 
-def describe(name: str, given: Mapping[str, Any]) -> str:
+def describe(name: str, parameters: Mapping[str, Any]) -> str:
     """A step in words."""
-    return " ".join([name, *(f"{key}={value}" for key, value in given.items())])
+    return " ".join([name, *(f"{key}={value}" for key, value in parameters.items())])
 
 
 def check(op: Mapping[str, Any], field: str = "op") -> None:
@@ -88,13 +88,13 @@ def check(op: Mapping[str, Any], field: str = "op") -> None:
     if not isinstance(name, str) or name not in _STEPS:
         raise _fault(f"op {name!r} is unknown{did_you_mean(str(name), _STEPS)}; known are {', '.join(_STEPS)}", field, "op")
     takes = _parameters(name)
-    given = [key for key in op if key != "op"]
-    if unknown := sorted(given - takes.keys()):
+    keys = [key for key in op if key != "op"]
+    if unknown := sorted(keys - takes.keys()):
         hint = did_you_mean(unknown[0], takes)
         raise _fault(f"op {name} has no {unknown[0]!r}{hint}; it takes {', '.join(takes)}", field, unknown[0])
-    if missing := [key for key, known in takes.items() if known.default is known.empty and key not in given]:
+    if missing := [key for key, parameter in takes.items() if parameter.default is parameter.empty and key not in keys]:
         raise _fault(f"op {name} needs {', '.join(missing)}", field)
-    for key in given:
+    for key in keys:
         value = expressions.constant(op[key]) if isinstance(op[key], str) else op[key]
         if value is not None and (wrong := _find_wrong(value, takes[key].annotation)):
             raise _fault(f"op {name}: {key} is {op[key]!r}: {wrong}", field, key)
@@ -110,7 +110,7 @@ def _fault(message: str, *place: str) -> RecipeError:
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
     """What a step takes of a recipe, with their types."""
     signature = inspect.signature(_STEPS[name], eval_str=True)
-    return {key: known for key, known in signature.parameters.items() if known.kind is known.KEYWORD_ONLY}
+    return {key: parameter for key, parameter in signature.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 def _find_wrong(value: Any, kind: Any) -> str:
@@ -205,15 +205,15 @@ def _grow(nodes: Sequence[AnyNode], entries: Lookup, *, rows: Count, first: Coun
 @step("zeros")
 def _zeros(nodes: Sequence[AnyNode], entries: Lookup, *, size: Count, rows: Count = 0, dtype: str = "float32", like: str = "") -> AnyNode:
     _expect_none(nodes)
-    wanted = entries[like].spec.dtype.name if like in entries else parse_dtype(dtype).name
-    return apply(Zeros(wanted, (rows, size) if rows else (size,)))
+    name = entries[like].spec.dtype.name if like in entries else parse_dtype(dtype).name
+    return apply(Zeros(name, (rows, size) if rows else (size,)))
 
 
 @step("inv_freq")
 def _inv_freq(nodes: Sequence[AnyNode], entries: Lookup, *, dim: Count, base: Count = 10000, like: str = "") -> AnyNode:
     _expect_none(nodes)
-    made, dtype = apply(InvFreq(dim, base)), entries[like].spec.dtype.name if like in entries else "float32"
-    return made if dtype == "float32" else apply(Cast(dtype), made)
+    frequencies, dtype = apply(InvFreq(dim, base)), entries[like].spec.dtype.name if like in entries else "float32"
+    return frequencies if dtype == "float32" else apply(Cast(dtype), frequencies)
 
 
 @step("merge_lora")
@@ -251,6 +251,6 @@ def _dequantize(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: Count, colu
     if len(nodes) == 1 and not (spec.dtype.floating and spec.dtype.nbytes == 1):
         return nodes[0]
     if len(nodes) == 1 or len(spec.shape) != 2 or rows < 1 or columns < 1:
-        found = ", ".join(str(node.spec) for node in nodes)
-        raise CoverageError(f"dequantize: a matrix and the scales of its blocks of {rows} x {columns} go together, found {found}")
+        specs = ", ".join(str(node.spec) for node in nodes)
+        raise CoverageError(f"dequantize: a matrix and the scales of its blocks of {rows} x {columns} go together, found {specs}")
     return apply(Dequantize((spec.shape[0], spec.shape[1]), (rows, columns)), *nodes)

@@ -54,16 +54,16 @@ def resize_vocab(conversion: Conversion, options: Mapping[str, Any]) -> Conversi
         raise CoverageError(f"resize_vocab={rows}: give at least 1")
     if rows - count > MOST_NEW:
         raise CoverageError(f"resize_vocab={rows}: at most {MOST_NEW} rows are added to {count}: give at most {count + MOST_NEW}")
-    made: dict[object, tuple[AnyNode, str]] = {}
-    outputs, told = dict(conversion.outputs), {}
+    resized: dict[object, tuple[AnyNode, str]] = {}
+    outputs, steps_of = dict(conversion.outputs), {}
     for name in names:
         node = outputs[name]
         key = made_of(node)
-        if key not in made:
-            made[key] = _resized(node, rows, options["seed"], len(made))
-        outputs[name], told[name] = made[key]
+        if key not in resized:
+            resized[key] = _resized(node, rows, options["seed"], len(resized))
+        outputs[name], steps_of[name] = resized[key]
     changed = [
-        row._replace(spec=outputs[row.target].spec, layout=", then ".join(filter(None, (row.layout, told.get(row.target)))))
+        row._replace(spec=outputs[row.target].spec, layout=", then ".join(filter(None, (row.layout, steps_of.get(row.target)))))
         for row in conversion.rows
     ]
     what = "rows left out" if rows < count else f"rows sampled, seed {options['seed']}"
@@ -74,12 +74,12 @@ def resize_vocab(conversion: Conversion, options: Mapping[str, Any]) -> Conversi
 def sampling(nodes: Iterable[AnyNode]) -> dict[str, str]:
     """What a file's metadata should say of rows that were sampled: the seed."""
     seeds: set[int] = set()
-    waiting, seen = list(nodes), set()
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, Node) and id(node) not in seen:
-            seen.add(id(node))
-            waiting += node.inputs
+    stack, visited = list(nodes), set()
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Node) and id(node) not in visited:
+            visited.add(id(node))
+            stack += node.inputs
             seeds |= {node.op.seed} if isinstance(node.op, SampleRows) else set()
     return {"seed": ", ".join(map(str, sorted(seeds)))} if seeds else {}
 
@@ -90,12 +90,12 @@ def _resized(node: AnyNode, rows: int, seed: int, stream: int) -> tuple[AnyNode,
     if rows == count:
         return node, ""
     if rows < count:
-        step, given = "rows", {"stop": rows}
+        step, parameters = "rows", {"stop": rows}
     elif len(node.spec.shape) == 1:
-        step, given = "pad", {"rows": rows}
+        step, parameters = "pad", {"rows": rows}
     else:
-        step, given = "grow", {"rows": rows, "first": count, "seed": seed, "stream": stream}
-    return steps.take(step, [node], given, {}), steps.describe(step, given)
+        step, parameters = "grow", {"rows": rows, "first": count, "seed": seed, "stream": stream}
+    return steps.take(step, [node], parameters, {}), steps.describe(step, parameters)
 
 
 def _ends(name: str, tails: Iterable[str]) -> bool:

@@ -130,9 +130,9 @@ _QWENVL = Recipe(
         *_VISION,
         *TRAINING,
         *(
-            found
+            padded
             for fact in head(_WTE, f"{_LLM}{_OWN_WTE}", listed=False, names=("lm_head.weight", f"{_LLM}lm_head.weight"))
-            for found in (_padded(fact) if isinstance(fact, Rule) else (fact,))
+            for padded in (_padded(fact) if isinstance(fact, Rule) else (fact,))
         ),
     ),
     dims={**LAYER_COUNT, "j": "config.visual.layers or sidecar.visual.layers", "h": "vit_num_head"},

@@ -65,9 +65,9 @@ _PREPROCESSOR = {
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json with the sizes that tensors give, and preprocessor_config.json of COCO; those of the target's folder come first."""
     shapes = {name: spec.shape for name, spec in model.targets.items()}
-    made = {} if model.read("preprocessor_config.json") else {"preprocessor_config.json": _PREPROCESSOR}
+    processor = {} if model.read("preprocessor_config.json") else {"preprocessor_config.json": _PREPROCESSOR}
     if model.sidecar:
-        return made
+        return processor
 
     def count(text: str) -> int:
         """How many numbers stand at ``{}`` in names that begin so."""
@@ -111,7 +111,7 @@ def hf_files(model: Model) -> dict[str, Any]:
     model.notes.append(f"config.json says LABEL_0 to LABEL_{labels - 1}: the checkpoint does not name its classes; edit id2label")
     if not backbone:
         model.notes.append(f"config.json names no backbone: stages of {stages} blocks are none of {', '.join(_BACKBONES.values())}; add it")
-    return {"config.json": config, **made}
+    return {"config.json": config, **processor}
 
 
 _DETR = Recipe(

@@ -63,16 +63,16 @@ def heads(prefix: str = "") -> dict[str, Option]:
     def keys(own: str, hf: str) -> str:
         return " ".join([own, *([f"{prefix}.{own}"] if prefix else []), hf])
 
-    found = from_config(
+    options = from_config(
         n_layers=keys("n_layers", "num_hidden_layers"),
         n_heads=keys("n_heads", "num_attention_heads"),
         n_kv_heads=keys("n_kv_heads", "num_key_value_heads"),
     )
-    known = str(found["n_kv_heads"].default)[1:-1]
+    keys_of_kv = str(options["n_kv_heads"].default)[1:-1]
     return {
-        **found,
-        "n_heads": replace(found["n_heads"], required=True),
-        "n_kv_heads": replace(found["n_kv_heads"], default=f"{{{known} or n_heads}}"),
+        **options,
+        "n_heads": replace(options["n_heads"], required=True),
+        "n_kv_heads": replace(options["n_kv_heads"], default=f"{{{keys_of_kv} or n_heads}}"),
     }
 
 
@@ -199,11 +199,11 @@ def meta_files(model: Model) -> dict[str, Any]:
 def _feed_forward(width: int, hidden: int) -> dict[str, float]:
     """The two numbers of which Meta's code computes the size of its feed-forward layers: those of a known model, or others that fit."""
     base = int(8 * width / 3)
-    fitting = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if hidden % size == 0)
-    own = (hidden - (fitting - 1) / 2 + 0.25) / base  # the middle of what is rounded up to this size
-    known = [(256, None), (256, 1.5), (4096, 1.3), (4096, 1.2), (1024, 1.3), (fitting, None)]
-    rounded = [(fitting, round(own, digits)) for digits in (2, 4, 8)]
-    for multiple, factor in (*known, *rounded, (fitting, own)):
+    divisor = next(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if hidden % size == 0)
+    own = (hidden - (divisor - 1) / 2 + 0.25) / base  # the middle of what is rounded up to this size
+    published = [(256, None), (256, 1.5), (4096, 1.3), (4096, 1.2), (1024, 1.3), (divisor, None)]
+    rounded = [(divisor, round(own, digits)) for digits in (2, 4, 8)]
+    for multiple, factor in (*published, *rounded, (divisor, own)):
         if -(-int((factor or 1) * base) // multiple) * multiple == hidden:
             return {"multiple_of": multiple} | ({"ffn_dim_multiplier": factor} if factor else {})
     raise AssertionError("the middle always fits")

@@ -66,28 +66,28 @@ _IMAGE_PROCESSOR = {
 
 def hf_files(model: Model) -> dict[str, Any]:
     """config.json, and, where there is a tokenizer, that with ``<image>`` and ``<pad>``, and the processor's files."""
-    given = model.sidecar or model.config
-    if given.get("model_type") == "vipllava":  # the target model's own folder has all that
+    settings = model.sidecar or model.config
+    if settings.get("model_type") == "vipllava":  # the target model's own folder has all that
         return {}
-    made, (image, pad) = _tokenizer(model)
-    vision = _vision(model, given)
+    files, (image, pad) = _tokenizer(model)
+    vision = _vision(model, settings)
     size = {"height": vision["image_size"], "width": vision["image_size"]}
-    if made:
+    if files:
         processor = model.read("processor_config.json") or {**_PROCESSOR, "patch_size": vision["patch_size"]}
         images = {**_IMAGE_PROCESSOR, "size": {"shortest_edge": vision["image_size"]}, "crop_size": size}
-        made |= {"processor_config.json": processor, "preprocessor_config.json": model.read("preprocessor_config.json") or images}
+        files |= {"processor_config.json": processor, "preprocessor_config.json": model.read("preprocessor_config.json") or images}
     else:
         model.notes.append("no tokenizer and no processor files: --sidecars-from a folder of the text model gives them")
-    text = {key: value for key, value in {**given, **(given.get("text_config") or {})}.items() if key in _TEXT_KEYS}
+    text = {key: value for key, value in {**settings, **(settings.get("text_config") or {})}.items() if key in _TEXT_KEYS}
     if "num_attention_heads" not in text:
         model.notes.append("config.json is not written: it takes the text model's, beside SRC or by --sidecars-from")
-        return made
+        return files
     rows, hidden = model.targets[_HF_EMBEDDING].shape
     layers = [
         name for name in model.targets if name.startswith("language_model.model.layers.") and name.endswith(".input_layernorm.weight")
     ]
     text |= {
-        "model_type": "llama" if "llava" in given.get("model_type", "llava") else given["model_type"],
+        "model_type": "llama" if "llava" in settings.get("model_type", "llava") else settings["model_type"],
         "hidden_size": hidden,
         "num_hidden_layers": len(layers),
         "vocab_size": rows,
@@ -111,7 +111,7 @@ def hf_files(model: Model) -> dict[str, Any]:
     }
     tokens = {key: text[key] for key in ("bos_token_id", "eos_token_id") if key in text}
     generation = {**(model.read("generation_config.json") or {"_from_model_config": True, **tokens}), "pad_token_id": pad}
-    return {**made, "config.json": config, "generation_config.json": generation}
+    return {**files, "config.json": config, "generation_config.json": generation}
 
 
 def _has_bias(model: Model, module: str) -> bool:
@@ -119,7 +119,7 @@ def _has_bias(model: Model, module: str) -> bool:
     return any(name.startswith("language_model.model.layers.") and name.endswith(f".{module}.bias") for name in model.targets)
 
 
-def _vision(model: Model, given: Any) -> dict[str, Any]:
+def _vision(model: Model, config: Any) -> dict[str, Any]:
     """The config of the vision tower: what its tensors say, and CLIP's for what they do not."""
     root = "vision_tower.vision_model"
     shapes = {name: spec.shape for name, spec in model.targets.items() if name.startswith(root)}
@@ -129,7 +129,7 @@ def _vision(model: Model, given: Any) -> dict[str, Any]:
         "model_type": "clip_vision_model",
         "num_attention_heads": max(1, hidden // 64),
         "projection_dim": 768,
-        **(given.get("vision_config") or {}),
+        **(config.get("vision_config") or {}),
         "hidden_size": hidden,
         "image_size": side * patch,
         "intermediate_size": shapes[f"{root}.encoder.layers.0.mlp.fc1.weight"][0],
@@ -142,30 +142,30 @@ def _tokenizer(model: Model) -> tuple[dict[str, Any], tuple[int, int]]:
     """The tokenizer's files with ``<image>`` and ``<pad>`` added, and these tokens' numbers."""
     tokenizer, settings = model.read("tokenizer.json"), model.read("tokenizer_config.json")
     inner = (tokenizer.get("model") or {}).get("vocab") or {}
-    known = dict(inner) if isinstance(inner, dict) else {piece[0]: number for number, piece in enumerate(inner)}
-    known |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    known |= {token["content"]: int(number) for number, token in settings.get("added_tokens_decoder", {}).items()}
+    ids = dict(inner) if isinstance(inner, dict) else {piece[0]: number for number, piece in enumerate(inner)}
+    ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    ids |= {token["content"]: int(number) for number, token in settings.get("added_tokens_decoder", {}).items()}
     first = model.options["first_new_row"]
     numbers = {}
     for token in ("<image>", "<pad>"):
-        numbers[token] = known.setdefault(token, max([first - 1, *known.values()]) + 1)
+        numbers[token] = ids.setdefault(token, max([first - 1, *ids.values()]) + 1)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    made: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     if tokenizer:
         others = [token for token in tokenizer.get("added_tokens", []) if token["content"] not in numbers]
-        made["tokenizer.json"] = {
+        files["tokenizer.json"] = {
             **tokenizer,
             "added_tokens": others + [{"id": number, "content": token, **flags} for token, number in numbers.items()],
         }
     if settings:
         decoder = {**settings.get("added_tokens_decoder", {}), **{str(n): {"content": token, **flags} for token, n in numbers.items()}}
-        made["tokenizer_config.json"] = {
+        files["tokenizer_config.json"] = {
             **settings, "added_tokens_decoder": decoder, "pad_token": "<pad>", "processor_class": "LlavaProcessor",
             "extra_special_tokens": {"image_token": "<image>"},
         }  # fmt: skip
-        made["special_tokens_map.json"] = {**model.read("special_tokens_map.json"), "pad_token": {"content": "<pad>", **flags}}
-        del made["special_tokens_map.json"]["pad_token"]["special"]
-    return made, (numbers["<image>"], numbers["<pad>"])
+        files["special_tokens_map.json"] = {**model.read("special_tokens_map.json"), "pad_token": {"content": "<pad>", **flags}}
+        del files["special_tokens_map.json"]["pad_token"]["special"]
+    return files, (numbers["<image>"], numbers["<pad>"])
 
 
 _VIPLLAVA = Recipe(

@@ -94,11 +94,11 @@ _COGVLM = Config(
 )
 
 
-def _image_length(made: dict[str, Any], model: Model) -> dict[str, Any]:
+def _image_length(files: dict[str, Any], model: Model) -> dict[str, Any]:
     """model_config.json with how many positions of the text an image takes."""
-    if made and not model.sidecar:
-        made["model_config.json"]["image_length"] = model.config["vision_config"]["num_positions"] - 1
-    return made
+    if files and not model.sidecar:
+        files["model_config.json"]["image_length"] = model.config["vision_config"]["num_positions"] - 1
+    return files
 
 
 def cogvlm_sat(model: Model) -> dict[str, Any]:
@@ -124,20 +124,20 @@ _COGAGENT = replace(
 
 def cogagent_sat(model: Model) -> dict[str, Any]:
     """model_config.json, which says how wide a head of the cross-attention is."""
-    made = _image_length(_COGAGENT.to_sat(model), model)
-    if made and not model.sidecar:
+    files = _image_length(_COGAGENT.to_sat(model), model)
+    if files and not model.sidecar:
         width, heads = model.config["cross_compute_hidden_size"], model.config["num_attention_heads"]
-        made["model_config.json"]["cross_hidden_size_per_attention_head"] = width // heads
-    return made
+        files["model_config.json"]["cross_hidden_size_per_attention_head"] = width // heads
+    return files
 
 
 def cogagent_hf(model: Model) -> dict[str, Any]:
     """config.json, which says how wide the cross-attention is."""
-    made = _COGAGENT.to_hf(model)
-    if made:
+    files = _COGAGENT.to_hf(model)
+    if files:
         width = model.config.get("cross_hidden_size_per_attention_head") or 0
-        made["config.json"]["cross_compute_hidden_size"] = width * model.config["num_attention_heads"] or model.config["hidden_size"]
-    return made
+        files["config.json"]["cross_compute_hidden_size"] = width * model.config["num_attention_heads"] or model.config["hidden_size"]
+    return files
 
 
 _REFERENCE = "THUDM/CogVLM f7283b2 utils/models, and modeling_{}.py and visual.py published with the checkpoints"

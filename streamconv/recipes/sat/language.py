@@ -129,10 +129,10 @@ _CHATGLM3 = Config("ChatGLM3Model", {**_GLM2_KEYS, "base_scale": "rope_ratio"}, 
 
 def chatglm2_sat(model: Model) -> dict[str, Any]:
     """model_config.json, which says so where layers are gated."""
-    made = _CHATGLM2.to_sat(model)
-    if made and model.options["is_gated_mlp"]:
-        made["model_config.json"]["is_gated_mlp"] = True
-    return made
+    files = _CHATGLM2.to_sat(model)
+    if files and model.options["is_gated_mlp"]:
+        files["model_config.json"]["is_gated_mlp"] = True
+    return files
 
 
 # GPT-2 -------------------------------------------------------------------------------------------------------------

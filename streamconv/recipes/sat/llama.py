@@ -95,10 +95,10 @@ _LLAMA = Config(
 
 def llama_sat(model: Model) -> dict[str, Any]:
     """model_config.json, which says what the model has itself."""
-    made = _LLAMA.to_sat(model)
-    if made and not model.sidecar:
-        made["model_config.json"] |= {key: True for key in _LEGACY if model.options[key]}
-    return made
+    files = _LLAMA.to_sat(model)
+    if files and not model.sidecar:
+        files["model_config.json"] |= {key: True for key in _LEGACY if model.options[key]}
+    return files
 
 
 _MIXTRAL = Config(

@@ -143,8 +143,8 @@ class Config:
         """model_config.json, as SAT's save_checkpoint writes it; of a folder that has one, that with the number of ranks."""
         if model.sidecar or not model.config:
             return sat_files(model, model.sidecar)
-        found = {key: value for key, place in self.keys.items() if (value := find(model.config, place)) is not None}
-        flat = {"model_class": self.model_class, "tokenizer_type": model.options["tokenizer_type"], **self.fixed, **found}
+        values = {key: value for key, place in self.keys.items() if (value := find(model.config, place)) is not None}
+        flat = {"model_class": self.model_class, "tokenizer_type": model.options["tokenizer_type"], **self.fixed, **values}
         if "hidden_size" not in flat:
             return {}
         flat |= {key: [size, size] for key, size in flat.items() if key.endswith("image_size") and isinstance(size, int)}
@@ -161,8 +161,8 @@ class Config:
             return {}
         implied = {"layernorm_epsilon": _EPSILON, "num_multi_query_heads": config.get("num_attention_heads")}
         implied |= {"inner_hidden_size": 4 * config["hidden_size"]} if "hidden_size" in config else {}
-        found = {place: find(config, key) or implied.get(key, find(config, key)) for key, place in self.keys.items()}
-        flat = {**self.other, **{place: value for place, value in found.items() if value is not None}}
+        values = {place: find(config, key) or implied.get(key, find(config, key)) for key, place in self.keys.items()}
+        flat = {**self.other, **{place: value for place, value in values.items() if value is not None}}
         sides = {place: size for place, size in flat.items() if place.endswith("image_size") and isinstance(size, list)}
         flat |= {place: size[0] for place, size in sides.items() if len(set(size)) == 1}
         flat |= {key: value for key, value in model.options.items() if key == "tie_word_embeddings"}
@@ -235,9 +235,9 @@ def pair(
     ``writes`` are what makes model_config.json, and config.json.
     """
     hf = replace(hf, writes=writes[1])
-    known = {"tokenizer_type": Option("what model_config.json says of the tokenizer"), **(options or {})}
+    all_options = {"tokenizer_type": Option("what model_config.json says of the tokenizer"), **(options or {})}
     parts = [Recipe(rules=sparse(*rules), dims=dims or {}) for rules in stages]
-    parts[0] = replace(parts[0], options=known, requires=requires or {}, left=hf)
+    parts[0] = replace(parts[0], options=all_options, requires=requires or {}, left=hf)
     back = chain(*parts).inverse("")
     there = replace(
         chain(*parts, replace(_PARTITION, right=replace(SAT, writes=writes[0]))),

@@ -287,12 +287,12 @@ _CLIP_CONFIG = Config(
 
 def _of_shapes(config: Config, model: Model, sizes: Mapping[str, tuple[str, int]], **more: Any) -> dict[str, Any]:
     """model_config.json with what only shapes say: key -> a tensor and one of its axes; and more."""
-    made = config.to_sat(model)
-    if made and not model.sidecar:
+    files = config.to_sat(model)
+    if files and not model.sidecar:
         specs = {name.partition("/")[2]: spec for name, spec in model.targets.items()}
-        found = {key: specs[name].shape[axis] for key, (name, axis) in sizes.items() if name in specs}
-        made["model_config.json"] |= found | more
-    return made
+        lengths = {key: specs[name].shape[axis] for key, (name, axis) in sizes.items() if name in specs}
+        files["model_config.json"] |= lengths | more
+    return files
 
 
 def vit_sat(model: Model) -> dict[str, Any]:
@@ -302,11 +302,11 @@ def vit_sat(model: Model) -> dict[str, Any]:
 
 def vit_hf(model: Model) -> dict[str, Any]:
     """config.json of ViT and DeiT, with a label for each class."""
-    made, classes = _VIT_CONFIG.to_hf(model), model.config.get("num_classes")
-    if made and classes:
+    files, classes = _VIT_CONFIG.to_hf(model), model.config.get("num_classes")
+    if files and classes:
         labels = {str(number): f"LABEL_{number}" for number in range(classes)}
-        made["config.json"] |= {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
-    return made
+        files["config.json"] |= {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
+    return files
 
 
 def cait_sat(model: Model) -> dict[str, Any]:
@@ -324,11 +324,11 @@ def yolos_sat(model: Model) -> dict[str, Any]:
     """model_config.json of YOLOS, whose words are a class token and those of detections."""
     words = "transformer.word_embeddings.weight"
     sizes = {"num_det_classes": ("mixins.det_head.class_embed.layers.2.weight", 0), "vocab_size": (words, 0)}
-    made = _of_shapes(_YOLOS_CONFIG, model, sizes, source_names=model.options["names"])
-    if made and not model.sidecar:
-        detections = made["model_config.json"]["vocab_size"] - 1
-        made["model_config.json"] |= {"post_len": detections, "num_det_tokens": detections}
-    return made
+    files = _of_shapes(_YOLOS_CONFIG, model, sizes, source_names=model.options["names"])
+    if files and not model.sidecar:
+        detections = files["model_config.json"]["vocab_size"] - 1
+        files["model_config.json"] |= {"post_len": detections, "num_det_tokens": detections}
+    return files
 
 
 def eva2_sat(model: Model) -> dict[str, Any]:
