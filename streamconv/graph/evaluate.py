@@ -131,10 +131,10 @@ def _compute(node: Node, op: Compute, move: Move, out: Array, arena: Arena, read
     overflowed, region = arena.overflowed, packed(move)
     parts = []
     needs = op.needs(region, [child.spec for child in node.inputs])
-    for (child, is_beside), wanted in zip(descend(node, beside=beside), needs, strict=True):
-        part = arena.take(wanted.numel, child.spec.dtype.itemsize)
-        _evaluate(child, packed(wanted), part, arena, read, beside=is_beside)
-        parts.append(Values(part.reshape(wanted.sizes), child.spec.dtype))
+    for (child, is_beside), input_region in zip(descend(node, beside=beside), needs, strict=True):
+        part = arena.take(input_region.numel, child.spec.dtype.itemsize)
+        _evaluate(child, packed(input_region), part, arena, read, beside=is_beside)
+        parts.append(Values(part.reshape(input_region.sizes), child.spec.dtype))
     if not isinstance(op, Elementwise):  # which may ask for the same values again and again
         arena.overflowed = overflowed
     strides = [stride * out.itemsize for stride in move.dst_strides]
@@ -164,20 +164,21 @@ def reads(node: AnyNode, move: Move, *, beside: bool = False) -> Iterator[tuple[
             yield from reads(node.inputs[number], piece, beside=beside)
     elif isinstance(node.op, Compute) or not beside:
         specs = [child.spec for child in node.inputs]
-        wanted = node.op.needs(packed(move), specs) if isinstance(node.op, Compute) else [identity(spec.numel) for spec in specs]
-        for (child, is_beside), region in zip(descend(node, beside=beside), wanted, strict=True):
+        regions = node.op.needs(packed(move), specs) if isinstance(node.op, Compute) else [identity(spec.numel) for spec in specs]
+        for (child, is_beside), region in zip(descend(node, beside=beside), regions, strict=True):
             yield from reads(child, region, beside=is_beside)
 
 
 def kinds(nodes: Iterable[AnyNode]) -> Iterator[Node]:
     """A node of each kind and dtypes that there are among these and below."""
-    stack, seen = list(nodes), set()
+    stack, visited = list(nodes), set()
     while stack:
         node = stack.pop()
         if isinstance(node, Node):
             stack.extend(node.inputs)
-            if (key := (node.op.kind, node.spec.dtype, *(child.spec.dtype for child in node.inputs))) not in seen:
-                seen.add(key)
+            key = (node.op.kind, node.spec.dtype, *(child.spec.dtype for child in node.inputs))
+            if key not in visited:
+                visited.add(key)
                 yield node
 
 
@@ -316,12 +317,12 @@ def _numel(axes: list[tuple[int, int, int]]) -> int:
     return math.prod(n for n, _, _ in axes)
 
 
-def copy_strided(out: Array, given: Array, axes: list[tuple[int, int, int]], arena: Arena) -> None:
+def copy_strided(out: Array, array: Array, axes: list[tuple[int, int, int]], arena: Arena) -> None:
     """``out[index . d] = given[index . s]`` for axes of (size, d, s). Transposing copies go band by band, several times as fast."""
     itemsize = out.itemsize
     sizes = [n for n, _, _ in axes]
     target = np.lib.stride_tricks.as_strided(out, sizes, [d * itemsize for _, d, _ in axes])
-    origin = np.lib.stride_tricks.as_strided(given, sizes, [s * itemsize for _, _, s in axes], writeable=False)
+    origin = np.lib.stride_tricks.as_strided(array, sizes, [s * itemsize for _, _, s in axes], writeable=False)
     rows = min(range(len(axes)), key=lambda k: axes[k][1], default=0)
     columns = min(range(len(axes)), key=lambda k: axes[k][2], default=0)
     if rows == columns or min(axes[rows][0], axes[columns][0]) < NARROW:

@@ -63,8 +63,8 @@ def boxes(node: AnyNode, numel: int) -> Iterator[Move]:
     """All of a tensor in boxes of at most ``numel`` elements that take few reads: moves whose destination is the tensor itself."""
     if not node.spec.numel:
         return
-    for found in trace(node, identity(node.spec.numel)):
-        move, leaf = found.move.simplify(), found.leaf
+    for piece in trace(node, identity(node.spec.numel)):
+        move, leaf = piece.move.simplify(), piece.leaf
         is_remote = isinstance(leaf, Source) and any(is_url(extent.path) for extent in leaf.extents)
         remote = leaf.spec.dtype.itemsize if is_remote else 0
         yield from move.tiles(choose_tile(move.sizes, move.dst_strides, move.src_strides, max(1, numel), remote).sizes)

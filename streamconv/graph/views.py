@@ -56,48 +56,48 @@ def select(shape: tuple[int, ...], index: Index, name: str) -> tuple[Strided, tu
     sizes, strides, reversed_axes = [], [], []
     start, axis = 0, 0
     pitches = packed_strides(shape)
-    for one in _without_ellipsis(shape, index if isinstance(index, tuple) else (index,), name):
-        if one is None:
+    for item in _without_ellipsis(shape, index if isinstance(index, tuple) else (index,), name):
+        if item is None:
             sizes.append(1)
             strides.append(0)
             continue
         pitch, size = pitches[axis], shape[axis]
-        if isinstance(one, slice):
-            chosen = range(size)[one]
-            if chosen.step < 0:
+        if isinstance(item, slice):
+            indices = range(size)[item]
+            if indices.step < 0:
                 reversed_axes.append(len(sizes))
-                chosen = chosen[::-1]
-            start += chosen.start * pitch if chosen else 0
-            sizes.append(len(chosen))
-            strides.append(chosen.step * pitch)
+                indices = indices[::-1]
+            start += indices.start * pitch if indices else 0
+            sizes.append(len(indices))
+            strides.append(indices.step * pitch)
         else:
-            start += _position(one, size, axis, name) * pitch
+            start += _position(item, size, axis, name) * pitch
         axis += 1
     return Strided(tuple(sizes), tuple(strides), start), tuple(sizes), tuple(reversed_axes)
 
 
-def _without_ellipsis(shape: tuple[int, ...], given: tuple[Any, ...], name: str) -> list[Any]:
+def _without_ellipsis(shape: tuple[int, ...], index: tuple[Any, ...], name: str) -> list[Any]:
     """An index with an entry for each axis, and None where an axis is added."""
-    taken = sum(one is not None and one is not ... for one in given)
-    dots = [k for k, one in enumerate(given) if one is ...]
-    if taken > len(shape):
-        raise OutOfBounds(f"{name}: {taken} indices, and its shape {list(shape)} has {len(shape)} axes: give no more than that")
+    count = sum(item is not None and item is not ... for item in index)
+    dots = [k for k, item in enumerate(index) if item is ...]
+    if count > len(shape):
+        raise OutOfBounds(f"{name}: {count} indices, and its shape {list(shape)} has {len(shape)} axes: give no more than that")
     if len(dots) > 1:
         raise OutOfBounds(f"{name}: an index has one ellipsis (...) at most: leave out the others")
-    at = dots[0] if dots else len(given)
-    whole = [slice(None)] * (len(shape) - taken)
-    return [*given[:at], *whole, *given[at + 1 :]]
+    at = dots[0] if dots else len(index)
+    whole = [slice(None)] * (len(shape) - count)
+    return [*index[:at], *whole, *index[at + 1 :]]
 
 
-def _position(one: Any, size: int, axis: int, name: str) -> int:
+def _position(item: Any, size: int, axis: int, name: str) -> int:
     """A whole number as a place on an axis."""
     try:
-        place = operator.index(one)
+        position = operator.index(item)
     except TypeError:
-        place = None
-    if place is None or isinstance(one, bool):
-        found = type(one).__name__
-        raise OutOfBounds(f"{name}: indices are whole numbers, slices, ... and None, found a {found}: index what .numpy() gives instead")
-    if not -size <= place < size:
-        raise OutOfBounds(f"{name}: index {place} is out of bounds for axis {axis} of {size}")
-    return place % size
+        position = None
+    if position is None or isinstance(item, bool):
+        kind = type(item).__name__
+        raise OutOfBounds(f"{name}: indices are whole numbers, slices, ... and None, found a {kind}: index what .numpy() gives instead")
+    if not -size <= position < size:
+        raise OutOfBounds(f"{name}: index {position} is out of bounds for axis {axis} of {size}")
+    return position % size

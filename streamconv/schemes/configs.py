@@ -17,8 +17,8 @@ _DTYPES = ("dtype", "torch_dtype")
 
 def find_method(config: Mapping[str, Any]) -> str | None:
     """What a config says of quantization, in itself or in those nested in it; None: nothing."""
-    for _, found in quantizations(config):
-        return str(found.get("quant_method") or found.get("quant_algo") or found.get("format") or "a method without a name")
+    for _, section in quantizations(config):
+        return str(section.get("quant_method") or section.get("quant_algo") or section.get("format") or "a method without a name")
     return None
 
 
@@ -35,12 +35,12 @@ def model_dtype(config: Mapping[str, Any], title: str) -> str:
         UsageError: it is none that numbers can be made in.
     """
     text = config.get("text_config")
-    for known in (config, text if isinstance(text, Mapping) else {}):
+    for section in (config, text if isinstance(text, Mapping) else {}):
         for key in _DTYPES:
-            if isinstance(said := known.get(key), str):
-                dtype = parse_dtype(said).name
+            if isinstance(name := section.get(key), str):
+                dtype = parse_dtype(name).name
                 if dtype not in CASTABLE:
-                    raise UsageError(f"{title}: config.json says {key} {said}: expected one of {', '.join(CASTABLE)}; --dtype chooses one")
+                    raise UsageError(f"{title}: config.json says {key} {name}: expected one of {', '.join(CASTABLE)}; --dtype chooses one")
                 return dtype
     return "bfloat16"
 

@@ -67,11 +67,11 @@ def find_quantization(
     """
     if method := find_method(config):
         return Quantization(method, "by config.json")
-    for name, found in files.items():
-        if found:
-            inner = found.get("quantization")
-            said = inner if isinstance(inner, Mapping) else found
-            method = next((said[key] for key in ("quant_method", "quant_algo", "method") if said.get(key)), None)
+    for name, contents in files.items():
+        if contents:
+            inner = contents.get("quantization")
+            section = inner if isinstance(inner, Mapping) else contents
+            method = next((section[key] for key in ("quant_method", "quant_algo", "method") if section.get(key)), None)
             return Quantization(str(method or name.removesuffix(".json")), name)
     codes = _codes(specs)
     if codes:
@@ -85,12 +85,12 @@ def quantized_tensors(specs: Mapping[str, TensorSpec]) -> set[str]:
     """The tensors that belong to a quantization: codes, and all that stands beside them, but for biases."""
     codes = _codes(specs)
     heads = {_MODULE.sub("", _STEMS.sub("", name)) + "." for name in codes}
-    found = {*codes, *filter(None, codes.values())}
+    names = {*codes, *filter(None, codes.values())}
     for name in specs:
         inside = any(name.startswith(head) for head in _heads(name) & heads)
         if inside and not name.endswith(("bias", "layernorm.weight", "norm.weight")):
-            found.add(name)
-    return found
+            names.add(name)
+    return names
 
 
 def _heads(name: str) -> set[str]:
@@ -102,14 +102,14 @@ def _heads(name: str) -> set[str]:
 def _codes(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     """The tensors that hold codes instead of numbers, and what stands beside each."""
     lower = {name.lower(): name for name in specs}
-    found = {}
+    beside_of = {}
     for name, spec in specs.items():
         if spec.dtype.floating and spec.dtype.name not in CASTABLE:
             if spec.dtype.name != "float8_e8m0fnu" and ((beside := _beside(name, lower)) or name.endswith("weight")):
-                found[name] = beside
+                beside_of[name] = beside
         elif spec.dtype.name in _WHOLE and ((beside := _beside(name, lower)) or _CODED.search(name)):
-            found[name] = beside
-    return found
+            beside_of[name] = beside
+    return beside_of
 
 
 def _beside(name: str, lower: Mapping[str, str]) -> str:

@@ -72,22 +72,22 @@ def _pair(specs: Mapping[str, TensorSpec], title: str) -> Iterator[tuple[str, st
         if spec.dtype.name not in _CODES:
             continue
         stem = name.removesuffix("weight")
-        known = [f"{name}_scale_inv", f"{name}_scale", *([f"{stem}scale", f"{stem}qscale_weight"] if stem != name else [])]
-        there = [other for other in known if other in specs]
-        if len(there) != 1:
-            what = f"{' and '.join(there)} could both be its scales" if there else f"there is no {known[0]} or {known[1]}"
+        candidates = [f"{name}_scale_inv", f"{name}_scale", *([f"{stem}scale", f"{stem}qscale_weight"] if stem != name else [])]
+        present = [other for other in candidates if other in specs]
+        if len(present) != 1:
+            what = f"{' and '.join(present)} could both be its scales" if present else f"there is no {candidates[0]} or {candidates[1]}"
             raise CoverageError(f"{title}: {name} is {spec}, and {what}: mend the source")
         if len(spec.shape) < 2:
             raise CoverageError(f"{title}: {name} is {spec}: expected a matrix, or a stack of matrices, of one-byte floats")
-        yield name, there[0]
+        yield name, present[0]
 
 
 def _weight_beside(scale: str, specs: Mapping[str, TensorSpec]) -> str:
     """What is wrong with the weight of a scale that none was found for, in words."""
     stem = _SCALE.sub("", scale)
     names = (stem, f"{stem}.weight") if not scale.endswith("_scale_inv") else (stem,)
-    there = next((name for name in names if name in specs), None)
-    return f"{names[-1]}, which is not there" if there is None else f"{there}, which is {specs[there]} and takes none"
+    weight = next((name for name in names if name in specs), None)
+    return f"{names[-1]}, which is not there" if weight is None else f"{weight}, which is {specs[weight]} and takes none"
 
 
 class _Blocks:
@@ -95,15 +95,17 @@ class _Blocks:
 
     def __init__(self, config: Mapping[str, Any], title: str) -> None:
         self._title = title
-        self._said: dict[str, Block] = {}
-        for _, found in quantizations(config):
-            for module, block in self._sizes(found, "", 0):
-                if self._said.setdefault(module, block) != block:
-                    raise CoverageError(f"{title}: config.json gives blocks of {_by(self._said[module])} and of {_by(block)}: leave one")
+        self._block_of: dict[str, Block] = {}
+        for _, section in quantizations(config):
+            for module, block in self._sizes(section, "", 0):
+                if self._block_of.setdefault(module, block) != block:
+                    raise CoverageError(
+                        f"{title}: config.json gives blocks of {_by(self._block_of[module])} and of {_by(block)}: leave one"
+                    )
 
-    def _sizes(self, given: Mapping[str, Any], module: str, depth: int) -> Iterator[tuple[str, Block]]:
+    def _sizes(self, section: Mapping[str, Any], module: str, depth: int) -> Iterator[tuple[str, Block]]:
         """The block sizes in a quantization's config, each with the module that it is for, "" for all."""
-        for key, value in given.items():
+        for key, value in section.items():
             if key == "weight_block_size" and isinstance(value, Mapping):
                 yield from ((str(name), self._read(size)) for name, size in value.items())
             elif key == "weight_block_size" and value is not None:
@@ -120,40 +122,40 @@ class _Blocks:
     def _of(self, name: str) -> Block | None:
         """What is said of a tensor: for its module, else for all."""
         module = name.removesuffix(".weight")
-        fitting = [known for known in self._said if known and _is_for(known, module)]
-        return self._said.get(max(fitting, key=len) if fitting else "")
+        patterns = [pattern for pattern in self._block_of if pattern and _is_for(pattern, module)]
+        return self._block_of.get(max(patterns, key=len) if patterns else "")
 
     def block(self, name: str, weight: TensorSpec, scales: TensorSpec) -> Block | None:
         """The block of a matrix, or of a stack of them; None: neither the config nor the scales' shape alone say it."""
         *stack, rows, columns = weight.shape
-        alone = tuple(stack)
+        leading = tuple(stack)
         if scales.shape in ((), (1,)) and not stack:
             return rows, columns  # one scale for all
-        said = self._of(name)
-        if said:
-            wanted = (*stack, -(-rows // said[0]), -(-columns // said[1]))
-            if scales.shape != wanted:
+        block = self._of(name)
+        if block:
+            expected = (*stack, -(-rows // block[0]), -(-columns // block[1]))
+            if scales.shape != expected:
                 raise CoverageError(
-                    f"{self._title}: {name} is {weight}, in blocks of {_by(said)} by config.json: "
-                    f"expected scales {list(wanted)}, found {scales}"
+                    f"{self._title}: {name} is {weight}, in blocks of {_by(block)} by config.json: "
+                    f"expected scales {list(expected)}, found {scales}"
                 )
-            return said
-        if scales.shape in (alone, (*alone, 1, 1)) and (stack or scales.shape):
+            return block
+        if scales.shape in (leading, (*leading, 1, 1)) and (stack or scales.shape):
             return rows, columns  # one for each matrix
-        if scales.shape in ((*alone, rows), (*alone, rows, 1)):
+        if scales.shape in ((*leading, rows), (*leading, rows, 1)):
             return 1, columns  # one for each row
         return None
 
     def common(self, shapes: Mapping[str, tuple[TensorSpec, TensorSpec]]) -> dict[str, Block]:
         """The block that all matrices have of which nothing else says it: their sizes divided by those of their scales, without a rest."""
-        unsaid = {name: specs for name, specs in shapes.items() if self.block(name, *specs) is None}
-        found: list[tuple[int, str]] = [(0, ""), (0, "")]
-        for name, (weight, scales) in unsaid.items():
+        open_shapes = {name: specs for name, specs in shapes.items() if self.block(name, *specs) is None}
+        lengths: list[tuple[int, str]] = [(0, ""), (0, "")]
+        for name, (weight, scales) in open_shapes.items():
             if len(scales.shape) != len(weight.shape) or scales.shape[:-2] != weight.shape[:-2] or not scales.numel:
                 raise CoverageError(f"{self._title}: {name} is {weight}, and its scales are {scales}: they do not go together")
             for axis in (0, 1):
                 size, count = weight.shape[axis - 2], scales.shape[axis - 2]
-                block, before = found[axis]
+                block, before = lengths[axis]
                 exact = size % count == 0 and (not block or count == 1 or size // count == block)
                 if not exact:
                     other = f", and {block} in {before}" if block and size % count == 0 else ""
@@ -162,23 +164,23 @@ class _Blocks:
                         f"{other}: how large they are must stand in config.json (quantization_config.weight_block_size)"
                     )
                 if count > 1:
-                    found[axis] = size // count, name
+                    lengths[axis] = size // count, name
         for axis in (0, 1):
-            block, name = found[axis]
-            counts = [(weight.shape[axis - 2], scales.shape[axis - 2]) for weight, scales in unsaid.values()]
+            block, name = lengths[axis]
+            counts = [(weight.shape[axis - 2], scales.shape[axis - 2]) for weight, scales in open_shapes.values()]
             if block not in (0, _USUAL) and all(-(-size // _USUAL) == count for size, count in counts):
                 raise CoverageError(
                     f"{self._title}: {name}: blocks of {block} {('rows', 'columns')[axis]} fit its scales, and so do blocks of {_USUAL}, "
                     "the last cut off: which it is must stand in config.json (quantization_config.weight_block_size)"
                 )
         return {
-            name: (self._along(weight, scales, 0, found), self._along(weight, scales, 1, found))
-            for name, (weight, scales) in unsaid.items()
+            name: (self._along(weight, scales, 0, lengths), self._along(weight, scales, 1, lengths))
+            for name, (weight, scales) in open_shapes.items()
         }
 
-    def _along(self, weight: TensorSpec, scales: TensorSpec, axis: int, found: list[tuple[int, str]]) -> int:
+    def _along(self, weight: TensorSpec, scales: TensorSpec, axis: int, lengths: list[tuple[int, str]]) -> int:
         """The block's size along one axis, which one scale for all of it leaves open."""
-        return found[axis][0] if scales.shape[axis - 2] > 1 else weight.shape[axis - 2]
+        return lengths[axis][0] if scales.shape[axis - 2] > 1 else weight.shape[axis - 2]
 
 
 def _is_for(pattern: str, module: str) -> bool:

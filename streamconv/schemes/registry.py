@@ -48,9 +48,9 @@ def of_codes(dtype: str) -> Scheme | None:
     return next((scheme for scheme in schemes().values() if dtype in scheme.codes), None)
 
 
-def _add(known: dict[str, Scheme], scheme: object, origin: str) -> None:
+def _add(schemes_by_method: dict[str, Scheme], scheme: object, origin: str) -> None:
     if not isinstance(scheme, Scheme):
         raise UsageError(f"{origin}: expected a Scheme, found a {type(scheme).__name__}: mend it")
     for method in scheme.methods:
-        if known.setdefault(method, scheme) is not scheme:
+        if schemes_by_method.setdefault(method, scheme) is not scheme:
             raise UsageError(f"{origin}: there is a quantization by {method} already: leave out one of them")

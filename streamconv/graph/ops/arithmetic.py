@@ -31,21 +31,21 @@ class Add(Elementwise):
         import torch
 
         torch.set_num_threads(1)
-        given = torch.full((64,), math.nan, dtype=getattr(torch, inputs[0].dtype.name))
-        self._change(given)
-        settle_nans(given)
+        values = torch.full((64,), math.nan, dtype=getattr(torch, inputs[0].dtype.name))
+        self._change(values)
+        settle_nans(values)
 
     def _change(self, values: Any) -> None:
         values.add_(self.value)
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:  # noqa: ARG002
-        given = parts[0].torch()
-        made = out.torch().copy_(given)
-        self._change(made)
-        low, high = made.aminmax()
+        operand = parts[0].torch()
+        result = out.torch().copy_(operand)
+        self._change(result)
+        low, high = result.aminmax()
         if low.isnan():
-            settle_nans(made)
-        return 0 if low.isfinite() and high.isfinite() else count_overflows(given, made)
+            settle_nans(result)
+        return 0 if low.isfinite() and high.isfinite() else count_overflows(operand, result)
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ class Cast(Elementwise):
         import torch
 
         torch.set_num_threads(1)  # the engine's workers are the threads
-        given = torch.full((64,), math.nan, dtype=getattr(torch, inputs[0].dtype.name))
-        if given.min().isnan():
-            settle_nans(given.to(getattr(torch, self.dtype)))
+        values = torch.full((64,), math.nan, dtype=getattr(torch, inputs[0].dtype.name))
+        if values.min().isnan():
+            settle_nans(values.to(getattr(torch, self.dtype)))
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:  # noqa: ARG002
-        given = parts[0].torch()
-        made = out.torch().copy_(given)
-        return settle(given, made) if made.dtype != given.dtype else 0
+        numbers = parts[0].torch()
+        cast = out.torch().copy_(numbers)
+        return settle(numbers, cast) if cast.dtype != numbers.dtype else 0

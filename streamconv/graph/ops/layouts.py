@@ -82,8 +82,8 @@ class Rearrange(Layout):
         for alternative, piece, digits in pull(tree, shifted):
             where = places[alternative]
             count = self.stacks[where.tensor]
-            for number, found in split_stack(place(piece, digits, where), count, numels[where.tensor] // count):
-                yield firsts[where.tensor] + number, found
+            for number, part in split_stack(place(piece, digits, where), count, numels[where.tensor] // count):
+                yield firsts[where.tensor] + number, part
 
 
 @dataclass(frozen=True)
