@@ -72,26 +72,26 @@ def convert(options: ConvertOptions) -> Result:
     target = target_of(options.dst, options.format, create_pr=options.create_pr)
     settings = options.identity()
     with overwrite_noted(target, settings, overwrite=options.overwrite and not options.resume):
-        made = find_begun(options.src, target, reclaim_source=options.reclaim_source) if options.resume else None
-        if made is None:
+        plan = find_begun(options.src, target, reclaim_source=options.reclaim_source) if options.resume else None
+        if plan is None:
             try:
-                made = make_plan(options)
+                plan = make_plan(options)
             except (FormatError, UsageError) as error:
                 if not (options.reclaim_source and options.resume) or (finished := find_finished(target, error)) is None:
                     raise
                 return Result(finished, 0.0, memory.peak(), memory.anonymous())
         compared = local_files(reference) if reference else []
         if options.reclaim_source:
-            given_back = {identify(Path(path)) for path in Reclaim(made).files}
-            if not given_back.isdisjoint(identify(path) for path in compared):
+            reclaimed = {identify(Path(path)) for path in Reclaim(plan).files}
+            if not reclaimed.isdisjoint(identify(path) for path in compared):
                 raise UsageError(f"--compare {options.compare_with}: will be gone with --reclaim-source: give another reference")
-        check_sources_stay(made, compared, overwrite=options.overwrite)
+        check_sources_stay(plan, compared, overwrite=options.overwrite)
         if options.report is not None:
-            check_report("--report", Path(options.report), made, compared)
+            check_report("--report", Path(options.report), plan, compared)
         if reference is not None:
-            made = _with_comparison(made, parse_size(options.max_memory))
+            plan = _with_comparison(plan, parse_size(options.max_memory))
         result = run(
-            made,
+            plan,
             reclaim_source=options.reclaim_source,
             progress=options.progress,
             settings=settings,
@@ -100,13 +100,13 @@ def convert(options: ConvertOptions) -> Result:
     if reference is None:
         return result
     with writing():
-        done = open_other(result.place or made.destination, Side(), options.variant)
+        done = open_other(result.place or plan.destination, Side(), options.variant)
         comparison = compare(
             dict(all_tensors(done)),
             all_tensors(reference),
-            workers=made.workers,
-            max_memory=parse_size(options.max_memory) if isinstance(target, RemoteTarget) else made.peak_memory,
-            read_backend=made.read_backend,
+            workers=plan.workers,
+            max_memory=parse_size(options.max_memory) if isinstance(target, RemoteTarget) else plan.peak_memory,
+            read_backend=plan.read_backend,
         )
     return replace(result, comparison=comparison, peak_rss=memory.peak())
 
@@ -146,14 +146,14 @@ def verify(options: VerifyOptions) -> Comparison:
         )
 
 
-def _with_comparison(made: Plan, limit: int) -> Plan:
+def _with_comparison(plan: Plan, limit: int) -> Plan:
     """The plan with a peak that leaves room for a comparison afterwards.
 
     Raises:
         BudgetError: there is none.
     """
-    peak = max(made.peak_memory, memory.resident() + COMPARING)
+    peak = max(plan.peak_memory, memory.resident() + COMPARING)
     if peak > limit:
         needed = -(-peak // 10**6)
         raise BudgetError(f"--max-memory {format_size(limit)} is too small for --compare: use --max-memory {needed}MB", needed * 10**6)
-    return replace(made, peak_memory=peak)
+    return replace(plan, peak_memory=peak)

@@ -66,13 +66,13 @@ class Casting:
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raises UsageError where one of the patterns is that of no target."""
-        known = list(names)
+        targets = list(names)
         for text in self._keep:
-            if not any(self._fits(text, name) for name in known):
-                folded = dict.fromkeys(re.sub(r"\d+", "*", name) if re.search(r"[*{]", text) else name for name in known)
+            if not any(self._fits(text, name) for name in targets):
+                folded = dict.fromkeys(re.sub(r"\d+", "*", name) if re.search(r"[*{]", text) else name for name in targets)
                 near = nearest(re.sub(r"\{\w+[^}]*\}", "*", text), folded)
                 hint = f"; the nearest is {near[0]}" if near else ""
-                raise UsageError(f"--keep-dtype {text!r}: none of {len(known)} tensors is called so{hint}")
+                raise UsageError(f"--keep-dtype {text!r}: none of {len(targets)} tensors is called so{hint}")
 
     def check_quantized(
         self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], files: Callable[[], Mapping[str, Mapping[str, Any]]]
@@ -89,25 +89,25 @@ class Casting:
         """
         if self._wanted is None:
             return None
-        found = find_quantization(config, files(), specs)
-        if found is None:
+        quantization = find_quantization(config, files(), specs)
+        if quantization is None:
             odd = [name for name, spec in specs.items() if spec.dtype.name not in CASTABLE and not self._is_kept(name)]
             for name in odd:
                 dtype = specs[name].dtype
                 if dtype.name not in DTYPES:  # a container's own
-                    told = f"{dtype.packing}, of which nothing here makes numbers: leave --dtype out, or keep it with --keep-dtype"
-                    raise UsageError(f"--dtype {self._dtype}: {name} is {specs[name]}: {told}")
+                    problem = f"{dtype.packing}, of which nothing here makes numbers: leave --dtype out, or keep it with --keep-dtype"
+                    raise UsageError(f"--dtype {self._dtype}: {name} is {specs[name]}: {problem}")
             floats = [name for name in odd if specs[name].dtype.floating]
             return f"{floats[0]} is {specs[floats[0]]} and stays so: --dtype casts {', '.join(CASTABLE)}" if floats else None
         own = quantized_tensors(specs)
         kept = bool(own) and not own & self._cast and any(self._is_kept(name) for name in own)
         if kept or (not self._cast and self._same):
-            return f"{found}: what belongs to that stays as it is, in spite of --dtype {self._dtype}"
-        if found.scheme:
+            return f"{quantization}: what belongs to that stays as it is, in spite of --dtype {self._dtype}"
+        if quantization.scheme:
             way = f"--dequantize --dtype {self._dtype} makes numbers of the weights"
         else:
-            way = WAYS.get(found.method, "load it with the library that made it, and save its dequantized weights")
+            way = WAYS.get(quantization.method, "load it with the library that made it, and save its dequantized weights")
         raise UsageError(
-            f"--dtype {self._dtype}: {found}: its weights would stay quantized and their scales be rounded: {way}; "
+            f"--dtype {self._dtype}: {quantization}: its weights would stay quantized and their scales be rounded: {way}; "
             "without --dtype all is copied as it is"
         )

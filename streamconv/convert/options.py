@@ -354,7 +354,7 @@ def arguments_of(options: Callable[P, O]) -> Callable[[Callable[[O], R]], Callab
 
 def _add_arguments(documentation: str, names: Iterable[str]) -> str:
     """A docstring with what is said of these options, before the errors that it tells of."""
-    known = {one.name: about_of(one).help for one in every_option()}
-    told = "".join(f"\n        {name}: {known[name]}." for name in names)
+    help_of = {option.name: about_of(option).help for option in every_option()}
+    lines = "".join(f"\n        {name}: {help_of[name]}." for name in names)
     before, mark, after = documentation.partition("\n\n    Raises:")
-    return f"{before}\n\n    Args:{told}{mark}{after}"
+    return f"{before}\n\n    Args:{lines}{mark}{after}"

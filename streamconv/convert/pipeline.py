@@ -14,7 +14,7 @@ from streamconv.convert.notes import note_layouts, note_ties
 from streamconv.convert.opening import check_backend, find_beside, find_recipe, local_files, open_source, split_root
 from streamconv.convert.options import PlanOptions
 from streamconv.convert.sidecars import make_sidecars
-from streamconv.convert.sides import Wanted, lay_out_components
+from streamconv.convert.sides import TargetSettings, lay_out_components
 from streamconv.engine.io import BLOCK
 from streamconv.errors import DestinationError, UsageError
 from streamconv.formats.registry import DEFAULT, containers
@@ -70,8 +70,8 @@ def make_plan(options: PlanOptions) -> Plan:
 
     limit = None if options.single_file or target.file else shard_bytes
     metadata = {"format": "pt", **sampling(conversion.outputs.values())}
-    wanted = Wanted(target, limit, ties, metadata, BLOCK if options.align else None)
-    layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, wanted)
+    target_settings = TargetSettings(target, limit, ties, metadata, BLOCK if options.align else None)
+    layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, target_settings)
     sidecars, sidecar_notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, casting, dequantization)
     notes = [*checkpoint.contents.notes, *left_behind, *note_ties(ties), *conversion.notes, *sidecar_notes]
     notes += note_layouts(checkpoint, target, layouts, limit)

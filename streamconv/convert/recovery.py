@@ -52,13 +52,13 @@ def find_begun(src: AnyPath, target: Target | RemoteTarget, *, reclaim_source: b
         raise DestinationError(f"{target.path}: the interrupted run was begun with --reclaim-source: add it, to go on")
     if not finished_files(text) and target.output.load(PLAN) is None:  # it was killed before it gave anything back
         return None
-    made, _ = begun_plan(target.output, str(target.root))
+    plan, _ = begun_plan(target.output, str(target.root))
     above = Path(os.path.abspath(str(src)))  # noqa: PTH100 - links are looked for later
-    if foreign := [file for file in Reclaim(made).files if not Path(file).is_relative_to(above if above.is_dir() else above.parent)]:
+    if foreign := [file for file in Reclaim(plan).files if not Path(file).is_relative_to(above if above.is_dir() else above.parent)]:
         raise DestinationError(
             f"{target.path}: the interrupted run was another one (src was not {src}, it had {foreign[0]}): give the SRC of that run"
         )
-    return made
+    return plan
 
 
 def find_finished(target: Target | RemoteTarget, error: StreamconvError) -> Plan | None:
@@ -66,20 +66,20 @@ def find_finished(target: Target | RemoteTarget, error: StreamconvError) -> Plan
     if isinstance(target, RemoteTarget) or target.output.is_begun():
         return None
     try:
-        found = open_checkpoint(target.path)
+        checkpoint = open_checkpoint(target.path)
     except StreamconvError:
         return None
-    own = (*found.contents.files, *found.contents.others)
-    files = tuple(FilePlan(file.below(found.folder), file.size, (), ()) for file in own)
+    own = (*checkpoint.contents.files, *checkpoint.contents.others)
+    files = tuple(FilePlan(file.below(checkpoint.folder), file.size, (), ()) for file in own)
     return Plan(
         root=str(target.root),
         single=target.file,
-        format=found.contents.format,
+        format=checkpoint.contents.format,
         sources=(),
         nodes=(),
         files=files,
         checks=(),
-        mapping=tuple(Row(name, (name,), "", entry.spec) for name, entry in found.contents.entries.items()),
+        mapping=tuple(Row(name, (name,), "", entry.spec) for name, entry in checkpoint.contents.entries.items()),
         dropped=(),
         notes=(f"nothing left to do: {target.path} is complete, and the source is not there any more ({error})",),
         totals=Totals(0, 0, 0, 0, 0),

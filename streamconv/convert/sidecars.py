@@ -44,11 +44,11 @@ def make_sidecars(
         dequantization: what was made of a quantized source, or None.
     """
     root = beside or checkpoint.folder
-    found = checkpoint.beside if beside is None else look_beside(beside, components=find_components(beside))
-    sidecars: Sidecars = {name: root.place(name) for name in found.files if not (dequantization and dequantization.is_left(name))}
+    listing = checkpoint.beside if beside is None else look_beside(beside, components=find_components(beside))
+    sidecars: Sidecars = {name: root.place(name) for name in listing.files if not (dequantization and dequantization.is_left(name))}
     config = read_config(root) if beside or checkpoint.location.is_folder else {}
-    made: dict[str, Any] = {}
-    notes = [*([found.note] if found.note and beside is None else []), *_examine(root, found.files)]
+    contents_of: dict[str, Any] = {}
+    notes = [*([listing.note] if listing.note and beside is None else []), *_examine(root, listing.files)]
     if recipe:
         if recipe.source.config != recipe.target.config and not beside:
             sidecars.pop(recipe.source.config, None)
@@ -62,22 +62,22 @@ def make_sidecars(
                 return read_config(root, name) if name in sidecars else {}
 
             model = Model(checkpoint.config, side, conversion.options, sources, targets, read, notes)
-            made = _write(recipe.target.writes, model)
-            if not made and recipe.target.config not in sidecars:
+            contents_of = _write(recipe.target.writes, model)
+            if not contents_of and recipe.target.config not in sidecars:
                 notes.append(f"{recipe.target.config} is not written: it takes {recipe.source.config} beside SRC, or --sidecars-from")
         elif recipe.source.writes and not beside and config:
             notes.append(f"{CONFIG} is the source's own: give --sidecars-from a folder of the target model for one that its code reads")
         if missing := [name for name in recipe.target.expects if name not in sidecars]:
             notes.append(f"{', '.join(missing)}: not beside {root.url}; --sidecars-from a folder of the target model brings it along")
     revise = dequantization.revise if dequantization else _keep
-    if CONFIG in sidecars or CONFIG in made:
-        given = made.get(CONFIG, config)
-        changed = _change(revise(CONFIG, given), casting.dtype, conversion.config)
-        if CONFIG in made or changed != given:
-            made[CONFIG] = changed
+    if CONFIG in sidecars or CONFIG in contents_of:
+        before = contents_of.get(CONFIG, config)
+        after = _change(revise(CONFIG, before), casting.dtype, conversion.config)
+        if CONFIG in contents_of or after != before:
+            contents_of[CONFIG] = after
     configs = [*(f"{folder}/{CONFIG}" for folder in checkpoint.components if folder), *([PARAMS] if dequantization else [])]
-    made.update(_changed(root, [name for name in configs if name in sidecars], revise, casting.dtype))
-    for name, contents in made.items():
+    contents_of.update(_changed(root, [name for name in configs if name in sidecars], revise, casting.dtype))
+    for name, contents in contents_of.items():
         if name not in sidecars or contents != (config if name == CONFIG else None):
             sidecars[name] = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
     return sidecars, notes
@@ -120,14 +120,14 @@ def _change(config: Mapping[str, Any], dtype: str | None, sizes: Mapping[str, tu
 
     What belongs to a quantization says things of its own, in the same words.
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in config.items():
         if key in QUANTIZATION:
-            found[key] = value
+            result[key] = value
         elif isinstance(value, dict):
-            found[key] = _change(value, dtype, sizes)
+            result[key] = _change(value, dtype, sizes)
         elif dtype and key in ("dtype", "torch_dtype") and (value is None or isinstance(value, str)):
-            found[key] = dtype
+            result[key] = dtype
         else:
-            found[key] = sizes[key][1] if key in sizes and value == sizes[key][0] else value
-    return found
+            result[key] = sizes[key][1] if key in sizes and value == sizes[key][0] else value
+    return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from streamconv.errors import UsageError
 from streamconv.formats import Contents, FileLayout
 from streamconv.formats.container import Container
 from streamconv.formats.registry import DEFAULT, by_suffix, containers, find_format
-from streamconv.notation.names import Matcher
+from streamconv.notation.names import Matcher, Pattern
 from streamconv.notation.names import parse as parse_names
 from streamconv.recipe import Conversion, Side
 from streamconv.running.destination import RemoteTarget, Target
@@ -37,7 +37,7 @@ def open_other(path: AnyPath, side: Side, variant: str | None, root: str | None 
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TargetSettings:
     """What a target shall be: ``tied`` names share the tensors of others, data starts at multiples of ``align`` bytes where that is given.
 
     ``metadata`` goes into each file that can hold some, beside that of the source; ``limit`` is the bytes of tensors in a file, or None.
@@ -50,26 +50,26 @@ class Wanted:
     align: int | None = None
 
 
-def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Side | None, wanted: Wanted) -> list[FileLayout]:
+def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Side | None, settings: TargetSettings) -> list[FileLayout]:
     """The files of the target, each component's in its folder; ``side`` is how a recipe has those of the checkpoint's own."""
     tables: dict[str, dict[str, TensorSpec]] = {folder: {} for folder in sorted(checkpoint.components, reverse=True)}
     ties_in: dict[str, dict[str, str]] = {folder: {} for folder in tables}
     for name, node in conversion.outputs.items():
         folder, bare = checkpoint.component_of(name)
         tables[folder][bare] = node.spec
-    for name, kept in wanted.tied.items():
+    for name, kept in settings.tied.items():
         folder, bare = checkpoint.component_of(name)
         ties_in[folder][bare] = checkpoint.component_of(kept)[1]
     layouts = []
     for folder, specs in tables.items():  # the checkpoint's own files come last, and so does its index
-        format_ = _format_of(checkpoint, folder, side, wanted.target.format)
+        format_ = _format_of(checkpoint, folder, side, settings.target.format)
         own = side if side and not folder else Side(format_, stem=stem_of(checkpoint, folder, format_))
-        target = replace(wanted.target, format=format_)
-        facts = _facts(checkpoint.components[folder], ties_in[folder], containers()[format_], wanted)
+        target = replace(settings.target, format=format_)
+        keywords = _keywords(checkpoint.components[folder], ties_in[folder], containers()[format_], settings)
         if has_stems(format_) and (variant := variant_read(checkpoint, folder)):
-            facts["variant"] = variant
-        made = lay_out(specs, target, own, wanted.limit if reads_shards(checkpoint, folder, own.stem) else None, facts)
-        layouts += [_in_folder(folder, layout) for layout in made]
+            keywords["variant"] = variant
+        files = lay_out(specs, target, own, settings.limit if reads_shards(checkpoint, folder, own.stem) else None, keywords)
+        layouts += [_in_folder(folder, layout) for layout in files]
     return layouts
 
 
@@ -81,16 +81,16 @@ def _format_of(checkpoint: Checkpoint, folder: str, side: Side | None, format: s
     return own if has_stems(own) and containers()[own].lay_out else DEFAULT
 
 
-def _facts(contents: Contents, tied: Mapping[str, str], container: Container, wanted: Wanted) -> dict[str, Any]:
+def _keywords(contents: Contents, tied: Mapping[str, str], container: Container, settings: TargetSettings) -> dict[str, Any]:
     """What a container's `lay_out` takes beside tensors and names."""
-    facts: dict[str, Any] = {"tied": tied} if container.ties == "shared" else {}
+    keywords: dict[str, Any] = {"tied": tied} if container.ties == "shared" else {}
     if "metadata" in container.takes:
-        known = ties(contents) if contents.metadata else {}
-        said = {key: value for key, value in contents.metadata.items() if key not in known}
-        facts["metadata"] = {**said, **wanted.metadata, **(tied if container.ties == "named" else {})}
-    if wanted.align:
-        facts["align"] = wanted.align
-    return facts
+        tie_entries = ties(contents) if contents.metadata else {}
+        own = {key: value for key, value in contents.metadata.items() if key not in tie_entries}
+        keywords["metadata"] = {**own, **settings.metadata, **(tied if container.ties == "named" else {})}
+    if settings.align:
+        keywords["align"] = settings.align
+    return keywords
 
 
 def _in_folder(folder: str, layout: FileLayout) -> FileLayout:
@@ -103,7 +103,7 @@ def _in_folder(folder: str, layout: FileLayout) -> FileLayout:
 
 
 def lay_out(
-    specs: Mapping[str, TensorSpec], target: Target | RemoteTarget, side: Side, limit: int | None, facts: Mapping[str, Any]
+    specs: Mapping[str, TensorSpec], target: Target | RemoteTarget, side: Side, limit: int | None, keywords: Mapping[str, Any]
 ) -> list[FileLayout]:
     """The files of one component of the target."""
     container = find_format("--format", target.format)
@@ -111,22 +111,21 @@ def lay_out(
     assert write is not None
     file = target.file
     if side.root and container.nests:  # whatever the side's own container
-        facts = {**facts, "root": side.root}
+        keywords = {**keywords, "root": side.root}
     if target.format == side.format:
-        facts = {**facts, **({"index": side.index} if side.index else {})}
+        keywords = {**keywords, **({"index": side.index} if side.index else {})}
         if side.shards and side.stem and not file:
-            parts = enumerate(_spread(specs, side.shards if limit is not None else 1))
-            named = [(parse_names(side.stem).format({"n": n}), part) for n, part in parts]
-            return [made for name, part in named for made in write(part, max_shard_size=None, file=name, **facts)]
+            parts = _spread(specs, side.shards if limit is not None else 1)
+            return _lay_out_shards(write, parts, parse_names(side.stem), keywords)
         if side.stem and side.stem.endswith(container.names.suffixes):
             file = file or side.stem
         elif side.stem:
-            facts = {**facts, "stem": side.stem}
+            keywords = {**keywords, "stem": side.stem}
     for key in ("index", "stem"):
-        if key in facts and key not in container.takes:
-            raise UsageError(f"recipe: {key} {facts[key]!r}: what {target.format} files are called cannot be chosen: leave it out")
+        if key in keywords and key not in container.takes:
+            raise UsageError(f"recipe: {key} {keywords[key]!r}: what {target.format} files are called cannot be chosen: leave it out")
     if container.by_rank or not (ranks := _ranks(specs, side.ranks)):
-        return write(specs, max_shard_size=limit, file=file, **facts)
+        return write(specs, max_shard_size=limit, file=file, **keywords)
     if target.file and len(ranks) > 1:
         raise UsageError(f"{target.path}: {len(ranks)} ranks are files of their own: give a directory")
     if not (first := next(iter(ranks))).endswith(container.names.suffixes):
@@ -135,9 +134,19 @@ def lay_out(
     layouts = []
     for rank, names in ranks.items():
         rows = {name: specs[f"{rank}/{name}"] for name in names}
-        for layout in write(rows, max_shard_size=None, file=target.file or rank, **facts):
+        for layout in write(rows, max_shard_size=None, file=target.file or rank, **keywords):
             slots = {f"{rank}/{name}": slot for name, slot in layout.slots.items()}
             layouts.append(replace(layout, slots=slots, pieces={f"{rank}/{name}": parts for name, parts in layout.pieces.items()}))
+    return layouts
+
+
+def _lay_out_shards(
+    write: Callable[..., list[FileLayout]], parts: Iterable[Mapping[str, TensorSpec]], stem: Pattern, keywords: Mapping[str, Any]
+) -> list[FileLayout]:
+    """The files of a side with numbered shards, which share one ``stem``: ``{n}`` in it is the shard's number."""
+    layouts: list[FileLayout] = []
+    for number, part in enumerate(parts):
+        layouts += write(part, max_shard_size=None, file=stem.format({"n": number}), **keywords)
     return layouts
 
 
@@ -153,11 +162,11 @@ def _spread(specs: Mapping[str, TensorSpec], count: int) -> list[dict[str, Tenso
 
 def _ranks(names: Iterable[str], patterns: Iterable[str]) -> dict[str, list[str]]:
     """Tensors called ``<file>/<name>`` by file, where all are called so; else nothing."""
-    found: dict[str, list[str]] = {}
+    names_in: dict[str, list[str]] = {}
     matcher = Matcher([parse_names(f"{pattern}/{{rest*}}") for pattern in patterns])
     for name in names:
         if not matcher.match(name):
             return {}
         file, _, rest = name.partition("/")
-        found.setdefault(file, []).append(rest)
-    return dict(sorted(found.items()))
+        names_in.setdefault(file, []).append(rest)
+    return dict(sorted(names_in.items()))
