@@ -45,7 +45,7 @@ def make_sidecars(
     """
     root = beside or checkpoint.folder
     listing = checkpoint.beside if beside is None else look_beside(beside, components=find_components(beside))
-    sidecars: Sidecars = {name: root.place(name) for name in listing.files if not (dequantization and dequantization.is_left(name))}
+    sidecars: Sidecars = {name: root.address(name) for name in listing.files if not (dequantization and dequantization.is_left(name))}
     config = read_config(root) if beside or checkpoint.location.is_folder else {}
     contents_of: dict[str, Any] = {}
     notes = [*([listing.note] if listing.note and beside is None else []), *_examine(root, listing.files)]

@@ -60,7 +60,7 @@ def _read(name: str, raw: bytes) -> Hints:
         table = json.loads(raw)
         if name == _CONFIG:
             return Hints(names=_code_files(table))
-        return Hints(named=list(map(str, table.get("weight_map", table).values())))
+        return Hints(present=list(map(str, table.get("weight_map", table).values())))
     return Hints()
 
 

@@ -52,8 +52,10 @@ def public(url: str) -> str:
     if not rest.strip("/"):
         raise UsageError(f"{scheme}://: names no place: give a URL with a bucket, a repository or a server in it")
     if "@" in host and (scheme != "hf" or ":" in host):
-        shown = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-        raise UsageError(f"{shown}: the URL has a name or password in it, which would end up in logs: leave it out, {credentials(scheme)}")
+        address = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+        raise UsageError(
+            f"{address}: the URL has a name or password in it, which would end up in logs: leave it out, {credentials(scheme)}"
+        )
     url = f"{scheme}://{rest}"
     if query and scheme not in WEB:
         raise UsageError(f"{url}: a {scheme}:// URL has no query (what follows a ?): leave it out")
@@ -79,7 +81,7 @@ def forget(url: str) -> None:
 
 
 class Repository(NamedTuple):
-    """A place on the Hugging Face Hub: what kind of repository, None for a model; its name, the revision if one is named, a path in it."""
+    """A path on the Hugging Face Hub: what kind of repository, None for a model; its name, the revision if one is named, a path in it."""
 
     kind: str | None
     name: str
@@ -93,15 +95,16 @@ def repository(url: str) -> Repository:
     Raises:
         UsageError: it is none.
     """
-    found = _HUB.fullmatch(url.rstrip("/"))
-    if not found:
+    match = _HUB.fullmatch(url.rstrip("/"))
+    if not match:
         raise UsageError(f"{url}: expected hf://organization/name, with @revision and a path in it where wanted")
-    return Repository(found["kind"], found["id"], found["revision"] and unquote(found["revision"]), found["path"] or "")
+    return Repository(match["kind"], match["id"], match["revision"] and unquote(match["revision"]), match["path"] or "")
 
 
 def from_page(url: str) -> str:
     """The ``hf://`` URL of a page of the Hub, as it is copied from a browser; others as they are."""
-    if not (page := _PAGE.fullmatch(url)):
+    page = _PAGE.fullmatch(url)
+    if not page:
         return url
     revision = page["revision"]
     return f"hf://{page['id']}{f'@{revision}' if revision else ''}{unquote(page['path'] or '')}"
@@ -120,27 +123,27 @@ def credentials(scheme: str) -> str:
     return _HOW.get(_SAME.get(scheme, scheme)) or f"set the credentials that fsspec's {scheme} file system looks for"
 
 
-def refusal(url: str, status: int, said: str = "") -> UsageError:
+def refusal(url: str, status: int, reason: str = "") -> UsageError:
     """The error for a file that is not to be had: ``status`` as HTTP has them, 200 where a range was asked for."""
-    shown, scheme = one_line(url), scheme_of(url)
-    said = said or f"HTTP {status}"
+    line, scheme = one_line(url), scheme_of(url)
+    reason = reason or f"HTTP {status}"
     if status in (401, 403, 407):
         what = "not without credentials" if status == 401 else "access is denied"
-        return UsageError(f"{shown}: {what} ({said}): {credentials(scheme)}")
+        return UsageError(f"{line}: {what} ({reason}): {credentials(scheme)}")
     if status in (404, 410):
-        told = f" ({said})" if scheme in WEB else ""
-        return UsageError(f"{shown}: no such file or directory{told}: give the URL of a checkpoint's file or its directory")
+        detail = f" ({reason})" if scheme in WEB else ""
+        return UsageError(f"{line}: no such file or directory{detail}: give the URL of a checkpoint's file or its directory")
     if status == 200:
         what = "the server sends whole files only and knows no ranges"
-        return UsageError(f"{shown}: {what}: download the checkpoint, or put it on a server that does (nginx, an object store)")
-    return UsageError(f"{shown}: cannot be read ({said}): check the address")
+        return UsageError(f"{line}: {what}: download the checkpoint, or put it on a server that does (nginx, an object store)")
+    return UsageError(f"{line}: cannot be read ({reason}): check the address")
 
 
-def unwritable(url: str, said: object, *, begun: bool, instead: str = "give another DST") -> StreamconvError:
-    """The error for a place that does not take what is written, however often; ``begun``: it has taken something before."""
+def unwritable(url: str, reason: object, *, begun: bool, instead: str = "give another DST") -> StreamconvError:
+    """The error for an address that does not take what is written, however often; ``begun``: it has taken something before."""
     scheme = scheme_of(url)
     remedy = "set HF_TOKEN to a token that may write it" if scheme == "hf" else f"check its name, or {credentials(scheme)}"
-    text = f"{url}: cannot be written ({said}): {remedy}"
+    text = f"{url}: cannot be written ({reason}): {remedy}"
     if begun:
         return RunError(f"{text}, then rerun with --resume")
     error = DestinationError(f"{text}, or {instead}")
@@ -150,7 +153,7 @@ def unwritable(url: str, said: object, *, begun: bool, instead: str = "give anot
 
 def missing(scheme: str, error: ImportError) -> UsageError:
     """The error for a package that is not there; fsspec's own says only ``Install s3fs to access S3``."""
-    said = re.search(r"[Ii]nstall '?([\w-]+)", str(error))
-    name = (error.name or (said[1] if said else "fsspec")).partition(".")[0]
+    match = re.search(r"[Ii]nstall '?([\w-]+)", str(error))
+    name = (error.name or (match[1] if match else "fsspec")).partition(".")[0]
     more = "" if name in _OURS else f" {name}"
     return UsageError(f"{scheme}:// needs the package {name}: pip install 'streamconv[remote]'{more}")

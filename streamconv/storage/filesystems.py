@@ -39,14 +39,14 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-        found, path = url_to_fs(url, **_options(scheme))
+        filesystem, path = url_to_fs(url, **_options(scheme))
     except ImportError as error:
         raise missing(scheme, error) from None
     except ValueError:
         raise UsageError(
             f"{scheme}://: no store of that kind is known: use a path, https, hf, s3, gs, or another scheme that fsspec knows"
         ) from None
-    return found, path.rstrip("/")
+    return filesystem, path.rstrip("/")
 
 
 def _options(scheme: str) -> dict[str, Any]:
@@ -70,10 +70,10 @@ def asked(scheme: str) -> Iterator[None]:
         raise missing(scheme, error) from None
     except Exception as error:  # noqa: BLE001 - every file system has its own
         failure = fault(error)
-        said = str(getattr(error, "status", None) or getattr(error, "code", None))
+        code = str(getattr(error, "status", None) or getattr(error, "code", None))
         status = next((status for kind, status in _KINDS.items() if isinstance(error, kind)), 0)
-        if said in ("401", "403", "404", "410"):
-            status = int(said)
+        if code in ("401", "403", "404", "410"):
+            status = int(code)
         elif _UNKNOWN.search(type(error).__name__):
             status = 401
         elif getattr(error, "errno", None) == errno.EINVAL:
@@ -83,8 +83,8 @@ def asked(scheme: str) -> Iterator[None]:
 
 def entry_of(row: Mapping[str, Any], *, every: bool = False) -> Version:
     """A file as a listing tells of it; its tag is the best of what changes with it, or ``every`` such thing."""
-    told = [str(row[key]).strip('"') for key in _VERSIONS if row.get(key)]
-    return Version(-1 if row.get("size") is None else int(row["size"]), " ".join(told if every else told[:1]))
+    tags = [str(row[key]).strip('"') for key in _VERSIONS if row.get(key)]
+    return Version(-1 if row.get("size") is None else int(row["size"]), " ".join(tags if every else tags[:1]))
 
 
 class _Body:
@@ -113,8 +113,8 @@ class FileSystem(Store):
 
     def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Version]:  # noqa: ARG002, B008 - it can list
         above = self._path(url).strip("/")
-        found = self._ask(url, self._fs.find, detail=True)
-        rows = {name.strip("/"): row for name, row in found.items() if row.get("type", "file") == "file"}
+        listing = self._ask(url, self._fs.find, detail=True)
+        rows = {name.strip("/"): row for name, row in listing.items() if row.get("type", "file") == "file"}
         if above in rows:
             return {"": entry_of(rows[above])}
         start = f"{above}/" if above else ""
@@ -126,7 +126,7 @@ class FileSystem(Store):
             raise UsageError(f"{url}: not a file: give the URL of one")
         return entry_of(row)
 
-    def target(self, url: str) -> None:
+    def request(self, url: str) -> None:
         """It has none."""
 
     def fetch(self, url: str, start: int, stop: int) -> bytes:

@@ -69,10 +69,10 @@ class Folder(ABC):
     @property
     def url(self) -> str:
         """What people call it: its path, or its URL without secrets."""
-        return self.place("")
+        return self.address("")
 
     @abstractmethod
-    def place(self, name: str) -> str:
+    def address(self, name: str) -> str:
         """What a plan's sources call a file."""
 
     def list(self) -> Sequence[str]:
@@ -151,7 +151,7 @@ class Location:
     relative: str = ""
 
     def __str__(self) -> str:
-        return self.folder.place(self.relative)
+        return self.folder.address(self.relative)
 
     @property
     def is_folder(self) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _OURS = {".gitattributes"}  # made with every repository
 _TITLE = "Add converted weights"  # of pull requests
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 class HubSink:
@@ -45,8 +45,8 @@ class HubSink:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-        place = repository(url)
-        if place.kind or "/" not in place.name or place.name.startswith("buckets/"):
+        repo = repository(url)
+        if repo.kind or "/" not in repo.name or repo.name.startswith("buckets/"):
             raise UsageError(f"{url}: not a model repository: give hf://ORGANIZATION/NAME, with @BRANCH if it is not main")
         if is_offline():
             raise DestinationError(f"{url}: HF_HUB_OFFLINE is set: unset it, or give another DST")
@@ -54,7 +54,7 @@ class HubSink:
         self.pull_request = ""
         self._written: set[str] = set()
         self._states: dict[str, bytes] = {}
-        self._repo, self._branch, self._folder = place.name, place.revision or "main", place.path
+        self._repo, self._branch, self._folder = repo.name, repo.revision or "main", repo.path
         self._revision, self._create_pr, self._is_made, self._is_unsure = self._branch, create_pr, False, False
         self._outdated, self._removed = outdated, set[str]()
         self._token, self._head = os.urandom(6).hex(), ""  # the head is a commit: of a branch, readers remember what it led to before
@@ -81,10 +81,10 @@ class HubSink:
     def _list(self, revision: str) -> Mapping[str, Version] | None:
         """What a revision holds; None where there is none."""
         try:
-            found = self._ask(tree, self._api, Repository(None, self._repo, revision, self._folder))
+            files = self._ask(tree, self._api, Repository(None, self._repo, revision, self._folder))
         except Absent as absent:
             return {} if absent.is_path else None
-        return {name: entry for name, entry in found.items() if name not in _OURS}
+        return {name: entry for name, entry in files.items() if name not in _OURS}
 
     def address(self, name: str) -> str:
         revision = self._head or self._revision.replace("/", "%2F")
@@ -92,13 +92,13 @@ class HubSink:
 
     def holds(self, url: str) -> bool:
         """Whether it is of this repository, at the commit that the branch is at: of a later one what was read is kept by its commit."""
-        if not url.startswith("hf://") or (place := repository(url))[:2] != (None, self._repo):
+        if not url.startswith("hf://") or (repo := repository(url))[:2] != (None, self._repo):
             return False
         try:
             head = self._ask(self._api.model_info, self._repo, revision=self._branch).sha
         except Absent:
             return False
-        return (place.revision or "main") in (head, self._branch)
+        return (repo.revision or "main") in (head, self._branch)
 
     def _make(self) -> None:
         """Makes the repository and the branch, if they are not there."""
@@ -127,11 +127,12 @@ class HubSink:
             self._removed.update(doomed)
             with ExitStack() as stack:
                 # From an open file it goes by plain HTTP in bounded memory; from a path Xet would hold what it likes.
-                opened = {
-                    name: given if isinstance(given, bytes) else stack.enter_context(given.open("rb")) for name, given in files.items()
-                }
-                added = [CommitOperationAdd(self._path(name), given) for name, given in opened.items()]
-                self._commit([*added, *(CommitOperationDelete(self._path(name)) for name in doomed)], f"Upload {_name(files)}")
+                additions = []
+                for name, data in files.items():
+                    content = data if isinstance(data, bytes) else stack.enter_context(data.open("rb"))
+                    additions.append(CommitOperationAdd(self._path(name), content))
+                removals = [CommitOperationDelete(self._path(name)) for name in doomed]
+                self._commit([*additions, *removals], f"Upload {_name(files)}")
 
         self._do(commit)
         self._written |= files.keys()
@@ -146,7 +147,8 @@ class HubSink:
         self._make()
 
         def commit() -> None:
-            if doomed := [name for name in self.list() if name in names]:
+            doomed = [name for name in self.list() if name in names]
+            if doomed:
                 self._commit([CommitOperationDelete(self._path(name)) for name in doomed], f"Remove {_name(doomed)}")
 
         self._do(commit)
@@ -156,7 +158,7 @@ class HubSink:
         with warnings.catch_warnings():
             # The library uploads in a way that its own HTTP library frowns upon.
             warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning, module="httpx")
-            made = self._api.create_commit(
+            commit = self._api.create_commit(
                 self._repo,
                 operations,
                 commit_message=_TITLE if opens else message,
@@ -165,9 +167,9 @@ class HubSink:
                 create_pr=opens,
                 num_threads=1,
             )
-        self._head, self._is_unsure = made.oid, False
-        if opens and made.pr_revision:
-            self._go_on_in(made.pr_revision, made.pr_url or made.pr_revision)
+        self._head, self._is_unsure = commit.oid, False
+        if opens and commit.pr_revision:
+            self._go_on_in(commit.pr_revision, commit.pr_url or commit.pr_revision)
 
     def _find_pull_request(self) -> None:
         """Goes on in the pull request that was made without our hearing of it, if one was."""
@@ -194,7 +196,8 @@ class HubSink:
         except OSError:
             return None
         revision, _, rest = first.decode().partition(" ")
-        if (there := self._list(revision)) is None or not (there or self._create_pr):
+        files = self._list(revision)
+        if files is None or not (files or self._create_pr):
             return None  # it went, or this is another Hub: there is nothing to go on with
         self._revision, (self.pull_request, _, self._token) = revision, rest.partition(" ")
         self._states[name], self._is_unsure = data, self._create_pr and not self.pull_request
@@ -221,7 +224,7 @@ class HubSink:
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}" if self._folder else name
 
-    def _ask(self, call: Callable[..., _Found], *args: Any, **options: Any) -> _Found:
+    def _ask(self, call: Callable[..., _Result], *args: Any, **options: Any) -> _Result:
         """What a call gives that may fail for some time."""
         try:
             return again(lambda: ask(call, *args, **options), self.url, OVER, small=True)

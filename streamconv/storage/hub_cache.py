@@ -21,13 +21,16 @@ def find_snapshot(path: Path) -> Path | None:
     if (path / "snapshots").is_dir() and (_REPOSITORY.fullmatch(path.name) or (path / "refs").is_dir()):
         return _newest(path)
     try:
-        found = sorted(inside.name for inside in path.iterdir() if _REPOSITORY.fullmatch(inside.name) and (inside / "snapshots").is_dir())
+        folders = [folder for folder in path.iterdir() if _REPOSITORY.fullmatch(folder.name)]
+        repositories = sorted(folder.name for folder in folders if (folder / "snapshots").is_dir())
     except OSError:
         return None
-    if len(found) > 1:
-        more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-        raise UsageError(f"{path}: the Hub's cache, with {len(found)} repositories: {', '.join(found[:6])}{more}: give the path of one")
-    return _newest(path / found[0]) if found else None
+    if len(repositories) > 1:
+        more = f" and {len(repositories) - 6} more" if len(repositories) > 6 else ""
+        raise UsageError(
+            f"{path}: the Hub's cache, with {len(repositories)} repositories: {', '.join(repositories[:6])}{more}: give the path of one"
+        )
+    return _newest(path / repositories[0]) if repositories else None
 
 
 def _newest(repository: Path) -> Path:
@@ -40,10 +43,10 @@ def _newest(repository: Path) -> Path:
             commit = file.read(_MAX_REF).decode("utf-8", "replace").strip()
     if commit and "/" not in commit and commit not in (".", "..") and (snapshots / commit).is_dir():
         return snapshots / commit
-    found = [folder for folder in snapshots.iterdir() if folder.is_dir()]
-    if not found:
+    folders = [folder for folder in snapshots.iterdir() if folder.is_dir()]
+    if not folders:
         raise UsageError(f"{repository}: the Hub's cache of a repository, with no snapshot in it: download the repository again")
-    return max(found, key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
+    return max(folders, key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
 
 
 def hint(text: str) -> str:

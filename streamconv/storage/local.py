@@ -51,7 +51,7 @@ class LocalFolder(Folder):
         self.local, self.within = path, within
         self._path = str(path)
 
-    def place(self, name: str) -> str:
+    def address(self, name: str) -> str:
         return os.path.join(self._path, name) if name else self._path  # noqa: PTH118 - a text is wanted, of each of many files
 
     def _find_names(self) -> Sequence[str]:
@@ -62,19 +62,19 @@ class LocalFolder(Folder):
             yield folder.removeprefix(self._path).lstrip("/"), folders, files
 
     def has(self, name: str) -> bool:
-        return os.path.exists(self.place(name))  # noqa: PTH110 - Path.exists may raise
+        return os.path.exists(self.address(name))  # noqa: PTH110 - Path.exists may raise
 
     def has_file(self, name: str) -> bool:
-        return os.path.isfile(self.place(name))  # noqa: PTH113 - Path.is_file may raise
+        return os.path.isfile(self.address(name))  # noqa: PTH113 - Path.is_file may raise
 
     def has_folder(self, name: str) -> bool:
-        return os.path.isdir(self.place(name))  # noqa: PTH112 - Path.is_dir may raise
+        return os.path.isdir(self.address(name))  # noqa: PTH112 - Path.is_dir may raise
 
     def size(self, name: str) -> int:
-        return os.stat(self.place(name)).st_size  # noqa: PTH116 - paths are texts here
+        return os.stat(self.address(name)).st_size  # noqa: PTH116 - paths are texts here
 
     def open(self, name: str) -> LocalFile:
-        path = self.place(name)
+        path = self.address(name)
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 - and looked at before they are opened
             raise IrregularFile(errno.EINVAL, "not a regular file", path)
         return LocalFile(path)

@@ -24,7 +24,7 @@ BUFFERED = 4  # parts that a stream holds at most: the one that fills, the one o
 HELD = 6  # the same of larger parts, as one that failed may be held for a while
 COPIED = 1 << 20  # bytes that are handed on at a time
 _log = logging.getLogger(__name__)
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 def takes_streams(url: str) -> bool:
@@ -59,9 +59,10 @@ class ObjectSink:
     def list(self) -> Mapping[str, Version]:
         """What is there; what this process has put there where the store tells nothing."""
         self._fs.invalidate_cache()
-        found: dict[str, Any] = self._do(partial(self._fs.find, self._root, detail=True), {})
-        names = {path.removeprefix(self._root).lstrip("/"): row for path, row in found.items()}
-        return {name: entry_of(row, every=True) for name, row in names.items() if name and not name.endswith("/")} or self._written
+        listing: dict[str, Any] = self._do(partial(self._fs.find, self._root, detail=True), {})
+        names = {path.removeprefix(self._root).lstrip("/"): row for path, row in listing.items()}
+        files = {name: entry_of(row, every=True) for name, row in names.items() if name and not name.endswith("/")}
+        return files or self._written
 
     def address(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -76,12 +77,12 @@ class ObjectSink:
             DestinationError: access is refused, or there is no such bucket.
             RunError: the store failed several times.
         """
-        for name, given in files.items():
-            if isinstance(given, bytes):
-                self._do(partial(self._fs.pipe_file, f"{self._root}/{name}", given))
-                self._written[name] = Version(len(given))
+        for name, data in files.items():
+            if isinstance(data, bytes):
+                self._do(partial(self._fs.pipe_file, f"{self._root}/{name}", data))
+                self._written[name] = Version(len(data))
             else:
-                again(partial(self._send, name, given), self.address(name), OVER)
+                again(partial(self._send, name, data), self.address(name), OVER)
 
     def _send(self, name: str, path: Path) -> None:
         with path.open("rb") as file, self.stream(name, path.stat().st_size) as write:
@@ -140,7 +141,10 @@ class ObjectSink:
                 file.discard()
                 file.closed = True  # else its end would commit it
                 return
-            (file.discard if hasattr(file, "discard") else file.close)()
+            if hasattr(file, "discard"):
+                file.discard()
+            else:
+                file.close()
         with suppress(Exception):
             self._fs.rm_file(path)
 
@@ -157,21 +161,24 @@ class ObjectSink:
         markers: dict[str, str] = {}
         try:
             while True:
-                found = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key, **markers)
-                for upload in found.get("Uploads") or []:
+                answer = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key, **markers)
+                for upload in answer.get("Uploads") or []:
                     name = upload["Key"].removeprefix(key)
                     if name in names or (others and "/" not in name):
                         with suppress(FileNotFoundError):  # another was quicker
                             self._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-                if not found.get("IsTruncated"):
+                if not answer.get("IsTruncated"):
                     return
-                markers = {"KeyMarker": found["NextKeyMarker"], "UploadIdMarker": found["NextUploadIdMarker"]}
+                markers = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
         except Exception as error:  # noqa: BLE001 - some servers do not list them, some do not allow it
             _log.info("%s: unfinished uploads of earlier runs cannot be listed (%s)", self.url, fault(error))
 
     def load_state(self, name: str) -> bytes | None:
-        if (there := self.list()) is self._written or name not in there:
-            return self._states.get(name) if there is self._written else None
+        files = self.list()
+        if files is self._written:
+            return self._states.get(name)
+        if name not in files:
+            return None
         return self._do(partial(self._fs.cat_file, f"{self._root}/{name}"), b"") or None  # another may have dropped it since
 
     def save_state(self, name: str, data: bytes) -> None:
@@ -191,7 +198,7 @@ class ObjectSink:
         except Refused as refused:
             raise self._refuse(refused) from None
 
-    def _do(self, call: Callable[[], _Found], *absent: _Found) -> _Found:
+    def _do(self, call: Callable[[], _Result], *absent: _Result) -> _Result:
         """What a call gives; ``absent``: what it is where there is nothing, or no such call.
 
         Raises:

@@ -23,11 +23,11 @@ class Pace:
 
     Attributes:
         slow: spans in a row in which too little came.
-        said: what came in the last one, for a message.
+        progress: what came in the last one, for a message.
     """
 
     def __init__(self, span: float | None = None) -> None:
-        self.slow, self.said = 0, ""
+        self.slow, self.progress = 0, ""
         self._span = SPAN if span is None else span
         self._waited, self._came = 0.0, 0
 
@@ -42,11 +42,11 @@ class Pace:
         if self._waited < self._span:
             return
         enough = self._came >= LEAST * self._waited
-        self.said = f"{self._came} bytes came in {self._waited:.0f} s"
+        self.progress = f"{self._came} bytes came in {self._waited:.0f} s"
         self.slow = 0 if enough else self.slow + 1
         self._waited, self._came = 0.0, 0
         if not enough:
-            raise Failed(f"too slow, {self.said}")
+            raise Failed(f"too slow, {self.progress}")
 
 
 _waits: dict[int, tuple[float, str]] = {}

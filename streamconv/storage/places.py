@@ -16,18 +16,19 @@ _LINKS = 40  # that a path may go through, as the system has it
 def identify(path: Path) -> Identity | None:
     """What a path leads to; None where that is nothing."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def identify_with_parents(path: Path) -> Iterator[Identity]:
     """What a path leads to, and the folders that this lies in, from the inside; those that are not there are left out."""
     real = Path(os.path.realpath(path))
     for folder in (real, *real.parents):
-        if (found := identify(folder)) is not None:
-            yield found
+        identity = identify(folder)
+        if identity is not None:
+            yield identity
 
 
 def place_of(path: Path) -> Place:
@@ -46,11 +47,11 @@ def place_of(path: Path) -> Place:
 
 def places_of(path: Path) -> set[Place]:
     """The entries by which a path leads to its file: its own, and of each link the one that it names."""
-    found = set()
+    places = set()
     for _ in range(_LINKS):
-        found.add(place_of(path))
+        places.add(place_of(path))
         try:
             path = path.parent / path.readlink()
         except (OSError, ValueError):
             break
-    return found
+    return places

@@ -36,28 +36,28 @@ def probe(url: str, first: First, catalog: Catalog) -> Probed:
             return None
 
     def look_for(names: Iterable[str]) -> dict[str, Version]:
-        asked = list(names)
-        return {name: entry for name, entry in zip(asked, in_parallel(look, asked), strict=True) if entry is not None}
+        candidates = list(names)
+        return {name: entry for name, entry in zip(candidates, in_parallel(look, candidates), strict=True) if entry is not None}
 
-    found = Probed()
-    found.update(look_for(catalog.hints.names))
-    if not found:
+    files = Probed()
+    files.update(look_for(catalog.hints.names))
+    if not files:
         raise refusal(url, next((status for status in (401, 403, 200) if status in refused), 404))
     absent = _ABSENT + next(iter(catalog.suffixes), "")
     if look_for([absent]):
         raise UsageError(f"{url}: the server has a file for every name, even {absent}: give the URL of the checkpoint's file or index")
-    for name, entry in found.items():
+    for name, entry in files.items():
         if catalog.tells(name):
-            found.read[name] = first(folder + name, max(1, min(entry.size, _MAX_TEXT)))[1]
+            files.read[name] = first(folder + name, max(1, min(entry.size, _MAX_TEXT)))[1]
     series = list(catalog.hints.series)
-    for name, raw in found.read.items():
+    for name, raw in files.read.items():
         hints = catalog.read(name, raw)
-        found.update(look_for(hints.names))
-        found.update(dict.fromkeys(hints.named, Version(-1)) | found)
+        files.update(look_for(hints.names))
+        files.update(dict.fromkeys(hints.present, Version(-1)) | files)
         series += hints.series
     for before, after in series:
-        found.update(_look_for_ranks(url, look_for, before, after))
-    return found
+        files.update(_look_for_ranks(url, look_for, before, after))
+    return files
 
 
 def _look_for_ranks(url: str, look_for: Callable[[Iterable[str]], dict[str, Version]], before: str, after: str) -> dict[str, Version]:

@@ -19,11 +19,11 @@ from streamconv.storage import Version, is_url
 from streamconv.storage.addresses import WEB, refusal, scheme_of
 from streamconv.storage.pace import SPANS, Pace, waiting_for
 from streamconv.storage.retries import READING, RUNNING, Failed, Refused, again, fault
-from streamconv.storage.sources import RECEIVED, Answer, Store, Target, in_parallel
+from streamconv.storage.sources import RECEIVED, Answer, Request, Store, in_parallel
 from streamconv.storage.stores import store_of
 
 if TYPE_CHECKING:
-    from streamconv.storage.web import Part
+    from streamconv.storage.web import RangeStream
 
 SKIPPED = 256 << 10  # bytes that are rather received for nothing than asked around
 ENOUGH = 64 << 10  # bytes between two failures after which the next attempt need not wait
@@ -59,52 +59,52 @@ def fingerprint(path: str) -> Fingerprint:
     if is_url(path):
         entry = store_of(path).entry(path)
         return Fingerprint(entry.size, 0, 0, entry.tag)
-    found = os.stat(path)  # noqa: PTH116 - paths are texts here
-    return Fingerprint(found.st_size, found.st_mtime_ns, getattr(found, "st_blocks", -(-found.st_size // 512)) * 512)
+    status = os.stat(path)  # noqa: PTH116 - paths are texts here
+    return Fingerprint(status.st_size, status.st_mtime_ns, getattr(status, "st_blocks", -(-status.st_size // 512)) * 512)
 
 
 def fingerprints(paths: Iterable[str], known: Mapping[str, Version] | None = None) -> dict[str, Fingerprint]:
     """`fingerprint` of each, of several URLs at a time, but for those whose entries are ``known``."""
-    given = list(dict.fromkeys(paths))
-    found = {path: Fingerprint(known[path].size, 0, 0, known[path].tag) for path in given if known and path in known}
-    rest = [path for path in given if path not in found]
+    distinct = list(dict.fromkeys(paths))
+    prints = {path: Fingerprint(known[path].size, 0, 0, known[path].tag) for path in distinct if known and path in known}
+    rest = [path for path in distinct if path not in prints]
     if not any(map(is_url, rest)):
-        return found | {path: fingerprint(path) for path in rest}
-    return found | dict(zip(rest, in_parallel(fingerprint, rest), strict=True))
+        return prints | {path: fingerprint(path) for path in rest}
+    return prints | dict(zip(rest, in_parallel(fingerprint, rest), strict=True))
 
 
-def _ask(url: str, target: Target, known: Version, start: int, stop: int) -> Part:
+def _ask(url: str, request: Request, version: Version, start: int, stop: int) -> RangeStream:
     """The answer to one range request, for a file that is as it is known."""
-    from streamconv.storage.web import Part
+    from streamconv.storage.web import RangeStream
 
-    asked = target[0]
-    address = _resolved.get(asked, asked)
+    original = request[0]
+    address = _resolved.get(original, original)
     try:
-        part = Part(url, target if address == asked else (address, {}), start, stop, known.size)
+        stream = RangeStream(url, request if address == original else (address, {}), start, stop, version.size)
     except Failed:
-        _resolved.pop(asked, None)
+        _resolved.pop(original, None)
         raise
     except Refused as refused:
-        _resolved.pop(asked, None)
-        if address != asked or (refused.moved and refused.status == 403):  # it was signed for some time only
-            raise Failed(str(refused), 0.0 if address != asked else None) from None
+        _resolved.pop(original, None)
+        if address != original or (refused.moved and refused.status == 403):  # it was signed for some time only
+            raise Failed(str(refused), 0.0 if address != original else None) from None
         if refused.status == 416:
             raise SourceChanged(f"{url}: ends before byte {stop}, which was planned: it changed; plan again") from None
-        said = refusal(url, refused.status)
-        raise said if refused.status == 200 else RunError(f"{said}, then rerun the same command with --resume") from said
-    size, tag = part.entry.size, part.entry.tag if scheme_of(url) in WEB else ""
+        error = refusal(url, refused.status)
+        raise error if refused.status == 200 else RunError(f"{error}, then rerun the same command with --resume") from error
+    size, tag = stream.entry.size, stream.entry.tag if scheme_of(url) in WEB else ""
     changed = ""
-    if known.size != size and (-1 not in (size, known.size) or not size):
-        changed = f"with {known.size} bytes, now {size}"
-    elif known.tag and tag and _bare(known.tag) != _bare(tag):
-        changed = f"as version {known.tag}, now {tag}"
+    if version.size != size and (-1 not in (size, version.size) or not size):
+        changed = f"with {version.size} bytes, now {size}"
+    elif version.tag and tag and _bare(version.tag) != _bare(tag):
+        changed = f"as version {version.tag}, now {tag}"
     if changed:
-        part.close()
+        stream.close()
         raise SourceChanged(f"{url}: planned {changed}: it changed; plan again")
-    part.entry = Version(max(size, known.size), known.tag or tag)
-    if urlsplit(part.address).netloc != urlsplit(address).netloc:
-        _resolved[asked] = part.address
-    return part
+    stream.entry = Version(max(size, version.size), version.tag or tag)
+    if urlsplit(stream.address).netloc != urlsplit(address).netloc:
+        _resolved[original] = stream.address
+    return stream
 
 
 class _PieceStream:
@@ -164,16 +164,16 @@ class Ranges:
     """One thread's connections. What is announced by `expect` is asked for in one request and received as it is read.
 
     Args:
-        known: size and version of files, by URL; those of others are taken from their first answer.
+        versions: size and version of files, by URL; those of others are taken from their first answer.
         stop: ends waits, and the reading, when it is set.
         small: what is read is: there is less patience with a server that does not answer.
     """
 
-    def __init__(self, known: Mapping[str, Version] | None = None, stop: threading.Event | None = None, *, small: bool = False) -> None:
+    def __init__(self, versions: Mapping[str, Version] | None = None, stop: threading.Event | None = None, *, small: bool = False) -> None:
         self._small, self._pace = small, Pace()
-        self._known, self._stop = dict(known or {}), stop or threading.Event()
+        self._versions, self._stop = dict(versions or {}), stop or threading.Event()
         self._expected: list[tuple[str, int, int]] = []
-        self._streams: list[Part | _PieceStream] = []
+        self._streams: list[RangeStream | _PieceStream] = []
         self._size = LARGEST_PIECE // 2
         self._came = 0  # bytes since the last failure
 
@@ -185,8 +185,8 @@ class Ranges:
                 self._drop(stream)
 
     def know(self, url: str, entry: Version) -> None:
-        """Has a file be what it is taken for; see ``known``."""
-        self._known[url] = entry
+        """Has a file be what it is taken for; see ``versions``."""
+        self._versions[url] = entry
 
     def read(self, url: str, offset: int, view: memoryview) -> None:
         """Fills ``view`` from byte ``offset``.
@@ -197,23 +197,23 @@ class Ranges:
             RunError: no byte came in several attempts, or too few in a long time, or access is refused.
             Interrupted: it was told to stop.
         """
-        told = READING if self._small else _TOLD
+        message = READING if self._small else _TOLD
         while view:
             what = f"{url}, byte {offset}"
             with waiting_for(what):
-                done = again(partial(self._some, url, offset, view), what, told=told, small=self._small, stop=self._stop)
+                done = again(partial(self._some, url, offset, view), what, message=message, small=self._small, stop=self._stop)
             view, offset = view[done:], offset + done
 
     def _some(self, url: str, offset: int, view: memoryview) -> int:
         """Fills the beginning of ``view``, at least a byte; what was asked for by the time of a failure is dropped."""
-        stream, asked = None, time.monotonic()
+        stream, since = None, time.monotonic()
         try:
             stream = self._at(url, offset, len(view))
             first = stream.position
             while stream.position < offset:
                 stream.readinto(memoryview(bytearray(min(offset - stream.position, SMALLEST_PIECE))))
             done = stream.readinto(view)
-            self._pace.add(time.monotonic() - asked, stream.position - first)
+            self._pace.add(time.monotonic() - since, stream.position - first)
         except Failed as failure:
             if stream is not None:
                 self._drop(stream)
@@ -228,7 +228,7 @@ class Ranges:
             self._drop(stream)
         return done
 
-    def _at(self, url: str, offset: int, nbytes: int) -> Part | _PieceStream:
+    def _at(self, url: str, offset: int, nbytes: int) -> RangeStream | _PieceStream:
         """The stream that goes on at ``offset`` or shortly before: one that is there already, or another one."""
         for stream in self._streams:
             if stream.url == url and stream.position <= offset < min(stream.stop, stream.position + SKIPPED + 1):
@@ -240,16 +240,16 @@ class Ranges:
         self._streams.append(self._open(url, offset, stop))
         return self._streams[-1]
 
-    def _open(self, url: str, start: int, stop: int) -> Part | _PieceStream:
+    def _open(self, url: str, start: int, stop: int) -> RangeStream | _PieceStream:
         store = store_of(url)
-        target = store.target(url)
-        if target is None:
+        request = store.request(url)
+        if request is None:
             return _PieceStream(store, url, start, stop, self._size)
-        part = _ask(url, target, self._known.get(url, Version(-1)), start, stop)
-        self._known[url] = part.entry
-        return part
+        stream = _ask(url, request, self._versions.get(url, Version(-1)), start, stop)
+        self._versions[url] = stream.entry
+        return stream
 
-    def _drop(self, stream: Part | _PieceStream) -> None:
+    def _drop(self, stream: RangeStream | _PieceStream) -> None:
         if stream in self._streams:
             self._streams.remove(stream)
         if isinstance(stream, _PieceStream):

@@ -27,11 +27,11 @@ def read_whole(path: str | Path, most: int) -> bytes:
 
 def check_whole(fd: int, most: int) -> int:
     """The size of an open file. Raises OSError if it is no regular file, or larger than ``most`` bytes."""
-    found = os.fstat(fd)
-    if stat.S_ISDIR(found.st_mode):
+    status = os.fstat(fd)
+    if stat.S_ISDIR(status.st_mode):
         raise OSError(errno.EISDIR, "is a directory")
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "is a pipe or device, no regular file")
-    if found.st_size > most:
-        raise OSError(errno.EFBIG, f"has {found.st_size} bytes, more than the {most} that it can have")
-    return found.st_size
+    if status.st_size > most:
+        raise OSError(errno.EFBIG, f"has {status.st_size} bytes, more than the {most} that it can have")
+    return status.st_size

@@ -58,11 +58,11 @@ class Tree:
         """All of them, by relative name; a size of -1 is not known yet."""
         with self._lock:
             if self._listed is None:
-                listed = self.store.list(self.url, self.catalog)
-                if not listed:
+                listing = self.store.list(self.url, self.catalog)
+                if not listing:
                     raise refusal(self.url, 404)
-                self._listed = dict(listed)
-                self._read = listed.read if isinstance(listed, Probed) else {}
+                self._listed = dict(listing)
+                self._read = listing.read if isinstance(listing, Probed) else {}
             return self._listed
 
     @property
@@ -95,18 +95,18 @@ class Tree:
             StreamconvError: the file that the URL names cannot be read.
         """
         if relative not in self._entries:
-            known = Version(-1) if self._listed is None else self._listed.get(relative)
-            if known is not None and known.size < 0:
+            version = Version(-1) if self._listed is None else self._listed.get(relative)
+            if version is not None and version.size < 0:
                 try:
-                    known, head = self.store.head(self.address(relative))
+                    version, head = self.store.head(self.address(relative))
                     if scheme_of(self.url) in WEB:
-                        opened[self.address(relative)] = known
+                        opened[self.address(relative)] = version
                     self._keep_head(relative, head)
                 except UsageError:
                     if self._listed is not None or relative in self._urls:
                         raise
-                    known = None
-            self._entries[relative] = known
+                    version = None
+            self._entries[relative] = version
         return self._entries[relative]
 
     def _keep_head(self, relative: str, head: bytes) -> None:
@@ -163,11 +163,11 @@ class RemoteFile(io.RawIOBase):
             start, ahead = offset, HEAD if offset == end or offset < HEAD else _NEAR
             if self.size - offset < _TAIL:
                 start, ahead = max(0, self.size - _TAIL), _TAIL  # a directory at the end is read from its end to its start
-            if known := self._head[start:]:
-                start += len(known)
+            if first := self._head[start:]:
+                start += len(first)
             data = bytearray(min(self.size - start, max(ahead, stop - start)))
             read_range(self._url, start, memoryview(data), self._tag)
-            self._window, self._start = known + data, start - len(known)
+            self._window, self._start = first + data, start - len(first)
         return self._window[offset - self._start : stop - self._start]
 
 
@@ -182,7 +182,7 @@ class RemoteFolder(Folder):
     def _relative(self, name: str) -> str:
         return "/".join(filter(None, (self.within, name)))
 
-    def place(self, name: str) -> str:
+    def address(self, name: str) -> str:
         return self._tree.address(self._relative(name))
 
     def _find_names(self) -> Sequence[str]:
@@ -213,15 +213,15 @@ class RemoteFolder(Folder):
 
     def open(self, name: str) -> RemoteFile:
         entry = self._entry(name)
-        return RemoteFile(self.place(name), entry, self._tree.head(self._relative(name)))
+        return RemoteFile(self.address(name), entry, self._tree.head(self._relative(name)))
 
     def _entry(self, name: str) -> Version:
         entry = self._tree.entry(self._relative(name)) if name else None
         if entry is not None:
             return entry
         if not name or self.has_folder(name):
-            raise IrregularFile(errno.EISDIR, os.strerror(errno.EISDIR), self.place(name))
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.place(name))
+            raise IrregularFile(errno.EISDIR, os.strerror(errno.EISDIR), self.address(name))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.address(name))
 
     def _inner(self, name: str, within: str) -> RemoteFolder:  # noqa: ARG002 - the tree is one
         return RemoteFolder(self._tree, within)

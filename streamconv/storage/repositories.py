@@ -12,13 +12,13 @@ from streamconv.errors import UsageError
 from streamconv.storage import Version
 from streamconv.storage.addresses import Repository, credentials, is_offline, missing, refusal, repository
 from streamconv.storage.retries import READING, TRANSIENT, Failed, Refused, again, bare, fault
-from streamconv.storage.sources import Catalog, Store, Target
+from streamconv.storage.sources import Catalog, Request, Store
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _BUSY = {409, 412}  # another commit was quicker
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 class Absent(Refused):
@@ -27,7 +27,7 @@ class Absent(Refused):
     is_path = is_revision = False
 
 
-def ask(call: Callable[..., _Found], *args: Any, **options: Any) -> _Found:
+def ask(call: Callable[..., _Result], *args: Any, **options: Any) -> _Result:
     """A call of the library, its errors as those that `again` takes."""
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -41,8 +41,8 @@ def ask(call: Callable[..., _Found], *args: Any, **options: Any) -> _Found:
             absent = Absent(status, f"HTTP {status}, no such repository or branch, or none that the token may see")
             absent.is_path, absent.is_revision = isinstance(error, EntryNotFoundError), isinstance(error, RevisionNotFoundError)
             raise absent from None
-        said = f", {bare(error.server_message)}" if error.server_message else ""
-        raise Refused(status, f"HTTP {status}{said}") from None
+        message = f", {bare(error.server_message)}" if error.server_message else ""
+        raise Refused(status, f"HTTP {status}{message}") from None
     except ValueError as error:  # what it will not send, the name of a repository among that
         raise Refused(400, bare(str(error))) from None
     except Exception as error:
@@ -59,10 +59,15 @@ def _upload_fault(error: BaseException) -> Failed:
     return Failed(f"HTTP {status} from the storage") if status else fault(error)
 
 
-def tree(api: HfApi, place: Repository) -> dict[str, Version]:
-    """The files below a place by their relative names, with the SHA-256 of large ones and git's digest of others."""
-    rows = api.list_repo_tree(place.name, place.path or None, recursive=True, revision=place.revision, repo_type=place.kind)
-    return {row.path.removeprefix(f"{place.path}/"): entry for row in rows if (entry := _entry(row))}
+def tree(api: HfApi, repo: Repository) -> dict[str, Version]:
+    """The files below a path of a repository by their relative names, with the SHA-256 of large ones and git's digest of others."""
+    rows = api.list_repo_tree(repo.name, repo.path or None, recursive=True, revision=repo.revision, repo_type=repo.kind)
+    files = {}
+    for row in rows:
+        entry = _entry(row)
+        if entry is not None:
+            files[row.path.removeprefix(f"{repo.path}/")] = entry
+    return files
 
 
 def _entry(row: Any) -> Version | None:
@@ -89,26 +94,28 @@ class Hub(Store):
         return f"{above}/{path}" if path else above
 
     def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Version]:  # noqa: ARG002, B008 - it can list
-        place = repository(url)
-        if place.path and (single := self._file(url, place)):
+        repo = repository(url)
+        single = self._file(url, repo) if repo.path else None
+        if single is not None:
             return {"": single}
-        found = _read(url, tree, self._api, place)
-        self._tags |= {f"{url.rstrip('/')}/{file}": entry for file, entry in found.items()}
-        return found
+        files = _read(url, tree, self._api, repo)
+        self._tags |= {f"{url.rstrip('/')}/{file}": entry for file, entry in files.items()}
+        return files
 
-    def _file(self, url: str, place: Repository) -> Version | None:
-        rows = _read(url, self._api.get_paths_info, place.name, [place.path], revision=place.revision, repo_type=place.kind)
+    def _file(self, url: str, repo: Repository) -> Version | None:
+        rows = _read(url, self._api.get_paths_info, repo.name, [repo.path], revision=repo.revision, repo_type=repo.kind)
         return next(map(_entry, rows), None)
 
     def entry(self, url: str) -> Version:
         """As it is at a commit, which does not change."""
         if url not in self._tags:
-            if (found := self._file(url, repository(url))) is None:
+            version = self._file(url, repository(url))
+            if version is None:
                 raise refusal(url, 404)
-            self._tags[url] = found
+            self._tags[url] = version
         return self._tags[url]
 
-    def target(self, url: str) -> Target:
+    def request(self, url: str) -> Request:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -117,12 +124,12 @@ class Hub(Store):
         return address, build_hf_headers(library_name="streamconv")
 
 
-def _read(url: str, call: Callable[..., _Found], *args: Any, **options: Any) -> _Found:
+def _read(url: str, call: Callable[..., _Result], *args: Any, **options: Any) -> _Result:
     """What a call gives that reads, or a line that says why not."""
     if is_offline():
         raise _offline(url)
     try:
-        return again(lambda: ask(call, *args, **options), url, told=READING, small=True)
+        return again(lambda: ask(call, *args, **options), url, message=READING, small=True)
     except Absent as absent:
         if absent.is_revision:
             raise UsageError(f"{url}: no such revision of the repository: give a branch, a tag or a commit that is there") from None

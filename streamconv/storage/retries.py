@@ -25,7 +25,7 @@ READING = "{0}: no answer ({1}, attempts: {2}): check the address and the networ
 RUNNING = "{0}: no answer ({1}, attempts: {2}): mend that and rerun the same command with --resume"
 
 _ABSENT = re.compile("NewConnection|NameResolution|Connector|EndpointConnection|ConnectError|ConnectionRefused")
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 class Failed(Exception):
@@ -45,27 +45,27 @@ class Failed(Exception):
 class Refused(Exception):
     """A final answer: its status, as HTTP has them, and what to show of it; ``moved``: from where the request was sent on to."""
 
-    def __init__(self, status: int, said: str = "", *, moved: bool = False) -> None:
-        super().__init__(said or f"HTTP {status}")
-        self.status, self.said, self.moved = status, said, moved
+    def __init__(self, status: int, reason: str = "", *, moved: bool = False) -> None:
+        super().__init__(reason or f"HTTP {status}")
+        self.status, self.reason, self.moved = status, reason, moved
 
 
 def again(
-    call: Callable[[], _Found],
+    call: Callable[[], _Result],
     what: str,
     most: int = ATTEMPTS,
-    told: str = RUNNING,
+    message: str = RUNNING,
     *,
     small: bool = False,
     stop: threading.Event | None = None,
-) -> _Found:
+) -> _Result:
     """What a call gives that may be `Failed` for some time; waits after each failure, longer and longer.
 
     Args:
         call: that may fail.
-        what: fails; it begins the message ``told``.
+        what: fails; it is the first field of ``message``.
         most: failures are given up at.
-        told: then.
+        message: then, a template of what failed, the failure and the count.
         small: `PATIENCE` is enough; half as many failures are where nobody is there to answer.
         stop: ends it when it is set.
 
@@ -81,7 +81,7 @@ def again(
             count += 1
             late = small and (time.monotonic() > end or (failure.unreached and count >= most // 2))
             if late or count >= most:
-                raise RunError(told.format(what, failure, count)) from None
+                raise RunError(message.format(what, failure, count)) from None
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (count - 1)) * random.uniform(0.5, 1.0)  # noqa: S311 - no secret
             if failure.wait is not None:
                 wait = min(failure.wait, LONGEST_ASKED)
@@ -96,13 +96,16 @@ def fault(error: BaseException) -> Failed:
     at: BaseException | None = error
     while at is not None and at not in chain:
         chain.append(at)
-        inside = (value for value in (getattr(at, "reason", None), *at.args) if isinstance(value, BaseException))
-        at = next(inside, None) or at.__cause__ or at.__context__
-    told = (
-        at.strerror or (str(at) if type(at).__module__ in ("builtins", "http.client") else "") for at in chain if isinstance(at, OSError)
-    )
-    said = next(filter(None, told), type(error).__name__)
-    return Failed(bare(said), unreached=any(_ABSENT.search(type(at).__name__) for at in chain))
+        inner = [value for value in (getattr(at, "reason", None), *at.args) if isinstance(value, BaseException)]
+        at = inner[0] if inner else at.__cause__ or at.__context__
+    reasons = (_reason_of(one) for one in chain if isinstance(one, OSError))
+    reason = next(filter(None, reasons), type(error).__name__)
+    return Failed(bare(reason), unreached=any(_ABSENT.search(type(at).__name__) for at in chain))
+
+
+def _reason_of(error: OSError) -> str:
+    """What the system says of it; of other libraries' errors, whose texts may hold addresses, nothing."""
+    return error.strerror or (str(error) if type(error).__module__ in ("builtins", "http.client") else "")
 
 
 def bare(text: str) -> str:

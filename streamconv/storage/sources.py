@@ -15,11 +15,11 @@ HEAD = 8 << 10  # bytes of a file that are asked for together with its size
 RECEIVED = 256 << 10  # bytes taken from a connection at a time, at most
 CONCURRENT = 16  # requests at a time, where many small ones are made
 
-Target = tuple[str, dict[str, str]]
+Request = tuple[str, dict[str, str]]
 """An http(s) address and the headers to ask it with, neither to be shown to anybody."""
 
 _Item = TypeVar("_Item")
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 class Probed(dict[str, Version]):
@@ -32,12 +32,12 @@ class Probed(dict[str, Version]):
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """Other files that there are by what one says: ``named`` are taken to be there, ``names`` are asked for.
+    """Other files that there are by what one says: ``present`` are taken to be there, ``names`` are asked for.
 
     ``series`` are numbered files that are asked for: what stands before and after a number of two digits or more, which begins at 00.
     """
 
-    named: Collection[str] = ()
+    present: Collection[str] = ()
     names: Collection[str] = ()
     series: Collection[tuple[str, str]] = ()
 
@@ -99,7 +99,7 @@ class Store(ABC):
         return self.entry(url), b""
 
     @abstractmethod
-    def target(self, url: str) -> Target | None:
+    def request(self, url: str) -> Request | None:
         """What to ask for ranges of a file; None: `fetch` is the way."""
 
     def fetch(self, url: str, start: int, stop: int) -> bytes:  # noqa: ARG002 - there is another way
@@ -111,14 +111,14 @@ class Store(ABC):
         return None
 
 
-def in_parallel(work: Callable[[_Item], _Found], items: Iterable[_Item]) -> list[_Found]:
+def in_parallel(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
     """What small requests give for each of several items."""
-    asked = list(items)
-    answers: dict[int, _Found] = {}
+    work_items = list(items)
+    answers: dict[int, _Result] = {}
 
     def ask(numbers: Iterator[int]) -> None:
         for number in numbers:
-            answers[number] = work(asked[number])
+            answers[number] = work(work_items[number])
 
-    run_threads(min(CONCURRENT, len(asked)), ask, range(len(asked)), threading.Event())
-    return [answers[number] for number in range(len(asked))]
+    run_threads(min(CONCURRENT, len(work_items)), ask, range(len(work_items)), threading.Event())
+    return [answers[number] for number in range(len(work_items))]

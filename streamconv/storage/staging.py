@@ -69,13 +69,13 @@ def _lock(folder: Path) -> int | None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(fd), folder.lstat()):
             return fd
-        found = None
+        result = None
     except (BlockingIOError, FileNotFoundError):
-        found = None
+        result = None
     except OSError:
-        found = -1
+        result = -1
     os.close(fd)
-    return found
+    return result
 
 
 @cache

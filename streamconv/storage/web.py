@@ -20,7 +20,7 @@ from streamconv.storage.addresses import WEB, private, refusal
 from streamconv.storage.pace import Pace, waiting_for
 from streamconv.storage.probing import probe
 from streamconv.storage.retries import PATIENCE, READING, TRANSIENT, Failed, Refused, again, fault
-from streamconv.storage.sources import HEAD, RECEIVED, Catalog, Store, Target, in_parallel
+from streamconv.storage.sources import HEAD, RECEIVED, Catalog, Request, Store, in_parallel
 
 if TYPE_CHECKING:
     import requests
@@ -31,7 +31,7 @@ ANSWERING = 60.0  # seconds from a request until the last line of its answer's h
 _MAX_PAGE = 4 << 20  # bytes of a server's listing of a directory
 _DEPTH = 2  # folders below a checkpoint's that are looked into, where each takes a request ...
 _FOLDERS = 256  # ... at most
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 _LINK = re.compile(r"""<a\s[^>]*?\bhref\s*=\s*("[^"]*"|'[^']*'|[^\s>]+)""", re.IGNORECASE)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
@@ -86,14 +86,14 @@ def _answered(connection: socket.socket) -> Iterator[None]:
         timer.cancel()
 
 
-def _ask(url: str, target: Target, **more: str) -> requests.Response:
+def _ask(url: str, request: Request, **more: str) -> requests.Response:
     """The answer to a GET, for ``url`` as it may be shown.
 
     Raises:
         Failed: the server is not there, or says that it may do better.
         UsageError: it cannot be asked.
     """
-    address, headers = target[0], {"Accept-Encoding": "identity", **target[1], **more}
+    address, headers = request[0], {"Accept-Encoding": "identity", **request[1], **more}
     # What the store gives as credentials must not be replaced by those of ~/.netrc.
     auth = (lambda request: request) if any(key.lower() == "authorization" for key in headers) else None
     try:
@@ -127,12 +127,12 @@ def _asked_wait(text: str) -> float | None:
         return None
 
 
-class Part:
+class RangeStream:
     """Bytes [position, stop) of a file as a server sends them, by one request.
 
     Args:
         url: as it may be shown.
-        target: what is asked.
+        request: what is asked.
         start: the first byte.
         stop: the byte after the last; the server may send less.
         size: of the file in bytes, if that is known.
@@ -147,9 +147,9 @@ class Part:
         UsageError: it cannot be asked.
     """
 
-    def __init__(self, url: str, target: Target, start: int, stop: int, size: int = -1) -> None:
+    def __init__(self, url: str, request: Request, start: int, stop: int, size: int = -1) -> None:
         self.url, self.position, self.stop = url, start, stop
-        self._answer = _ask(url, target, Range=f"bytes={start}-{stop - 1}")
+        self._answer = _ask(url, request, Range=f"bytes={start}-{stop - 1}")
         self.address = self._answer.url
         try:
             self.entry = self._check(size)
@@ -159,8 +159,8 @@ class Part:
 
     def _check(self, size: int) -> Version:
         status, headers = self._answer.status_code, self._answer.headers
-        tag, given = headers.get("ETag") or headers.get("Last-Modified") or "", headers.get("Content-Range", "")
-        if (status == 416 and given.endswith("*/0")) or (status == 200 and headers.get("Content-Length") == "0"):
+        tag, content_range = headers.get("ETag") or headers.get("Last-Modified") or "", headers.get("Content-Range", "")
+        if (status == 416 and content_range.endswith("*/0")) or (status == 200 and headers.get("Content-Length") == "0"):
             self.stop = self.position
             return Version(0, tag)
         if status == 200 and not self.position and headers.get("Content-Length") == str(self.stop) == str(size):
@@ -169,11 +169,11 @@ class Part:
             raise Refused(status, moved=bool(self._answer.history))
         if headers.get("Content-Encoding", "identity") != "identity":
             raise UsageError(f"{self.url}: the server sends its files compressed: switch that off there, or download the file")
-        found = _CONTENT_RANGE.fullmatch(given.strip())
-        if found is None or int(found[1]) != self.position or not self.position <= int(found[2]) < self.stop:
-            raise Failed(f"other bytes than asked for ({given or 'no Content-Range'})")
-        self.stop = int(found[2]) + 1
-        return Version(-1 if found[3] == "*" else int(found[3]), tag)
+        match = _CONTENT_RANGE.fullmatch(content_range.strip())
+        if match is None or int(match[1]) != self.position or not self.position <= int(match[2]) < self.stop:
+            raise Failed(f"other bytes than asked for ({content_range or 'no Content-Range'})")
+        self.stop = int(match[2]) + 1
+        return Version(-1 if match[3] == "*" else int(match[3]), tag)
 
     def readinto(self, view: memoryview) -> int:
         """Fills the beginning of ``view`` with what comes next; at least a byte, or it is `Failed`."""
@@ -195,23 +195,23 @@ def _first(url: str, nbytes: int) -> tuple[Version, bytes]:
     """A file's size, tag and first bytes."""
 
     def read() -> tuple[Version, bytes]:
-        with closing(Part(url, (private(url), {}), 0, nbytes)) as part:
-            if part.entry.size < 0:
+        with closing(RangeStream(url, (private(url), {}), 0, nbytes)) as stream:
+            if stream.entry.size < 0:
                 raise Refused(200)
-            data, pace = memoryview(bytearray(part.stop)), Pace(PATIENCE)
-            while part.position < part.stop:
-                asked = time.monotonic()
-                done = part.readinto(data[part.position :])
-                pace.add(time.monotonic() - asked, done)
-            return part.entry, bytes(data)
+            data, pace = memoryview(bytearray(stream.stop)), Pace(PATIENCE)
+            while stream.position < stream.stop:
+                since = time.monotonic()
+                done = stream.readinto(data[stream.position :])
+                pace.add(time.monotonic() - since, done)
+            return stream.entry, bytes(data)
 
     return _small(read, url)
 
 
-def _small(read: Callable[[], _Found], url: str) -> _Found:
+def _small(read: Callable[[], _Result], url: str) -> _Result:
     """What a small request gives."""
     with waiting_for(url):
-        return again(read, url, told=READING, small=True)
+        return again(read, url, message=READING, small=True)
 
 
 def _links(page: str, address: str) -> dict[str, None]:
@@ -219,9 +219,9 @@ def _links(page: str, address: str) -> dict[str, None]:
     above = address.partition("?")[0].rpartition("/")[0] + "/"
     names: dict[str, None] = {}
     for link in _LINK.findall(page):
-        found = urljoin(above, unescape(link.strip("\"'")))
-        name = unquote(found.removeprefix(above))
-        if found.startswith(above) and not {"?", "#"} & {*found} and name.strip("/") and "/" not in name.rstrip("/"):
+        linked = urljoin(above, unescape(link.strip("\"'")))
+        name = unquote(linked.removeprefix(above))
+        if linked.startswith(above) and not {"?", "#"} & {*linked} and name.strip("/") and "/" not in name.rstrip("/"):
             names[name] = None
     return names
 
@@ -230,13 +230,13 @@ def _read_page(answer: requests.Response) -> str:
     """The text of a page, as far as it counts."""
     raw, pace = bytearray(), Pace(PATIENCE)
     while len(raw) < _MAX_PAGE:
-        asked = time.monotonic()
+        since = time.monotonic()
         with _received():
             some = answer.raw.read1(RECEIVED, decode_content=True)
         if not some:
             break
         raw += some
-        pace.add(time.monotonic() - asked, len(some))
+        pace.add(time.monotonic() - since, len(some))
     return raw[:_MAX_PAGE].decode("utf-8", "replace")
 
 
@@ -255,7 +255,7 @@ class Web(Store):
         except Refused as refused:
             raise refusal(url, refused.status) from None
 
-    def target(self, url: str) -> Target:
+    def request(self, url: str) -> Request:
         return private(url), {}
 
     def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Version]:  # noqa: B008 - it is frozen
@@ -265,23 +265,23 @@ class Web(Store):
             with suppress(Refused):
                 return {"": _first(url, 1)[0]}
             return probe(url, _first, catalog)
-        found: dict[str, Version] = {}
+        files: dict[str, Version] = {}
         waiting: Sequence[tuple[str, Sequence[str]]] = [("", names)]
         for depth in range(_DEPTH + 1):
             folders = []
             for above, inside in waiting:
-                found |= {above + name: Version(-1) for name in inside if not name.endswith("/")}
+                files |= {above + name: Version(-1) for name in inside if not name.endswith("/")}
                 folders += [above + name for name in inside if name.endswith("/") and not name.startswith((".", "__pycache__"))]
             if len(folders) > _FOLDERS:
                 raise UsageError(f"{url}: there are {len(folders)} folders below it: give the URL of one checkpoint")
             if depth < _DEPTH:
-                listed = in_parallel(lambda name: self._page(folder + quote(name)) or (), folders)
-                waiting = tuple(zip(folders, listed, strict=True))
-        if catalog.is_listing(found):
-            return found
+                pages = in_parallel(lambda name: self._page(folder + quote(name)) or (), folders)
+                waiting = tuple(zip(folders, pages, strict=True))
+        if catalog.is_listing(files):
+            return files
         with suppress(UsageError):  # the page was about something else
             return probe(url, _first, catalog)
-        return found
+        return files
 
     def _page(self, folder: str) -> Sequence[str] | None:
         """The names on a server's page about a folder; None where it gives no such page."""

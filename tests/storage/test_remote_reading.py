@@ -354,7 +354,7 @@ class Pieces:
     def __init__(self, *failures: Exception | None) -> None:
         self.failures, self.sizes = list(failures), []
 
-    def target(self, url: str) -> None:
+    def request(self, url: str) -> None:
         assert url == "any://data"
 
     def fetch(self, url: str, start: int, stop: int) -> bytes:
