@@ -103,8 +103,7 @@ def repository(url: str) -> Repository:
 
 def from_page(url: str) -> str:
     """The ``hf://`` URL of a page of the Hub, as it is copied from a browser; others as they are."""
-    page = _PAGE.fullmatch(url)
-    if not page:
+    if not (page := _PAGE.fullmatch(url)):
         return url
     revision = page["revision"]
     return f"hf://{page['id']}{f'@{revision}' if revision else ''}{unquote(page['path'] or '')}"

@@ -127,12 +127,9 @@ class HubSink:
             self._removed.update(doomed)
             with ExitStack() as stack:
                 # From an open file it goes by plain HTTP in bounded memory; from a path Xet would hold what it likes.
-                additions = []
-                for name, data in files.items():
-                    content = data if isinstance(data, bytes) else stack.enter_context(data.open("rb"))
-                    additions.append(CommitOperationAdd(self._path(name), content))
-                removals = [CommitOperationDelete(self._path(name)) for name in doomed]
-                self._commit([*additions, *removals], f"Upload {_name(files)}")
+                opened = {name: data if isinstance(data, bytes) else stack.enter_context(data.open("rb")) for name, data in files.items()}
+                additions = [CommitOperationAdd(self._path(name), content) for name, content in opened.items()]
+                self._commit([*additions, *(CommitOperationDelete(self._path(name)) for name in doomed)], f"Upload {_name(files)}")
 
         self._do(commit)
         self._written |= files.keys()
@@ -147,8 +144,7 @@ class HubSink:
         self._make()
 
         def commit() -> None:
-            doomed = [name for name in self.list() if name in names]
-            if doomed:
+            if doomed := [name for name in self.list() if name in names]:
                 self._commit([CommitOperationDelete(self._path(name)) for name in doomed], f"Remove {_name(doomed)}")
 
         self._do(commit)
@@ -196,8 +192,7 @@ class HubSink:
         except OSError:
             return None
         revision, _, rest = first.decode().partition(" ")
-        files = self._list(revision)
-        if files is None or not (files or self._create_pr):
+        if (there := self._list(revision)) is None or not (there or self._create_pr):
             return None  # it went, or this is another Hub: there is nothing to go on with
         self._revision, (self.pull_request, _, self._token) = revision, rest.partition(" ")
         self._states[name], self._is_unsure = data, self._create_pr and not self.pull_request

@@ -21,8 +21,9 @@ def find_snapshot(path: Path) -> Path | None:
     if (path / "snapshots").is_dir() and (_REPOSITORY.fullmatch(path.name) or (path / "refs").is_dir()):
         return _newest(path)
     try:
-        folders = [folder for folder in path.iterdir() if _REPOSITORY.fullmatch(folder.name)]
-        repositories = sorted(folder.name for folder in folders if (folder / "snapshots").is_dir())
+        repositories = sorted(
+            folder.name for folder in path.iterdir() if _REPOSITORY.fullmatch(folder.name) and (folder / "snapshots").is_dir()
+        )
     except OSError:
         return None
     if len(repositories) > 1:

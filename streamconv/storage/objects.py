@@ -61,8 +61,7 @@ class ObjectSink:
         self._fs.invalidate_cache()
         listing: dict[str, Any] = self._do(partial(self._fs.find, self._root, detail=True), {})
         names = {path.removeprefix(self._root).lstrip("/"): row for path, row in listing.items()}
-        files = {name: entry_of(row, every=True) for name, row in names.items() if name and not name.endswith("/")}
-        return files or self._written
+        return {name: entry_of(row, every=True) for name, row in names.items() if name and not name.endswith("/")} or self._written
 
     def address(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -141,10 +140,7 @@ class ObjectSink:
                 file.discard()
                 file.closed = True  # else its end would commit it
                 return
-            if hasattr(file, "discard"):
-                file.discard()
-            else:
-                file.close()
+            (file.discard if hasattr(file, "discard") else file.close)()
         with suppress(Exception):
             self._fs.rm_file(path)
 
@@ -174,11 +170,8 @@ class ObjectSink:
             _log.info("%s: unfinished uploads of earlier runs cannot be listed (%s)", self.url, fault(error))
 
     def load_state(self, name: str) -> bytes | None:
-        files = self.list()
-        if files is self._written:
-            return self._states.get(name)
-        if name not in files:
-            return None
+        if (there := self.list()) is self._written or name not in there:
+            return self._states.get(name) if there is self._written else None
         return self._do(partial(self._fs.cat_file, f"{self._root}/{name}"), b"") or None  # another may have dropped it since
 
     def save_state(self, name: str, data: bytes) -> None:

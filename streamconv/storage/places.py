@@ -26,8 +26,7 @@ def identify_with_parents(path: Path) -> Iterator[Identity]:
     """What a path leads to, and the folders that this lies in, from the inside; those that are not there are left out."""
     real = Path(os.path.realpath(path))
     for folder in (real, *real.parents):
-        identity = identify(folder)
-        if identity is not None:
+        if (identity := identify(folder)) is not None:
             yield identity
 
 

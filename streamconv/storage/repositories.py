@@ -62,12 +62,7 @@ def _upload_fault(error: BaseException) -> Failed:
 def tree(api: HfApi, repo: Repository) -> dict[str, Version]:
     """The files below a path of a repository by their relative names, with the SHA-256 of large ones and git's digest of others."""
     rows = api.list_repo_tree(repo.name, repo.path or None, recursive=True, revision=repo.revision, repo_type=repo.kind)
-    files = {}
-    for row in rows:
-        entry = _entry(row)
-        if entry is not None:
-            files[row.path.removeprefix(f"{repo.path}/")] = entry
-    return files
+    return {row.path.removeprefix(f"{repo.path}/"): entry for row in rows if (entry := _entry(row))}
 
 
 def _entry(row: Any) -> Version | None:
@@ -95,8 +90,7 @@ class Hub(Store):
 
     def list(self, url: str, catalog: Catalog = Catalog()) -> Mapping[str, Version]:  # noqa: ARG002, B008 - it can list
         repo = repository(url)
-        single = self._file(url, repo) if repo.path else None
-        if single is not None:
+        if repo.path and (single := self._file(url, repo)):
             return {"": single}
         files = _read(url, tree, self._api, repo)
         self._tags |= {f"{url.rstrip('/')}/{file}": entry for file, entry in files.items()}
@@ -109,8 +103,7 @@ class Hub(Store):
     def entry(self, url: str) -> Version:
         """As it is at a commit, which does not change."""
         if url not in self._tags:
-            version = self._file(url, repository(url))
-            if version is None:
+            if (version := self._file(url, repository(url))) is None:
                 raise refusal(url, 404)
             self._tags[url] = version
         return self._tags[url]

@@ -96,8 +96,8 @@ def fault(error: BaseException) -> Failed:
     at: BaseException | None = error
     while at is not None and at not in chain:
         chain.append(at)
-        inner = [value for value in (getattr(at, "reason", None), *at.args) if isinstance(value, BaseException)]
-        at = inner[0] if inner else at.__cause__ or at.__context__
+        inside = (value for value in (getattr(at, "reason", None), *at.args) if isinstance(value, BaseException))
+        at = next(inside, None) or at.__cause__ or at.__context__
     reasons = (_reason_of(one) for one in chain if isinstance(one, OSError))
     reason = next(filter(None, reasons), type(error).__name__)
     return Failed(bare(reason), unreached=any(_ABSENT.search(type(at).__name__) for at in chain))
