@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Collection, Mapping
 from functools import cache
-from importlib.metadata import entry_points
 
 from streamconv.errors import UsageError
+from streamconv.extensions import extensions
 from streamconv.formats.container import Container
 from streamconv.text import did_you_mean
 
@@ -28,8 +28,8 @@ def containers() -> Mapping[str, Container]:
         by_name: dict[str, Container] = {}
         for name in MODULES:
             _add(by_name, importlib.import_module(f"streamconv.formats.{name}").CONTAINER, name)
-        for entry in entry_points(group=GROUP):
-            _add(by_name, entry.load(), f"entry point {entry.value} of group {GROUP}")
+        for extension in extensions(GROUP):
+            _add(by_name, extension.load(), extension.origin)
         _known.update(by_name)
     return _known
 

@@ -6,11 +6,11 @@ import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from streamconv.errors import RecipeError, UsageError
+from streamconv.extensions import extensions
 from streamconv.notation.names import nearest
 from streamconv.recipe import files
 from streamconv.recipe.model import Writer
@@ -108,7 +108,7 @@ class Registry:
             recipes: dict[str, Recipe] = {}
             for origin, recipe in self._everywhere():
                 if not isinstance(recipe, Recipe):
-                    raise RecipeError(f"entry point {origin} of group {GROUP} gives a {type(recipe).__name__}, not a Recipe")
+                    raise RecipeError(f"{origin} gives a {type(recipe).__name__}, not a Recipe")
                 if recipe.name in recipes:
                     raise RecipeError(f"two recipes are called {recipe.name}; the second comes from {origin}")
                 recipes[recipe.name] = recipe
@@ -125,9 +125,10 @@ class Registry:
         for info in pkgutil.walk_packages(package.__path__, f"{self.package}."):
             if not info.ispkg:
                 yield from ((info.name, recipe) for recipe in self._declared(info.name.removeprefix(f"{self.package}.")))
-        for entry in entry_points(group=GROUP):
-            value = entry.load()
-            yield from ((entry.value, recipe) for recipe in ((value,) if isinstance(value, Recipe) else value))
+        for extension in extensions(GROUP):
+            value = extension.load()
+            for recipe in (value,) if isinstance(value, Recipe) else value:
+                yield extension.origin, recipe
 
     def _declared(self, module: str) -> tuple[Recipe, ...]:
         """The recipes of a module of the package."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 
 from streamconv.errors import UsageError
+from streamconv.extensions import extensions
 from streamconv.schemes.scheme import Scheme
 
 MODULES = ("fp8",)  # of this package
@@ -25,8 +25,8 @@ def schemes() -> Mapping[str, Scheme]:
         listed: dict[str, Scheme] = {}
         for name in MODULES:
             _add(listed, importlib.import_module(f"streamconv.schemes.{name}").SCHEME, name)
-        for entry in entry_points(group=GROUP):
-            _add(listed, entry.load(), f"entry point {entry.value} of group {GROUP}")
+        for extension in extensions(GROUP):
+            _add(listed, extension.load(), extension.origin)
         _known.update(listed)
     return _known
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_what_it_fails_with_is_told_and_finished_files_stay(toy, source, tmp_pat
         run_plan(plan, engine="toy")
     with pytest.raises(UsageError, match="cannot write to s3://"):
         api.plan(source, "s3://bucket/dst", engine="toy")
+
+
+def test_another_package_adds_one_by_an_entry_point(source, tmp_path, monkeypatch, capsys):
+    toy = Toy()
+    entries = [SimpleNamespace(name="toy", value="toys:TOY", load=lambda: toy), SimpleNamespace(name="no", value="toys:NO", load=lambda: 1)]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries if group == "streamconv.executors" else [])
+    monkeypatch.setattr(EXECUTORS, "data", dict(EXECUTORS.data))
+    assert run("convert", source, tmp_path / "dst", "--engine", "toy", "--max-memory", str(ROOMY), "--quiet") == 0
+    assert "model.safetensors" in toy.made
+    wrong = refusal(capsys, "convert", source, tmp_path / "other", "--engine", "no")
+    assert "entry point toys:NO of group streamconv.executors: expected an Executor, found a int: mend it" in wrong
 
 
 def test_names_come_from_the_registry(toy, source, tmp_path, capsys):

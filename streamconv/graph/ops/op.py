@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from streamconv import codec
 from streamconv.dtypes import DType, TensorSpec
 from streamconv.errors import FormatError
+from streamconv.extensions import extensions
 from streamconv.graph.moves import Move
 
 if TYPE_CHECKING:
@@ -170,10 +171,9 @@ def from_json(data: Mapping[str, Any]) -> Op:
 def _find(kind: object) -> type[Op]:
     """The class of ops of a kind: one that is loaded, or that another package offers."""
     if isinstance(kind, str) and kind not in _OPS:
-        from importlib.metadata import entry_points
-
-        for entry in entry_points(group=GROUP, name=kind):
-            entry.load()
+        for extension in extensions(GROUP):
+            if extension.name == kind:
+                extension.load()
     if not isinstance(kind, str) or kind not in _OPS:
         raise FormatError(f"there is no op {kind!r}; known are {', '.join(_OPS)}")
     return _OPS[kind]

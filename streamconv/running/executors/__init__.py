@@ -1,29 +1,33 @@
 """Where the files of an output are made: each module here is one way, called by its name (``--engine NAME``).
 
-A module has an `Executor` as ``EXECUTOR``; it is imported when it is chosen. `EXECUTORS` takes others.
+A module has an `Executor` as ``EXECUTOR``; it is imported when it is chosen. Another package adds one by an entry point of the group
+``streamconv.executors``, whose name is that of ``--engine``.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, UserDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from streamconv.errors import UsageError
+from streamconv.extensions import Extension, extensions
 
 if TYPE_CHECKING:
     from streamconv.planning.plan import Plan
 
+GROUP = "streamconv.executors"
 LOCAL = "local"
 MakeFiles = Callable[["Plan", Iterable[int], Callable[[int], None]], Counter[str]]
 """Makes files of a plan, by number, each complete under its name or not at all, and tells how many bytes have come; gives how many values
 overflowed, by target. What it raises is a StreamconvError, and finished files stay."""
 
 
+@runtime_checkable
 class Executor(Protocol):
     """A way to make the files of an output."""
 
@@ -57,9 +61,26 @@ def _load(name: str) -> Executor:
     return executor
 
 
-EXECUTORS: dict[str, Callable[[], Executor]] = {
-    path.stem: partial(_load, path.stem) for path in sorted(Path(__file__).parent.glob("[!_]*.py"))
-}
+def _load_added(extension: Extension) -> Executor:
+    executor = extension.load()
+    if not isinstance(executor, Executor):
+        raise UsageError(f"{extension.origin}: expected an Executor, found a {type(executor).__name__}: mend it")
+    return executor
+
+
+class _Executors(UserDict[str, Callable[[], Executor]]):
+    """This package's by name; entry points are looked for when another is asked for, or all are, since that takes time."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.data or name in set(self)
+
+    def __iter__(self) -> Iterator[str]:
+        for extension in extensions(GROUP):
+            self.data.setdefault(extension.name, partial(_load_added, extension))
+        return iter(self.data)
+
+
+EXECUTORS = _Executors({path.stem: partial(_load, path.stem) for path in sorted(Path(__file__).parent.glob("[!_]*.py"))})
 """Gives the executor of a name."""
 
 
