@@ -68,11 +68,11 @@ class Parser(argparse.ArgumentParser):
         unknown = next((argument.partition("=")[0] for argument in rest if argument.startswith("-") and argument != "-"), None)
         if unknown is None:
             own.error(f"{rest[0]!r} is one argument too many")
-        known = {name: [text for action in parser._actions for text in action.option_strings] for name, parser in self.commands().items()}
-        takers = [name for name, options in known.items() if unknown in options]
+        options = {name: parser._option_string_actions for name, parser in self.commands().items()}
+        takers = [name for name in options if unknown in options[name]]
         if takers:
             own.error(f"{command} has no option {unknown}; {', '.join(takers)} {'has' if len(takers) == 1 else 'have'}")
-        own.error(f"unknown option {unknown}{did_you_mean(unknown, known[command])}")
+        own.error(f"unknown option {unknown}{did_you_mean(unknown, options[command])}")
 
 
 # What a command takes beside the options of a conversion ------------------------------------------------------------

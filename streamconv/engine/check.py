@@ -54,16 +54,16 @@ class OutputCheck:
     ) -> None:
         self._plan, self._progress = plan, progress
         self._path_of = path_of or (lambda number: Path(plan.root) / plan.files[number].path)
-        made = enumerate(plan.files) if is_url(plan.root) else ()
-        self._workers = Workers(plan, {str(self._path_of(number)): Version(file.size) for number, file in made})
+        remote = enumerate(plan.files) if is_url(plan.root) else ()
+        self._workers = Workers(plan, {str(self._path_of(number)): Version(file.size) for number, file in remote})
         self._lock = threading.Lock()
         self._different: set[int] = set()
 
     def run(self) -> str | None:
         """The path of a file that differs, or None."""
         numbers = range(len(self._plan.files))
-        found = self.find_wrong_literals(numbers) or self.compare(tasks_in_order(self._plan, numbers), to_first=True)
-        return self._plan.files[min(found)].path if found else None
+        wrong = self.find_wrong_literals(numbers) or self.compare(tasks_in_order(self._plan, numbers), to_first=True)
+        return self._plan.files[min(wrong)].path if wrong else None
 
     def find_wrong_literals(self, numbers: Iterable[int]) -> set[int]:
         """Those files whose literals are not what is planned or whose checksums are not those of its bytes."""
@@ -72,8 +72,8 @@ class OutputCheck:
         try:
             for number in numbers:
                 file, path = self._plan.files[number], str(self._path_of(number))
-                found = read_patches(file.checksums, partial(reader.read, path), buffer)
-                if not all(self._same(path, offset, memoryview(data), reader) for offset, data in chain(file.literals, found)):
+                checksums = read_patches(file.checksums, partial(reader.read, path), buffer)
+                if not all(self._same(path, offset, memoryview(data), reader) for offset, data in chain(file.literals, checksums)):
                     wrong.add(number)
         finally:
             self._workers.close()

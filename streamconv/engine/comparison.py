@@ -286,10 +286,10 @@ class _Comparer:
         """Whether a tensor is rather read in boxes than front to back: it lies in stored ones, in short pieces or behind URLs."""
         if not isinstance(node, Node):
             return False
-        found = list(trace(node, identity(node.spec.numel)))
-        if not all(isinstance(one.leaf, Source) for one in found):
+        pieces = list(trace(node, identity(node.spec.numel)))
+        if not all(isinstance(piece.leaf, Source) for piece in pieces):
             return False
-        moves = [one.move.simplify() for one in found]
+        moves = [piece.move.simplify() for piece in pieces]
         return bool(self._urls) or any(move.run < move.numel and move.run * node.spec.dtype.itemsize < SHORT for move in moves)
 
 

@@ -140,9 +140,9 @@ def read(text: bytes | str) -> Document:
     Raises:
         FormatError: there is none, or one of another version.
     """
-    found = codec.decode(text, _Version).streamconv_plan
-    if found != VERSION:
-        raise FormatError(f"not a plan of version {VERSION}, but of {found or 'none'}: it is another release's or no plan")
+    version = codec.decode(text, _Version).streamconv_plan
+    if version != VERSION:
+        raise FormatError(f"not a plan of version {VERSION}, but of {version or 'none'}: it is another release's or no plan")
     return codec.decode(text, Document)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -73,16 +74,17 @@ class Directory:
         if self._single or not self.root.is_dir():
             return self.look([self._single] if self._single else [])
         inside = [path for path in self.root.iterdir() if path.is_dir() and not path.is_symlink()]
-        deep = [path for folder in folders if "/" in folder and not (path := self.root / folder).is_symlink()]
-        paths = [path for folder in {self.root, *inside, *deep} if _is_readable(folder) for path in folder.iterdir()]
+        deep = [self.root / folder for folder in folders if "/" in folder]
+        readable = filter(_is_readable, {self.root, *inside, *(folder for folder in deep if not folder.is_symlink())})
+        paths = itertools.chain.from_iterable(folder.iterdir() for folder in readable)
         return self.look(path.relative_to(self.root).as_posix() for path in paths if not path.is_dir())
 
     def look(self, names: Iterable[str]) -> dict[str, Version]:
-        seen = {}
+        versions = {}
         for name in names:
             with suppress(FileNotFoundError, NotADirectoryError):
-                seen[name] = _version(self.root / name)
-        return seen
+                versions[name] = _version(self.root / name)
+        return versions
 
     def remove(self, seen: Mapping[str, Version], remade: Container[str]) -> None:
         """See `Output`.
@@ -100,7 +102,8 @@ class Directory:
                 if _version(aside) == seen[name]:
                     aside.unlink()
                 elif aside != path:
-                    _put_back(aside, path)
+                    _link(aside, path)  # back, unless another one is there by now
+                    aside.unlink(missing_ok=True)
         for folder in {(self.root / name).parent for name in there}:
             if folder.is_dir():
                 sync_directory(str(folder))
@@ -125,8 +128,9 @@ class Directory:
     def check_room(self, plan: Plan, stale: Iterable[str]) -> None:
         above = next(parent for parent in (self.root, *self.root.parents) if parent.exists())
         free = shutil.disk_usage(above).free
-        replaced = {name for file in plan.files for path in [self.root / file.path] for name in (path, partial(path))}
-        present = sum(_allocated(path) for path in replaced.union(self.root / name for name in stale))
+        targets = [self.root / file.path for file in plan.files]
+        replaced = {*targets, *map(partial, targets), *(self.root / name for name in stale)}
+        present = sum(map(_allocated, replaced))
         if plan.totals.disk_needed > free + present:
             raise SpaceError(
                 f"{self.root}: no room on the disk: the output needs {format_size(plan.totals.disk_needed)}, {format_size(free)} are free: "
@@ -292,8 +296,8 @@ def _is_readable(folder: Path) -> bool:
 
 def _version(path: Path) -> Version:
     """Size, or -1 of what is no plain file, and what changes with its content and not with its name."""
-    found = path.lstat()
-    return Version(found.st_size if stat.S_ISREG(found.st_mode) else -1, str(found.st_mtime_ns))
+    status = path.lstat()
+    return Version(status.st_size if stat.S_ISREG(status.st_mode) else -1, str(status.st_mtime_ns))
 
 
 def _read(path: Path, most: int) -> bytes | None:
@@ -320,17 +324,12 @@ def _link(draft: Path, path: Path) -> None:
         draft.replace(path)  # of two at once the later stays, and the other finds out when it looks
 
 
-def _put_back(aside: Path, path: Path) -> None:
-    _link(aside, path)  # unless another one is there by now
-    aside.unlink(missing_ok=True)
-
-
 def _allocated(path: Path) -> int:
     """Bytes on the disk that removing ``path`` gives back."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return 0
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return 0
-    return getattr(found, "st_blocks", -(-found.st_size // 512)) * 512
+    return getattr(status, "st_blocks", -(-status.st_size // 512)) * 512

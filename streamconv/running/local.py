@@ -68,15 +68,15 @@ def check_sources(plan: Plan, *, given_back: Container[str] = ()) -> None:
 
 def check_files(planned: Iterable[SourceFile]) -> None:
     """Refuses source files that are not what was planned with. Raises SourceChanged."""
-    wanted = list(planned)
-    remote = fingerprints(source.path for source in wanted if is_url(source.path))
-    for source in wanted:
+    sources = list(planned)
+    remote = fingerprints(source.path for source in sources if is_url(source.path))
+    for source in sources:
         try:
-            found = remote.get(source.path) or fingerprint(source.path)
+            now = remote.get(source.path) or fingerprint(source.path)
         except OSError as error:
             raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now: {error.strerror}; plan again") from error
-        if found.version != source.version:
-            raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now {found.size} or others: it changed; plan again")
+        if now.version != source.version:
+            raise SourceChanged(f"{source.path}: planned with {source.size} bytes, now {now.size} or others: it changed; plan again")
 
 
 class LocalEngine:
@@ -161,9 +161,8 @@ class LocalEngine:
     def _check_sources(self, paths: Iterable[str] | None = None) -> None:
         """Looks at these sources, or at all; not at those that may have been given back."""
         given_back = self._reclaim.touched(self._log.finished) if self._reclaim else ()
-        wanted = self._sources if paths is None else paths
         try:
-            check_files(self._sources[path] for path in wanted if path not in given_back)
+            check_files(self._sources[path] for path in (self._sources if paths is None else paths) if path not in given_back)
         except UsageError as error:  # access that has expired meanwhile
             raise RunError(f"{error}, then rerun the same command with --resume") from error
 
@@ -206,15 +205,19 @@ class LocalEngine:
         compared = [number for number in kept if number not in wrong and number not in hashed]
         check = OutputCheck(self._plan, path_of=self._present_path)
         wrong |= check.find_wrong_literals(number for number in compared if number in finished)
-        durable = {number: self._log.durable.get(known[number]) for number in compared}
         tasks = tasks_in_order(self._plan, [number for number in compared if number not in wrong])
-        wrong |= check.compare(task for task in tasks if (places := durable[task[0]]) is None or place_of(self._plan, task) in places)
+        wrong |= check.compare(filter(self._is_noted, tasks))
         for number in sorted(wrong):
             if self._reclaim and number in finished:
                 raise DestinationError(f"{self._path(number)}: is damaged, and its source was given back: restore it from a copy")
             self._log.forget(known[number])
         for number in set(finished) - wrong:
             self._progress(self._plan.files[number].size)
+
+    def _is_noted(self, task: Task) -> bool:
+        """Whether what a task writes is durable by the log: with all of its file, or by itself."""
+        places = self._log.durable.get(self._plan.files[task[0]].path)
+        return places is None or place_of(self._plan, task) in places
 
     def _create(self, numbers: Iterable[int]) -> list[int]:
         """Creates those files that are not finished, at their final size and with their literals; returns their numbers.

@@ -410,12 +410,12 @@ def _read_ends(source: SourceFile) -> str:
     """SHA-256 of the first and last bytes of a source, of a URL its tag; nothing where it is gone."""
     if is_url(source.path):
         return source.tag
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         with Path(source.path).open("rb") as file:
-            found.update(file.read(HEAD))
+            digest.update(file.read(HEAD))
             file.seek(max(HEAD, source.size - TAIL))
-            found.update(file.read(TAIL))
+            digest.update(file.read(TAIL))
     except FileNotFoundError:
         return ""
-    return found.hexdigest()
+    return digest.hexdigest()

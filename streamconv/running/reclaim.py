@@ -19,6 +19,7 @@ from streamconv.engine.io import BLOCK, sync_directory
 from streamconv.errors import DestinationError, SourceChanged
 from streamconv.graph.node import sources
 from streamconv.planning.plan import Copy, FilePlan, Plan
+from streamconv.planning.segments import source_files
 from streamconv.storage import is_url
 from streamconv.storage.local import walk
 from streamconv.storage.places import Identity, identify
@@ -31,15 +32,15 @@ _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 def find_reads(plan: Plan, file: FilePlan) -> dict[str, list[Range]]:
     """By source file, the byte ranges that an output file is made of; of what is computed, all of its tensors."""
-    found: dict[str, set[Range]] = {}
+    reads: dict[str, set[Range]] = {}
     for segment in file.segments:
         if isinstance(segment, Copy):
-            found.setdefault(plan.sources[segment.source].path, set()).add((segment.offset, segment.offset + segment.nbytes))
+            reads.setdefault(plan.sources[segment.source].path, set()).add((segment.offset, segment.offset + segment.nbytes))
         else:
             for leaf in sources(plan.nodes[segment.node]):
                 for extent in leaf.extents:
-                    found.setdefault(extent.path, set()).add((extent.offset, extent.offset + extent.nbytes))
-    return {path: sorted(ranges) for path, ranges in found.items()}
+                    reads.setdefault(extent.path, set()).add((extent.offset, extent.offset + extent.nbytes))
+    return {path: sorted(ranges) for path, ranges in reads.items()}
 
 
 def find_gaps(ranges: Collection[Range], size: int) -> Iterator[Range]:
@@ -59,11 +60,10 @@ class Reclaim:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._reads = {file.path: find_reads(plan, file) for file in plan.files}
-        checked = (leaf for check in plan.checks for k in (check.left, check.right) for leaf in sources(plan.nodes[k]))
-        mine = {extent.path for leaf in checked for extent in leaf.extents}
-        mine |= {path for file in plan.files if file.tensors for path in self._reads[file.path]}
-        kept = {path for file in plan.files if not file.tensors for path in self._reads[file.path]}
-        self.files = {source.path: source for source in plan.sources if source.path in mine - kept}
+        compared = [plan.nodes[number] for check in plan.checks for number in (check.left, check.right)]
+        of_tensors = set(source_files(compared)).union(*(self._reads[file.path] for file in plan.files if file.tensors))
+        of_sidecars = set[str]().union(*(self._reads[file.path] for file in plan.files if not file.tensors))
+        self.files = {source.path: source for source in plan.sources if source.path in of_tensors - of_sidecars}
 
     def check(self, finished: Collection[str] = ()) -> None:
         """Refuses sources whose space cannot be given back, or that others have, too, unless a ``finished`` file was made of them.
@@ -75,12 +75,12 @@ class Reclaim:
             raise DestinationError(f"{url}: is not on this machine, and nothing is deleted elsewhere: leave out --reclaim-source")
         mine = sorted(self.files.keys() - self.touched(finished))
         for path in mine:
-            real, found = os.path.realpath(path), os.lstat(path)
+            real, names = os.path.realpath(path), os.lstat(path).st_nlink
             why = None
             if real != os.path.abspath(path):  # noqa: PTH100 - links are looked for
                 why = f"is reached through a link (it is {real}), and may be somebody else's, too"
-            elif found.st_nlink > 1:
-                why = f"has {found.st_nlink} names (hard links): its space would not come back"
+            elif names > 1:
+                why = f"has {names} names (hard links): its space would not come back"
             elif not os.access(path, os.W_OK) or not os.access(Path(path).parent, os.W_OK):
                 why = "cannot be changed: make it and its folder writable"
             if why:
@@ -92,10 +92,10 @@ class Reclaim:
         links = _links(sorted({Path(path).parent for path in mine.values()}))
         others = [Path(source.path) for source in self._plan.sources if source.path not in self.files and not is_url(source.path)]
         for other in (*others, *links):
-            found = identify(other)
-            if found is not None and (path := mine.get(found)):
+            identity = identify(other)
+            if identity is not None and identity in mine:
                 raise DestinationError(
-                    f"--reclaim-source: {other} leads to {path}, which will be gone: leave the option out, or remove that"
+                    f"--reclaim-source: {other} leads to {mine[identity]}, which will be gone: leave the option out, or remove that"
                 )
 
     def touched(self, finished: Collection[str]) -> set[str]:
@@ -122,7 +122,7 @@ class Reclaim:
         done, used, most = set(finished), 0, 0
         device = next(p for p in (Path(self._plan.root), *Path(self._plan.root).parents) if p.exists()).stat().st_dev
         mine = [path for path in self.files if Path(path).exists() and Path(path).stat().st_dev == device]
-        given = {path: self._given_back(path, done) if path in self.touched(done) else 0 for path in mine}
+        given_back = {path: self._given_back(path, done) if path in self.touched(done) else 0 for path in mine}
         for file in self._plan.files:
             if file.path in done:
                 continue
@@ -131,11 +131,12 @@ class Reclaim:
             done.add(file.path)
             for path in self.touched([file.path]).intersection(mine):
                 now = self._given_back(path, done)
-                used, given[path] = used - (now - given[path]), now
+                used, given_back[path] = used - (now - given_back[path]), now
         return most
 
     def _needed(self, path: str, finished: Collection[str]) -> list[Range]:
-        return [found for name, reads in self._reads.items() if name not in finished for found in reads.get(path, ())]
+        unfinished = (reads for name, reads in self._reads.items() if name not in finished)
+        return list(itertools.chain.from_iterable(reads.get(path, ()) for reads in unfinished))
 
     def _given_back(self, path: str, finished: Collection[str]) -> int:
         source, needed = self.files[path], self._needed(path, finished)

@@ -27,11 +27,11 @@ def write_sums(plan: Plan, digests: Mapping[str, str], suffix: str = PARTIAL) ->
     finally:
         workers.close()
     path = root / SUMS
-    kept = path.read_bytes() if plan.single and path.exists() else b""
+    others = path.read_bytes() if plan.single and path.exists() else b""
     temporary = partial(path, suffix)
     temporary.unlink(missing_ok=True)
     with temporary.open("xb") as file:
-        file.write(format_sums(sums, kept))
+        file.write(format_sums(sums, others))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

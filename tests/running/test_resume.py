@@ -210,7 +210,7 @@ def test_old_files_go_even_if_the_run_that_was_to_remove_them_died(source, tmp_p
 
 
 @pytest.mark.parametrize("at", [(api, "make_plan"), (Directory, "prepare")])
-def test_an_overwrite_that_is_killed_before_its_journal_is_begun_is_gone_on_with(source, tmp_path, capsys, monkeypatch, at):
+def test_an_overwrite_that_is_killed_before_its_log_is_begun_is_gone_on_with(source, tmp_path, capsys, monkeypatch, at):
     dst = tmp_path / "dst"
     write(dst, {"old": random_tensor(4)})
     before = read_tree(dst)
@@ -225,7 +225,7 @@ def test_an_overwrite_that_is_killed_before_its_journal_is_begun_is_gone_on_with
     assert read_tree(dst) == read_tree(tmp_path / "whole")
 
 
-def test_a_journal_that_cannot_be_read_now_is_not_taken_for_none(source, tmp_path, capsys, monkeypatch):
+def test_a_log_that_cannot_be_read_now_is_not_taken_for_none(source, tmp_path, capsys, monkeypatch):
     interrupt(monkeypatch, source, tmp_path / "dst")
     before = read_tree(tmp_path / "dst")
 
@@ -323,7 +323,7 @@ def test_an_overwrite_that_is_refused_leaves_no_note(source, tmp_path, capsys):
     assert read_tree(dst) == before
 
 
-def test_sources_that_cannot_be_read_for_the_journal_are_no_others(source, tmp_path, monkeypatch):
+def test_sources_that_cannot_be_read_for_the_log_are_no_others(source, tmp_path, monkeypatch):
     """Else what resumes would find that they are not those of before."""
 
     def fail(_: object) -> str:

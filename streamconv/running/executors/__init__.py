@@ -56,16 +56,16 @@ class Executor(Protocol):
         ...
 
 
-def _load(name: str) -> Executor:
-    executor: Executor = importlib.import_module(f"{__name__}.{name}").EXECUTOR
-    return executor
-
-
-def _load_added(extension: Extension) -> Executor:
+def _load(extension: Extension) -> Executor:
     executor = extension.load()
     if not isinstance(executor, Executor):
         raise UsageError(f"{extension.origin}: expected an Executor, found a {type(executor).__name__}: mend it")
     return executor
+
+
+def _own(name: str) -> Extension:
+    module = f"{__name__}.{name}"
+    return Extension(name, module, lambda: importlib.import_module(module).EXECUTOR)
 
 
 class _Executors(UserDict[str, Callable[[], Executor]]):
@@ -76,11 +76,11 @@ class _Executors(UserDict[str, Callable[[], Executor]]):
 
     def __iter__(self) -> Iterator[str]:
         for extension in extensions(GROUP):
-            self.data.setdefault(extension.name, partial(_load_added, extension))
+            self.data.setdefault(extension.name, partial(_load, extension))
         return iter(self.data)
 
 
-EXECUTORS = _Executors({path.stem: partial(_load, path.stem) for path in sorted(Path(__file__).parent.glob("[!_]*.py"))})
+EXECUTORS = _Executors({path.stem: partial(_load, _own(path.stem)) for path in sorted(Path(__file__).parent.glob("[!_]*.py"))})
 """Gives the executor of a name."""
 
 

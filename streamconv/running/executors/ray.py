@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,6 +87,10 @@ class _Attempt:
     lost: int = 0
     node: str = ""
     done: int = 0
+
+    def fits(self, offer: Mapping[str, float]) -> bool:
+        """Whether a node that offers this has room for it."""
+        return offer["CPU"] >= self.workers and offer.get("memory", 0) >= self.memory
 
 
 # At the driver ---------------------------------------------------------------------------------------------------------
@@ -253,10 +257,10 @@ class _Cluster:
         Raises:
             RunError: there is none.
         """
-        found = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-        if not found:
+        nodes = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+        if not nodes:
             raise RunError("--engine ray: no node of the cluster has a processor for tasks: start one, then run again with --resume")
-        return found
+        return nodes
 
     def _agree(self, attempt: _Attempt) -> _Terms:
         """How a file is to be made: with so many workers at most, within what some node offers.
@@ -385,11 +389,8 @@ class _Cluster:
     def _find_stuck(self, running: dict[Any, _Attempt]) -> list[Any]:
         """Tasks that wait for what no node offers any more; they are cancelled."""
         offers = [node["Resources"] for node in self._nodes()]
-        stuck = [
-            task
-            for task, attempt in running.items()
-            if not attempt.node and not any(has["CPU"] >= attempt.workers and has.get("memory", 0) >= attempt.memory for has in offers)
-        ]
+        waiting = {task: attempt for task, attempt in running.items() if not attempt.node}
+        stuck = [task for task, attempt in waiting.items() if not any(attempt.fits(offer) for offer in offers)]
         for task in stuck:
             running[task].memory = 0
             self._ray.cancel(task)
@@ -488,7 +489,7 @@ def _make(text: str, terms: _Terms) -> Iterator[_Said]:
     plan, failures, stop = Plan.from_json(text), list[_Failure](), threading.Event()
     overflowed: dict[str, int] = {}
     over = threading.Event()  # an interrupted join() would take the thread for dead
-    done = taken = 0
+    done = excess = 0
 
     def tell(nbytes: int) -> None:
         nonlocal done
@@ -507,8 +508,9 @@ def _make(text: str, terms: _Terms) -> Iterator[_Said]:
         yield str(importlib.import_module("ray").get_runtime_context().get_node_id())
         told = time.monotonic()
         while not over.wait(LOOK):
-            if (found := memory.resident()) > terms.memory:
-                taken = max(taken, found)
+            resident = memory.resident()
+            if resident > terms.memory:
+                excess = max(excess, resident)
                 stop.set()
             if time.monotonic() - told >= EVERY:
                 told = time.monotonic()
@@ -516,8 +518,8 @@ def _make(text: str, terms: _Terms) -> Iterator[_Said]:
     finally:
         stop.set()
         over.wait()
-    if failures and taken:
-        yield _Failure(SHORT, f"its task took {format_size(taken)} of memory", taken)
+    if failures and excess:
+        yield _Failure(SHORT, f"its task took {format_size(excess)} of memory", excess)
     elif failures:
         yield failures[0]
     elif overflowed:
