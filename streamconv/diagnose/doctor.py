@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from streamconv.checkpoint.components import find_pointers, find_weighted, look_beside
@@ -296,7 +297,8 @@ def _check_index(
     if absent:
         yield Finding(f"{weight_map[absent[0]]} does not hold it{_more(absent)}", absent[0], f"{index} says that it does", again)
     listed_files = set(weight_map.values())
-    extra = [tensor for file, table in tables.items() if file in listed_files for tensor in table if tensor not in weight_map]
+    stored = chain.from_iterable(table for file, table in tables.items() if file in listed_files)
+    extra = [tensor for tensor in stored if tensor not in weight_map]
     if extra:
         yield Finding(f"{index} does not name it{_more(extra)}", extra[0], "loaders will not find it", again)
     for file in sorted(set(tables) - listed_files):

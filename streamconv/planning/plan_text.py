@@ -181,14 +181,14 @@ def read_graph(document: Document) -> list[AnyNode]:
     Raises:
         FormatError: a row says what cannot be.
     """
-    made = [ops.from_json(row) for row in document.ops]
+    table = [ops.from_json(row) for row in document.ops]
     paths = [file.path for file in document.sources]
     graph: list[AnyNode] = []
     for row in document.graph:
         spec = _spec(row)
         if isinstance(row, MadeRow):
             inputs = tuple(_pick(graph, number, "an input of a node") for number in row.inputs)
-            graph.append(Node(spec, _pick(made, row.op, "an op"), inputs))
+            graph.append(Node(spec, _pick(table, row.op, "an op"), inputs))
         else:
             extents = (Extent(_pick(paths, number, "a source"), offset, nbytes) for number, offset, nbytes in row.extents)
             graph.append(Source(spec, tuple(extents)))

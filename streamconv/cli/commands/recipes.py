@@ -47,13 +47,13 @@ def _draft(args: argparse.Namespace, out: Console) -> None:
     from streamconv.diagnose.draft import draft, read_shapes
 
     source, target = args.new
-    made = draft(read_shapes(source), read_shapes(target), "mine", f"{source} and {target}")
+    recipe = draft(read_shapes(source), read_shapes(target), "mine", f"{source} and {target}")
     if args.json:
-        out.say_json(made.summary())
+        out.say_json(recipe.summary())
         return
-    out.say(made.text.removesuffix("\n"))
+    out.say(recipe.text.removesuffix("\n"))
     if not args.quiet:
-        for line in made.account.split("\n"):
+        for line in recipe.account.split("\n"):
             out.complain(line)
 
 
