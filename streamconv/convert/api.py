@@ -21,6 +21,7 @@ from streamconv.planning.plan import Plan
 from streamconv.recipe import Side
 from streamconv.running.destination import RemoteTarget, target_of
 from streamconv.running.kept import check_report, check_sources_stay
+from streamconv.running.output import tidy
 from streamconv.running.progress import bar
 from streamconv.running.reclaim import Reclaim
 from streamconv.running.results import Result
@@ -77,8 +78,11 @@ def convert(options: ConvertOptions) -> Result:
             try:
                 plan = make_plan(options)
             except (FormatError, UsageError) as error:
-                if not (options.reclaim_source and options.resume) or (finished := find_finished(target, error)) is None:
+                finished = find_finished(target, error) if options.reclaim_source and options.resume else None
+                if finished is None:
                     raise
+                with writing():
+                    tidy(target.output, target.file)
                 return Result(finished, 0.0, memory.peak(), memory.anonymous())
         compared = local_files(reference) if reference else []
         if options.reclaim_source:

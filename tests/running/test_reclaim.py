@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,23 @@ def stopped(source: Path, dst: Path, monkeypatch: pytest.MonkeyPatch, *options: 
     with monkeypatch.context() as patch:
         stop_at(patch, "_finish", 4)
         assert run("convert", source, dst, *RECLAIM, *options) == 3
+
+
+def test_a_run_that_fails_while_it_leaves_is_tidied_up_by_the_next(source, tmp_path, monkeypatch):
+    assert run("convert", source, tmp_path / "whole", *SMALL) == 0
+    real = Path.iterdir
+
+    def refuse(path: Path) -> Iterator[Path]:
+        if path.name == ".streamconv":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        assert run("convert", source, tmp_path / "dst", *RECLAIM) == 3
+    assert (tmp_path / "dst" / ".streamconv" / "plan.json").is_file()
+    assert run("convert", source, tmp_path / "dst", *RECLAIM, "--resume") == 0
+    assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
 
 
 def test_what_is_left_of_the_source_is_not_taken_for_a_checkpoint(source, tmp_path, monkeypatch, capsys):
