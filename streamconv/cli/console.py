@@ -91,10 +91,10 @@ def _lost(error: OSError) -> StdoutError:
 def _full_paths(arguments: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Absolute paths of what may be one among the arguments -> how it was given."""
     for argument in arguments:
-        given = argument.partition("=")[2] if argument.startswith("-") else argument
-        given = given.rstrip("/") or given
-        if given and "\0" not in given and "://" not in given:
-            yield one_line(os.path.abspath(given)), one_line(given)  # noqa: PTH100 - links stay as they are
+        text = argument.partition("=")[2] if argument.startswith("-") else argument
+        text = text.rstrip("/") or text
+        if text and "\0" not in text and "://" not in text:
+            yield one_line(os.path.abspath(text)), one_line(text)  # noqa: PTH100 - links stay as they are
 
 
 def _json_parts(document: Any) -> Iterator[str]:

@@ -57,7 +57,7 @@ def check_report(option: str, path: Path, plan: Plan, read: Iterable[Path] = ())
         UsageError: says which.
     """
     known = dict(_known(plan, read))
-    identities = {identify(found) for found in known.values()} - {None}
+    identities = {identify(file) for file in known.values()} - {None}
     is_dst = not is_url(plan.root) and place_of(path) == place_of(Path(plan.root))
     if is_dst or identify(path) in identities or any(place_of(above) in known for above in (path, *path.absolute().parents)):
         raise UsageError(f"{option} {path}: is what the conversion itself reads or makes: give a file of another name")
@@ -75,10 +75,10 @@ def check_replaceable(option: str, path: Path, beginning: str) -> None:
         if not stat.S_ISREG(path.stat().st_mode):
             raise UsageError(f"{option} {path}: not a regular file: give the name of a file")
         with path.open("rb") as file:
-            found = file.read(len(beginning)).decode("utf-8", "replace")
+            head = file.read(len(beginning)).decode("utf-8", "replace")
     except OSError as error:
         raise UsageError(f"{option} {path}: cannot be looked at: {error.strerror}") from error
-    if found and found != beginning:
+    if head and head != beginning:
         raise UsageError(f"{option} {path}: holds something else already: remove it, or give another name")
 
 

@@ -188,21 +188,21 @@ class LocalEngine:
 
     def _take_up(self) -> None:
         """Compares what an earlier run has left with what it should be; what differs is made again."""
-        known = [file.path for file in self._plan.files]
-        kept = [number for number, name in enumerate(known) if name in self._log.finished or name in self._log.durable]
-        if not kept:
+        names = [file.path for file in self._plan.files]
+        noted = [number for number, name in enumerate(names) if name in self._log.finished or name in self._log.durable]
+        if not noted:
             return
-        wrong = {number for number in kept if not holds(self._present_path(number), self._plan.files[number].size)}
-        for number in set(kept) - wrong:
+        wrong = {number for number in noted if not holds(self._present_path(number), self._plan.files[number].size)}
+        for number in set(noted) - wrong:
             _drop_cache(self._present_path(number))
-        finished = [number for number in kept if known[number] in self._log.finished]
-        hashed = [number for number in finished if self._log.finished[known[number]]]
+        finished = [number for number in noted if names[number] in self._log.finished]
+        hashed = [number for number in finished if self._log.finished[names[number]]]
         for number in set(hashed) - wrong:
-            recorded = self._log.finished[known[number]]
+            recorded = self._log.finished[names[number]]
             kind = Crc32 if recorded.startswith(Crc32.PREFIX) else hashlib.sha256
             if self._workers.own.digest(str(self._present_path(number)), self._plan.files[number].size, kind) != recorded:
                 wrong.add(number)
-        compared = [number for number in kept if number not in wrong and number not in hashed]
+        compared = [number for number in noted if number not in wrong and number not in hashed]
         check = OutputCheck(self._plan, path_of=self._present_path)
         wrong |= check.find_wrong_literals(number for number in compared if number in finished)
         tasks = tasks_in_order(self._plan, [number for number in compared if number not in wrong])
@@ -210,7 +210,7 @@ class LocalEngine:
         for number in sorted(wrong):
             if self._reclaim and number in finished:
                 raise DestinationError(f"{self._path(number)}: is damaged, and its source was given back: restore it from a copy")
-            self._log.forget(known[number])
+            self._log.forget(names[number])
         for number in set(finished) - wrong:
             self._progress(self._plan.files[number].size)
 

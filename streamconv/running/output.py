@@ -175,7 +175,7 @@ def begun_plan(output: Output, root: str) -> tuple[Plan, Line]:
     text = output.load(LOG)
     if text is None:
         raise DestinationError(f"{output.where}: holds no unfinished conversion: there is nothing to go on with")
-    head, made = read_head(text), output.load(PLAN)
+    head, document = read_head(text), output.load(PLAN)
     if not head:
         raise DestinationError(f"{output.where}: {LOG} there cannot be read: restore it from a copy, or start afresh with --overwrite")
     if head.get("version") != VERSION:
@@ -183,10 +183,10 @@ def begun_plan(output: Output, root: str) -> tuple[Plan, Line]:
             f"{output.where}: the interrupted run is of another release (its plan is of version {head.get('version')}, not {VERSION}): "
             "finish it with that release"
         )
-    if made is None:
+    if document is None:
         raise DestinationError(f"{output.where}: its plan is not there: go on by the command that began it, with --resume")
     try:
-        plan = Plan.from_json(made)
+        plan = Plan.from_json(document)
     except FormatError as error:
         raise DestinationError(f"{output.where}: {PLAN} there is damaged ({error}): restore it from a copy, or give the plan") from error
     if plan.digest() != head.get("plan"):

@@ -102,7 +102,7 @@ class Result:
     def summary(self) -> dict[str, Any]:
         """What ``convert --json`` prints."""
         plan = self.plan.summary()
-        kept = (
+        figures = (
             "peak_memory",
             "bytes_read",
             "bytes_copied",
@@ -114,11 +114,11 @@ class Result:
             "notes",
             "summary",
         )
-        found: dict[str, Any] = {key: plan[key] for key in kept}
-        found |= {"seconds": self.seconds, "peak_rss": self.peak_rss, "peak_anonymous": self.peak_anonymous}
-        found |= {"outputs": plan["outputs"], "verified": self.verified, "notes": list(self.notes), "overflowed": self.overflow.summary()}
-        found |= {"comparison": self.comparison.summary()} if self.comparison else {}
-        return found | ({"part": asdict(self.part)} if self.part else {})
+        summary: dict[str, Any] = {key: plan[key] for key in figures}
+        summary |= {"seconds": self.seconds, "peak_rss": self.peak_rss, "peak_anonymous": self.peak_anonymous}
+        summary |= {"outputs": plan["outputs"], "verified": self.verified, "notes": list(self.notes), "overflowed": self.overflow.summary()}
+        summary |= {"comparison": self.comparison.summary()} if self.comparison else {}
+        return summary | ({"part": asdict(self.part)} if self.part else {})
 
     def __repr__(self) -> str:
         verified = {None: "", True: ", verified", False: ", not verified"}[self.verified]

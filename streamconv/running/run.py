@@ -40,17 +40,17 @@ from streamconv.running.sums import SUMS, write_sums
 from streamconv.storage import is_url
 
 
-def with_reclaim(made: Plan, finished: Collection[str] = ()) -> Plan:
+def with_reclaim(plan: Plan, finished: Collection[str] = ()) -> Plan:
     """The plan with the room that it takes where the source's space is given back meanwhile.
 
     Raises:
         DestinationError: the source's space cannot be given back.
     """
-    reclaim = Reclaim(made)
+    reclaim = Reclaim(plan)
     reclaim.check(finished)
-    kept = sum(file.size for file in made.files if file.path in finished)
-    needed = min(made.totals.disk_needed, reclaim.disk_needed(finished) + kept)
-    return replace(made, totals=replace(made.totals, disk_needed=needed))
+    present = sum(file.size for file in plan.files if file.path in finished)
+    needed = min(plan.totals.disk_needed, reclaim.disk_needed(finished) + present)
+    return replace(plan, totals=replace(plan.totals, disk_needed=needed))
 
 
 def run(
@@ -274,11 +274,11 @@ class _Run:
 
     def _find_altered(self, numbers: Sequence[int]) -> set[int]:
         """Those of these files that do not hold what the plan makes of the sources."""
-        made = self._plan.for_files(numbers)
-        with bar(made.totals.bytes_written, "verifying", show=self._terms.progress) as tell:
-            check = OutputCheck(made, tell, lambda k: self._output.address(made.files[k].path))
+        mine = self._plan.for_files(numbers)
+        with bar(mine.totals.bytes_written, "verifying", show=self._terms.progress) as tell:
+            check = OutputCheck(mine, tell, lambda k: self._output.address(mine.files[k].path))
             every = range(len(numbers))
-            return {numbers[k] for k in check.find_wrong_literals(every) | check.compare(tasks_in_order(made, every))}
+            return {numbers[k] for k in check.find_wrong_literals(every) | check.compare(tasks_in_order(mine, every))}
 
     def _commit(self) -> None:
         """Looks at every file that was made apart, writes the rest, with the commit, and leaves.
