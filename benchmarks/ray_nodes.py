@@ -19,7 +19,7 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import save_file
 
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.recipe import Recipe, Rule
 from streamconv.running.run import run
 

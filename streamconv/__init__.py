@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from streamconv.checkpoint.entries import TensorEntry
     from streamconv.checkpoint.opening import Checkpoint
     from streamconv.checkpoint.opening import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
-    from streamconv.convert.api import convert, plan, verify
+    from streamconv.conversion.api import convert, plan, verify
     from streamconv.diagnose.doctor import doctor
     from streamconv.engine.comparison import Comparison
     from streamconv.planning.plan import Plan
@@ -55,12 +55,12 @@ _HOMES = {
     "Side": "recipe",
     "TensorEntry": "checkpoint.entries",
     "Tie": "recipe",
-    "convert": "convert.api",
+    "convert": "conversion.api",
     "doctor": "diagnose.doctor",
     "open": "checkpoint.opening:open_checkpoint",
-    "plan": "convert.api",
+    "plan": "conversion.api",
     "run": "running.run",
-    "verify": "convert.api",
+    "verify": "conversion.api",
 }
 """Name -> the module that it is imported from when it is asked for, and what it is called there if that is another name."""
 
@@ -98,9 +98,6 @@ __all__ = [
     "run",
     "verify",
 ]
-
-import_module("streamconv.convert")
-del globals()["convert"]  # the package, which importing it puts there: `streamconv.convert` is the call
 
 
 def __getattr__(name: str) -> object:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
 from streamconv.formats import safetensors

@@ -9,7 +9,7 @@ import pytest
 from checkpoint_files import ROOMY
 from hypothesis import HealthCheck, settings
 
-from streamconv.convert.options import ConvertOptions, Options, PlanOptions, VerifyOptions
+from streamconv.conversion.options import ConvertOptions, Options, PlanOptions, VerifyOptions
 
 pytest_plugins = ("processes", "ranked_models", "seeded_defects", "small_source", "toy_model")
 """Modules of tests/fixtures with fixtures of pytest."""

@@ -36,7 +36,7 @@ PACKAGES = {
     "planning": 1_200,  # nodes to plans
     "engine": 950,  # bytes of one machine
     "running": 2_570,  # runs of a plan, the state of an output, and the executors that others add to
-    "convert": 850,  # options and the calls that take them; from them to a plan, numbers of quantized weights on the way
+    "conversion": 850,  # options and the calls that take them; from them to a plan, numbers of quantized weights on the way
     "diagnose": 1_400,  # what is said of checkpoints
     "front": 680,  # what people meet: the command, the demo
 }

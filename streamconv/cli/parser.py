@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from streamconv._version import __version__
-from streamconv.convert.options import Options, about_of, flags_of, options_of
+from streamconv.conversion.options import Options, about_of, flags_of, options_of
 from streamconv.errors import UsageError
 from streamconv.text import did_you_mean
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from streamconv import recipes
 from streamconv.checkpoint.opening import Checkpoint, choose_files, find_checkpoint, open_checkpoint, read_config
-from streamconv.convert.sides import open_side
+from streamconv.conversion.sides import open_side
 from streamconv.errors import StreamconvError
 from streamconv.formats.registry import containers
 from streamconv.library.parallel import TensorParallel

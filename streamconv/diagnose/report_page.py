@@ -18,7 +18,7 @@ import psutil
 from streamconv import memory
 from streamconv._version import __version__
 from streamconv.checkpoint.opening import open_checkpoint
-from streamconv.convert.options import ConvertOptions, Options, VerifyOptions, about_of, flags_of
+from streamconv.conversion.options import ConvertOptions, Options, VerifyOptions, about_of, flags_of
 from streamconv.diagnose.report import LAYER, module_of
 from streamconv.dtypes import TensorSpec
 from streamconv.engine.comparison import Comparison, TensorDifference

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from streamconv import errors
 from streamconv.cli import command as cli
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.diagnose import report_page
 from streamconv.running import lease, local
 from streamconv.running import run as running

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamconv.checkpoint.opening import open_checkpoint
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats import mindspore as fmt

@@ -19,7 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 
 from streamconv.checkpoint.opening import open_checkpoint
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.digests import patches
 from streamconv.planning.plan import Plan
 from streamconv.running import local

@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoint_files import ROOMY, random_tensor, refusal, run, write
 
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.errors import RunError, UsageError
 from streamconv.planning.plan import Plan
 from streamconv.running.executors import EXECUTORS, MakeFiles

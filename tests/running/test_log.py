@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from streamconv import codec
 from streamconv.cli.command import main
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.planning.plan import VERSION
 from streamconv.running import directory, lock
 from streamconv.running.directory import Directory

@@ -22,7 +22,7 @@ from checkpoint_files import ROOMY, failure, numbered, random_tensor, refusal, r
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.errors import CoverageError, DestinationError, RunError, UsageError
 from streamconv.planning.plan import Plan
 from streamconv.running import local, making

@@ -23,7 +23,7 @@ import torch
 from checkpoint_files import ROOMY, random_tensor, refusal, write
 
 from streamconv import memory
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.errors import BudgetError, RunError, UsageError
 from streamconv.planning.fitting import Budget, base_of, refit
 from streamconv.planning.plan import Plan

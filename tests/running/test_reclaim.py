@@ -14,7 +14,7 @@ import pytest
 from checkpoint_files import ROOMY, failure, random_tensor, refusal, run, write
 
 import streamconv
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.errors import RunError
 from streamconv.running import local, reclaim
 from streamconv.running.lock import Lock

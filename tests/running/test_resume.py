@@ -19,7 +19,7 @@ import pytest
 from checkpoint_files import ROOMY, random_tensor, refusal, run, write
 
 from streamconv import threads
-from streamconv.convert import api, recovery
+from streamconv.conversion import api, recovery
 from streamconv.digests import format_sums
 from streamconv.engine import order
 from streamconv.errors import DestinationError, RunError
@@ -341,8 +341,8 @@ def test_sources_that_cannot_be_read_for_the_log_are_no_others(source, tmp_path,
 HOLDER = """
 import sys, time
 from pathlib import Path
-from streamconv.convert import api
-from streamconv.convert.options import PlanOptions
+from streamconv.conversion import api
+from streamconv.conversion.options import PlanOptions
 from streamconv.running import run as running
 from streamconv.running.directory import Directory
 from streamconv.running.lock import Lock

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import Fault, Flaky, Nginx, Request, computed, flaky, nginx, s3, unavailable
 
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine import order
 from streamconv.engine.remote import join

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from random_graphs import graphs, settings_of, thresholds, world
 from servers import S3, Fault, Flaky, Request, flaky, s3, unavailable
 
-from streamconv.convert import api
+from streamconv.conversion import api
 from streamconv.errors import RunError
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget

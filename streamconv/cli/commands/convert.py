@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from streamconv.cli.console import Console
 from streamconv.cli.parser import read_options
 from streamconv.cli.showing import ending_softly, make_progress, print_result, suggest_recipes
-from streamconv.convert import api
-from streamconv.convert.options import ConvertOptions
+from streamconv.conversion import api
+from streamconv.conversion.options import ConvertOptions
 from streamconv.errors import UsageError, writing
 from streamconv.storage import is_url
 

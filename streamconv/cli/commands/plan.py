@@ -8,8 +8,8 @@ from pathlib import Path
 from streamconv.cli.console import Console
 from streamconv.cli.parser import read_options
 from streamconv.cli.showing import suggest_recipes
-from streamconv.convert import api
-from streamconv.convert.options import PlanOptions
+from streamconv.conversion import api
+from streamconv.conversion.options import PlanOptions
 from streamconv.diagnose import report
 from streamconv.errors import UsageError
 from streamconv.formats.catalog import locate

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from streamconv.cli.console import Console
 from streamconv.cli.parser import read_options
 from streamconv.cli.showing import ending_softly, print_result, shows_bar
-from streamconv.convert.options import ConvertOptions
+from streamconv.conversion.options import ConvertOptions
 from streamconv.errors import FormatError, UsageError
 from streamconv.planning.plan import Plan
 from streamconv.running import run as running

@@ -7,8 +7,8 @@ import argparse
 from streamconv.cli.console import Console
 from streamconv.cli.parser import read_options
 from streamconv.cli.showing import make_progress
-from streamconv.convert import api
-from streamconv.convert.options import VerifyOptions
+from streamconv.conversion import api
+from streamconv.conversion.options import VerifyOptions
 
 
 def execute(args: argparse.Namespace, out: Console) -> int:

@@ -15,7 +15,7 @@ import torch
 
 import streamconv
 from streamconv.cli.parser import COMMANDS, ROOT, build_parser, read_options
-from streamconv.convert.options import ConvertOptions, PlanOptions, VerifyOptions, about_of, every_option, flags_of
+from streamconv.conversion.options import ConvertOptions, PlanOptions, VerifyOptions, about_of, every_option, flags_of
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import UsageError
 from streamconv.recipe.recipe import IDENTITY_OPTIONS
@@ -44,7 +44,7 @@ def test_the_readme_lists_every_option(monkeypatch):
     for option in every_option():
         if option.name == "max_memory":
             monkeypatch.setattr(option, "default", "1GB")  # which is another in tests
-    assert TABLE.search(README.read_text())[0] == option_table(), "python tests/convert/test_options.py --write"
+    assert TABLE.search(README.read_text())[0] == option_table(), "python tests/conversion/test_options.py --write"
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -120,11 +120,9 @@ def test_what_is_kept_of_a_run_is_what_decides_which_it_is():
 def test_a_name_is_imported_when_it_is_asked_for():
     code = """
 import sys, streamconv
-assert not {name for name in sys.modules if name.startswith("streamconv.")} - {
-    "streamconv.convert", "streamconv.errors", "streamconv.interrupts", "streamconv._version"
+assert {name for name in sys.modules if name.startswith("streamconv.")} == {
+    "streamconv.errors", "streamconv.interrupts", "streamconv._version"
 }
-import streamconv.convert.options
-assert callable(streamconv.convert), "the call, whoever imports from the package of that name"
 from streamconv import *
 assert {name for name in streamconv.__all__ if name not in globals()} == set()
 assert set(streamconv.__all__) <= set(dir(streamconv))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from streamconv import memory, recipes
 from streamconv.checkpoint.opening import Checkpoint, detect_format, find_checkpoint
-from streamconv.convert.options import Options, PlanOptions, VerifyOptions
-from streamconv.convert.sides import open_other, open_side
+from streamconv.conversion.options import Options, PlanOptions, VerifyOptions
+from streamconv.conversion.sides import open_other, open_side
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import UsageError
 from streamconv.formats.catalog import locate

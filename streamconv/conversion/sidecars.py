@@ -9,8 +9,8 @@ from typing import Any
 
 from streamconv.checkpoint.components import find_components, find_pointers, look_beside, shorten
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, read_config
-from streamconv.convert.casting import Casting
-from streamconv.convert.dequantizing import PARAMS, Dequantization
+from streamconv.conversion.casting import Casting
+from streamconv.conversion.dequantizing import PARAMS, Dequantization
 from streamconv.errors import RecipeError
 from streamconv.formats.unrelated import is_known
 from streamconv.recipe import Conversion, Model, Recipe, Writer

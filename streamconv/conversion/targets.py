@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from streamconv.checkpoint.opening import Checkpoint, read_config
-from streamconv.convert.casting import Casting
-from streamconv.convert.dequantizing import Dequantization
+from streamconv.conversion.casting import Casting
+from streamconv.conversion.dequantizing import Dequantization
 from streamconv.graph.node import AnyNode
 from streamconv.library.model import choose_kept
 from streamconv.recipe import Conversion, Recipe, identity, read_identity_options

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, prefixed, read_config
-from streamconv.convert.casting import Casting
+from streamconv.conversion.casting import Casting
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
 from streamconv.recipe import Conversion

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamconv import memory
-from streamconv.convert.casting import Casting
-from streamconv.convert.conversion import all_tensors, convert_tensors
-from streamconv.convert.dequantizing import dequantize
-from streamconv.convert.opening import check_backend, find_beside, find_recipe, local_files, open_both, split_root
-from streamconv.convert.options import ConvertOptions, PlanOptions, VerifyOptions, arguments_of
-from streamconv.convert.pipeline import make_plan
-from streamconv.convert.recovery import find_begun, find_finished, overwrite_noted
-from streamconv.convert.sides import open_other
+from streamconv.conversion.casting import Casting
+from streamconv.conversion.dequantizing import dequantize
+from streamconv.conversion.opening import check_backend, find_beside, find_recipe, local_files, open_both, split_root
+from streamconv.conversion.options import ConvertOptions, PlanOptions, VerifyOptions, arguments_of
+from streamconv.conversion.pipeline import make_plan
+from streamconv.conversion.recovery import find_begun, find_finished, overwrite_noted
+from streamconv.conversion.sides import open_other
+from streamconv.conversion.targets import all_tensors, convert_tensors
 from streamconv.engine.comparison import Comparison, compare
 from streamconv.errors import BudgetError, FormatError, UsageError, writing
 from streamconv.planning.fitting import check_workers

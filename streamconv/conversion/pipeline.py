@@ -7,14 +7,14 @@ from pathlib import Path
 
 from streamconv import memory
 from streamconv.checkpoint.opening import Checkpoint
-from streamconv.convert.casting import Casting
-from streamconv.convert.conversion import convert_tensors, find_ties, store_once
-from streamconv.convert.dequantizing import dequantize
-from streamconv.convert.notes import note_layouts, note_ties
-from streamconv.convert.opening import check_backend, find_beside, find_recipe, local_files, open_source, split_root
-from streamconv.convert.options import PlanOptions
-from streamconv.convert.sidecars import make_sidecars
-from streamconv.convert.sides import TargetSettings, lay_out_components
+from streamconv.conversion.casting import Casting
+from streamconv.conversion.dequantizing import dequantize
+from streamconv.conversion.notes import note_layouts, note_ties
+from streamconv.conversion.opening import check_backend, find_beside, find_recipe, local_files, open_source, split_root
+from streamconv.conversion.options import PlanOptions
+from streamconv.conversion.sidecars import make_sidecars
+from streamconv.conversion.sides import TargetSettings, lay_out_components
+from streamconv.conversion.targets import convert_tensors, find_ties, store_once
 from streamconv.engine.io import BLOCK
 from streamconv.errors import DestinationError, UsageError
 from streamconv.formats.registry import DEFAULT, containers

@@ -3,7 +3,7 @@
 From a field come the argument of the call, the option of the command, the row of README.md's table, and what is kept beside an
 interrupted run. To add an option, write a field (its type, its default, and `about` it) where it belongs: in `Options` if `verify` takes
 it, too, in `PlanOptions` if it decides what is written, in `ConvertOptions` if it is about the run alone; read it where it matters; and
-run ``python tests/convert/test_options.py --write``, which writes README.md's table.
+run ``python tests/conversion/test_options.py --write``, which writes README.md's table.
 """
 
 from __future__ import annotations

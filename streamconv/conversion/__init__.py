@@ -1,0 +1,1 @@
+"""From a path and options to a plan, and the calls that do so."""
