@@ -105,7 +105,9 @@ def check_layers(specs: Mapping[str, TensorSpec]) -> Iterator[Finding]:
         gap = next((k for k in range(numbers[-1]) if k not in layer_specs), None)
         if gap is not None:
             yield Finding(f"layer {gap} is missing, {numbers[-1]} is there", stem, "the model cannot run", "find the file that has it")
-        kinds = Counter(frozenset((rest, spec.shape) for rest, spec in layer.items()) for layer in layer_specs.values())
+        kinds: Counter[frozenset[tuple[str, tuple[int, ...]]]] = Counter()
+        for layer in layer_specs.values():
+            kinds[frozenset((rest, spec.shape) for rest, spec in layer.items())] += 1
         usual, count = kinds.most_common(1)[0]
         if count <= max(2, len(layer_specs) // 2):
             continue

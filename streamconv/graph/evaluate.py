@@ -296,8 +296,12 @@ def _is_direct(move: Move, itemsize: int) -> bool:
 def _by_source(move: Move) -> Move:
     """A simplified move with its runs in the order of the source: one may be received front to back."""
     order = sorted(range(len(move.sizes) - 1), key=lambda k: -move.src_strides[k]) + [*range(len(move.sizes))][-1:]
-    sizes, dst_strides, src_strides = (tuple(of[k] for k in order) for of in (move.sizes, move.dst_strides, move.src_strides))
-    return replace(move, sizes=sizes, dst_strides=dst_strides, src_strides=src_strides)
+    return replace(
+        move,
+        sizes=tuple(move.sizes[k] for k in order),
+        dst_strides=tuple(move.dst_strides[k] for k in order),
+        src_strides=tuple(move.src_strides[k] for k in order),
+    )
 
 
 def _cut(move: Move, itemsize: int) -> tuple[list[tuple[int, int, int]], int]:

@@ -218,7 +218,10 @@ class Application:
         members: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
         copies = [self.sizes.repeats(rule, n) for n in binding.left_counts]
         minimums = [(self.sizes.dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_counts, copies, strict=True)]
-        totals = [max(1 + max(counts[k] for _, counts in group.members), minimum) for k, minimum in enumerate(minimums)]
+        totals = []
+        for k, minimum in enumerate(minimums):
+            last = max(counts[k] for _, counts in group.members)
+            totals.append(max(1 + last, minimum))
         for (choice, counts), alike in sorted(group.members.items()):
             name = alike[min(alike)]
             first = members.setdefault((choice, tuple(n // c for n, c in zip(counts, copies, strict=True))), name)

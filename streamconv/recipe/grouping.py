@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.errors import CoverageError
@@ -131,8 +131,7 @@ class Grouping:
                 for k, name in enumerate(names)
             ]  # fmt: skip
             if len(instances) != math.prod(map(len, choices)):  # numbers may be huge: something is missing early
-                all_values = ([c[n] for c, n in zip(choices, index, strict=True)] for index in grid([len(c) for c in choices]))
-                missing = next(one for one in all_values if tuple(one) not in instances)
+                missing = _first_missing(choices, instances)
                 values: Values = {capture.name: 0 for capture in rule.binding.left.captures}
                 values |= dict(zip(names, missing, strict=True))
                 name = self._sizes.numbering(rule, rule.binding.left).write(values)
@@ -162,3 +161,12 @@ def grid(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
             rest, digit = divmod(rest, length)
             index.append(digit)
         yield tuple(reversed(index))
+
+
+def _first_missing(choices: Sequence[Sequence[int]], instances: Collection[tuple[object, ...]]) -> tuple[int, ...]:
+    """The first combination of these values, one of each, that is no instance."""
+    for index in grid([len(values) for values in choices]):
+        combination = tuple(values[n] for values, n in zip(choices, index, strict=True))
+        if combination not in instances:
+            return combination
+    raise AssertionError("fewer instances than combinations")

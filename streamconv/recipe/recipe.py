@@ -313,9 +313,13 @@ def _check_sizes(dims: Mapping[str, Dim]) -> None:
 
 def _check_alias(alias: str, name: str) -> None:
     """Raises RecipeError where two names of a tensor do not have the same captures."""
-    first, second = ({(capture.name, capture.kind) for capture in plain_names(text).captures} for text in (alias, name))
-    if first != second:
+    if _captures(alias) != _captures(name):
         raise RecipeError(f"the names {alias!r} and {name!r} of one tensor must have the same captures")
+
+
+def _captures(name: str) -> set[tuple[str, str]]:
+    """The captures of a name pattern: what each is called, and its kind."""
+    return {(capture.name, capture.kind) for capture in plain_names(name).captures}
 
 
 def _check_fact(fact: Fact) -> None:

@@ -62,9 +62,11 @@ class Blocks:
         lasts = [0] * len(_BLOCK)
         starts: list[int] = []
         for _, piece, digits in pull(self._tree, region):
-            found = [digits[name] for name in _BLOCK]
-            ends = [first + sum((n - 1) * step for n, step in zip(piece.sizes, steps, strict=True)) for first, steps in found]
-            firsts = [first for first, _ in found]
+            firsts, ends = [], []
+            for first, steps in (digits[name] for name in _BLOCK):
+                advance = sum((n - 1) * step for n, step in zip(piece.sizes, steps, strict=True))
+                firsts.append(first)
+                ends.append(first + advance)
             starts = list(map(min, starts or firsts, firsts))
             lasts = list(map(max, lasts, ends))
         return tuple(starts), tuple(last - first + 1 for first, last in zip(starts, lasts, strict=True))
