@@ -105,7 +105,8 @@ def test_any_division_in_any_order_gives_what_convert_gives(tmp_path_factory, da
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("kind", "kills"), [("parts", 3), pytest.param("parts-fuse", 60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "kills"), [("parts", 3), ("parts-fuse", 60)])
 def test_killed_parts_are_run_again_to_the_same_bytes(tmp_path, kind, kills):
     command = [sys.executable, "-m", "tools.crash", "--kills", str(kills), "--kind", kind, "--dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=Path(crash.__file__).parent.parent)

@@ -55,6 +55,7 @@ def bucket() -> Iterator[Any]:
         yield store
 
 
+@pytest.mark.slow
 def test_one_file_goes_in_larger_parts_within_the_budget(bucket: Any, tmp_path: Path) -> None:
     """It has the memory of the workers that have nothing to do."""
     src = write(tmp_path / "src", numbered({f"{k}.w": (4000, 1500) for k in range(4)}))

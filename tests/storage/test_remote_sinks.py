@@ -434,6 +434,7 @@ def test_ctrl_c_does_not_wait_for_a_store_that_hangs(checkpoints: Path, monkeypa
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_for_some_time(store: S3, checkpoints: Path, tmp_path: Path) -> None:
     store.proxy.faults, store.proxy.every = (unavailable("0"), Fault(drop=True)), 7
     try:
@@ -960,6 +961,7 @@ def _refuse_part(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> str:
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_bucket_is_written_within_the_budget(store: S3, tmp_path: Path) -> None:
     src = write(tmp_path / "src", numbered({f"{k}.w": (2000, 1000) for k in range(8)}), shards=2)
     process = start("convert", src, f"{store.url}/made", "--max-memory", "200MB", "--max-shard-size", "17MB", "--json", "-q")
