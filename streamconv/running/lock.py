@@ -19,7 +19,7 @@ from streamconv.engine.io import check_folder, sync_directory
 from streamconv.errors import DestinationError, writing
 from streamconv.planning.plan import Plan, SourceFile
 from streamconv.running.difference import find_difference
-from streamconv.running.directory import DRAFT, PARTIAL, STRANGE, Directory
+from streamconv.running.directory import DRAFT, PARTIAL, STRANGE, Directory, new_suffix, partial, write_durably
 from streamconv.running.local import LocalEngine
 from streamconv.running.log import Holder, Line, Log, read_head, read_lines
 from streamconv.running.output import IN_PARTS, MOST, ONLY_COPY, PLAN, describe, is_only_copy
@@ -148,7 +148,7 @@ class Lock:
         fd = -1
         try:
             draft.parent.mkdir(exist_ok=True)
-            fd = _open_locked(draft, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            fd = _open_locked(draft, os.O_RDWR | os.O_CREAT)
             self.log = Log(fd)
             return self._replace(draft, fd, stale)
         except BaseException as error:
@@ -160,22 +160,31 @@ class Lock:
             raise
 
     def _replace(self, draft: Path, fd: int, stale: Callable[[], Iterable[str]] | None) -> Line:
-        """Makes the draft the log, in the place of one that is there."""
+        """Makes the draft the log, in the place of one that is there.
+
+        A kill at any step leaves either what a resuming run begins this conversion anew by, or a log beside its plan.
+        """
         directory = self.output
+        plan = partial(directory.state / PLAN, new_suffix())
         olds = [_open_locked(path, os.O_RDWR) for path in (directory.log, directory.earlier)]
         try:
             if olds[0] >= 0 and is_only_copy(directory.load(directory.log.name) or b""):
                 raise DestinationError(f"{directory.root}: {ONLY_COPY}: finish that run with --resume")
             head = self._describe(directory.look(stale()) if stale else {}, overwrite=stale is not None)
-            os.ftruncate(fd, 0)
-            self.log.append(head)
-            (directory.state / PLAN).unlink(missing_ok=True)
-            directory.keep(PLAN, self._plan.json_pieces)  # first, so that where there is a log, there is its plan
+            os.lseek(fd, 0, os.SEEK_SET)
+            self.log.append(head)  # over the note of an overwrite, which says of whose it is what the head says, too
+            os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
+            os.fsync(fd)
+            write_durably(plan, self._plan.json_pieces())
+            directory.log.unlink(missing_ok=True)
+            plan.replace(directory.state / PLAN)
             draft.replace(directory.log)
             sync_directory(str(directory.state))
             sync_directory(str(directory.root))
             directory.drop_earlier()
         finally:
+            with suppress(OSError):
+                plan.unlink(missing_ok=True)
             for old in olds:
                 if old >= 0:
                     os.close(old)

@@ -141,8 +141,8 @@ def check_earlier(output: Output, *, overwrite: bool = False) -> None:
 
 
 def tidy(output: Output, single: str | None) -> None:
-    """Removes the plan that a run has left beside a complete output, since it was killed while it left."""
-    if output.look([f"{state_name(single)}/{PLAN}"]):
+    """Removes what a run has left of its state beside a complete output, since it was killed while it left."""
+    if output.look([state_name(single), f"{state_name(single)}/{PLAN}"]):
         output.leave()
 
 

@@ -15,6 +15,7 @@ import streamconv
 from streamconv.cli import command as cli
 from streamconv.engine.check import OutputCheck
 from streamconv.running import local
+from streamconv.running.output import STATE
 
 
 def test_overwrite_removes_old_weights_and_nothing_else(source, tmp_path):
@@ -242,3 +243,13 @@ def test_an_interrupt_at_any_step_says_how_to_go_on(source, tmp_path, capsys, mo
     monkeypatch.undo()
     assert run("convert", source, tmp_path / "dst", "--resume", "--quiet") == 0
     assert_same(read(tmp_path / "dst"), tensors())
+
+
+def test_a_state_that_a_killed_run_has_emptied_is_removed_from_a_complete_output(source, tmp_path):
+    dst = tmp_path / "dst"
+    assert run("convert", source, dst, "--quiet") == 0
+    complete = tree(dst)
+    (dst / STATE).mkdir()
+    assert run("convert", source, dst, "--resume", "--quiet") == 0
+    assert not (dst / STATE).exists()
+    assert tree(dst) == complete

@@ -27,7 +27,9 @@ from streamconv.planning.plan import VERSION
 from streamconv.running import difference, directory, local, lock
 from streamconv.running import run as running
 from streamconv.running.directory import Directory
+from streamconv.running.lock import Lock
 from streamconv.running.log import Log, read_lines
+from streamconv.running.output import begun_plan
 from tools.crash import read_tree
 
 SMALL = ["--max-shard-size", "500KB", "--quiet", "-j", "1"]
@@ -293,18 +295,22 @@ def test_a_plan_that_is_another_one_is_compared(source, tmp_path, monkeypatch, c
         running.run(other, resume=True)
 
 
-@pytest.mark.parametrize("at", [b"log.jsonl", b"plan.json"])
+@pytest.mark.parametrize("at", ["log.jsonl", "plan.json"])
 def test_a_run_that_is_killed_while_it_leaves(source, tmp_path, at):
     """What it leaves of its state goes with the next one."""
     if not (pid := os.fork()):
-        real = Path.unlink
+        unlink, leave = Path.unlink, Directory.leave
 
-        def unlink(path: Path, **more: bool) -> None:
-            real(path, **more)
-            if os.fsencode(path.name) == at:
+        def unlink_and_die(path: Path, **more: bool) -> None:
+            unlink(path, **more)
+            if path.name == at:
                 os._exit(9)
 
-        Path.unlink = unlink
+        def leave_and_die(output: Directory) -> None:
+            Path.unlink = unlink_and_die
+            leave(output)
+
+        Directory.leave = leave_and_die
         run("convert", source, tmp_path / "dst", *SMALL)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
@@ -313,6 +319,35 @@ def test_a_run_that_is_killed_while_it_leaves(source, tmp_path, at):
     assert run("convert", source, tmp_path / "whole", *SMALL) == 0
     assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
     assert not (tmp_path / "dst" / STATE).exists()
+
+
+@pytest.mark.parametrize("step", ["lseek", "ftruncate", "unlink", "replace"])
+def test_an_overwrite_that_is_killed_while_it_takes_the_output(source, tmp_path, monkeypatch, capsys, step):
+    """What was begun there before is gone on with, or this overwrite is: no log lies beside the plan of another conversion."""
+    dst = tmp_path / "dst"
+    interrupt(monkeypatch, source, dst, "--dtype", "float16", after=5)
+    if not (pid := os.fork()):
+        place = os if hasattr(os, step) and step not in ("unlink", "replace") else Path
+        call, replace = getattr(place, step), Lock._replace
+
+        def call_and_die(*details: object, **more: object) -> object:
+            result = call(*details, **more)
+            os._exit(9)
+            return result
+
+        def replace_and_die(*details: object) -> object:
+            setattr(place, step, call_and_die)
+            return replace(*details)
+
+        Lock._replace = replace_and_die
+        run("convert", source, dst, *SMALL, "--overwrite")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    if (dst / LOG).exists():
+        assert begun_plan(Directory(dst), str(dst))[0].files
+    assert run("convert", source, dst, *SMALL, "--resume") == 0
+    assert run("convert", source, tmp_path / "whole", *SMALL) == 0
+    assert read_tree(dst) == read_tree(tmp_path / "whole")
 
 
 def test_an_overwrite_that_is_refused_leaves_no_note(source, tmp_path, capsys):
@@ -538,9 +573,10 @@ def test_dst_never_looks_complete_before_it_is(source, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert read_tree(source) == before
     renamed = [name for event, name in events if event == "rename"]
+    assert renamed[:2] == ["plan.json", "log.jsonl"]
     assert renamed[-1] == "model.safetensors.index.json"
-    assert sorted(set(renamed) - {"log.jsonl"}) == sorted(read_tree(dst))
-    for name in set(renamed) - {"log.jsonl"}:
+    assert sorted(renamed[2:]) == sorted(read_tree(dst))
+    for name in renamed[2:]:
         at = events.index(("rename", name))
         assert ("sync", f"{name}.partial") in events[:at]
         assert events[at + 1] == ("sync", "dst")
