@@ -14,7 +14,7 @@ from streamconv.errors import DestinationError, StreamconvError, UsageError
 from streamconv.planning.plan import FilePlan, Plan, Totals
 from streamconv.planning.plan import Mapping as Row
 from streamconv.running.destination import RemoteTarget, Target
-from streamconv.running.lock import forget_overwrite, note_overwrite
+from streamconv.running.intent import forget_overwrite, note_overwrite
 from streamconv.running.log import read_head
 from streamconv.running.output import LOG, PLAN, begun_plan, finished_files
 from streamconv.running.reclaim import Reclaim

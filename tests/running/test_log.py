@@ -14,7 +14,7 @@ from streamconv import codec
 from streamconv.cli.command import main
 from streamconv.conversion import api
 from streamconv.planning.plan import VERSION
-from streamconv.running import directory, lock
+from streamconv.running import directory, holder
 from streamconv.running.directory import Directory
 from streamconv.running.lock import Lock
 from streamconv.running.output import is_only_copy
@@ -114,7 +114,7 @@ def test_a_later_line_that_is_none_counts_for_nothing(line, source, begun, tmp_p
 def test_what_is_no_file_in_its_place_is_no_log(kind, source, begun, capsys, monkeypatch):
     if kind == "large":
         monkeypatch.setattr(directory, "MOST", 10)
-        monkeypatch.setattr(lock, "MOST", 10)
+        monkeypatch.setattr(holder, "MOST", 10)
     else:
         begun.unlink()
         make = {"pipe": os.mkfifo, "directory": Path.mkdir, "link": lambda path: path.symlink_to("/dev/zero")}[kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ from streamconv.digests import format_sums
 from streamconv.engine import order
 from streamconv.errors import DestinationError, RunError
 from streamconv.planning.plan import VERSION
-from streamconv.running import difference, directory, local, lock
+from streamconv.running import difference, directory, holder, local, lock
 from streamconv.running import run as running
 from streamconv.running.directory import Directory
 from streamconv.running.lock import Lock
@@ -394,32 +395,32 @@ time.sleep(600)
 @pytest.mark.parametrize("locks", [True, False])
 def test_two_runs_exclude_each_other_until_one_is_dead(source, tmp_path, capsys, monkeypatch, locks):
     dst = tmp_path / "dst"
-    with subprocess.Popen([sys.executable, "-c", HOLDER, source, dst], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "begun\n"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, source, dst], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "begun\n"
         before = read_tree(dst)
         if not locks:
 
             def refuse(*_: object) -> None:
                 raise OSError(errno.ENOLCK, "no locks")
 
-            monkeypatch.setattr(lock.fcntl, "flock", refuse)
+            monkeypatch.setattr(fcntl, "flock", refuse)
         for more in (["--resume"], ["--overwrite"]):
             message = refusal(capsys, "convert", source, dst, *SMALL, *more)
-            assert f"process {holder.pid} on {socket.gethostname()}" in message
+            assert f"process {other.pid} on {socket.gethostname()}" in message
         assert "unfinished" in refusal(capsys, "convert", source, dst, *SMALL)
         assert read_tree(dst) == before
-        holder.kill()
-        holder.wait(60)
+        other.kill()
+        other.wait(60)
     assert run("convert", source, dst, *SMALL, "--resume") == 0
     assert run("convert", source, tmp_path / "whole", *SMALL) == 0
     assert read_tree(dst) == read_tree(tmp_path / "whole")
 
 
 def test_who_holds_a_lock_on_another_host_is_taken_to_live(monkeypatch):
-    me = lock._describe_process()
-    assert lock._is_alive({**me, "host": "elsewhere"})
-    assert not lock._is_alive(me)  # an earlier run of this process
-    assert not lock._is_alive({**me, "pid": 1, "started": 0.0})  # the number was given to another one
+    me = holder.describe_process()
+    assert holder.is_alive({**me, "host": "elsewhere"})
+    assert not holder.is_alive(me)  # an earlier run of this process
+    assert not holder.is_alive({**me, "pid": 1, "started": 0.0})  # the number was given to another one
 
 
 def test_a_run_that_finished_while_another_waited(source, tmp_path):
