@@ -19,9 +19,9 @@ from streamconv.errors import BudgetError, FormatError, UsageError, writing
 from streamconv.planning.fitting import check_workers
 from streamconv.planning.plan import Plan
 from streamconv.recipe import Side
-from streamconv.running.destination import RemoteTarget, target_of
+from streamconv.running.destination import RemoteTarget, Target, target_of
 from streamconv.running.kept import check_report, check_sources_stay
-from streamconv.running.output import tidy
+from streamconv.running.output import check_earlier, tidy
 from streamconv.running.progress import bar
 from streamconv.running.reclaim import Reclaim
 from streamconv.running.results import Result
@@ -72,6 +72,8 @@ def convert(options: ConvertOptions) -> Result:
         import ml_dtypes  # noqa: F401 - loaded first, with numpy, so that the plan counts what measuring differences takes
     target = target_of(options.dst, options.format, create_pr=options.create_pr)
     settings = options.identity()
+    if isinstance(target, Target):  # before the source is looked at, which such a run may have given back
+        check_earlier(target.output, overwrite=options.overwrite)
     with overwrite_noted(target, settings, overwrite=options.overwrite and not options.resume):
         plan = find_begun(options.src, target, reclaim_source=options.reclaim_source) if options.resume else None
         if plan is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode
-from streamconv.schemes.scheme import Scheme
+from streamconv.schemes.scheme import Group, Scheme
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def decode(scheme: Scheme, nodes: Mapping[str, AnyNode], config: Mapping[str, An
     for name, node in nodes.items():
         if name in group_of:
             group = group_of[name]
-            target, made = group.target, group.decode(nodes, dtype_of(group.target))
+            target, made = group.target, _decode_group(group, nodes, dtype_of(group.target), title)
         elif name in gone:
             continue
         else:
@@ -48,3 +48,11 @@ def decode(scheme: Scheme, nodes: Mapping[str, AnyNode], config: Mapping[str, An
             raise CoverageError(f"{title}: {target} is there as it is, and quantized as {name}: remove one of them")
         decoded[target] = made
     return Decoded(decoded, {group.target: group.tensors for group in match.groups}, dict(match.dropped))
+
+
+def _decode_group(group: Group, nodes: Mapping[str, AnyNode], dtype: str, title: str) -> AnyNode:
+    """The numbers of a quantized weight. Raises CoverageError, which names it."""
+    try:
+        return group.decode(nodes, dtype)
+    except CoverageError as error:
+        raise CoverageError(f"{title}: {' with '.join(group.tensors)}: {error}: mend the source") from error

@@ -191,3 +191,6 @@ def test_what_an_earlier_release_has_begun_is_refused(source, tmp_path, capsys, 
     if not is_only_copy:
         assert main(["convert", str(source), str(dst), "--overwrite", "--quiet"]) == 0
         assert not earlier.exists()
+        return
+    next(source.glob("*.safetensors")).unlink()  # which that run has given back
+    assert "finish it with that release" in refusal(capsys, "convert", source, dst, "--resume", "--reclaim-source", "--yes")

@@ -184,6 +184,15 @@ def test_what_cannot_be_told_is_refused_by_name(tmp_path, tensors, config, told)
     assert not (tmp_path / "out").exists()
 
 
+def test_scales_of_another_kind_are_refused_by_the_name_of_their_matrix(tmp_path):
+    tensors = {"a.weight": codes(64, 64), "a.weight_scale_inv": torch.ones(1, 1, dtype=torch.int32)}
+    src = write(tmp_path / "x", tensors, config=FP8_CONFIG)
+    with pytest.raises(
+        CoverageError, match=r"a.weight with a.weight_scale_inv: the scales .* must be floats \[1, 1\], found int32\[1, 1\]"
+    ):
+        dequantize(src, tmp_path / "out")
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, BF16])
 def test_scales_of_what_takes_none_are_refused(tmp_path, dtype):
     src = write(tmp_path / "x", {"a.weight": torch.ones(4, 4, dtype=dtype), "a.weight_scale_inv": torch.ones(1, 1)}, config=FP8_CONFIG)
