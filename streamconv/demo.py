@@ -75,12 +75,12 @@ def build(folder: Path, *, max_shard_size: int = 100_000_000, seed: int = 0) -> 
             for offset, data in layout.literals:
                 file.seek(offset)
                 file.write(data)
-            while (left := layout.size - file.tell()) > 0:
+            while (missing := layout.size - file.tell()) > 0:
                 # High bytes between 0x38 and 0x3b: finite bfloat16 values of a weight's size.
                 low, high = generator.randbytes(1 << 19), bytes(b & 0x83 | 0x38 for b in generator.randbytes(1 << 12)) * 128
                 block = bytearray(1 << 20)
                 block[0::2], block[1::2] = low, high
-                file.write(block[:left])
+                file.write(block[:missing])
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
 

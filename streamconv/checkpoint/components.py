@@ -146,10 +146,10 @@ def look_beside(root: Folder, own: Iterable[Location] = (), components: Iterable
     inside = set(filter(None, folders_read))
     explained = inside if folders_read and "" not in folders_read else {*inside, ""}  # of these, what reads them says what it does not
     along: list[str] = []
-    left: dict[str, list[str]] = {}
+    unclaimed: dict[str, list[str]] = {}
 
     def leave(kind: str, path: str) -> None:
-        left.setdefault(kind, []).append(path)
+        unclaimed.setdefault(kind, []).append(path)
 
     for here, folders, files in root.walk():
         above = f"{here}/" if here else ""
@@ -178,7 +178,7 @@ def look_beside(root: Folder, own: Iterable[Location] = (), components: Iterable
                 raise FormatError(f"{show(root.file(path))}: {what}")
             else:
                 along.append(path)
-    return Beside(sorted(along), left)
+    return Beside(sorted(along), unclaimed)
 
 
 def _is_unread_adapter(above: str, files: Iterable[str], read: Collection[str]) -> bool:

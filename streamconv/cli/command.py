@@ -42,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: what was given; None: this process is the command and ends with it.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    out = Console(given)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    out = Console(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path or name that the terminal cannot show is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
-    code = _execute(given, out, is_process=argv is None)
+    code = _execute(arguments, out, is_process=argv is None)
     if argv is None:
         interrupts.finish()
         if interrupts.came():
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _execute(given: Sequence[str], out: Console, *, is_process: bool) -> int:
+def _execute(arguments: Sequence[str], out: Console, *, is_process: bool) -> int:
     """Runs a command; says what went wrong; returns the exit code."""
-    verbose = "-v" in given or "--verbose" in given
+    verbose = "-v" in arguments or "--verbose" in arguments
     try:
-        args = build_parser().read(list(_read_given(given)))
+        args = build_parser().read(list(_read_given(arguments)))
         code: int = import_module(f"streamconv.cli.commands.{args.command}").execute(args, out)
         out.flush()
     except StdoutError as error:
@@ -78,7 +78,7 @@ def _execute(given: Sequence[str], out: Console, *, is_process: bool) -> int:
     except OSError as error:
         from streamconv.engine.io import name_in
 
-        return out.fail(f"{name_in(error) or ' '.join(given[:3])}: {error.strerror or error}", 3, verbose=verbose)
+        return out.fail(f"{name_in(error) or ' '.join(arguments[:3])}: {error.strerror or error}", 3, verbose=verbose)
     except Exception as error:
         if not is_process:
             raise

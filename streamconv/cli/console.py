@@ -37,7 +37,7 @@ class Console:
     def show(self, text: object) -> str:
         """A text as it is printed, on one line."""
         line = one_line(without_secrets(str(text)))
-        return self._paths.sub(lambda found: self._given[found[0]], line) if self._paths else line
+        return self._paths.sub(lambda match: self._given[match[0]], line) if self._paths else line
 
     def say(self, text: object) -> None:
         """Prints lines on stdout. Those that a text has are kept apart: what makes it sees to it that names have none in them.

@@ -269,14 +269,14 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def read_options(args: argparse.Namespace, kind: type[Options]) -> dict[str, Any]:
     """What a command was given, as arguments of the call that has such options."""
-    given = {one.name: getattr(args, one.name) for one in fields(kind) if args.command in about_of(one).commands}
-    return given | ({"options": read_settings(args.options)} if "options" in given else {})
+    values = {one.name: getattr(args, one.name) for one in fields(kind) if args.command in about_of(one).commands}
+    return values | ({"options": read_settings(args.options)} if "options" in values else {})
 
 
-def read_settings(given: Sequence[str]) -> dict[str, object]:
+def read_settings(assignments: Sequence[str]) -> dict[str, object]:
     """What ``--set KEY=VALUE`` says. Raises UsageError."""
     values: dict[str, object] = {}
-    for text in given:
+    for text in assignments:
         key, mark, value = text.partition("=")
         if not mark or not key:
             raise UsageError(f"--set {text}: expected KEY=VALUE")

@@ -32,11 +32,11 @@ def is_cached(fd: int, offset: int, nbytes: int) -> bool:
     """Whether the page cache holds all of a range (False where the kernel, before 6.5, cannot tell)."""
     if _libc is None:
         return False
-    wanted, found = (ctypes.c_uint64 * 2)(offset, nbytes), (ctypes.c_uint64 * 5)()
-    if _libc.syscall(_CACHESTAT, fd, ctypes.byref(wanted), ctypes.byref(found), 0) != 0:
+    span, counts = (ctypes.c_uint64 * 2)(offset, nbytes), (ctypes.c_uint64 * 5)()
+    if _libc.syscall(_CACHESTAT, fd, ctypes.byref(span), ctypes.byref(counts), 0) != 0:
         return False
     pages = (offset + nbytes - 1) // _PAGE - offset // _PAGE + 1
-    return int(found[0]) >= pages
+    return int(counts[0]) >= pages
 
 
 def shares_extents(path: Path) -> bool:

@@ -244,8 +244,8 @@ def _copy_from_map(fd: int, start: int, skip: int, view: memoryview) -> bool:
 
 def is_sparse(file: int | str) -> bool:
     """Whether the file has holes worth keeping."""
-    found = os.stat(file)  # noqa: PTH116 - a descriptor, too
-    return hasattr(os, "SEEK_DATA") and found.st_blocks * 512 < found.st_size - 4096
+    status = os.stat(file)  # noqa: PTH116 - a descriptor, too
+    return hasattr(os, "SEEK_DATA") and status.st_blocks * 512 < status.st_size - 4096
 
 
 def data_ranges(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:

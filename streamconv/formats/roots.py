@@ -130,7 +130,7 @@ def leaves(path: Location, tree: Any, without: Iterable[str] = ()) -> Iterator[t
     Raises:
         FormatError: the tree contains itself, or has more leaves than can be listed.
     """
-    left, passed = _MAX_NAMES, set(without)
+    budget, passed = _MAX_NAMES, set(without)
     below = children(tree)
     if below is None:
         yield "", tree
@@ -145,8 +145,8 @@ def leaves(path: Location, tree: Any, without: Iterable[str] = ()) -> Iterator[t
         if not prefix and key in passed:
             continue
         name = f"{prefix}{key}"
-        left -= len(name) + _LEAF
-        if left < 0 or len(waiting) > _MAX_DEPTH:
+        budget -= len(name) + _LEAF
+        if budget < 0 or len(waiting) > _MAX_DEPTH:
             raise damaged(path, "its dicts and lists contain themselves or more than can be listed")
         below = children(node)
         if below is None:

@@ -26,10 +26,10 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         import ml_dtypes
     except ImportError:
         raise UsageError(f"numpy has no type for {name}: install ml_dtypes, or use .torch()") from None
-    found = getattr(ml_dtypes, name, None)
-    if found is None:
+    scalar = getattr(ml_dtypes, name, None)
+    if scalar is None:
         raise UsageError(f"numpy has no type for {name}, nor has ml_dtypes: use torch, or copy such tensors with streamconv convert")
-    dtype: np.dtype[Any] = np.dtype(found)
+    dtype: np.dtype[Any] = np.dtype(scalar)
     return dtype
 
 

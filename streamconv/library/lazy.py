@@ -34,9 +34,9 @@ class LazyTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, node: AnyNode) -> LazyTensor:
         dtype = getattr(torch, node.spec.dtype.name)
-        made: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, node.spec.shape, dtype=dtype, device=torch.device("cpu"))
-        made.node = node
-        return made
+        wrapper: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, node.spec.shape, dtype=dtype, device=torch.device("cpu"))
+        wrapper.node = node
+        return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None) -> Any:  # type: ignore[override]
@@ -148,8 +148,8 @@ def _unbind(tensor: LazyTensor, dim: int = 0) -> list[LazyTensor]:
 
 def _squeeze(tensor: LazyTensor, dim: int | Sequence[int] | None = None) -> LazyTensor:
     dims = range(tensor.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
-    gone = {k % tensor.dim() for k in dims if tensor.shape[k] == 1}
-    return _reshape(tensor, [size for k, size in enumerate(tensor.shape) if k not in gone])
+    squeezed = {k % tensor.dim() for k in dims if tensor.shape[k] == 1}
+    return _reshape(tensor, [size for k, size in enumerate(tensor.shape) if k not in squeezed])
 
 
 def _unsqueeze(tensor: LazyTensor, dim: int) -> LazyTensor:

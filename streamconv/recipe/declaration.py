@@ -74,8 +74,8 @@ def _fact(row: object, where: str) -> Fact:
     fact[first] = fact.pop(kind)
     for key in ("op", "undo"):
         fact |= {key: _spelt_out(fact[key])} if key in fact else {}
-    made: Fact = build(KINDS[kind], fact, where)
-    return made
+    parsed: Fact = build(KINDS[kind], fact, where)
+    return parsed
 
 
 def row_of(fact: Fact) -> dict[str, Any]:

@@ -314,10 +314,10 @@ def _bind(rule: Rule) -> Binding:
         counts.append(tuple(c.name for c in own if c.operator != "="))
         repeats |= {c.name: c.operand for c in own if c.operator == "//"}
     for k, side in enumerate((left, right)):
-        made = math.prod(len(c.alternatives) for c in side.captures if c.name in single[k])
+        count = math.prod(len(c.alternatives) for c in side.captures if c.name in single[k])
         width = len((layout.left, layout.right)[k]) if layout else 1
-        if made != width and not (layout is None and (rule.op, rule.undo)[k]):
-            raise RecipeError(f"{side.text!r} names {made} tensors for each match, the layout {rule.layout!r} has {width} on that side")
+        if count != width and not (layout is None and (rule.op, rule.undo)[k]):
+            raise RecipeError(f"{side.text!r} names {count} tensors for each match, the layout {rule.layout!r} has {width} on that side")
         for tensor in (layout.left, layout.right)[k] if layout else ():
             if tensor.factors[: len(counts[k])] != counts[k]:
                 raise RecipeError(

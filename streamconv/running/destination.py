@@ -39,8 +39,8 @@ class Target:
     def of(cls, dst: str | os.PathLike[str], format: str | None, default: str = DEFAULT) -> Target:  # noqa: A002
         path = Path(os.path.abspath(dst))  # noqa: PTH100 - links in DST are kept as the user wrote them
         is_one = not os.path.isdir(path)  # noqa: PTH112 - unlike Path.is_dir it never raises
-        if found := _read_format(path, format, is_one=is_one):
-            return cls(path.parent, path.name, found)
+        if container := _read_format(path, format, is_one=is_one):
+            return cls(path.parent, path.name, container)
         return cls(path, None, format or default)
 
     @property
@@ -79,12 +79,12 @@ class Target:
 
 def _folders_in(folder: Path) -> set[Identity]:
     """A folder and those below it, but for hidden ones."""
-    found = {identify(folder)}
+    identities = {identify(folder)}
     for here, folders, _ in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = [Path(str(here), name) for name in folders]
-        found |= {identify(inner) for inner in inside if not inner.is_symlink()}
-    return {known for known in found if known is not None}
+        identities |= {identify(inner) for inner in inside if not inner.is_symlink()}
+    return {known for known in identities if known is not None}
 
 
 @dataclass(frozen=True)

@@ -186,13 +186,13 @@ class Lease:
         if not self.output.stays:
             return {}
         head = read_head(self.output.load(LOG) or b"")
-        made = self._names(files_to_make(self._plan)) if head.get("parts") else ()
-        return {name: version for name, version in head.get("stale", {}).items() if name in made}
+        names = self._names(files_to_make(self._plan)) if head.get("parts") else ()
+        return {name: version for name, version in head.get("stale", {}).items() if name in names}
 
     def _remove(self, seen: Mapping[str, Version]) -> None:
         standing = self._standing()
-        gone = {name: version for name, version in seen.items() if name not in standing}
-        self.output.remove(gone, self._names(range(len(self._plan.files))))
+        stale = {name: version for name, version in seen.items() if name not in standing}
+        self.output.remove(stale, self._names(range(len(self._plan.files))))
 
     def _names(self, numbers: Iterable[int]) -> Collection[str]:
         return {self._plan.files[number].path for number in numbers}

@@ -39,12 +39,12 @@ class Phase:
 
     def sample(self) -> tuple[float, int, int]:
         """Takes a sample and keeps it, if its time has come."""
-        taken = (time.perf_counter() - self.began, self.done, memory.resident())
-        if not self.samples or taken[0] - self.samples[-1][0] >= self.interval:
-            self.samples.append(taken)
+        point = (time.perf_counter() - self.began, self.done, memory.resident())
+        if not self.samples or point[0] - self.samples[-1][0] >= self.interval:
+            self.samples.append(point)
         if len(self.samples) >= SAMPLES:
             self.samples, self.interval = self.samples[::2], 2 * self.interval
-        return taken
+        return point
 
 
 @dataclass
@@ -81,23 +81,23 @@ class Progress:
         seconds, done, resident = sample
         rate = done / max(seconds, 1e-9)
         share = f"{format_size(done)} of {format_size(phase.total)} ({100 * done // max(phase.total, 1)} %)"
-        left = f", {max(phase.total - done, 0) / rate:.0f} s left" if done else ""
+        remainder = f", {max(phase.total - done, 0) / rate:.0f} s left" if done else ""
         waited, host = find_longest_wait()
-        left += f", waiting for {host}" if waited >= WAITED else ""
+        remainder += f", waiting for {host}" if waited >= WAITED else ""
         if over:
-            share, left = f"{format_size(done)} in {seconds:.2f} s", ""
-        return f"{phase.title}: {share}, {format_size(rate)}/s{left}, {self.describe_memory(resident)}"
+            share, remainder = f"{format_size(done)} in {seconds:.2f} s", ""
+        return f"{phase.title}: {share}, {format_size(rate)}/s{remainder}, {self.describe_memory(resident)}"
 
 
 Shown = bool | Progress | Callable[[int, int], None]
 """What a caller may say of a run: whether to show a bar, how to, or what to tell of bytes done, of how many."""
 
 
-def how_to_show(given: Shown) -> Progress:
+def how_to_show(shown: Shown) -> Progress:
     """A caller's wish as a `Progress`."""
-    if isinstance(given, Progress):
-        return given
-    return Progress(show=False, tell=given) if callable(given) else Progress(show=given)
+    if isinstance(shown, Progress):
+        return shown
+    return Progress(show=False, tell=shown) if callable(shown) else Progress(show=shown)
 
 
 @contextmanager

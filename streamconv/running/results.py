@@ -76,8 +76,10 @@ class Overflow:
         number = len(self.counts)
         named = ", ".join(f"{name} ({count})" for name, count in self._worst())
         more = f" and {number - SHOWN} more" if number > SHOWN else ""
-        told = f"{sum(self.counts.values())} values in {number} tensor{'s' * (number > 1)} are too large for their new dtype, infinite now"
-        return f"{told}{'' if self.complete else ' (of what this run computed)'}: {named}{more}"
+        sentence = (
+            f"{sum(self.counts.values())} values in {number} tensor{'s' * (number > 1)} are too large for their new dtype, infinite now"
+        )
+        return f"{sentence}{'' if self.complete else ' (of what this run computed)'}: {named}{more}"
 
 
 @dataclass(frozen=True)

@@ -298,11 +298,11 @@ class _Run:
     def _check_made(self, lease: Lease) -> None:
         count = lease.check()["parts"]
         check_sources(self._plan)
-        made = files_to_make(self._plan)
-        lost = set(made) - lease.find_done(made)
+        numbers = files_to_make(self._plan)
+        lost = set(numbers) - lease.find_done(numbers)
         if not lost and not self._terms.is_whole:  # which has looked before it began
             check_replicas(self._plan)
-        altered = self._find_altered(made) if self._terms.verify and not lost else set()
+        altered = self._find_altered(numbers) if self._terms.verify and not lost else set()
         if wrong := sorted(lost | altered):
             which = ", ".join(f"{lease.describe(k)}{f' (part {k % count}/{count})' if count else ''}" for k in wrong)
             compared = " with --verify" if altered else ""

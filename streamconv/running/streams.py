@@ -95,13 +95,13 @@ class _Streams:
         file, overflowed = self._plan.files[number], worker.overflowed.copy()
 
         def attempt() -> None:
-            told = 0
+            counted = 0
 
             def hand_on(piece: memoryview) -> None:
-                nonlocal told
+                nonlocal counted
                 worker.raise_if_stopped()
                 send(piece)
-                told += len(piece)
+                counted += len(piece)
                 self._report(len(piece))
 
             worker.overflowed = overflowed.copy()
@@ -111,7 +111,7 @@ class _Streams:
                     reads = find_reads(self._plan, file)
                     check_files(source for source in self._plan.sources if source.path in reads)
             except Failed:
-                self._report(-told)
+                self._report(-counted)
                 raise
 
         again(attempt, self._sink.address(file.path), OVER, stop=self._workers.stop)

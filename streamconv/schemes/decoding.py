@@ -34,19 +34,19 @@ def decode(scheme: Scheme, nodes: Mapping[str, AnyNode], config: Mapping[str, An
     """
     match = scheme.match(config, {name: node.spec for name, node in nodes.items()}, title)
     group_of = {group.tensors[0]: group for group in match.groups}
-    gone = {name for group in match.groups for name in group.tensors} | match.dropped.keys()
+    consumed = {name for group in match.groups for name in group.tensors} | match.dropped.keys()
     decoded: dict[str, AnyNode] = {}
     for name, node in nodes.items():
         if name in group_of:
             group = group_of[name]
-            target, made = group.target, _decode_group(group, nodes, dtype_of(group.target), title)
-        elif name in gone:
+            target, tensor = group.target, _decode_group(group, nodes, dtype_of(group.target), title)
+        elif name in consumed:
             continue
         else:
-            target, made = name, node
+            target, tensor = name, node
         if target in decoded:
             raise CoverageError(f"{title}: {target} is there as it is, and quantized as {name}: remove one of them")
-        decoded[target] = made
+        decoded[target] = tensor
     return Decoded(decoded, {group.target: group.tensors for group in match.groups}, dict(match.dropped))
 
 

@@ -127,8 +127,8 @@ class ObjectSink:
         while self._open and time.monotonic() < deadline:
             time.sleep(0.05)
         with self._lock:
-            left = list(self._open.items())
-        for path, file in left:
+            uploads = list(self._open.items())
+        for path, file in uploads:
             self._discard(file, path)
 
     def _discard(self, file: Any, path: str) -> None:

@@ -82,10 +82,10 @@ def _lock(folder: Path) -> int | None:
 def _clear(prefix: str) -> None:
     """Removes what killed processes of this machine have left, once."""
     with suppress(OSError):
-        for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-            lock = _lock(left)
+        for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+            lock = _lock(folder)
             if lock is not None and lock >= 0:
-                _remove(left)
+                _remove(folder)
                 os.close(lock)
 
 

@@ -369,7 +369,7 @@ class _Cluster:
             raise getattr(errors, heard.kind)(f"{heard.message} (at node {attempt.node})")
         return attempt
 
-    def _with_less(self, attempt: _Attempt, fault: str, taken: int) -> _Attempt:
+    def _with_less(self, attempt: _Attempt, fault: str, nbytes: int) -> _Attempt:
         """The attempt after one that wanted for memory.
 
         Raises:
@@ -378,7 +378,7 @@ class _Cluster:
         path, had = self._plan.files[attempt.number].path, format_size(attempt.memory)
         _log.info("%s: %s; with %d workers, %s was declared", path, fault, attempt.workers, had)
         if attempt.smallest:
-            needed = -(-(self._bound + max(0, taken - attempt.memory) + MARGIN) // 10**6)
+            needed = -(-(self._bound + max(0, nbytes - attempt.memory) + MARGIN) // 10**6)
             raise RunError(
                 f"{path}: {fault} (node {attempt.node}), even with one worker and the smallest tiles, where {had} was declared: "
                 f"rerun with --resume and --max-memory {needed}MB, on nodes that have it free"
@@ -398,15 +398,15 @@ class _Cluster:
 
     def _cancel(self, running: Iterable[Any]) -> None:
         """Ends tasks, and gives them time to remove what they have begun."""
-        left, deadline = list(running), time.monotonic() + PATIENCE
-        for task in left:
+        pending, deadline = list(running), time.monotonic() + PATIENCE
+        for task in pending:
             self._ray.cancel(task)
-        while left and time.monotonic() < deadline:
-            for task in self._ray.wait(left, timeout=0.5)[0]:
+        while pending and time.monotonic() < deadline:
+            for task in self._ray.wait(pending, timeout=0.5)[0]:
                 try:
                     self._ray.get(next(task))
                 except (StopIteration, self._ray.exceptions.RayError):
-                    left.remove(task)
+                    pending.remove(task)
 
 
 def _bare(plan: Plan) -> Plan:
@@ -506,14 +506,14 @@ def _make(text: str, terms: _Terms) -> Iterator[_Said]:
     threading.Thread(target=work, daemon=True).start()
     try:
         yield str(importlib.import_module("ray").get_runtime_context().get_node_id())
-        told = time.monotonic()
+        last_look = time.monotonic()
         while not over.wait(LOOK):
             resident = memory.resident()
             if resident > terms.memory:
                 excess = max(excess, resident)
                 stop.set()
-            if time.monotonic() - told >= EVERY:
-                told = time.monotonic()
+            if time.monotonic() - last_look >= EVERY:
+                last_look = time.monotonic()
                 yield done
     finally:
         stop.set()
@@ -529,12 +529,12 @@ def _make(text: str, terms: _Terms) -> Iterator[_Said]:
 def _try_to_make(plan: Plan, terms: _Terms, tell: Progress, overflowed: dict[str, int]) -> Iterator[_Failure]:
     """Makes a plan's one file, and notes what has ``overflowed`` in it; yields why it could not."""
     memory.trim()
-    path, left = plan.files[0].path, max(0, memory.resident() - _BASE[0]) if _BASE[0] else 0
+    path, overhang = plan.files[0].path, max(0, memory.resident() - _BASE[0]) if _BASE[0] else 0
     try:
         if fault := _find_fault(plan, terms.mark, terms.word):
             yield _Failure("RunError", f"{path}: its node {fault}; mend that and rerun the same command with --resume")
             return
-        fitted = refit(plan, Budget(terms.limit, terms.workers, lambda: memory.resident() - left + LEFT))
+        fitted = refit(plan, Budget(terms.limit, terms.workers, lambda: memory.resident() - overhang + LEFT))
         _BASE[0] = base_of(fitted) - LEFT
         overflowed |= making.make_files(fitted, [0], tell)
     except BudgetError as error:
