@@ -97,7 +97,7 @@ def nearest_module(name: str) -> str:
 def test_there_are_modules():
     assert {"", "cli.command", "engine.io", "formats.safetensors", "recipes.originals.internvl"} <= MODULES.keys()
     assert ("checkpoint.opening", 17) not in imports("errors")
-    assert "engine.io" in {name for name, _ in imports("running.local")}
+    assert "engine.io" in {name for name, _ in imports("running.filling")}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -119,7 +119,7 @@ def test_modules_do_not_import_each_other_in_circles():
 def test_a_worker_loads_no_recipe_and_no_container():
     """What a remote worker runs: a plan from JSON, by the engine."""
     code = (
-        "import sys; from streamconv.planning.plan import Plan; from streamconv.running import local, lock\n"
+        "import sys; from streamconv.planning.plan import Plan; from streamconv.running import filling, lock\n"
         "own = {name for name in sys.modules if name.startswith('streamconv.')}\n"
         "print(sorted(own))"
     )
@@ -129,7 +129,7 @@ def test_a_worker_loads_no_recipe_and_no_container():
     )
     done = subprocess.run([sys.executable, "-c", stub + code], capture_output=True, text=True, check=True, timeout=600)
     loaded = set(ast.literal_eval(done.stdout))
-    assert "streamconv.running.local" in loaded
+    assert "streamconv.running.filling" in loaded
     assert not {name for name in loaded if re.match(r"streamconv\.(recipe|recipes|checkpoint|formats\.)", name)}
 
 

@@ -31,7 +31,7 @@ import yaml
 from streamconv.cli import command as cli
 from streamconv.engine import order
 from streamconv.planning import fitting
-from streamconv.running import local, making
+from streamconv.running import filling, making
 from streamconv.running.output import LOG, PLAN, STATE
 
 WORKERS = 2
@@ -159,7 +159,7 @@ def _slow_down(log: int, pause: float) -> None:
     making.SAVE_BYTES = SHARD
 
     def slowly(made: Callable[..., int], nbytes: Callable[..., int]) -> Callable[..., int]:
-        def do(engine: local.LocalEngine, *task: object) -> int:
+        def do(engine: filling.LocalEngine, *task: object) -> int:
             os.write(log, b"%d\n" % nbytes(engine, *task))
             done = made(engine, *task)
             time.sleep(pause)
@@ -167,9 +167,9 @@ def _slow_down(log: int, pause: float) -> None:
 
         return do
 
-    local.LocalEngine._copy = slowly(local.LocalEngine._copy, lambda _, __, segment: segment.nbytes)  # type: ignore[method-assign]
-    local.LocalEngine._compute = slowly(  # type: ignore[method-assign]
-        local.LocalEngine._compute, lambda engine, _, segment, tile: tile.numel * engine._plan.nodes[segment.node].spec.dtype.itemsize
+    filling.LocalEngine._copy = slowly(filling.LocalEngine._copy, lambda _, __, segment: segment.nbytes)  # type: ignore[method-assign]
+    filling.LocalEngine._compute = slowly(  # type: ignore[method-assign]
+        filling.LocalEngine._compute, lambda engine, _, segment, tile: tile.numel * engine._plan.nodes[segment.node].spec.dtype.itemsize
     )
 
 

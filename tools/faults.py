@@ -34,7 +34,7 @@ import yaml
 from streamconv.cli import command as cli
 from streamconv.engine import direct, order
 from streamconv.planning import fitting
-from streamconv.running import local, making
+from streamconv.running import filling, making
 from streamconv.storage import staging
 from tools import crash
 
@@ -289,7 +289,7 @@ def prepare(folder: Path) -> None:
     crash.make_source(folder / "src")
     (folder / "transpose.yaml").write_text(yaml.safe_dump(TRANSPOSE))
     order.COPY_CHUNK = fitting.TILE = 64 << 10
-    making.SAVE_BYTES = local.SAVE_BYTES = SHARD
+    making.SAVE_BYTES = filling.SAVE_BYTES = SHARD
     direct.LEAST = 16 << 10
     np.zeros(1)
 

@@ -16,9 +16,9 @@ from streamconv.errors import DestinationError, writing
 from streamconv.planning.plan import Plan, SourceFile
 from streamconv.running.difference import find_difference
 from streamconv.running.directory import PARTIAL, Directory, new_suffix, partial, write_durably
+from streamconv.running.filling import LocalEngine
 from streamconv.running.holder import describe_process, last_value, open_locked, read_log
 from streamconv.running.intent import discard, draft_of, is_empty, is_overwrite_noted, note_overwrite
-from streamconv.running.local import LocalEngine
 from streamconv.running.log import Line, Log
 from streamconv.running.output import IN_PARTS, ONLY_COPY, PLAN, describe, is_only_copy
 from streamconv.running.reclaim import Reclaim

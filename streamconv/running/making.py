@@ -13,7 +13,7 @@ from pathlib import Path
 from streamconv.errors import DestinationError, RunError
 from streamconv.planning.plan import Plan
 from streamconv.running.directory import ATTEMPTS, holds, new_suffix, partial, remove_unfinished
-from streamconv.running.local import SAVE_BYTES, LocalEngine, Progress
+from streamconv.running.filling import SAVE_BYTES, LocalEngine, Progress
 from streamconv.running.log import Log
 from streamconv.running.streams import send_files
 from streamconv.storage import is_url

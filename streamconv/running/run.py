@@ -27,9 +27,9 @@ from streamconv.planning.plan import Plan
 from streamconv.running.bucket import Bucket
 from streamconv.running.directory import Directory
 from streamconv.running.executors import LOCAL, Executor, MakeFiles, executor_of
+from streamconv.running.filling import check_sources
 from streamconv.running.kept import check_sources_stay
 from streamconv.running.lease import Lease, files_to_make
-from streamconv.running.local import check_sources
 from streamconv.running.lock import Lock
 from streamconv.running.output import LOG, Output, check_earlier, check_free, finished_files, tidy
 from streamconv.running.progress import Progress, Shown, bar, how_to_show

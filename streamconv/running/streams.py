@@ -19,7 +19,7 @@ from streamconv.engine.worker import Worker, Workers
 from streamconv.engine.writers import Stream
 from streamconv.errors import unforeseen
 from streamconv.planning.plan import Compute, Copy, FilePlan, Plan, Segment
-from streamconv.running.local import LocalEngine, Progress, check_files
+from streamconv.running.filling import LocalEngine, Progress, check_files
 from streamconv.running.log import Log
 from streamconv.running.reclaim import find_reads
 from streamconv.storage.objects import ObjectSink, stream_bytes, takes_streams

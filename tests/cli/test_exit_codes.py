@@ -12,7 +12,7 @@ from streamconv import errors
 from streamconv.cli import command as cli
 from streamconv.conversion import api
 from streamconv.diagnose import report_page
-from streamconv.running import lease, local
+from streamconv.running import filling, lease
 from streamconv.running import run as running
 from streamconv.running.directory import Directory
 
@@ -43,9 +43,9 @@ def failing(kind: type[Exception]):
 @pytest.mark.parametrize(
     ("where", "name", "options"),
     [
-        (local.LocalEngine, "_copy", []),
-        (local.LocalEngine, "_seal", []),
-        (local.LocalEngine, "_commit", []),
+        (filling.LocalEngine, "_copy", []),
+        (filling.LocalEngine, "_seal", []),
+        (filling.LocalEngine, "_commit", []),
         (Directory, "remove", ["--overwrite"]),
         (report_page, "describe_conversion", ["--report", "{tmp}/report.html"]),
         (api, "compare", ["--compare", "{tmp}/src"]),
@@ -61,7 +61,7 @@ def test_what_fails_in_the_middle_is_3(where, name, options, kind, source, tmp_p
 def test_so_it_is_in_parts(kind, source, tmp_path, monkeypatch):
     assert code_of("plan", source, tmp_path / "dst", "--out", tmp_path / "plan.json") == 0
     with monkeypatch.context() as patched:
-        patched.setattr(local.LocalEngine, "_copy", failing(kind))
+        patched.setattr(filling.LocalEngine, "_copy", failing(kind))
         assert code_of("run", tmp_path / "plan.json", "--part", "1/1") == 3
     with monkeypatch.context() as patched:
         patched.setattr(Directory, "check_room", failing(kind))

@@ -20,7 +20,7 @@ import streamconv
 from streamconv.dtypes import DTYPES
 from streamconv.engine.check import OutputCheck
 from streamconv.planning.plan import Plan
-from streamconv.running import local, results
+from streamconv.running import filling, results
 
 # Options -----------------------------------------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ def test_a_damaged_output_is_noticed(source, tmp_path, options, file):
 
 
 def test_verify_fails_where_the_disk_lies(source, tmp_path, capsys, monkeypatch):
-    class Lying(local.LocalEngine):
+    class Lying(filling.LocalEngine):
         def run(self) -> None:
             super().run()
             with (tmp_path / "dst" / "model.safetensors").open("r+b") as file:
@@ -286,7 +286,7 @@ def test_a_source_that_changed_after_planning(source, tmp_path, capsys, how, fil
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("options", [[], ["--dtype", "bf16"], ["--verify"]])
 def test_a_source_that_is_cut_while_it_is_read(source, tmp_path, capsys, monkeypatch, backend, options, kernel):
-    class Late(local.LocalEngine):
+    class Late(filling.LocalEngine):
         def run(self) -> None:
             change(source / "model-00001-of-00003.safetensors", "truncated")
             super().run()
@@ -300,7 +300,7 @@ def test_a_source_that_is_cut_while_it_is_read(source, tmp_path, capsys, monkeyp
         monkeypatch.setattr(results, "OutputCheck", TooLate)
     else:
         monkeypatch.setattr("streamconv.running.lock.LocalEngine", Late)
-        monkeypatch.setattr(local, "check_sources", lambda *_, **__: None)
+        monkeypatch.setattr(filling, "check_sources", lambda *_, **__: None)
     if not kernel:
         monkeypatch.delattr(os, "copy_file_range")
     message = failure(capsys, 3, "convert", source, tmp_path / "dst", "--read-backend", backend, *options)

@@ -36,8 +36,8 @@ from streamconv.graph.node import Source
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget
 from streamconv.planning.plan import Copy, Plan
-from streamconv.running import local
-from streamconv.running.local import LocalEngine
+from streamconv.running import filling
+from streamconv.running.filling import LocalEngine
 from streamconv.running.log import Log
 
 SIZE = 4 * CHUNK + 12_345
@@ -269,13 +269,13 @@ def test_copies_are_the_same_however_they_are_made(stored: Path, monkeypatch: py
     if state == "refused":
         monkeypatch.setattr(os, "preadv", refuse(os.preadv))
         monkeypatch.setattr(os, "pwrite", refuse(os.pwrite))
-    monkeypatch.setattr(local, "shares_extents", lambda _: state == "shared")
+    monkeypatch.setattr(filling, "shares_extents", lambda _: state == "shared")
     if state == "cold":  # what short reads have brought into the page cache with them is read directly, too
         monkeypatch.setattr(direct, "is_cached", lambda *_: False)
     monkeypatch.setattr(order, "COPY_CHUNK", CHUNK + 3 * BLOCK)
     reserved: list[int] = []
     real = allocate
-    monkeypatch.setattr(local, "allocate", lambda fd, nbytes: reserved.append(nbytes) or real(fd, nbytes))
+    monkeypatch.setattr(filling, "allocate", lambda fd, nbytes: reserved.append(nbytes) or real(fd, nbytes))
     plan = make_plan(stored, backend)
     if state != "warm":
         make_cold(stored)
@@ -295,8 +295,8 @@ def test_files_made_of_holes_are_not_reserved(stored: Path, monkeypatch: pytest.
     if stored.stat().st_blocks:
         pytest.skip("no holes here")
     reserved: list[int] = []
-    monkeypatch.setattr(local, "shares_extents", lambda _: False)
-    monkeypatch.setattr(local, "allocate", lambda _, nbytes: reserved.append(nbytes))
+    monkeypatch.setattr(filling, "shares_extents", lambda _: False)
+    monkeypatch.setattr(filling, "allocate", lambda _, nbytes: reserved.append(nbytes))
     plan = make_plan(stored)
     run(plan)
     assert reserved == [1]  # of the commit
@@ -307,8 +307,8 @@ def test_no_room_to_reserve_is_told_before_anything_is_copied(stored: Path, monk
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr(local, "shares_extents", lambda _: False)
-    monkeypatch.setattr(local, "allocate", full)
+    monkeypatch.setattr(filling, "shares_extents", lambda _: False)
+    monkeypatch.setattr(filling, "allocate", full)
     plan = make_plan(stored)
     with pytest.raises(RunError, match="no room left on the disk"):
         run(plan)
@@ -385,7 +385,7 @@ def test_a_task_looks_at_its_own_source_and_no_other(tmp_path, monkeypatch):
     """With as many sources as tasks, a look at all of them for each task would take the square."""
     write(tmp_path / "src", {f"w{k}": torch.ones(8) for k in range(30)}, shards=30)
     looked: list[str] = []
-    real = local.fingerprint
-    monkeypatch.setattr(local, "fingerprint", lambda path: looked.append(path) or real(path))
+    real = filling.fingerprint
+    monkeypatch.setattr(filling, "fingerprint", lambda path: looked.append(path) or real(path))
     streamconv.convert(tmp_path / "src", tmp_path / "dst")
     assert len(looked) <= 5 * 30

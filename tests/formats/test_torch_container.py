@@ -22,7 +22,7 @@ from streamconv.checkpoint.opening import open_checkpoint
 from streamconv.conversion import api
 from streamconv.digests import patches
 from streamconv.planning.plan import Plan
-from streamconv.running import local
+from streamconv.running import filling
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 
@@ -317,7 +317,7 @@ def test_a_plan_runs_later(tmp_path, capsys):
 @pytest.mark.parametrize("place", ["data", "checksum"])
 def test_verify_after_writing_sees_damage(tmp_path, monkeypatch, capsys, place):
     source = SOURCES["single"](tmp_path / "source")
-    whole = local.LocalEngine.run
+    whole = filling.LocalEngine.run
 
     def damage(engine):
         whole(engine)
@@ -328,7 +328,7 @@ def test_verify_after_writing_sees_damage(tmp_path, monkeypatch, capsys, place):
         data[at] ^= 1
         path.write_bytes(data)
 
-    monkeypatch.setattr(local.LocalEngine, "run", damage)
+    monkeypatch.setattr(filling.LocalEngine, "run", damage)
     assert run("convert", source, tmp_path / "dst", "--format", "torch", "--verify", "--quiet") == 3
     assert "does not hold what was written" in capsys.readouterr().err
 
@@ -339,14 +339,14 @@ def test_resume(tmp_path, monkeypatch, stop):
     command = ["convert", source, tmp_path / "dst", "--format", "torch", "--max-shard-size", "3KB", "--quiet", "-j", "1"]
     calls = []
 
-    def interrupted(self, number, path, fd, seal=local.LocalEngine._seal):
+    def interrupted(self, number, path, fd, seal=filling.LocalEngine._seal):
         calls.append(path)
         if len(calls) == stop:
             raise OSError(5, "unplugged")
         seal(self, number, path, fd)
 
     with monkeypatch.context() as patch:
-        patch.setattr(local.LocalEngine, "_seal", interrupted)
+        patch.setattr(filling.LocalEngine, "_seal", interrupted)
         first = run(*command)
     assert first == (3 if len(calls) >= stop else 0)
     assert run(*command, "--resume", "--verify") == 0
@@ -402,14 +402,14 @@ def interrupt(*given):
     signal.default_int_handler(*given)
 signal.signal(signal.SIGINT, interrupt)
 from streamconv.cli import command as cli
-from streamconv.running import local
-copy = local.LocalEngine._copy
+from streamconv.running import filling
+copy = filling.LocalEngine._copy
 def halt(*given):
     if next(halted, True):
         os.write(1, b"halted\\n")  # at once, whichever thread it is
         go_on.wait(600)
     return copy(*given)
-local.LocalEngine._copy = halt
+filling.LocalEngine._copy = halt
 sys.exit(cli.main(sys.argv[1:]))
 """
 

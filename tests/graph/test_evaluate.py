@@ -27,8 +27,8 @@ from streamconv.graph.ops import Cast, Layout, Rearrange, Values, as_torch
 from streamconv.graph.tiles import choose_tile
 from streamconv.notation.axes import parse
 from streamconv.planning.plan import Compute, Copy, Plan
-from streamconv.running import local
-from streamconv.running.local import LocalEngine
+from streamconv.running import filling
+from streamconv.running.filling import LocalEngine
 from streamconv.running.log import Log
 
 # ------------------------------------------------------------------------------------------------------------------ oracle
@@ -76,7 +76,7 @@ def run(plan: Plan) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "Arena", Watched)
         patch.setattr(evaluate, "evaluate", watched)
-        patch.setattr(local.os, "fsync", lambda _: None)
+        patch.setattr(filling.os, "fsync", lambda _: None)
         LocalEngine(plan, Log(), told.append).run()
     assert max(used, default=0) <= plan.arena
     assert sum(told) == sum(file.size for file in plan.files)

@@ -16,7 +16,7 @@ import pytest
 from checkpoint_files import ROOMY, random_tensor, run, write
 
 from streamconv.engine import direct
-from streamconv.running import local
+from streamconv.running import filling
 from streamconv.running.log import Log
 from tools import crash, faults, make_checkpoint, measure
 
@@ -97,8 +97,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Past the page cache, or through it; the copies through the worker's buffer, so that their calls can be caught."""
     monkeypatch.setattr(direct, "LEAST", 16 << 10)
     if request.param == "cached":
-        monkeypatch.setattr(local, "shares_extents", lambda _: True)
-    monkeypatch.setattr(local, "SAVE_BYTES", 100 << 10)
+        monkeypatch.setattr(filling, "shares_extents", lambda _: True)
+    monkeypatch.setattr(filling, "SAVE_BYTES", 100 << 10)
     monkeypatch.delattr(os, "copy_file_range")
     return request.param
 
@@ -138,7 +138,7 @@ def test_an_error_in_writing_names_file_and_offset(source, tmp_path, capsys, mon
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(local, "write", lambda *_: None)  # literals
+        patch.setattr(filling, "write", lambda *_: None)  # literals
         patch.setattr(os, "pwrite", fail)
         err = failure(capsys, "convert", source, tmp_path / "dst", *SMALL, "--quiet", "-j", "1")
     assert ".safetensors.partial, byte " in err or "model-00001-of-00003.safetensors, byte " in err
@@ -202,7 +202,7 @@ def test_a_disk_that_is_full(source, tmp_path, small_disk, capsys, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, 10**12))
         if not reserved:
-            patch.setattr(local, "allocate", lambda *_: None)
+            patch.setattr(filling, "allocate", lambda *_: None)
         assert "no room left on the disk" in failure(capsys, "convert", source, small_disk / "dst", *options, "--quiet")
     junk.unlink()
     if not options[2:]:
@@ -250,8 +250,8 @@ def test_a_source_that_changes_while_it_is_read(source, tmp_path, capsys, monkey
                 (tmp_path / "other").replace(changed)
 
     for name in ("_copy", "_compute"):
-        real = getattr(local.LocalEngine, name)
-        monkeypatch.setattr(local.LocalEngine, name, lambda engine, *task, real=real: (change(), real(engine, *task))[1])
+        real = getattr(filling.LocalEngine, name)
+        monkeypatch.setattr(filling.LocalEngine, name, lambda engine, *task, real=real: (change(), real(engine, *task))[1])
     err = failure(capsys, "convert", source, tmp_path / "dst", *SMALL, *options, "--read-backend", backend, "--quiet", "-j", "2")
     assert changed.name in err
     assert "plan again" in err
@@ -260,15 +260,15 @@ def test_a_source_that_changes_while_it_is_read(source, tmp_path, capsys, monkey
 
 def test_a_changed_source_is_told_before_the_rest_is_done(source, tmp_path, capsys, monkeypatch):
     done: list[int] = []
-    real = local.LocalEngine._copy
+    real = filling.LocalEngine._copy
 
-    def copy(engine: local.LocalEngine, number: int, segment: object) -> int:
+    def copy(engine: filling.LocalEngine, number: int, segment: object) -> int:
         done.append(number)
         if len(done) == 2:
             os.utime(source / "model-00001-of-00003.safetensors", ns=(1, 1))
         return real(engine, number, segment)
 
-    monkeypatch.setattr(local.LocalEngine, "_copy", copy)
+    monkeypatch.setattr(filling.LocalEngine, "_copy", copy)
     assert "model-00001-of-00003" in failure(capsys, "convert", source, tmp_path / "dst", *SMALL, "-j", "1", "--quiet")
     assert len(done) == 2
 

@@ -17,7 +17,7 @@ import pytest
 from checkpoint_files import random_tensor, refusal, run, write
 
 from streamconv.engine import order
-from streamconv.running import local, reclaim
+from streamconv.running import filling, reclaim
 from streamconv.running.output import LOG, STATE
 from tools.crash import read_tree
 
@@ -199,7 +199,7 @@ def choose_steps(count: int) -> list[int]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(order, "COPY_CHUNK", 32 << 10)
-    monkeypatch.setattr(local, "SAVE_BYTES", 50 << 10)
+    monkeypatch.setattr(filling, "SAVE_BYTES", 50 << 10)
     place = Place(tmp_path / "place")
     tensors = {f"w{number}": random_tensor(60, 100 + number, seed=number) for number in range(12)}
     write(place.folder / "src", tensors, shards=3, config={"dtype": "float32"})

@@ -19,7 +19,7 @@ from streamconv.conversion import api
 from streamconv.errors import RunError, UsageError
 from streamconv.planning.plan import Plan
 from streamconv.running.executors import EXECUTORS, MakeFiles
-from streamconv.running.local import Progress
+from streamconv.running.filling import Progress
 from streamconv.running.run import run as run_plan
 from tools.crash import read_tree
 

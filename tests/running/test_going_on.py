@@ -14,7 +14,7 @@ from small_source import INDEX, document, stop_after, tensors, tree
 import streamconv
 from streamconv.cli import command as cli
 from streamconv.engine.check import OutputCheck
-from streamconv.running import local
+from streamconv.running import filling
 from streamconv.running.output import STATE
 
 
@@ -233,9 +233,9 @@ def test_an_interrupt_at_any_step_says_how_to_go_on(source, tmp_path, capsys, mo
         raise KeyboardInterrupt
 
     if where == "create":
-        monkeypatch.setattr(local.LocalEngine, "_create", interrupt)
+        monkeypatch.setattr(filling.LocalEngine, "_create", interrupt)
     elif where == "finish":
-        monkeypatch.setattr(local.LocalEngine, "_commit", interrupt)
+        monkeypatch.setattr(filling.LocalEngine, "_commit", interrupt)
     else:
         monkeypatch.setattr(OutputCheck, "run", interrupt)
     message = failure(capsys, 130, "convert", source, tmp_path / "dst", "--verify")

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from streamconv.conversion import api
 from streamconv.errors import CoverageError, DestinationError, RunError, UsageError
 from streamconv.planning.plan import Plan
-from streamconv.running import local, making
+from streamconv.running import filling, making
 from streamconv.running import run as running
 from streamconv.running.directory import Directory
 from streamconv.running.lease import Lease
@@ -204,15 +204,15 @@ def test_a_folder_in_the_place_of_a_file(plan, tmp_path, wanted, capsys):
 def test_what_a_finish_takes_away_is_begun_again(plan, tmp_path, wanted, monkeypatch):
     """Another end has removed what this one, or a late part, had begun."""
     make(plan)
-    seal, taken = local.LocalEngine._seal, list[str]()
+    seal, taken = filling.LocalEngine._seal, list[str]()
 
-    def seal_without(engine: local.LocalEngine, number: int, path: str, fd: int) -> None:
+    def seal_without(engine: filling.LocalEngine, number: int, path: str, fd: int) -> None:
         seal(engine, number, path, fd)
         if len(taken) < 2:
             taken.append(path)
             Path(path).unlink()
 
-    monkeypatch.setattr(local.LocalEngine, "_seal", seal_without)
+    monkeypatch.setattr(filling.LocalEngine, "_seal", seal_without)
     assert run("run", plan, "--finish", "--quiet") == 0
     assert len(taken) == 2
     assert read_tree(tmp_path / "dst") == wanted
@@ -261,16 +261,16 @@ def test_more_parts_than_files_and_one_file(source, tmp_path, capsys):
 def test_a_part_makes_its_files_in_groups(plan, tmp_path, monkeypatch):
     """What is complete stays when a part fails later."""
     monkeypatch.setattr(making, "SAVE_BYTES", 400_000)
-    real, calls = local.LocalEngine.run, []
+    real, calls = filling.LocalEngine.run, []
 
-    def fail_third(engine: local.LocalEngine) -> None:
+    def fail_third(engine: filling.LocalEngine) -> None:
         calls.append([file.path for file in engine._plan.files])
         if len(calls) == 3:
             raise RunError("stopped")
         real(engine)
 
     with monkeypatch.context() as patch:
-        patch.setattr(local.LocalEngine, "run", fail_third)
+        patch.setattr(filling.LocalEngine, "run", fail_third)
         assert run("run", plan, "--part", "1/1") == 3
     assert [len(names) for names in calls] == [1, 1, 1]
     assert sorted({*read_tree(tmp_path / "dst")} - {LOG, PLAN}) == sorted(calls[0] + calls[1])
@@ -365,7 +365,7 @@ def test_parts_leave_others_alone(plan, source, tmp_path, capsys, monkeypatch):
     assert read_tree(tmp_path / "dst") == before
     shutil.rmtree(tmp_path / "dst")
     with monkeypatch.context() as patch:
-        patch.setattr(local.LocalEngine, "_copy", lambda *_: (_ for _ in ()).throw(RunError("stopped")))
+        patch.setattr(filling.LocalEngine, "_copy", lambda *_: (_ for _ in ()).throw(RunError("stopped")))
         assert run("convert", source, tmp_path / "dst", *SMALL) == 3
     for options in (["--part", "1/4"], ["--part", "1/4", "--overwrite"], ["--finish"]):
         assert "holds an unfinished conversion that is none in parts" in refusal(capsys, "run", plan, *options)
@@ -373,13 +373,13 @@ def test_parts_leave_others_alone(plan, source, tmp_path, capsys, monkeypatch):
 
 def test_a_dst_that_is_lost_to_another_ends_the_work(plan, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(making, "SAVE_BYTES", 400_000)
-    real = local.LocalEngine.run
+    real = filling.LocalEngine.run
 
-    def lose(engine: local.LocalEngine) -> None:
+    def lose(engine: filling.LocalEngine) -> None:
         real(engine)
         (tmp_path / "dst" / LOG).write_text(json.dumps({"parts": 3, "stale": {}, "plan": "x"}) + "\n")
 
-    monkeypatch.setattr(local.LocalEngine, "run", lose)
+    monkeypatch.setattr(filling.LocalEngine, "run", lose)
     assert "another plan" in failure(capsys, 3, "run", plan, "--part", "1/1")
 
 
@@ -440,15 +440,15 @@ def test_what_killed_parts_left_goes(plan, tmp_path, monkeypatch, wanted, ahead)
 
 def test_a_file_that_another_finished_meanwhile_is_no_failure(plan, tmp_path, monkeypatch, wanted):
     """The others have cleared up, too: what was unfinished here is gone."""
-    real = local.LocalEngine._work
+    real = filling.LocalEngine._work
 
-    def finish_elsewhere(engine: local.LocalEngine, tasks: object) -> None:
-        monkeypatch.setattr(local.LocalEngine, "_work", real)
+    def finish_elsewhere(engine: filling.LocalEngine, tasks: object) -> None:
+        monkeypatch.setattr(filling.LocalEngine, "_work", real)
         make(plan, 0, 1, 2, 3)
         assert run("run", plan, "--finish", "--quiet") == 0
         real(engine, tasks)
 
-    monkeypatch.setattr(local.LocalEngine, "_work", finish_elsewhere)
+    monkeypatch.setattr(filling.LocalEngine, "_work", finish_elsewhere)
     make(plan, 1)
     assert read_tree(tmp_path / "dst") == wanted
 
@@ -482,7 +482,7 @@ def test_sources_that_changed(plan, source, tmp_path, capsys):
 
 
 def test_a_scheduler_that_ends_a_part_leaves_nothing_unfinished(plan, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(local.LocalEngine, "_copy", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or threading.Event().wait(0.3) or 0)
+    monkeypatch.setattr(filling.LocalEngine, "_copy", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or threading.Event().wait(0.3) or 0)
     before = signal.getsignal(signal.SIGTERM)
     assert "rerun the same command" in failure(capsys, 130, "run", plan, "--part", "1/4")
     assert signal.getsignal(signal.SIGTERM) is before

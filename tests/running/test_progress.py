@@ -91,7 +91,7 @@ def test_a_line_for_each_file(tmp_path, capsys):
 
 def test_files_are_told_above_the_bar(terminal):
     with bar(10, "converting", show=Progress(verbose=True)) as tell:
-        logging.getLogger("streamconv.running.local").info("%s done", "a.safetensors")
+        logging.getLogger("streamconv.running.filling").info("%s done", "a.safetensors")
         tell(10)
     assert "a.safetensors done\n" in terminal()
 

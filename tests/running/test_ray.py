@@ -27,7 +27,7 @@ from streamconv.conversion import api
 from streamconv.errors import BudgetError, RunError, UsageError
 from streamconv.planning.fitting import Budget, base_of, refit
 from streamconv.planning.plan import Plan
-from streamconv.running.local import LocalEngine
+from streamconv.running.filling import LocalEngine
 from streamconv.running.log import Log
 from streamconv.running.progress import Progress
 from streamconv.running.run import run
@@ -163,9 +163,9 @@ def noting(log: Path, *, delay: float = 0.0, ballast: int = 0, threads: int = 0,
 
         import ray
 
-        from streamconv.running import local, making
+        from streamconv.running import filling, making
 
-        make, copy = making.make_files, local.LocalEngine._copy
+        make, copy = making.make_files, filling.LocalEngine._copy
 
         def note(*words: object) -> None:
             fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -186,7 +186,7 @@ def noting(log: Path, *, delay: float = 0.0, ballast: int = 0, threads: int = 0,
             time.sleep(delay)
             return copy(engine, number, segment) + 0 * len(held)
 
-        making.make_files, local.LocalEngine._copy = make_files, slow_copy
+        making.make_files, filling.LocalEngine._copy = make_files, slow_copy
 
     return hook
 

@@ -16,7 +16,7 @@ from checkpoint_files import ROOMY, failure, random_tensor, refusal, run, write
 import streamconv
 from streamconv.conversion import api
 from streamconv.errors import RunError
-from streamconv.running import local, reclaim
+from streamconv.running import filling, reclaim
 from streamconv.running.lock import Lock
 from streamconv.running.log import Log
 from streamconv.running.reclaim import Reclaim, can_punch, find_gaps
@@ -51,7 +51,7 @@ def allocated(*folders: Path) -> int:
 
 def stop_at(patch: pytest.MonkeyPatch, step: str, number: int) -> None:
     """Fails a run when it comes to a step of `Reclaim`, the engine, its log or its lock for that time."""
-    owner = {"release": Reclaim, "finish": Log, "leave": Lock}.get(step, local.LocalEngine)
+    owner = {"release": Reclaim, "finish": Log, "leave": Lock}.get(step, filling.LocalEngine)
     real, left = getattr(owner, step), [number]
 
     def stopping(self: object, *given: object, **more: object) -> object:
@@ -76,13 +76,13 @@ def test_no_more_than_a_shard_is_needed(source, tmp_path, monkeypatch, options):
     if not can_punch(tmp_path):
         pytest.skip("files have no holes here")
     dst, most = tmp_path / "dst", [0]
-    real = local.LocalEngine._finish
+    real = filling.LocalEngine._finish
 
-    def finish(engine: local.LocalEngine, number: int) -> None:
+    def finish(engine: filling.LocalEngine, number: int) -> None:
         most[0] = max(most[0], allocated(source, dst))
         real(engine, number)
 
-    monkeypatch.setattr(local.LocalEngine, "_finish", finish)
+    monkeypatch.setattr(filling.LocalEngine, "_finish", finish)
     before = allocated(source)
     assert run("convert", source, dst, *RECLAIM, *options) == 0
     assert before < most[0] <= before + 500_000 + BLOCKS
@@ -180,17 +180,17 @@ def test_a_source_still_needed_must_not_change(source, tmp_path, monkeypatch, ca
 
 def test_what_was_written_wrongly_is_not_paid_for_with_the_source(source, tmp_path, monkeypatch):
     before = read_tree(source)
-    real = local.LocalEngine._copy
+    real = filling.LocalEngine._copy
 
-    def copy(engine: local.LocalEngine, number: int, segment: object) -> int:
+    def copy(engine: filling.LocalEngine, number: int, segment: object) -> int:
         done = real(engine, number, segment)
-        with Path(local.partial(engine._path(number))).open("r+b") as file:
+        with Path(filling.partial(engine._path(number))).open("r+b") as file:
             file.seek(-2, os.SEEK_END)
             file.write(b"??")
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(local.LocalEngine, "_copy", copy)
+        patch.setattr(filling.LocalEngine, "_copy", copy)
         assert run("convert", source, tmp_path / "dst", *RECLAIM, "-j", "1") == 3
     assert read_tree(source) == before
     assert run("convert", source, tmp_path / "dst", *RECLAIM, "--resume") == 0

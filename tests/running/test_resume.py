@@ -25,7 +25,7 @@ from streamconv.digests import format_sums
 from streamconv.engine import order
 from streamconv.errors import DestinationError, RunError
 from streamconv.planning.plan import VERSION
-from streamconv.running import difference, directory, holder, local, lock
+from streamconv.running import difference, directory, filling, holder, lock
 from streamconv.running import run as running
 from streamconv.running.directory import Directory
 from streamconv.running.lock import Lock
@@ -47,23 +47,23 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "COPY_CHUNK", 64 << 10)
-    monkeypatch.setattr(local, "SAVE_BYTES", 100 << 10)
+    monkeypatch.setattr(filling, "SAVE_BYTES", 100 << 10)
 
 
 def watch(patch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[tuple[str, int]]:
     """The tasks that are begun, as file and place; stops the run before one more than ``stop_after``."""
     begun: list[tuple[str, int]] = []
     for name in ("_copy", "_compute"):
-        real = getattr(local.LocalEngine, name)
+        real = getattr(filling.LocalEngine, name)
 
-        def do(engine: local.LocalEngine, *task: object, real: Callable[..., int] = real) -> int:
+        def do(engine: filling.LocalEngine, *task: object, real: Callable[..., int] = real) -> int:
             if len(begun) == stop_after:
                 raise RunError("stopped")
             whole = task if len(task) == 3 else (*task, None)
             begun.append((engine._plan.files[task[0]].path, order.place_of(engine._plan, whole)))
             return real(engine, *task)
 
-        patch.setattr(local.LocalEngine, name, do)
+        patch.setattr(filling.LocalEngine, name, do)
     return begun
 
 
@@ -497,13 +497,13 @@ def test_a_thread_that_hangs_does_not_keep_ctrl_c_waiting(monkeypatch):
 
 def test_long_copies_and_evaluations_look_whether_they_should_stop(source, tmp_path, monkeypatch, capsys):
     """Not only between tasks: a task of a whole tensor may take long."""
-    real = local.LocalEngine._compute
+    real = filling.LocalEngine._compute
 
-    def compute(engine: local.LocalEngine, *task: object) -> int:
+    def compute(engine: filling.LocalEngine, *task: object) -> int:
         engine._workers.stop.set()
         return real(engine, *task)
 
-    monkeypatch.setattr(local.LocalEngine, "_compute", compute)
+    monkeypatch.setattr(filling.LocalEngine, "_compute", compute)
     assert run("convert", source, tmp_path / "dst", *SMALL, "--dtype", "bf16") == 130
     assert "--resume" in capsys.readouterr().err
 

@@ -32,9 +32,9 @@ from streamconv.formats import Extent, Source
 from streamconv.graph import evaluate
 from streamconv.graph.moves import Move, region
 from streamconv.graph.tiles import choose_tile
-from streamconv.running import local
+from streamconv.running import filling
 from streamconv.running.directory import Directory
-from streamconv.running.local import LocalEngine
+from streamconv.running.filling import LocalEngine
 from streamconv.running.log import Log
 from streamconv.running.output import LOG, finished_files
 from streamconv.storage import Version, ranges, retries, stores, web
@@ -525,15 +525,15 @@ def test_another_source_is_noticed(checkpoints, library, tmp_path, capsys):
 
 def test_sources_are_looked_at_now_and_then(library, tmp_path, monkeypatch):
     looked: list[object] = []
-    monkeypatch.setattr(local, "check_files", looked.append)
+    monkeypatch.setattr(filling, "check_files", looked.append)
     monkeypatch.setattr(order, "COPY_CHUNK", 64 * KB)
-    monkeypatch.setattr(local, "LOOK_SECONDS", 1e9)
+    monkeypatch.setattr(filling, "LOOK_SECONDS", 1e9)
     made = api.plan(f"{library.url}/safetensors", tmp_path / "dst", max_memory="4GB")
     (tmp_path / "dst").mkdir()
     LocalEngine(made, Log()).run()
     assert len(looked) < 10  # before, after, and for each file
     looked.clear()
-    monkeypatch.setattr(local, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(filling, "LOOK_SECONDS", 0.0)
     engine = LocalEngine(made, Log(), suffix=".again")
     engine.run()
     assert len(looked) > 100

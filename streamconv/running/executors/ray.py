@@ -32,7 +32,7 @@ from streamconv.planning.plan import Plan
 from streamconv.running import making
 from streamconv.running.directory import new_suffix
 from streamconv.running.executors import MakeFiles
-from streamconv.running.local import Progress, check_sources
+from streamconv.running.filling import Progress, check_sources
 from streamconv.running.output import LOG, STATE, state_name
 from streamconv.storage import is_url
 from streamconv.storage.sinks import open_sink

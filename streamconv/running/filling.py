@@ -1,4 +1,4 @@
-"""The local engine: a plan's segments, ordered by source offset across all output files, run by a pool of threads.
+"""Fills output files in this process: a plan's segments, by source offset across all files, run by a pool of threads.
 
 Files are created at their final size under ``NAME.partial`` and filled in any order. A file that is complete is synced and
 renamed; the plan's last file, the commit, only after all others. Now and then what is done of the others is synced, too, and noted
