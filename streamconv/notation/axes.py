@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 
 from streamconv.errors import CoverageError, NotationError
 
@@ -101,15 +102,18 @@ class Layout:
     @cached_property
     def axes(self) -> tuple[str, ...]:
         """Axis names in order of appearance on the left, without ``...``."""
-        return tuple(dict.fromkeys(name for tensor in self.left for name in _names(tensor) if name != ELLIPSIS))
+        names = chain.from_iterable(map(_names, self.left))
+        return tuple(dict.fromkeys(name for name in names if name != ELLIPSIS))
 
     @cached_property
     def innermost(self) -> frozenset[str]:
         """The axes that parts end in, where none of them stands further out in another part, or on the other side; else none."""
-        parts = [names for tensor in (*self.left, *self.right) for names in _alternatives(tensor)]
-        last = {name for names in parts for name in names[-1:]}
-        others = {name for names in parts for name in names[:-1]}
-        return frozenset() if [] in parts or last & others else frozenset(last)
+        parts = _parts((*self.left, *self.right))
+        if [] in parts:
+            return frozenset()
+        last = frozenset(names[-1] for names in parts)
+        others = chain.from_iterable(names[:-1] for names in parts)
+        return last if last.isdisjoint(others) else frozenset()
 
     def spread(self, rank: Sequence[int], side: str = "left") -> Layout:
         """This layout with ``...`` replaced by as many axes as tensors of these ranks leave for it.
@@ -132,7 +136,7 @@ class Layout:
 
     def shapes(self, side: str, sizes: Sizes) -> list[tuple[int, ...]]:
         """The shapes of the tensors of ``side`` ("left" or "right"), in elements."""
-        return [tuple(_extent(factor, sizes) for factor in tensor.factors) for tensor in getattr(self, side)]
+        return [_shape(tensor, sizes) for tensor in getattr(self, side)]
 
     def solve(
         self,
@@ -188,24 +192,23 @@ class Layout:
                     size, remainder = divmod(extent - zero, one - zero)
                     if remainder or size < (1 if extent else 0):
                         raise CoverageError(
-                            f"{where}layout {self.text!r}: {extent} elements cannot be {_text(factor)} ({_known(factor, sizes)})"
+                            f"{where}layout {self.text!r}: {extent} elements cannot be {_text(factor)} ({_list_sizes(factor, sizes)})"
                         )
                     sizes[name] = size
                     progress = True
 
     def tree(self, output: int, sizes: Sizes) -> Tree:
         """The digits of a flat index into right tensor ``output``, ending in the alternative it belongs to."""
-        before = sum(1 for tensor in self.right[:output] for _ in _alternatives(tensor))
-        counter = iter(range(before, 10**9))
+        first = len(_parts(self.right[:output]))
+        counter = iter(range(first, 10**9))
         return _grow(list(self.right[output].factors), sizes, counter)
 
     def places(self, side: str, sizes: Sizes) -> list[Place]:
         """For each alternative, in order, its place in the tensors of ``side``."""
-        return [
-            Place(number, offset, strides)
-            for number, tensor in enumerate(getattr(self, side))
-            for offset, strides in _places(list(tensor.factors), sizes)
-        ]
+        places: list[Place] = []
+        for number, tensor in enumerate(getattr(self, side)):
+            places += [Place(number, offset, strides) for offset, strides in _places(list(tensor.factors), sizes)]
+        return places
 
 
 @lru_cache(maxsize=4096)
@@ -222,8 +225,7 @@ def parse(text: str) -> Layout:
     right = _Parser(text, arrows[0] + 2, len(text)).side()
     if max(sum(map(_count, side)) for side in (left, right)) > MOST_PARTS:
         raise NotationError(f"more than {MOST_PARTS} parts", text, 0)
-    left_parts = [names for tensor in left for names in _alternatives(tensor)]
-    right_parts = [names for tensor in right for names in _alternatives(tensor)]
+    left_parts, right_parts = _parts(left), _parts(right)
     if len(left_parts) != len(right_parts):
         raise NotationError(f"{len(left_parts)} parts on the left, {len(right_parts)} on the right", text, arrows[0])
     left_range, right_range = (0, arrows[0]), (arrows[0] + 2, len(text))
@@ -349,8 +351,14 @@ def _text(item: str | Sum | Product) -> str:
     return " ".join(map(_text, item.factors))
 
 
-def _known(item: str | Sum, sizes: Sizes) -> str:
-    return ", ".join(f"{name}={sizes[name]}" for name in dict.fromkeys(_names(item)) if name in sizes) or "nothing else is known"
+def _list_sizes(item: str | Sum, sizes: Sizes) -> str:
+    """``h=8, d=64``: the sizes of those of its axes that have one."""
+    texts = [f"{name}={sizes[name]}" for name in dict.fromkeys(_names(item)) if name in sizes]
+    return ", ".join(texts) or "nothing else is known"
+
+
+def _shape(tensor: Tensor, sizes: Sizes) -> tuple[int, ...]:
+    return tuple(_extent(factor, sizes) for factor in tensor.factors)
 
 
 def _extent(item: str | Sum | Product, sizes: Sizes) -> int:
@@ -379,6 +387,11 @@ def _alternatives(tensor: Tensor) -> Iterator[list[str]]:
         return
     for term in head.terms:
         yield from _alternatives(Product((*term.factors, *rest)))
+
+
+def _parts(side: Iterable[Tensor]) -> list[list[str]]:
+    """The axis names of each alternative of some tensors, in order."""
+    return list(chain.from_iterable(map(_alternatives, side)))
 
 
 def _grow(factors: list[str | Sum], sizes: Sizes, counter: Iterator[int]) -> Tree:

@@ -43,7 +43,10 @@ _COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
 }
 _LARGEST = 2**63
 _LONGEST = 4096  # characters of an expression
-_KNOWN = (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.List, ast.Tuple, ast.BinOp, ast.BoolOp, ast.UnaryOp)
+_SYNTAX = (  # what expressions consist of, beside the operators above
+    ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.List, ast.Tuple, ast.BinOp, ast.BoolOp, ast.UnaryOp, ast.Compare, ast.IfExp,
+    ast.Call, ast.boolop, ast.Not, ast.USub, ast.expr_context,
+)  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -57,8 +60,7 @@ def _parse(text: str) -> ast.expr:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise NotationError("not an expression", text, max(0, (getattr(error, "offset", 0) or 1) - 1)) from error
     for node in ast.walk(tree):
-        allowed = isinstance(node, (*_KNOWN, ast.Compare, ast.IfExp, ast.Call, ast.boolop, ast.Not, ast.USub, ast.expr_context))
-        if not allowed and type(node) not in {**_ARITHMETIC, **_COMPARISONS}:
+        if not isinstance(node, _SYNTAX) and type(node) not in {**_ARITHMETIC, **_COMPARISONS}:
             raise NotationError(f"{type(node).__name__} is not part of an expression", text, getattr(node, "col_offset", 0))
     return tree
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterable, Iterator
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 _NUMBER = re.compile("([0-9]+)")
@@ -51,7 +51,8 @@ def _fold(literals: tuple[str, ...], members: list[tuple[int, list[str]]]) -> It
         for (k, difference), width in zip(follows, widths, strict=True):
             numbers.append(_show([value + difference for value in box[k]], width))
         text = literals[0] + "".join(number + literal for number, literal in zip(numbers, literals[1:], strict=True))
-        yield Fold(tuple(text.split("\0")), sorted(position for point in product(*box) for position in points[point]))
+        positions = chain.from_iterable(points[point] for point in product(*box))
+        yield Fold(tuple(text.split("\0")), sorted(positions))
 
 
 def _find_base(column: _Point, bases: list[_Point]) -> tuple[int, int] | None:
@@ -87,10 +88,16 @@ def _show(numbers: list[int], width: int) -> str:
             ranges[-1] = [ranges[-1][0], number]
         else:
             ranges.append([number])
-    text = ",".join("-".join(f"{end:0{width}d}" for end in ends) for ends in ranges)
+    text = ",".join(_show_range(ends, width) for ends in ranges)
     return text if len(numbers) == 1 else f"[{text}]"
+
+
+def _show_range(ends: list[int], width: int) -> str:
+    """``7``, or ``0-3``: one number, or the first and the last."""
+    return "-".join(f"{end:0{width}d}" for end in ends)
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
     """Names alone, folded: ``["experts.[0-7].w1"]``."""
-    return [folded.texts[0] for folded in fold((None, (name,)) for name in names)]
+    rows = ((None, (name,)) for name in names)
+    return [kind.texts[0] for kind in fold(rows)]

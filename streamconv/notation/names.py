@@ -94,7 +94,9 @@ class Capture:
             raise RecipeError(f"{self.name!r} in a name: expected {expected}, found {value!r}")
         if self.kind == "list":
             return self.alternatives[value]
-        return f"{value:0{self.width}d}" if self.prefix is None else f"{self.prefix}{value:d}" if value else ""
+        if self.prefix is None:
+            return f"{value:0{self.width}d}"
+        return f"{self.prefix}{value:d}" if value else ""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Pattern:
             elif atom.kind == "rest":
                 states = extend(states, [""], loop="")
             elif atom.kind == "list":
-                states = {state for alternative in atom.alternatives for state in extend(states, alternative)}
+                states = set().union(*[extend(states, alternative) for alternative in atom.alternatives])
             elif atom.prefix is not None:
                 states = states | extend(states, [*atom.prefix, _DIGITS[1:]], loop=_DIGITS)
             else:
@@ -159,7 +161,7 @@ def parse(text: str) -> Pattern:
     if len(text) > LONGEST:
         raise NotationError(f"a pattern of {len(text)} characters, {LONGEST} at most", text, LONGEST)
     atoms: list[str | Capture] = []
-    seen: dict[str, Capture] = {}
+    captures: dict[str, Capture] = {}
     expression, at, lists = "", 0, 0
     while at < len(text):
         token = _TOKEN.match(text, at)
@@ -171,16 +173,16 @@ def parse(text: str) -> Pattern:
         else:
             capture = _capture(text, at + 1, token["body"], f"list{lists}")
             lists += capture.name == f"list{lists}"
-            if capture.kind == "rest" and any(other.kind == "rest" for other in seen.values()):
+            if capture.kind == "rest" and any(other.kind == "rest" for other in captures.values()):
                 raise NotationError("a second '*' capture: a pattern has one at most", text, at)
-            if len(seen) >= MOST_CAPTURES and capture.name not in seen:
+            if len(captures) >= MOST_CAPTURES and capture.name not in captures:
                 raise NotationError(f"a pattern has at most {MOST_CAPTURES} captures", text, at)
-            if seen.setdefault(capture.name, capture) != capture:
+            if captures.setdefault(capture.name, capture) != capture:
                 raise NotationError(f"{capture.name!r} was written differently before", text, at)
             expression += f"(?P={capture.name})" if capture in atoms else f"(?P<{capture.name}>{capture.expression})"
             atoms.append(capture)
         at = token.end()
-    return Pattern(text, tuple(seen.values()), tuple(atoms), re.compile(expression, re.DOTALL))
+    return Pattern(text, tuple(captures.values()), tuple(atoms), re.compile(expression, re.DOTALL))
 
 
 def _capture(text: str, at: int, body: str, automatic: str) -> Capture:
@@ -296,8 +298,8 @@ def _common_character(a: str, b: str) -> str | None:
 def select(pattern: str, names: Iterable[str]) -> list[str]:
     """Those names that a pattern or glob matches, or that have ``pattern`` in them if it is neither."""
     if "{" in pattern:
-        parsed = parse(pattern)
-        return [name for name in names if parsed.match(name) is not None]
+        matcher = parse(pattern)
+        return [name for name in names if matcher.match(name) is not None]
     if any(mark in pattern for mark in "*?["):
         return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     return [name for name in names if pattern in name]
