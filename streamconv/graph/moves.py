@@ -37,13 +37,13 @@ class Move:
             ((d, s, n) for n, d, s in zip(self.sizes, self.dst_strides, self.src_strides, strict=True) if n != 1),
             key=lambda axis: (-axis[0], -axis[1]),
         )
-        merged: list[tuple[int, int, int]] = []
+        simple: list[tuple[int, int, int]] = []
         for d, s, n in axes:
-            if merged and merged[-1][0] == d * n and merged[-1][1] == s * n:
-                merged[-1] = (d, s, n * merged[-1][2])
+            if simple and simple[-1][0] == d * n and simple[-1][1] == s * n:
+                simple[-1] = (d, s, n * simple[-1][2])
             else:
-                merged.append((d, s, n))
-        return Move(tuple(n for _, _, n in merged), self.dst, tuple(d for d, _, _ in merged), self.src, tuple(s for _, s, _ in merged))
+                simple.append((d, s, n))
+        return Move(tuple(n for _, _, n in simple), self.dst, tuple(d for d, _, _ in simple), self.src, tuple(s for _, s, _ in simple))
 
     @property
     def run(self) -> int:

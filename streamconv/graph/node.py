@@ -65,14 +65,14 @@ def rearrange(op: Rearrange, inputs: tuple[AnyNode, ...]) -> AnyNode:
 
 def sources(node: AnyNode) -> Iterator[Source]:
     """The leaves below ``node``, left to right, repeated ones once each."""
-    seen: set[int] = set()
+    ids: set[int] = set()
     stack: list[AnyNode] = [node]
     while stack:
         node = stack.pop()
         if isinstance(node, Node):
             stack.extend(reversed(node.inputs))
-        elif id(node) not in seen:
-            seen.add(id(node))
+        elif id(node) not in ids:
+            ids.add(id(node))
             yield node
 
 
@@ -128,17 +128,17 @@ def descend(node: Node, *, beside: bool) -> Iterator[tuple[AnyNode, bool]]:
 def shared_values(nodes: Iterable[AnyNode]) -> list[Node]:
     """What of a graph several regions need the value of: the outputs of each `Reduce` that a computation takes."""
     stack: list[tuple[AnyNode, bool]] = [(node, False) for node in nodes]
-    seen: set[tuple[int, bool]] = set()
-    shared: dict[int, Node] = {}
+    visits: set[tuple[int, bool]] = set()
+    reductions: dict[int, Node] = {}
     while stack:
         node, beside = stack.pop()
-        if not isinstance(node, Node) or (id(node), beside) in seen:
+        if not isinstance(node, Node) or (id(node), beside) in visits:
             continue
-        seen.add((id(node), beside))
+        visits.add((id(node), beside))
         if beside and isinstance(node.op, Reduce):
-            shared[id(node)] = node
+            reductions[id(node)] = node
         stack.extend(descend(node, beside=beside))
-    return list(shared.values())
+    return list(reductions.values())
 
 
 def items_of(node: AnyNode) -> AnyNode:

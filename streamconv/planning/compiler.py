@@ -9,11 +9,12 @@ from dataclasses import replace
 from streamconv.errors import UsageError
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph.moves import Move, identity
-from streamconv.graph.node import AnyNode, Node, Source, is_made_whole, items_of, sources, trace
+from streamconv.graph.node import AnyNode, Node, Source, extents, is_made_whole, items_of, sources, trace
 from streamconv.planning.fitting import SCATTERED, TILE, Budget, Fitting, bytes_of_stream
 from streamconv.planning.plan import Account, Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile, add_up, source_files
 from streamconv.planning.plan import Mapping as Row
 from streamconv.planning.proof import Proof
+from streamconv.planning.segments import computations
 from streamconv.storage import is_url
 from streamconv.storage.filenames import find_fault
 from streamconv.storage.ranges import Fingerprint, fingerprints
@@ -65,7 +66,7 @@ def compile_plan(
     _check_names([*(layout.path for layout in layouts), *(sidecars or ())])
     compiler = _Compiler(fingerprints(source_files(outputs.values()), opened), bytes_of_stream(root, (layout.size for layout in layouts)))
     files = [compiler.file(layout, outputs) for layout in layouts]
-    beside = [compiler.sidecar(path, given) for path, given in (sidecars or {}).items()]
+    beside = [compiler.sidecar(path, content) for path, content in (sidecars or {}).items()]
     files[-1:-1] = beside
     checks = [Check(compiler.node(items_of(a)), compiler.node(items_of(b)), names) for a, b, names in replicas]
     proof = Proof(compiler.sources, compiler.nodes)
@@ -131,21 +132,20 @@ class _Compiler:
         if id(node) not in self._node_numbers:
             self._node_numbers[id(node)] = len(self.nodes)
             self.nodes.append(node)
-            for leaf in sources(node):
-                for extent in leaf.extents:
-                    self.source(extent.path)
+            for extent in extents(node):
+                self.source(extent.path)
         return self._node_numbers[id(node)]
 
     def file(self, layout: FileLayout, outputs: Mapping[str, AnyNode]) -> FilePlan:
         """A file's plan; tiles are not chosen yet."""
         segments: list[Segment] = []
-        filled = set()
-        compute = self._in_order if self._stream and not layout.checksums else self._computed
+        slots = set()
+        compute = self._in_order if self._stream and not layout.checksums else self._in_any_order
         for name, slot in sorted(layout.slots.items(), key=lambda item: item[1]):
-            if slot in filled:
+            if slot in slots:
                 continue  # tied to the tensor before
             if outputs[name].spec.nbytes:
-                filled.add(slot)
+                slots.add(slot)
             for segment in self._segments(outputs[name], layout.pieces.get(name) or [(slot, outputs[name].spec.nbytes)], compute):
                 last = segments[-1] if segments else None
                 if isinstance(segment, Copy) and isinstance(last, Copy) and _continues(last, segment):
@@ -172,7 +172,7 @@ class _Compiler:
                 yield from self._range(node.extents, start, slot, nbytes)
             start += nbytes
 
-    def _computed(self, node: Node, start: int, slot: int, nbytes: int) -> Iterator[Segment]:
+    def _in_any_order(self, node: Node, start: int, slot: int, nbytes: int) -> Iterator[Segment]:
         """Bytes [start, start + nbytes) of a node; where they are those of a stored tensor for long enough, copies."""
         itemsize = node.spec.dtype.itemsize
         if not nbytes:
@@ -183,7 +183,7 @@ class _Compiler:
                 for dst, src in move.runs():
                     yield from self._range(piece.leaf.extents, src * itemsize, slot + dst * itemsize, move.run * itemsize)
             else:
-                extent = next((extent for leaf in sources(piece.leaf) for extent in leaf.extents), None)
+                extent = next(extents(piece.leaf), None)
                 leaf_item = piece.leaf.spec.dtype.itemsize if isinstance(piece.leaf, Source) else 0
                 where = (self.source(extent.path), extent.offset) if extent else (0, 0)
                 whole = replace(move, dst=move.dst + start // itemsize)
@@ -193,18 +193,18 @@ class _Compiler:
 
     def _in_order(self, node: Node, start: int, slot: int, nbytes: int) -> Iterator[Segment]:
         """The same, front to back: what is not copied is computed in ranges of the file."""
-        segments = list(self._computed(node, start, slot, nbytes))
+        segments = list(self._in_any_order(node, start, slot, nbytes))
         copies = sorted((segment for segment in segments if isinstance(segment, Copy)), key=lambda segment: segment.dst)
-        computed = [segment for segment in segments if isinstance(segment, Compute)]
+        computes = [segment for segment in segments if isinstance(segment, Compute)]
         itemsize, at = node.spec.dtype.itemsize, slot
-        if any(not segment.tile and self.fitting.tile(segment, TILE).pieces > SCATTERED for segment in computed):
+        if any(not segment.tile and self.fitting.tile(segment, TILE).pieces > SCATTERED for segment in computes):
             self.fitting.in_order.add(self.node(node))
         for copy in (*copies, None):
             end = copy.dst if copy else slot + nbytes
             if at < end:
                 numel = (end - at) // itemsize
                 range_ = Move((numel,), (start + at - slot) // itemsize, (1,), 0, (1,))
-                yield computed[0]._replace(move=range_, tile=(numel,) if any(segment.tile for segment in computed) else ())
+                yield computes[0]._replace(move=range_, tile=(numel,) if any(segment.tile for segment in computes) else ())
             if copy:
                 yield copy
                 at = copy.dst + copy.nbytes
@@ -222,18 +222,23 @@ class _Compiler:
     def account(
         self, files: Sequence[FilePlan], outputs: Mapping[str, AnyNode], rows: Sequence[Row], reasons: Mapping[str, str], tied: int
     ) -> Account:
-        computed = {id(self.nodes[s.node]) for file in files for s in file.segments if isinstance(s, Compute)}
-        count = sum(id(items_of(node)) in computed for node in outputs.values())
+        ids = {id(self.nodes[segment.node]) for segment in computations(files)}
+        count = sum(id(items_of(node)) in ids for node in outputs.values())
         leaves = ((node, next(sources(node), node)) for node in outputs.values())
         return Account(
             tensors=len(outputs),
             copied=len(outputs) - count,
             computed=count,
-            renamed=sum(not row.layout and len(row.sources) == 1 and _bare(row.target) != _bare(row.sources[0]) for row in rows),
+            renamed=sum(map(_is_rename, rows)),
             dropped=dict(Counter(reasons.values()).most_common()),
             tied=tied,
             cast=sum(leaf.spec.dtype != node.spec.dtype and not node.spec.dtype.is_packed for node, leaf in leaves),
         )
+
+
+def _is_rename(row: Row) -> bool:
+    """Whether a target is one source under another name, and nothing else of it changes."""
+    return not row.layout and len(row.sources) == 1 and _bare(row.target) != _bare(row.sources[0])
 
 
 def _bare(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 Axes = tuple[tuple[int, int], ...]
 MOST_CUTS = 1 << 20  # pieces into which one weave is cut; no layout's come near
@@ -79,16 +80,16 @@ def check_ranges(ranges: Iterable[tuple[int, int]], stop: int) -> None:
 
 def check_boxes(boxes: Iterable[Box], stop: int) -> None:
     """Raises Fault unless these fill all bytes below ``stop`` once each."""
-    at, ordered, first = 0, sorted(boxes), 0
-    while first < len(ordered):
-        if ordered[first].start != at:
+    at, by_start, first = 0, sorted(boxes), 0
+    while first < len(by_start):
+        if by_start[first].start != at:
             raise Fault(at, again=False)
-        last, reach = first + 1, ordered[first].stop
-        while last < len(ordered) and ordered[last].start < reach:
-            reach = max(reach, ordered[last].stop)
+        last, reach = first + 1, by_start[first].stop
+        while last < len(by_start) and by_start[last].start < reach:
+            reach = max(reach, by_start[last].stop)
             last += 1
-        if last - first > 1 or ordered[first].axes:
-            _check_woven(ordered[first:last], at, reach)
+        if last - first > 1 or by_start[first].axes:
+            _check_woven(by_start[first:last], at, reach)
         at, first = reach, last
     if at != stop:
         raise Fault(min(at, stop), again=at > stop)
@@ -99,13 +100,13 @@ def _check_woven(boxes: Sequence[Box], start: int, stop: int) -> None:
     size = max((box.axes[0][1] for box in boxes if box.axes), default=0)
     if not size:
         raise Fault(boxes[1].start, again=True)
-    rows = [row for box in boxes for row in _rows(box.at(box.start - start), size)]
+    rows = list(chain.from_iterable(_rows(box.at(box.start - start), size) for box in boxes))
     opening = sorted(rows, key=lambda row: row[0], reverse=True)
     closing = sorted(rows, key=lambda row: row[1], reverse=True)
     whole, rest = divmod(stop - start, size)
-    edges = sorted({edge for first, last, _ in rows for edge in (first, last)} | {0, whole})
+    edges = sorted({row[0] for row in rows} | {row[1] for row in rows} | {0, whole})
     inside: Counter[Box] = Counter()
-    known: set[tuple[int, tuple[Box, ...]]] = set()
+    kinds: set[tuple[int, tuple[Box, ...]]] = set()
     for edge in edges:
         while opening and opening[-1][0] == edge:
             inside[opening.pop()[2]] += 1
@@ -115,11 +116,11 @@ def _check_woven(boxes: Sequence[Box], start: int, stop: int) -> None:
         length = size if edge < whole else rest
         if edge > whole or not length:
             continue
-        here = (length, tuple(sorted(inside.elements())))
-        if here not in known:
-            known.add(here)
+        pieces = tuple(sorted(inside.elements()))
+        if (length, pieces) not in kinds:
+            kinds.add((length, pieces))
             try:
-                check_boxes(here[1], length)
+                check_boxes(pieces, length)
             except Fault as fault:
                 raise Fault(start + edge * size + fault.at, again=fault.again) from None
 

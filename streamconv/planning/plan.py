@@ -7,16 +7,17 @@ of a node, cut into tiles. Files are independent of each other: each is a functi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from streamconv import codec
 from streamconv.errors import FormatError
 from streamconv.graph.node import AnyNode
-from streamconv.notation.folding import fold, fold_names
+from streamconv.notation.folding import Fold, fold, fold_names
 from streamconv.notebook import table
 from streamconv.planning import plan_text
 from streamconv.planning.plan_text import VERSION, Graph, file_row, mapping_rows
@@ -32,6 +33,7 @@ from streamconv.planning.segments import (
     SourceFile,
     Totals,
     add_up,
+    computations,
     source_files,
 )
 from streamconv.storage import is_url
@@ -94,8 +96,8 @@ class Plan:
 
     @property
     def _title(self) -> str:
-        written = format_size(self.totals.bytes_written)
-        return f"{self.destination} ({self.format}): {len(self.mapping)} tensors, {len(self.files)} files, {written}"
+        size = format_size(self.totals.bytes_written)
+        return f"{self.destination} ({self.format}): {len(self.mapping)} tensors, {len(self.files)} files, {size}"
 
     def _facts(self) -> list[tuple[str, str]]:
         """What a reader wants to know first, by name."""
@@ -116,10 +118,11 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [self._title, *(f"  {name:<8} {text}" for name, text in self._facts())]
-        changed = [(len(members), row) for row, members in self.fold_mapping() if row.layout or (row.target,) != row.sources]
-        same = len(self.mapping) - sum(count for count, _ in changed)
-        lines += [f"  {same} keep their names"] if same and changed else []
-        for count, row in changed[:SHOWN]:
+        kinds = ((len(members), row) for row, members in self.fold_mapping())
+        changes = [(count, row) for count, row in kinds if row.layout or (row.target,) != row.sources]
+        same = len(self.mapping) - sum(count for count, _ in changes)
+        lines += [f"  {same} keep their names"] if same and changes else []
+        for count, row in changes[:SHOWN]:
             target = f"-> {row.target}  {row.spec}{f'  x{count}' if count > 1 else ''}"
             if len(row.sources) == 1 and not row.layout:
                 lines.append(f"  {row.sources[0]} {target}")
@@ -127,7 +130,7 @@ class Plan:
                 lines += [f"  {source}" for source in row.sources[:SHOWN]]
                 lines += [f"    [{row.layout}]"] if row.layout else []
                 lines.append(f"    {target}")
-        lines += [f"  ... and {len(changed) - SHOWN} kinds more; --json lists them"] if len(changed) > SHOWN else []
+        lines += [f"  ... and {len(changes) - SHOWN} kinds more; --json lists them"] if len(changes) > SHOWN else []
         dropped = fold_names(self.dropped)
         lines += [f"  dropped: {name}" for name in dropped[:SHOWN]]
         lines += [f"  ... and {len(dropped) - SHOWN} kinds more dropped"] if len(dropped) > SHOWN else []
@@ -140,11 +143,9 @@ class Plan:
 
     def fold_mapping(self) -> Iterator[tuple[Mapping, list[Mapping]]]:
         """Rows of the mapping that differ in numbers only as one, with ranges in its names, and the rows it stands for."""
-        rows = (
-            ((row.layout, row.spec), (row.target, *(fold_names(row.sources) if row.sources[1:] else row.sources))) for row in self.mapping
-        )
-        for (target, *made_of), members in fold(rows):
-            yield self.mapping[members[0]]._replace(target=target, sources=tuple(made_of)), [self.mapping[k] for k in members]
+        for (target, *names), positions in fold(map(_as_texts, self.mapping)):
+            members = [self.mapping[position] for position in positions]
+            yield members[0]._replace(target=target, sources=tuple(names)), members
 
     @property
     def destination(self) -> Path | str:
@@ -156,27 +157,28 @@ class Plan:
     def for_files(self, numbers: Iterable[int]) -> Plan:
         """The plan of some output files alone, with what they are made of and no more, as a remote worker receives it."""
         files = [self.files[number] for number in numbers]
-        node_numbers = sorted({segment.node for file in files for segment in file.segments if isinstance(segment, Compute)})
+        segments = list(chain.from_iterable(file.segments for file in files))
+        node_numbers = sorted({segment.node for segment in computations(files)})
         nodes = {node: k for k, node in enumerate(node_numbers)}
-        source_numbers = {segment.source for file in files for segment in file.segments} if self.sources else set()
-        read = set(source_files(self.nodes[node] for node in node_numbers))
-        sources = [k for k, source in enumerate(self.sources) if k in source_numbers or source.path in read]
-        numbered = {source: k for k, source in enumerate(sources)}
+        source_numbers = {segment.source for segment in segments}
+        paths = set(source_files(self.nodes[node] for node in node_numbers))
+        sources = [k for k, source in enumerate(self.sources) if k in source_numbers or source.path in paths]
+        new_numbers = {source: k for k, source in enumerate(sources)}
 
         def renumber(segment: Segment) -> Segment:
-            source = numbered.get(segment.source, 0)  # a plan of constants has no sources at all
+            source = new_numbers.get(segment.source, 0)  # a plan of constants has no sources at all
             if isinstance(segment, Copy):
                 return segment._replace(source=source)
             return segment._replace(node=nodes[segment.node], source=source)
 
-        mine = {name for file in files for name in file.tensors}
+        targets = set(chain.from_iterable(file.tensors for file in files))
         return replace(
             self,
             sources=tuple(self.sources[k] for k in sources),
             nodes=tuple(self.nodes[node] for node in node_numbers),
             files=tuple(replace(file, segments=tuple(map(renumber, file.segments))) for file in files),
             checks=(),
-            mapping=tuple(row for row in self.mapping if row.target in mine),
+            mapping=tuple(row for row in self.mapping if row.target in targets),
             totals=add_up(files, self.nodes, self.sources),
             names=tuple(self.names[node] for node in node_numbers if self.names),
         )
@@ -314,9 +316,19 @@ def _without_tile(segment: Segment) -> Segment:
     return segment._replace(tile=()) if isinstance(segment, Compute) else segment
 
 
+def _as_texts(row: Mapping) -> tuple[Hashable, tuple[str, ...]]:
+    """A row of the mapping as `fold` takes it; of several sources, their names are folded themselves."""
+    names = fold_names(row.sources) if len(row.sources) > 1 else row.sources
+    return (row.layout, row.spec), (row.target, *names)
+
+
 def _list_files(files: Iterable[tuple[str, int]]) -> str:
     """``model-[1-9].safetensors x9, config.json``: the names, folded; the largest first."""
-    sizes = list(files)
-    folded = sorted(fold((None, (Path(path).name,)) for path, _ in sizes), key=lambda kind: -sum(sizes[k][1] for k in kind.members))
-    texts = [f"{kind.texts[0]}{f' x{len(kind.members)}' if len(kind.members) > 1 else ''}" for kind in folded[:4]]
-    return ", ".join(texts) + (f", and {len(folded) - 4} more" if len(folded) > 4 else "")
+    entries = list(files)
+
+    def total(kind: Fold) -> int:
+        return sum(entries[position][1] for position in kind.members)
+
+    kinds = sorted(fold((None, (Path(path).name,)) for path, _ in entries), key=total, reverse=True)
+    texts = [f"{kind.texts[0]}{f' x{len(kind.members)}' if len(kind.members) > 1 else ''}" for kind in kinds[:4]]
+    return ", ".join(texts) + (f", and {len(kinds) - 4} more" if len(kinds) > 4 else "")

@@ -29,7 +29,7 @@ class Proof:
     def __init__(self, sources: Sequence[SourceFile], nodes: Sequence[AnyNode]) -> None:
         self._sources, self._nodes = sources, nodes
         self._sizes = {source.path: source.size for source in sources}
-        self._known: dict[int, tuple[int, int]] = {}  # of a node, by id: how deep it is, and in how many ways its leaves are reached
+        self._reach: dict[int, tuple[int, int]] = {}  # of a node, by id: how deep it is, and in how many ways its leaves are reached
 
     def check_sources(self) -> None:
         """Sources are files of sensible sizes, each once."""
@@ -48,13 +48,13 @@ class Proof:
             stack: list[AnyNode] = [root]
             while stack:
                 node = stack[-1]
-                below = [child for child in node.inputs if id(child) not in self._known] if isinstance(node, Node) else []
+                below = [child for child in node.inputs if id(child) not in self._reach] if isinstance(node, Node) else []
                 if below:
                     stack.extend(below)
                     continue
                 stack.pop()
-                if id(node) not in self._known:
-                    self._known[id(node)] = self._check_node(node, specs)
+                if id(node) not in self._reach:
+                    self._reach[id(node)] = self._check_node(node, specs)
 
     def _check_node(self, node: AnyNode, specs: dict[object, TensorSpec]) -> tuple[int, int]:
         _check_shape(node.spec)
@@ -62,7 +62,7 @@ class Proof:
             self._check_extents(node)
             return 0, 1
         inputs = tuple(child.spec for child in node.inputs)
-        below = [self._known[id(child)] for child in node.inputs]
+        below = [self._reach[id(child)] for child in node.inputs]
         deep, ways = max((k for k, _ in below), default=0) + 1, sum(n for _, n in below) + 1
         if deep > DEEPEST or ways > MOST_PATHS:
             raise FormatError(f"{node.spec} by {node.op.kind}: more ops on top of each other than any conversion has")
@@ -111,19 +111,19 @@ class Proof:
         if not (1 <= workers <= MOST_WORKERS and arena >= 0 and workers * arena <= peak < LARGEST):
             raise FormatError(f"{workers} workers with {arena} bytes each do not fit in {peak} bytes")
         for file in files:
-            for part in file.segments:
-                if isinstance(part, Compute):
-                    self._check_tile(part, file, arena)
+            for segment in file.segments:
+                if isinstance(segment, Compute):
+                    self._check_tile(segment, file, arena)
 
-    def _check_tile(self, part: Compute, file: FilePlan, arena: int) -> None:
+    def _check_tile(self, segment: Compute, file: FilePlan, arena: int) -> None:
         from streamconv.graph.evaluate import arena_bytes
 
-        if len(part.tile) != len(part.move.sizes) or min(part.tile, default=1) < 1:
-            raise FormatError(f"{file.path}: a region of {list(part.move.sizes)} in tiles of {list(part.tile)} cannot be")
-        node, numel = self._nodes[part.node], math.prod(map(min, part.tile, part.move.sizes))
-        needed = arena_bytes(node, numel * node.spec.dtype.itemsize)
-        if needed > arena:
-            raise FormatError(f"{file.path}: tiles of {list(part.tile)} take {needed} bytes of memory, not {arena}")
+        if len(segment.tile) != len(segment.move.sizes) or min(segment.tile, default=1) < 1:
+            raise FormatError(f"{file.path}: a region of {list(segment.move.sizes)} in tiles of {list(segment.tile)} cannot be")
+        node, numel = self._nodes[segment.node], math.prod(map(min, segment.tile, segment.move.sizes))
+        nbytes = arena_bytes(node, numel * node.spec.dtype.itemsize)
+        if nbytes > arena:
+            raise FormatError(f"{file.path}: tiles of {list(segment.tile)} take {nbytes} bytes of memory, not {arena}")
 
     def _check_file(self, file: FilePlan) -> None:
         ranges = [(offset, offset + len(data)) for offset, data in file.literals if data]
@@ -149,39 +149,39 @@ class Proof:
             raise FormatError(f"{file.path}: {copy} copies nothing")
         self._check_range(self._sources[copy.source].path, copy.offset, copy.nbytes)
 
-    def _check_compute(self, part: Compute, file: FilePlan) -> Box:
+    def _check_compute(self, segment: Compute, file: FilePlan) -> Box:
         """The bytes that a segment writes."""
-        move, axes = part.move, len(part.move.sizes)
-        if not 0 <= part.node < len(self._nodes) or not 0 <= part.source < max(1, len(self._sources)):
-            raise FormatError(f"{file.path}: computed from a node or source that is not there: {part.node}, {part.source}")
+        move, axes = segment.move, len(segment.move.sizes)
+        if not 0 <= segment.node < len(self._nodes) or not 0 <= segment.source < max(1, len(self._sources)):
+            raise FormatError(f"{file.path}: computed from a node or source that is not there: {segment.node}, {segment.source}")
         if not axes == len(move.dst_strides) == len(move.src_strides):
             raise FormatError(f"{file.path}: a region of {list(move.sizes)} has other axes elsewhere")
         if min(move.sizes, default=1) < 1 or min((move.dst, move.src, *move.dst_strides, *move.src_strides)) < 0:
             raise FormatError(f"{file.path}: a region of {list(move.sizes)} cannot be")
-        if not (0 <= part.offset < LARGEST and 0 <= part.itemsize <= 8 and max((*move.src_strides, move.src)) < LARGEST):
+        if not (0 <= segment.offset < LARGEST and 0 <= segment.itemsize <= 8 and max((*move.src_strides, move.src)) < LARGEST):
             raise FormatError(f"{file.path}: a region lies nowhere in its source")
-        spec = self._nodes[part.node].spec
+        spec = self._nodes[segment.node].spec
         if spec.dtype.is_packed:
             raise FormatError(f"{file.path}: {spec} cannot be computed")
-        box = make_box(part.dst + move.dst * spec.dtype.itemsize, spec.dtype.itemsize, move.sizes, move.dst_strides)
-        if box.stop > part.dst + spec.nbytes:
+        box = make_box(segment.dst + move.dst * spec.dtype.itemsize, spec.dtype.itemsize, move.sizes, move.dst_strides)
+        if box.stop > segment.dst + spec.nbytes:
             raise FormatError(f"{file.path}: a region reaches over the end of its tensor {spec}")
         return box
 
 
 def check_paths(paths: Sequence[str]) -> None:
     """Raises FormatError unless these are files below a folder, each in a place of its own."""
-    taken: set[str] = set()
+    unique: set[str] = set()
     for path in paths:
         if fault := find_fault(path):
             raise FormatError(f"a plan's files lie below its root: {path!r} {fault}")
-        if path in taken:
+        if path in unique:
             raise FormatError(f"{path} is made twice")
-        taken.add(path)
+        unique.add(path)
     for path in paths:
         above = path.rpartition("/")[0]
         while above:
-            if above in taken:
+            if above in unique:
                 raise FormatError(f"{above} is a file and a folder")
             above = above.rpartition("/")[0]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 from streamconv.digests import Checksum
 from streamconv.dtypes import TensorSpec
 from streamconv.graph.moves import Move
-from streamconv.graph.node import AnyNode, sources
+from streamconv.graph.node import AnyNode, extents
 from streamconv.storage import Version, is_url
 
 SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
@@ -122,26 +123,33 @@ class Account:
 
 def source_files(nodes: Iterable[AnyNode]) -> list[str]:
     """The paths that the leaves below ``nodes`` lie in, in order of first appearance."""
-    return list(dict.fromkeys(extent.path for node in nodes for leaf in sources(node) for extent in leaf.extents))
+    every_extent = chain.from_iterable(map(extents, nodes))
+    return list(dict.fromkeys(extent.path for extent in every_extent))
+
+
+def computations(files: Iterable[FilePlan]) -> Iterator[Compute]:
+    """What is computed in some output files, in order."""
+    for file in files:
+        yield from (segment for segment in file.segments if isinstance(segment, Compute))
 
 
 def add_up(files: Iterable[FilePlan], nodes: Sequence[AnyNode], source_table: Sequence[SourceFile]) -> Totals:
     """What making these files of nodes and sources takes."""
-    copied = computed = read = written = 0
+    bytes_read = bytes_copied = bytes_computed = bytes_written = 0
     disk = 0.0
     # What is left of a sparse source's blocks may straddle twice as many blocks in the output.
     shares = [1.0 if is_url(source.path) or not source.size else source.allocated / source.size for source in source_table]
     density = [min(1.0, share if share > SPARSE else 2 * share) for share in shares] or [1.0]  # nothing is read: all is made
     for file in files:
-        written += file.size
+        bytes_written += file.size
         disk += sum(len(data) for _, data in file.literals)
         for segment in file.segments:
             if isinstance(segment, Copy):
-                copied += segment.nbytes
+                bytes_copied += segment.nbytes
                 disk += segment.nbytes * density[segment.source]
             else:
                 nbytes = segment.move.numel * nodes[segment.node].spec.dtype.itemsize
-                computed += nbytes
-                read += segment.move.numel * segment.itemsize
+                bytes_computed += nbytes
+                bytes_read += segment.move.numel * segment.itemsize
                 disk += nbytes * density[segment.source]
-    return Totals(read + copied, copied, computed, written, round(disk))
+    return Totals(bytes_read + bytes_copied, bytes_copied, bytes_computed, bytes_written, round(disk))
