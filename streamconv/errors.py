@@ -2,7 +2,8 @@
 
     StreamconvError                 exit code 2 unless said otherwise; 3 once something was written (`writing`)
     |-- UsageError                  change the command line or the call
-    |   `-- OutOfBounds             ... an index that a tensor does not have; an IndexError, too
+    |   |-- OutOfBounds             ... an index that a tensor does not have; an IndexError, too
+    |   `-- MissingDependency       ... or install the package that it needs
     |-- DestinationError            choose another DST, or say --overwrite / --resume
     |-- FormatError                 the checkpoint is damaged or not what it says: fetch or write it again
     |-- RecipeError                 change the recipe
@@ -28,6 +29,7 @@ __all__ = [
     "DestinationError",
     "FormatError",
     "Interrupted",
+    "MissingDependency",
     "NotationError",
     "OutOfBounds",
     "RecipeError",
@@ -57,6 +59,10 @@ class UsageError(StreamconvError):
 
 class OutOfBounds(UsageError, IndexError):
     """An index does not fit a tensor's shape."""
+
+
+class MissingDependency(UsageError):
+    """What is asked for needs a package that is not installed."""
 
 
 class DestinationError(StreamconvError):
