@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, UsageError
+from streamconv.extras import require
 from streamconv.graph.moves import Move, region
 from streamconv.graph.node import AnyNode, Node, apply, items_of
 from streamconv.graph.tiles import boxes
@@ -90,15 +91,15 @@ class TensorEntry:
 
     def torch(self, rows: Index = ...) -> Tensor:
         """The tensor, or ``rows`` of it (a slice, or any index that ``entry[...]`` takes), as a torch tensor that owns its memory."""
-        import torch
-
         from streamconv.graph.ops import as_torch
 
+        torch = require("torch", f"{self.name}: a tensor of torch")
         dtype = getattr(torch, self.dtype, None)
         if dtype is None:
             raise UsageError(f"{self.name}: torch has no type for {self.dtype}")
         data, shape = self._read(rows)
-        return as_torch(data, self.spec.dtype).reshape(shape) if len(data) else torch.empty(shape, dtype=dtype)
+        tensor: Tensor = as_torch(data, self.spec.dtype).reshape(shape) if len(data) else torch.empty(shape, dtype=dtype)
+        return tensor
 
     def numpy(self, rows: Index = ...) -> np.ndarray[Any, Any]:
         """The tensor, or ``rows`` of it (a slice, or any index that ``entry[...]`` takes), as a numpy array that owns its memory.
@@ -112,20 +113,17 @@ class TensorEntry:
         data, shape = self._read(rows)
         return data.view(numpy_dtype(self.dtype)).reshape(shape)
 
-    def pieces(self, nbytes: int) -> Iterator[Tensor]:
+    def pieces(self, nbytes: int) -> Iterator[np.ndarray[Any, Any]]:
         """All of the tensor's values, flat, in pieces of at most ``nbytes`` bytes, in the order in which they are best read.
 
-        Raises:
-            UsageError: torch has no such type.
+        Types that numpy does not have, bfloat16 and float8, are those of the package ml_dtypes.
         """
         import numpy as np
-        import torch
 
+        from streamconv.graph.arrays import numpy_dtype
         from streamconv.graph.evaluate import Arena, arena_bytes, evaluate
-        from streamconv.graph.ops import as_torch
 
-        if not hasattr(torch, self.dtype):
-            raise UsageError(f"{self.name}: torch has no type for {self.dtype}")
+        dtype = numpy_dtype(self.dtype)
         itemsize = self.spec.dtype.itemsize
         arena = Arena(arena_bytes(self.source, min(nbytes, self.nbytes), scattered=True))
         with self._reader() as read:
@@ -133,7 +131,7 @@ class TensorEntry:
                 values = np.empty(box.numel, f"u{itemsize}")
                 with _asked_for(self.source, region(box)):
                     evaluate(self.source, region(box), values, arena, read)
-                yield as_torch(values, self.spec.dtype)
+                yield values.view(dtype)
 
     def _read(self, index: Index) -> tuple[Array, tuple[int, ...]]:
         """The items that an index selects as unsigned integers, or bytes of packed types, and the shape they have."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from streamconv.checkpoint.entries import TensorEntry
 from streamconv.checkpoint.opening import Checkpoint
+from streamconv.dtypes import DTYPES
 from streamconv.errors import UsageError
 from streamconv.formats.registry import by_suffix
 from streamconv.graph.node import Node, extents
@@ -117,19 +118,19 @@ class Statistics:
 
 def measure(entry: TensorEntry) -> Statistics | None:
     """A tensor's statistics, from one pass in pieces of `PIECE` bytes; None for packed and complex types."""
-    import torch
+    import numpy as np
 
-    kind = getattr(torch, entry.dtype, None)
-    if kind is None or kind.is_complex or entry.spec.dtype.is_packed:
+    if entry.dtype not in DTYPES or entry.spec.dtype.is_packed or entry.dtype == "complex64":
         return None
     statistics = Statistics()
     for piece in entry.pieces(PIECE):
-        values = piece.float().double() if piece.dtype.itemsize == 1 else piece.double()
-        finite = values[values.isfinite()]
-        part = Statistics(len(finite), len(values) - len(finite))
-        if part.count:
-            part.least, part.most, part.total = float(finite.min()), float(finite.max()), float(finite.sum())
-            part.squares = float(finite.square().sum())
+        with np.errstate(all="ignore"):  # what is not finite, or has no finite square, says so by itself
+            values = piece.astype(np.float64)
+            finite = values[np.isfinite(values)]
+            part = Statistics(len(finite), len(values) - len(finite))
+            if part.count:
+                part.least, part.most, part.total = float(finite.min()), float(finite.max()), float(finite.sum())
+                part.squares = float(np.square(finite, out=finite).sum())
         statistics.add(part)
     return statistics
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from streamconv.errors import UsageError
 
@@ -36,3 +38,9 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def as_values(array: Array, name: str) -> Array:
     """The same memory, a flat array, as numbers of the dtype of that name, which must fill whole bytes."""
     return array.view(np.uint8).view(numpy_dtype(name))
+
+
+def view(array: Array, sizes: Sequence[int], strides: Sequence[int], start: int) -> Array:
+    """Elements of an array's memory in another shape; ``strides`` and ``start``, from its first one on, in elements."""
+    first = as_strided(array, (start + 1,), (array.itemsize,))[start:]
+    return as_strided(first, sizes, [stride * array.itemsize for stride in strides])

@@ -141,7 +141,7 @@ def test_any_budget_gives_the_same_bytes(data: st.DataObject, limit: int) -> Non
         here.store()
         files = here.layouts(1)
         expected = here.expected(files)
-        with settings_of(RESERVE=0, WORKER=1, MARGIN=0, ALIGN=8, HELD_COMPUTE=0, HELD_COPY=0):
+        with settings_of(RESERVE=0, WORKER=1, MARGIN=0, ALIGN=8, HELD_COMPUTE=0, HELD_COPY=0, PIECE=16, SCRATCH=0):
             plan = here.compile(files, limit=limit + 4 * 64 + 2)
             assert plan.peak_memory <= limit + 4 * 64 + 2
             assert run(plan) == expected

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv.dtypes import CASTABLE, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.moves import Move
 from streamconv.graph.ops.op import Elementwise, Values
-from streamconv.graph.ops.rounding import count_overflows, settle_nans
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    Array = ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Add(Elementwise):
-    """Every value plus a number, in the dtype of the tensor: as torch adds one, in float32 for narrower ones, and rounded once."""
+    """Every value plus a number, both in the dtype of the tensor: as torch adds them, in float32 for narrower ones, and rounded once."""
 
     kind: ClassVar[str] = "add"
 
@@ -27,37 +30,49 @@ class Add(Elementwise):
             raise CoverageError(f"{self.kind} is for tensors of {', '.join(CASTABLE)}, not for {inputs[0]}")
         return inputs[0]
 
-    def prepare(self, inputs: Sequence[TensorSpec]) -> None:
-        import torch
+    def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
+        from streamconv.graph.casts import SCRATCH
 
-        torch.set_num_threads(1)
-        values = torch.full((64,), math.nan, dtype=getattr(torch, inputs[0].dtype.name))
-        self._change(values)
-        settle_nans(values)
+        return SCRATCH
 
-    def _change(self, values: Any) -> None:
-        values.add_(self.value)
+    def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
+        import ml_dtypes  # noqa: F401 - loaded before the process is measured
+
+    def _change(self, values: Array, dtype: str, out: Array) -> None:
+        """Makes ``out`` of values that are, or stand for, numbers of a dtype."""
+        import numpy as np
+
+        from streamconv.graph.arrays import numpy_dtype
+
+        number = values.dtype.type(self.value).astype(numpy_dtype(dtype))
+        np.add(values, number.astype(values.dtype), out=out)
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:  # noqa: ARG002
-        operand = parts[0].torch()
-        result = out.torch().copy_(operand)
-        self._change(result)
-        low, high = result.aminmax()
-        if low.isnan():
-            settle_nans(result)
-        return 0 if low.isfinite() and high.isfinite() else count_overflows(operand, result)
+        import numpy as np
+
+        from streamconv.graph.arrays import numpy_dtype
+        from streamconv.graph.casts import narrow, pieces, widen
+
+        dtype, overflowed = out.dtype.name, 0
+        with np.errstate(all="ignore"):
+            for operand, result in pieces(parts[0].items, out.items):
+                values = widen(operand, dtype)
+                wide = result.view(values.dtype) if values.itemsize == result.itemsize else values
+                self._change(values, dtype, wide)
+                overflowed += narrow(wide, result, dtype, operand.view(numpy_dtype(dtype)))
+        return overflowed
 
 
 @dataclass(frozen=True)
 class Scale(Add):
-    """Every value times a number, or divided by it, in the dtype of the tensor, as torch does that; see `Add`."""
+    """Every value times a number, or divided by it, as torch does that: in float32 for narrower dtypes, and rounded once."""
 
     kind: ClassVar[str] = "scale"
 
     divide: bool = False
 
-    def _change(self, values: Any) -> None:
-        if self.divide:
-            values.div_(self.value)
-        else:
-            values.mul_(self.value)
+    def _change(self, values: Array, dtype: str, out: Array) -> None:  # noqa: ARG002
+        import numpy as np
+
+        change = np.divide if self.divide else np.multiply
+        change(values, values.dtype.type(self.value), out=out)

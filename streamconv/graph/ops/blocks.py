@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.moves import Move, packed_strides, place, pull
 from streamconv.graph.ops.op import Elementwise, Values
-from streamconv.graph.ops.rounding import settle
 from streamconv.notation.axes import Axis, Leaf, Place, Tree
 
-_SCALED = 1 << 17  # elements: pieces in which blocks are scaled
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    Array = ndarray[Any, Any]
+
 _BLOCK = ("matrix", "down", "across")  # where a block is
 _SCALES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint8")
 
@@ -122,58 +124,45 @@ class Dequantize(Elementwise):
         return [numel, inputs[1].numel]
 
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
-        return 12 * _SCALED
+        from streamconv.graph.casts import PIECE, SCRATCH
 
-    def prepare(self, inputs: Sequence[TensorSpec]) -> None:
-        import torch
+        return SCRATCH + 8 * PIECE  # scales in float32, and on the way there
 
-        torch.set_num_threads(1)
-        ones = torch.ones(2, 2, dtype=getattr(torch, inputs[0].dtype.name)).float()
-        ones.mul_(torch.ones(2, 1)).bfloat16()
+    def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
+        import ml_dtypes  # noqa: F401 - loaded before the process is measured
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
-        codes, scales = (part.torch() for part in parts)
-        made = out.torch()
-        lying = replace(region, dst_strides=made.stride())
+        import numpy as np
+
+        from streamconv.graph.arrays import view
+        from streamconv.graph.casts import narrow, pieces, widen
+
+        codes, scales = parts
         overflowed = 0
-        for read, write in zip(self.blocks.spread(region), self.blocks.spread(lying), strict=True):
-            overflowed += _scale(
-                codes.as_strided(read.sizes, read.dst_strides, read.dst),
-                scales.as_strided(read.sizes, read.src_strides, read.src),
-                made.as_strided(write.sizes, write.dst_strides, write.dst),
-            )
+        lying = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
+        with np.errstate(all="ignore"):
+            for read, write in zip(self.blocks.spread(region), self.blocks.spread(lying), strict=True):
+                views = (
+                    view(codes.items, read.sizes, read.dst_strides, read.dst),
+                    view(scales.items, read.sizes, read.src_strides, read.src),
+                    view(out.items, write.sizes, write.dst_strides, write.dst),
+                )
+                for piece, spread, result in pieces(*views):
+                    once = spread[tuple(slice(None if stride else 1) for stride in spread.strides)]
+                    numbers = widen(piece, codes.dtype.name)
+                    np.multiply(numbers, _as_factors(once, scales.dtype.name), out=numbers)
+                    overflowed += narrow(numbers, result, out.dtype.name)
         return overflowed
 
 
-def _scale(codes: Any, scales: Any, made: Any) -> int:
-    """``made`` of one-byte codes and the scale of each; how many of them are too large for its dtype."""
-    if codes.numel() > _SCALED:
-        axis = max(range(codes.dim()), key=lambda k: codes.shape[k])
-        halves = zip(*(part.chunk(2, axis) for part in (codes, scales, made)), strict=True)
-        return sum(_scale(*half) for half in halves)
-    once = scales[tuple(slice(None if stride else 1) for stride in scales.stride())]
-    result = _widen(codes).mul_(_as_factors(once))
-    return settle(result, made.copy_(result))
-
-
-def _as_factors(stored: Any) -> Any:
+def _as_factors(scales: Array, dtype: str) -> Array:
     """Scales in float32; bytes are exponents, as those of float8_e8m0fnu are, but 255 is infinite and no NaN."""
-    import torch
+    import numpy as np
 
-    if stored.dtype not in (torch.uint8, torch.float8_e8m0fnu):
-        return stored.float()
-    exponents = stored.view(torch.uint8)
-    bits = exponents.int().bitwise_left_shift_(23)
-    bits.masked_fill_(exponents == 0, 1 << 22)  # 2^-127, which has no exponent of its own
-    factors = bits.view(torch.float32)
-    return factors if stored.dtype == torch.uint8 else factors.masked_fill_(factors.isinf(), math.nan)
+    from streamconv.graph.arrays import numpy_dtype
 
-
-def _widen(codes: Any) -> Any:
-    """One-byte floats as float32. Those of the usual kind are read as float16 with another bias, which is several times as fast."""
-    import torch
-
-    if codes.dtype == torch.float8_e4m3fn and (codes.view(torch.uint8) & 0x7F).max() < 0x7F:
-        halves = codes.view(torch.int8).to(torch.int16).mul_(1 << 7).bitwise_and_(~(1 << 14))
-        return halves.view(torch.float16).float().mul_(1 << 8)
-    return codes.float()
+    if dtype not in {"uint8", "float8_e8m0fnu"}:
+        return scales.view(numpy_dtype(dtype)).astype(np.float32)
+    factors = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+    factors[scales == 255] = np.inf if dtype == "uint8" else np.nan
+    return factors

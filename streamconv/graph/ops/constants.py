@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from streamconv.dtypes import DTYPES, TensorSpec
+from streamconv.extras import require
 from streamconv.graph.moves import Move
 from streamconv.graph.ops.op import Compute, Values
 
@@ -50,7 +51,7 @@ class InvFreq(Constant):
         return TensorSpec(DTYPES["float32"], (self.dim // 2,))
 
     def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
-        import torch  # noqa: F401 - loaded before the process is measured
+        require("torch", "making the frequencies of a rotary embedding")  # loaded before the process is measured
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:  # noqa: ARG002
         import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv.dtypes import CASTABLE, TensorSpec
 from streamconv.errors import CoverageError
@@ -13,14 +13,20 @@ from streamconv.graph.moves import Move, identity, pull
 from streamconv.graph.ops.op import Compute, Values
 from streamconv.notation.axes import Axis, Leaf
 
-_BLOCK = 128  # rows, columns and ranks of a product that are made at once
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    Array = ndarray[Any, Any]
+
+_BLOCK = 64  # rows, columns and ranks of a product that are made at once: OpenBLAS shares out larger ones between threads
 
 
 @dataclass(frozen=True)
 class MergeLora(Compute):
     """``W + alpha / rank * B A`` of the inputs W (rows, columns), A (rank, columns) and B (rows, rank), in the dtype of W.
 
-    Summed in float64, so that a tile's shape, which changes the order of additions, does not change what is rounded to that dtype.
+    Summed in float64, so that a tile's shape, which changes the order of additions, does not change what is rounded to that dtype. NaNs as
+    those of `Cast`.
     """
 
     kind: ClassVar[str] = "merge_lora"
@@ -44,25 +50,34 @@ class MergeLora(Compute):
         return [numel, self.rank * self.columns, self.rows * self.rank]
 
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
-        return 3 * 8 * _BLOCK**2
+        return 6 * 8 * _BLOCK**2
 
     def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
-        import torch
+        import ml_dtypes  # noqa: F401 - loaded before the process is measured
+        import numpy as np
 
-        torch.set_num_threads(1)
-        given = torch.zeros(_BLOCK, _BLOCK, dtype=torch.float64)
-        given.addmm_(given, given)
+        block = np.zeros((_BLOCK, _BLOCK))
+        np.matmul(block, block)
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
-        weight, down, up = (part.torch() for part in parts)
+        import numpy as np
+
+        weight, down, up = parts[0].items, parts[1].numpy(), parts[2].numpy()
         matrix = Axis("row", self.columns, Axis("column", 1, Leaf(0)))
-        for _, piece, digits in pull(matrix, region):
-            self._add(weight, piece, digits, down.view(self.rank, self.columns), up.view(self.rows, self.rank))
-        out.torch().copy_(weight)
+        factors = down.reshape(self.rank, self.columns), up.reshape(self.rows, self.rank)
+        with np.errstate(all="ignore"):
+            for _, piece, digits in pull(matrix, region):
+                self._add(weight, out.dtype.name, piece, digits, *factors)
+        out.items[...] = weight
         return 0
 
-    def _add(self, weight: Any, piece: Move, digits: dict[str, tuple[int, tuple[int, ...]]], down: Any, up: Any) -> None:
+    def _add(self, weight: Array, dtype: str, piece: Move, digits: dict[str, tuple[int, tuple[int, ...]]], down: Array, up: Array) -> None:
         """Adds the product to a piece, in blocks whose temporary copies do not count."""
+        import numpy as np
+
+        from streamconv.graph.arrays import view
+        from streamconv.graph.casts import narrow, widen
+
         axes = list(zip(piece.sizes, piece.dst_strides, digits["row"][1], digits["column"][1], strict=True))
         tall = max((axis for axis in axes if axis[2]), default=(1, 1, 1, 0))
         wide = max((axis for axis in axes if axis[3]), default=(1, 1, 0, 1))
@@ -74,9 +89,11 @@ class MergeLora(Compute):
                 for k, first in ((1, piece.dst), (2, digits["row"][0]), (3, digits["column"][0]))
             )
             height, width = min(_BLOCK, tall[0] - top), min(_BLOCK, wide[0] - left)
-            block = weight.as_strided((height, width), (tall[1], wide[1]), at)
+            block = view(weight, (height, width), (tall[1], wide[1]), at)
             ups, downs = up[row :: tall[2]][:height], down[:, column :: wide[3]][:, :width]
-            total = block.double()
+            total = widen(block, dtype).astype(np.float64)
             for k in range(0, self.rank, _BLOCK):
-                total.addmm_(ups[:, k : k + _BLOCK].double(), downs[k : k + _BLOCK].double(), alpha=self.alpha / self.rank)
-            block.copy_(total)
+                product = ups[:, k : k + _BLOCK].astype(np.float64) @ downs[k : k + _BLOCK].astype(np.float64)
+                product *= self.alpha / self.rank
+                total += product
+            narrow(total, block, dtype)

@@ -16,6 +16,7 @@ from streamconv import codec
 from streamconv.dtypes import DType, TensorSpec
 from streamconv.errors import FormatError
 from streamconv.extensions import extensions
+from streamconv.extras import require
 from streamconv.graph.moves import Move
 
 if TYPE_CHECKING:
@@ -189,7 +190,10 @@ def _numbers(value: object) -> Iterator[int]:
 
 
 def as_torch(array: Array, dtype: DType) -> Any:
-    """The same memory as a torch tensor of ``dtype``, in the array's shape."""
-    import torch
+    """The same memory as a torch tensor of ``dtype``, in the array's shape.
 
+    Raises:
+        MissingDependency: torch is not installed.
+    """
+    torch = require("torch", "a tensor of torch")
     return torch.from_numpy(array.view(f"i{array.itemsize}")).view(getattr(torch, dtype.name))

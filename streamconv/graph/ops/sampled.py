@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import CoverageError
-from streamconv.graph.ops.op import Fetch, Reduce, as_torch
-from streamconv.graph.ops.rounding import settle_nans
+from streamconv.graph.ops.op import Fetch, Reduce
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     Array = ndarray[Any, Any]
 
 _SUMMED = 1 << 18  # elements of a matrix that are summed at once
+_PRODUCTS = 1 << 18  # products that one call adds up: OpenBLAS shares out more between threads, which may decide their last bits
+_SIDE = 1 << 15  # elements of a matrix that such a call takes or makes
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SampleRows(Reduce):
 
     With E of V rows and mean mu, ``mu + sqrt(1e-5 / V) * sum_v z_v (E_v - mu)`` with standard normal z has exactly that distribution;
     E is streamed once, no covariance is made, and it may be singular. ``seed`` and ``stream`` choose z. Sums are of float64, in an order
-    that shapes alone decide: other processors' matrix products may round their last bits otherwise.
+    that shapes alone decide but within numpy's matrix products: on other processors their last bits may be rounded otherwise.
     """
 
     kind: ClassVar[str] = "sample_rows"
@@ -48,11 +49,15 @@ class SampleRows(Reduce):
         return max(1, min(spec.shape[0], _SUMMED // max(spec.shape[1], self.rows + 1)))
 
     def buffers(self, inputs: Sequence[TensorSpec]) -> list[tuple[int, int]]:
-        """The input as stored and in float64, z and a row of ones, their products (the last the sum of all rows), the output."""
+        """The input as stored and in float64, z and a row of ones, their products (the last the sum of all rows), what makes the output of
+        them, and that.
+        """
+        from streamconv.graph.casts import SCRATCH
+
         spec = inputs[0]
         block, columns = self.block(spec), spec.shape[1]
-        wide = [(count, 8) for count in (block * columns, (self.rows + 1) * block, (self.rows + 1) * columns)]
-        return [(block * columns, spec.dtype.itemsize), *wide, (self.rows * columns, DTYPES[self.dtype].itemsize)]
+        wide = [(count, 8) for count in (block * columns, (self.rows + 1) * block, (self.rows + 1) * columns, max(_SIDE, columns))]
+        return [(block * columns, spec.dtype.itemsize), *wide, (SCRATCH, 1), (self.rows * columns, DTYPES[self.dtype].itemsize)]
 
     def prepare(self, inputs: Sequence[TensorSpec]) -> None:
         import numpy as np
@@ -64,25 +69,50 @@ class SampleRows(Reduce):
 
     def reduce(self, inputs: Sequence[TensorSpec], fetch: Fetch, buffers: Sequence[Array]) -> None:
         import numpy as np
-        import torch
 
-        torch.set_num_threads(1)  # wherever the plan runs: how a product is shared out decides its last bits
-        raw, *wide, made = buffers
-        values, factors, sums = (as_torch(buffer, DTYPES["float64"]) for buffer in wide)
+        from streamconv.graph.arrays import numpy_dtype
+        from streamconv.graph.casts import narrow, pieces
+
+        raw, *wide, _, made = buffers
+        values, factors, sums, products = (buffer.view(np.float64) for buffer in wide)
         spec = inputs[0]
         block, (count, columns) = self.block(spec), spec.shape
-        total = sums.view(self.rows + 1, columns).zero_()
+        total = sums.reshape(self.rows + 1, columns)
+        total.fill(0)
         normals = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, self.stream % 2**64]))
-        drawn = torch.zeros(self.rows + 1, dtype=torch.float64)
+        drawn = np.zeros(self.rows + 1)
         for start in range(0, count, block):
             n = min(block, count - start)
             fetch(0, start * columns, raw[: n * columns])
-            part = values[: n * columns].copy_(as_torch(raw, spec.dtype)[: n * columns]).view(n, columns)
-            z = factors[: (self.rows + 1) * n].view(self.rows + 1, n)
-            normals.standard_normal(out=z[: self.rows].numpy())
+            part = values[: n * columns].reshape(n, columns)
+            part[...] = raw[: n * columns].view(numpy_dtype(spec.dtype.name)).reshape(n, columns)
+            z = factors[: (self.rows + 1) * n].reshape(self.rows + 1, n)
+            normals.standard_normal(out=z[: self.rows])
             z[self.rows] = 1
             drawn += z.sum(1)
-            total.addmm_(z, part)
-        mean = total[self.rows].div_(count)
-        new = total[: self.rows].addr_(drawn[: self.rows], mean, alpha=-1).mul_(math.sqrt(1e-5 / count)).add_(mean)
-        settle_nans(as_torch(made, DTYPES[self.dtype]).view(self.rows, columns).copy_(new))
+            _add_product(z, part, total, products)
+        mean = total[self.rows]
+        mean /= count
+        new = total[: self.rows]
+        for k in range(self.rows):
+            new[k] -= np.multiply(mean, drawn[k], out=products[:columns])
+        new *= math.sqrt(1e-5 / count)
+        new += mean
+        with np.errstate(all="ignore"):
+            for rows, out in pieces(new, made.reshape(self.rows, columns)):
+                narrow(rows, out, self.dtype)
+
+
+def _add_product(left: Array, right: Array, total: Array, products: Array) -> None:
+    """Adds a product of matrices of float64 to a total, in pieces of so many products that one thread makes each."""
+    import numpy as np
+
+    height, depth = left.shape
+    deep = min(depth, max(1, _SIDE // height))
+    wide = max(1, min(_PRODUCTS // (height * deep), _SIDE // max(height, deep)))
+    for top in range(0, depth, deep):
+        for start in range(0, right.shape[1], wide):
+            part = right[top : top + deep, start : start + wide]
+            product = products[: height * part.shape[1]].reshape(height, part.shape[1])
+            np.matmul(left[:, top : top + deep], part, out=product)
+            total[:, start : start + wide] += product

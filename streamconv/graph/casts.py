@@ -1,0 +1,137 @@
+"""Numbers from one floating type to another, in the bits that torch makes of them, by passes of numpy over pieces that stay in the cache.
+
+All of it goes by float32, as in torch: a float64 is rounded twice on its way to 16 bits. NaNs come out as the one quiet NaN. Callers
+have numpy ignore what it would warn of (``np.errstate``).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamconv.graph.arrays import numpy_dtype
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+PIECE = 1 << 17  # elements: smaller pieces have threads wait for each other between the calls, larger ones leave the cache
+SCRATCH = 16 * PIECE  # bytes that a thread takes for a piece: three times its elements as float32, and masks
+
+_LARGEST = {"float64": sys.float_info.max, "float32": 2.0**128 - 2.0**104, "float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}
+_NAN = {"float64": 0x7FF8 << 48, "float32": 0x7FC0 << 16, "float16": 0x7E00, "bfloat16": 0x7FC0}
+_NARROW = {"float16": (10, 15, 0x7C00), "float8_e5m2": (2, 15, 0x7C), "float8_e4m3fn": (3, 7, 0x7F)}
+"""Bits of the mantissa, bias of the exponent, and the first bits, less the sign, of what is infinite or NaN."""
+
+
+class _Scratch(threading.local):
+    """Memory that a thread keeps for numbers on their way."""
+
+    def __init__(self) -> None:
+        self._words = np.empty((3, PIECE), np.float32)
+
+    def __call__(self, number: int, like: Array) -> Array:
+        """Room for the elements of a piece as float32, in its shape; there are three."""
+        return self._words[number, : like.size].reshape(like.shape)
+
+
+_scratch = _Scratch()
+
+
+def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Arrays of one shape in the same pieces of at most `PIECE` elements, each of which lies near together in all of them."""
+    shape = arrays[0].shape
+    if arrays[0].size <= PIECE:
+        yield arrays
+        return
+    extents = [size * max(abs(array.strides[k]) for array in arrays) if size > 1 else 0 for k, size in enumerate(shape)]
+    axis = extents.index(max(extents))
+    middle = shape[axis] // 2
+    for part in (slice(None, middle), slice(middle, None)):
+        yield from pieces(*(array[(slice(None),) * axis + (part,)] for array in arrays))
+
+
+def cast(items: Array, source: str, out: Array, target: str) -> int:
+    """Rounds numbers of one type of `CASTABLE` to another; both are unsigned integers in one shape, wherever they lie.
+
+    Returns:
+        How many were finite and have become infinite.
+    """
+    overflowed = 0
+    with np.errstate(all="ignore"):
+        for piece, part in pieces(items, out):
+            values = widen(piece, source)
+            overflowed += narrow(values, part, target)
+    return overflowed
+
+
+def widen(items: Array, dtype: str) -> Array:
+    """The floats of a piece as float32, exactly, in scratch memory; those that are wide enough as they are."""
+    if dtype in {"float64", "float32"}:
+        return items.view(dtype)
+    values = _scratch(0, items)
+    words = values.view(np.uint32)
+    if dtype == "bfloat16":
+        np.copyto(words, items)
+        np.left_shift(words, 16, out=words)
+        return values
+    mantissa, bias, limit = _NARROW.get(dtype, (0, 0, 0))
+    signed, sign = items.view(f"i{items.itemsize}"), 1 << 8 * items.itemsize - 1
+    if items.size and signed.max() < limit and items.max() < sign + limit:
+        np.copyto(words.view(np.int32), signed)  # all further bits are as the sign
+        np.left_shift(words, 23 - mantissa, out=words)
+        np.bitwise_and(words, 1 << 31 | (sign - 1) << 23 - mantissa, out=words)
+        np.multiply(values, np.float32(2.0 ** (127 - bias)), out=values)
+    else:
+        np.copyto(values, items.view(numpy_dtype(dtype)), casting="unsafe")
+    return values
+
+
+def narrow(values: Array, out: Array, dtype: str, operand: Array | None = None) -> int:
+    """Rounds a piece of float32 or float64 to nearest, ties to even, into ``out``, the items of a type of `CASTABLE`.
+
+    Returns:
+        How many are infinite there and finite as ``operand``, from which the values come: by default the values themselves.
+    """
+    if not values.size:
+        return 0
+    low, high, largest = values.min(), values.max(), _LARGEST[dtype]
+    is_plain = -largest <= low and high <= largest  # which NaNs are not
+    single = values
+    if values.dtype == np.float64 and dtype != "float64":
+        single = _scratch(0, values)
+        np.copyto(single, values, casting="unsafe")
+    if dtype == "float16" and is_plain:
+        _round_to_half(single, out)
+    else:
+        np.copyto(out.view(numpy_dtype(dtype)), single, casting="unsafe")
+    if is_plain:
+        return 0
+    if np.isnan(low):
+        out[np.isnan(values)] = _NAN[dtype]
+    finite = np.isfinite(values if operand is None else operand)
+    return int(np.count_nonzero(finite & np.isinf(out.view(numpy_dtype(dtype)))))
+
+
+def _round_to_half(values: Array, out: Array) -> None:
+    """Rounds float32 that float16 can hold: adding 1.5 * 2^13 times a number's own power of two leaves 11 bits of it, rounded to even.
+
+    Of a number below the least normal one it is that one's power of two. What is left has the bits of a float16 in it, but for the bias
+    of the exponent, which a product takes off, and the sign.
+    """
+    rounded, power = _scratch(1, values), _scratch(2, values)
+    words, signs = rounded.view(np.uint32), power.view(np.uint32)
+    np.bitwise_and(values.view(np.uint32), 0x7F800000, out=signs)
+    np.clip(power, np.float32(2.0**-14), np.float32(2.0**16), out=power)
+    np.multiply(power, np.float32(1.5 * 2.0**13), out=power)
+    np.add(values, power, out=rounded)
+    np.subtract(rounded, power, out=rounded)
+    np.multiply(rounded, np.float32(2.0**-112), out=rounded)
+    np.right_shift(words, 13, out=words)
+    np.right_shift(values.view(np.uint32), 16, out=signs)
+    np.bitwise_and(signs, 0x8000, out=signs)
+    np.bitwise_or(words, signs, out=words)
+    np.copyto(out, words, casting="unsafe")
