@@ -20,6 +20,7 @@ from typing import Any
 from streamconv.digests import Checksum, combine, places_of
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, UsageError
+from streamconv.extras import require
 from streamconv.formats import AnyNode, Contents, Extent, FileLayout, Source, torchscript
 from streamconv.formats.container import Beginning, Container, Names
 from streamconv.formats.files import (
@@ -387,8 +388,7 @@ def _group(specs: Mapping[str, TensorSpec], tied: Mapping[str, str]) -> dict[str
 
 
 def _lay_out_file(path: str, specs: Mapping[str, TensorSpec], tied: Mapping[str, str], root: str | None) -> FileLayout:
-    import torch  # noqa: F401 - outside of the block: an import does not go well with an exception in the middle of it
-
+    require("torch", f"{path}: a file as torch.save writes it")  # ahead of the block: an exception amid an import does it no good
     with Unwinding(), staging() as folder:
         name = PurePosixPath(path).name
         skeleton = Path(folder, "out", name if name.isascii() else "archive")  # the file's stem is the zip's folder, if torch can say it

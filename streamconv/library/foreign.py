@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import CoverageError
+from streamconv.extras import require
 from streamconv.graph.moves import Move, packed_strides
 from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops.op import Compute, Values
@@ -57,9 +58,7 @@ class Foreign(Compute):
         return self.memory
 
     def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
-        import torch
-
-        torch.set_num_threads(1)
+        require("torch", self.label).set_num_threads(1)
         self._load()
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:

@@ -66,7 +66,8 @@ HARD = {dtype: hard(dtype) for dtype in (*CASTABLE, *FP8)}
 
 def settled(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor, every NaN the quiet one."""
-    return torch.where(tensor.isnan(), torch.full((), math.nan, dtype=tensor.dtype), tensor).contiguous().view(torch.uint8).numpy().tobytes()
+    quiet = torch.where(tensor.isnan(), torch.full((), math.nan, dtype=tensor.dtype), tensor)
+    return quiet.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def overflows(operand: torch.Tensor, result: torch.Tensor) -> int:

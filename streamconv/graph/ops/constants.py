@@ -11,6 +11,8 @@ from streamconv.extras import require
 from streamconv.graph.moves import Move
 from streamconv.graph.ops.op import Compute, Values
 
+_MAKING = "making the frequencies of a rotary embedding"
+
 
 class Constant(Compute):
     """An op without inputs."""
@@ -51,11 +53,10 @@ class InvFreq(Constant):
         return TensorSpec(DTYPES["float32"], (self.dim // 2,))
 
     def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
-        require("torch", "making the frequencies of a rotary embedding")  # loaded before the process is measured
+        require("torch", _MAKING)  # loaded before the process is measured
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:  # noqa: ARG002
-        import torch
-
+        torch = require("torch", _MAKING)
         values = 1.0 / (float(self.base) ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim))
         out.torch().copy_(values.as_strided(region.sizes, region.src_strides, region.src))
         return 0
