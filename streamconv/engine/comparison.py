@@ -138,7 +138,7 @@ def compare(
         workers: threads.
         max_memory: bytes the process may take in all.
         read_backend: how bytes are read.
-        norms: whether to compute the size of differences (takes torch where there are any).
+        norms: whether to compute the size of differences.
         progress: told how many bytes were compared.
 
     Raises:

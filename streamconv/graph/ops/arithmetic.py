@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from streamconv.dtypes import CASTABLE, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.moves import Move
-from streamconv.graph.ops.op import Elementwise, Values
+from streamconv.graph.ops.cast import Rounding
+from streamconv.graph.ops.op import Values
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Add(Elementwise):
+class Add(Rounding):
     """Every value plus a number, both in the dtype of the tensor: as torch adds them, in float32 for narrower ones, and rounded once."""
 
     kind: ClassVar[str] = "add"
@@ -29,14 +30,6 @@ class Add(Elementwise):
         if inputs[0].dtype.name not in CASTABLE:
             raise CoverageError(f"{self.kind} is for tensors of {', '.join(CASTABLE)}, not for {inputs[0]}")
         return inputs[0]
-
-    def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
-        from streamconv.graph.casts import SCRATCH
-
-        return SCRATCH
-
-    def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
-        import ml_dtypes  # noqa: F401 - loaded before the process is measured
 
     def _change(self, values: Array, dtype: str, out: Array) -> None:
         """Makes ``out`` of values that are, or stand for, numbers of a dtype."""

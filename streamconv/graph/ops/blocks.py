@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.moves import Move, packed_strides, place, pull
-from streamconv.graph.ops.op import Elementwise, Values
+from streamconv.graph.ops.cast import Rounding
+from streamconv.graph.ops.op import Values
 from streamconv.notation.axes import Axis, Leaf, Place, Tree
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Dequantize(Elementwise):
+class Dequantize(Rounding):
     """Matrices of one-byte floats times the scale of each of their blocks, both as float32, rounded once; NaNs as those of `Cast`.
 
     Attributes:
@@ -123,13 +124,10 @@ class Dequantize(Elementwise):
         """See `Compute.reach`: scattered elements may be in any of the blocks."""
         return [numel, inputs[1].numel]
 
-    def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
-        from streamconv.graph.casts import PIECE, SCRATCH
+    def scratch(self, inputs: Sequence[TensorSpec]) -> int:
+        from streamconv.graph.casts import PIECE
 
-        return SCRATCH + 8 * PIECE  # scales in float32, and on the way there
-
-    def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
-        import ml_dtypes  # noqa: F401 - loaded before the process is measured
+        return super().scratch(inputs) + 8 * PIECE  # scales in float32, and on the way there
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
         import numpy as np

@@ -12,8 +12,20 @@ from streamconv.graph.moves import Move
 from streamconv.graph.ops.op import Elementwise, Values
 
 
+class Rounding(Elementwise):
+    """An op whose values are rounded by `casts`."""
+
+    def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
+        from streamconv.graph.casts import SCRATCH
+
+        return SCRATCH
+
+    def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
+        import ml_dtypes  # noqa: F401 - loaded before the process is measured
+
+
 @dataclass(frozen=True)
-class Cast(Elementwise):
+class Cast(Rounding):
     """Conversion to another floating type as torch does it, rounding to nearest even; NaNs come out as the one quiet NaN.
 
     What bits torch itself gives a NaN differs between its vector and its scalar loops. One that has the type already keeps its bits.
@@ -27,14 +39,6 @@ class Cast(Elementwise):
         if inputs[0].dtype.name not in CASTABLE or self.dtype not in CASTABLE:
             raise CoverageError(f"cannot cast {inputs[0].dtype} to {self.dtype}; casts go between {', '.join(CASTABLE)}")
         return TensorSpec(DTYPES[self.dtype], inputs[0].shape)
-
-    def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
-        from streamconv.graph.casts import SCRATCH
-
-        return SCRATCH
-
-    def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
-        import ml_dtypes  # noqa: F401 - loaded before the process is measured
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:  # noqa: ARG002
         from streamconv.graph.casts import cast
