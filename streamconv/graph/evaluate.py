@@ -101,8 +101,9 @@ def _below(node: AnyNode, numel: int, *, scattered: bool = False) -> int:
 
 
 def evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read) -> None:
-    """Writes the region ``move`` of ``node`` into the flat array ``out``."""
-    _evaluate(node, move, out, arena, read, beside=False)
+    """Writes the region ``move`` of ``node`` into the flat array ``out``. Of infinities and NaNs in it numpy does not warn."""
+    with np.errstate(all="ignore"):
+        _evaluate(node, move, out, arena, read, beside=False)
 
 
 def _evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read, *, beside: bool) -> None:

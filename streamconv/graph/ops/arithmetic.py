@@ -41,18 +41,15 @@ class Add(Rounding):
         np.add(values, number.astype(values.dtype), out=out)
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:  # noqa: ARG002
-        import numpy as np
-
         from streamconv.graph.arrays import numpy_dtype
         from streamconv.graph.casts import narrow, pieces, widen
 
         dtype, overflowed = out.dtype.name, 0
-        with np.errstate(all="ignore"):
-            for operand, result in pieces(parts[0].items, out.items):
-                values = widen(operand, dtype)
-                wide = result.view(values.dtype) if values.itemsize == result.itemsize else values
-                self._change(values, dtype, wide)
-                overflowed += narrow(wide, result, dtype, operand.view(numpy_dtype(dtype)))
+        for operand, result in pieces(parts[0].items, out.items):
+            values = widen(operand, dtype)
+            wide = result.view(values.dtype) if values.itemsize == result.itemsize else values
+            self._change(values, dtype, wide)
+            overflowed += narrow(wide, result, dtype, operand.view(numpy_dtype(dtype)))
         return overflowed
 
 

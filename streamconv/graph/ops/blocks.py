@@ -138,18 +138,17 @@ class Dequantize(Rounding):
         codes, scales = parts
         overflowed = 0
         lying = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
-        with np.errstate(all="ignore"):
-            for read, write in zip(self.blocks.spread(region), self.blocks.spread(lying), strict=True):
-                views = (
-                    view(codes.items, read.sizes, read.dst_strides, read.dst),
-                    view(scales.items, read.sizes, read.src_strides, read.src),
-                    view(out.items, write.sizes, write.dst_strides, write.dst),
-                )
-                for piece, spread, result in pieces(*views):
-                    once = spread[tuple(slice(None if stride else 1) for stride in spread.strides)]
-                    numbers = widen(piece, codes.dtype.name)
-                    np.multiply(numbers, _as_factors(once, scales.dtype.name), out=numbers)
-                    overflowed += narrow(numbers, result, out.dtype.name)
+        for read, write in zip(self.blocks.spread(region), self.blocks.spread(lying), strict=True):
+            views = (
+                view(codes.items, read.sizes, read.dst_strides, read.dst),
+                view(scales.items, read.sizes, read.src_strides, read.src),
+                view(out.items, write.sizes, write.dst_strides, write.dst),
+            )
+            for piece, spread, result in pieces(*views):
+                once = spread[tuple(slice(None if stride else 1) for stride in spread.strides)]
+                numbers = widen(piece, codes.dtype.name)
+                np.multiply(numbers, _as_factors(once, scales.dtype.name), out=numbers)
+                overflowed += narrow(numbers, result, out.dtype.name)
         return overflowed
 
 

@@ -60,14 +60,11 @@ class MergeLora(Compute):
         np.matmul(block, block)
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
-        import numpy as np
-
         weight, down, up = parts[0].items, parts[1].numpy(), parts[2].numpy()
         matrix = Axis("row", self.columns, Axis("column", 1, Leaf(0)))
         factors = down.reshape(self.rank, self.columns), up.reshape(self.rows, self.rank)
-        with np.errstate(all="ignore"):
-            for _, piece, digits in pull(matrix, region):
-                self._add(weight, out.dtype.name, piece, digits, *factors)
+        for _, piece, digits in pull(matrix, region):
+            self._add(weight, out.dtype.name, piece, digits, *factors)
         out.items[...] = weight
         return 0
 

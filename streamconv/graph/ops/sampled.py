@@ -98,9 +98,8 @@ class SampleRows(Reduce):
             new[k] -= np.multiply(mean, drawn[k], out=products[:columns])
         new *= math.sqrt(1e-5 / count)
         new += mean
-        with np.errstate(all="ignore"):
-            for rows, out in pieces(new, made.reshape(self.rows, columns)):
-                narrow(rows, out, self.dtype)
+        for rows, out in pieces(new, made.reshape(self.rows, columns)):
+            narrow(rows, out, self.dtype)
 
 
 def _add_product(left: Array, right: Array, total: Array, products: Array) -> None:
