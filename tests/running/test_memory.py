@@ -217,19 +217,25 @@ def write_small_tensors(path: Path, count: int, dtype: torch.dtype = torch.float
     return path
 
 
+def smallest(process, *command: object) -> int:
+    """The megabytes with which a command is not refused: what reading a header takes may be refused before what the run takes."""
+    needed = 60
+    while (done := process(*command, "--max-memory", f"{needed}MB")).code == 2:
+        needed = int(re.search(r"use (?:--max-memory )?(\d+)MB", done.error)[1])
+    return needed
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_small_tensors_keep_to_the_budget(process, tmp_path):
     """What a run holds of each tensor, from planning to its end, is counted."""
-    source = write_small_tensors(tmp_path / "source.safetensors", 100_000)
-    refused = process("convert", source, tmp_path / "out.safetensors", "--dtype", "bfloat16", "--max-memory", "200MB")
-    needed = int(re.search(r"use --max-memory (\d+)MB", refused.error)[1])
+    source, out = write_small_tensors(tmp_path / "source.safetensors", 100_000), tmp_path / "out.safetensors"
+    needed = smallest(process, "plan", source, out, "--dtype", "bfloat16")
     for given in ([], ["--verify", "--checksum", "--overwrite"]):
-        done = process("convert", source, tmp_path / "out.safetensors", "--dtype", "bfloat16", "--max-memory", f"{needed}MB", *given)
+        done = process("convert", source, out, "--dtype", "bfloat16", "--max-memory", f"{needed}MB", *given)
         assert done.code == 0, done.error
         assert done.document["peak_rss"] <= done.document["peak_memory"] <= needed * MB
     other = write_small_tensors(tmp_path / "other.safetensors", 100_000, torch.bfloat16)
-    refused = process("verify", source, other, "--max-memory", "60MB")
-    needed = int(re.search(r"use (\d+)MB", refused.error)[1])
+    needed = smallest(process, "verify", source, other)
     done = process("verify", source, other, "--max-memory", f"{needed}MB")
     assert done.code == 1, done.error
     assert done.peak <= needed * MB
@@ -326,7 +332,7 @@ def test_deepseek_v3_is_inspected_and_planned_in_300_mb(process, deepseek, tmp_p
 
 @pytest.mark.slow
 def test_deepseek_v3_plan_for_a_cast_in_500_mb(process, deepseek, tmp_path):
-    found = process("plan", deepseek, tmp_path / "dst", "--dtype", "float16", "--max-memory", "500MB")
+    found = process("plan", deepseek, tmp_path / "dst", "--dequantize", "--dtype", "float16", "--max-memory", "500MB")
     assert found.code == 0
     assert found.peak <= 500 * MB
 
