@@ -7,8 +7,9 @@
 For each operation a checkpoint is generated, and every tool runs once per round, in another order each time, on cold caches. The time
 is that of the command and of the ``sync`` after it; removing the output is not in it. ``x cp`` compares with ``cp -r`` of the source in the
 same rounds: with the time that cp would take for as many bytes as the operation has to read and write, half of both together.
-``cgroup`` compares a re-shard inside a memory cgroup with the same outside of it; ``reflink-...`` a re-shard on a file system that shares
-blocks, mounted from an image (which takes root), with ``cp --reflink=never``.
+``x device`` compares with what the device allows: `competitors.device` reads and writes as many bytes as the operation has to, past the
+page cache, and computes nothing. ``cgroup`` compares a re-shard inside a memory cgroup with the same outside of it; ``reflink-...`` a
+re-shard on a file system that shares blocks, mounted from an image (which takes root), with ``cp --reflink=never``.
 ``llama-hf2ms`` converts about 2 GB at most to MindSpore's container, beside MindSpore Transformers (``pip install mindformers``, in an
 environment of its own).
 
@@ -132,6 +133,14 @@ def _cp(job: Job) -> list[str] | None:
     return ["cp", "-r", *(["--reflink=never"] if job.image else []), str(job.source), str(job.target)]
 
 
+def _device(job: Job) -> list[str] | None:
+    if job.operation == "cgroup" or job.image:
+        return None
+    sources = [str(path) for path in (job.source, job.other) if path and (path == job.source or not job.makes_files)]
+    target = ["--target", str(job.target), "--bytes", str(job.output_bytes)] if job.makes_files else []
+    return [sys.executable, str(COMPETITORS / "device.py"), *sources, *target, "--shard-size", str(job.shard_size)]
+
+
 def _streamconv(job: Job) -> list[str]:
     command = [sys.executable, "-m", "streamconv"]
     memory = ["--max-memory", GROUP_MEMORY if job.operation == "cgroup" else job.max_memory]
@@ -205,6 +214,7 @@ def _dcp(job: Job) -> list[str] | None:
 
 TOOLS: dict[str, tuple[str, Callable[[Job], list[str] | None]]] = {
     "cp": ("cp -r", _cp),
+    "device": ("what the device allows", _device),
     "streamconv": ("streamconv", _streamconv),
     "streamconv-cgroup": (f"streamconv in {GROUP_LIMIT}", _streamconv_in_group),
     "safetensors": ("safetensors load, save", _safetensors),
@@ -532,6 +542,7 @@ class Figures:
     fastest: float
     slowest: float
     ratio: float | None
+    device: float | None
     rss: int
     anon: int
     file: int
@@ -546,13 +557,13 @@ class Figures:
 
 
 def figures(operation: dict[str, Any]) -> dict[str, Figures]:
-    """Figures of the tools that ran, by name; ``ratio`` is to the time cp takes for as many bytes."""
+    """Figures of the tools that ran, by name; ``ratio`` is to the time cp takes for as many bytes, ``device`` to what the device allows."""
 
     def median(name: str, key: str = "seconds") -> float | None:
         runs = next((tool["runs"] for tool in operation["tools"] if tool["name"] == name), [])
         return statistics.median(run[key] for run in runs) if runs else None
 
-    copying = median("cp")
+    copying, device = median("cp"), median("device")
     share = (operation["source_bytes"] * (2 if operation["name"] == "verify" else 1) + operation["output_bytes"]) / 2
     allowed = copying * share / operation["source_bytes"] if copying else None
     found = {}
@@ -569,6 +580,7 @@ def figures(operation: dict[str, Any]) -> dict[str, Figures]:
             fastest=min(seconds),
             slowest=max(seconds),
             ratio=statistics.median(seconds) / base if base else None,
+            device=statistics.median(seconds) / device if device else None,
             rss=max(run["peak_rss"] for run in runs),
             anon=max(run["peak_anon"] for run in runs),
             file=max(run["peak_file"] for run in runs),
@@ -594,6 +606,7 @@ class Goal:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
+DEVICE = 1.25  # times what the device allows, that an operation may take
 TIMES = dict.fromkeys(SHARING, 0.15) | {"reshard": 0.75, "fuse": 0.85, "rotary": 1.0, "transpose": 1.5, "to-fp32": 1.0, "to-bf16": 1.0}
 
 
@@ -608,6 +621,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             continue
         if name in TIMES and mine.ratio is not None:
             found.append(Goal(f"{title}: time / cp", mine.ratio, TIMES[name]))
+        if mine.device is not None:
+            found.append(Goal(f"{title}: time / device", mine.device, DEVICE))
         source, output = operation["source_bytes"], operation["output_bytes"]
         found.append(Goal(f"{title}: bytes read / input", mine.read / (source * (2 if name == "verify" else 1)), 1.05))
         if output:
@@ -648,16 +663,29 @@ def table(results: dict[str, Any]) -> str:
         f"{where}, {machine['filesystem']}, {machine['system']}; Python {machine['python']}, {versions}.",
         "",
     ]
-    head = ("Operation", "Tool", "Time (s)", "min – max", "× cp", "Peak RSS", "Anonymous", "Mapped", "High-water", "Read", "Written")
+    head = (
+        "Operation",
+        "Tool",
+        "Time (s)",
+        "min – max",
+        "× cp",
+        "× device",
+        "Peak RSS",
+        "Anonymous",
+        "Mapped",
+        "High-water",
+        "Read",
+        "Written",
+    )
     lines += [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
     left_out = []
     for operation in results["operations"]:
         title = operation["title"]
         for name, row in figures(operation).items():
             label = f"**{row.label}**" if name.startswith("streamconv") else row.label
-            ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
+            ratios = ["–" if ratio is None else f"{ratio:.2f}" for ratio in (row.ratio, row.device)]
             sizes = map(format_size, (row.rss, row.anon, row.file, row.high_water, row.read, row.written))
-            cells = [title, label, f"{row.median:.2f}", f"{row.fastest:.2f} – {row.slowest:.2f}", ratio, *sizes]
+            cells = [title, label, f"{row.median:.2f}", f"{row.fastest:.2f} – {row.slowest:.2f}", *ratios, *sizes]
             lines.append(f"| {' | '.join(cells)} |")
             title = ""
         left_out += [f"- {operation['title']}: {tool['label']}: {tool['skipped']}" for tool in operation["tools"] if tool["skipped"]]
@@ -676,6 +704,7 @@ def table(results: dict[str, Any]) -> str:
 
 COLOURS = {
     "cp": "#6b7280",
+    "device": "#b5bac2",
     "streamconv": "#d1495b",
     "streamconv-cgroup": "#e8a33d",
     "safetensors": "#2f6f9f",

@@ -18,7 +18,8 @@ from streamconv import recipes
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine.order import tasks_in_order, tile_pieces
 from streamconv.formats import Extent, safetensors
-from streamconv.graph.evaluate import Arena, arena_bytes, evaluate, prepare
+from streamconv.graph.arena import Arena
+from streamconv.graph.evaluate import arena_bytes, evaluate, prepare
 from streamconv.graph.moves import identity, region
 from streamconv.graph.node import AnyNode, Source, apply, rearrange, trace
 from streamconv.graph.ops import Cast, Rearrange, as_torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,10 @@ from streamconv.errors import BudgetError
 from streamconv.units import format_size
 
 READING = 1_000_000_000  # what reading one thing may take where nobody said how much memory there is to be
+BLOCK = 4 << 10  # bytes: direct I/O takes offsets, lengths and addresses that are multiples of this
+HUGE_PAGE = 2 << 20  # bytes
+PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+"""How memory is mapped that no file stands behind: shared, which is the default, would count as file pages."""
 _STATUS = Path("/proc/self/status")
 
 
@@ -52,6 +57,30 @@ def peak() -> int:
 def anonymous() -> int:
     """Resident memory that no file stands behind (where the kernel tells; else all resident memory)."""
     return _status().get("RssAnon") or resident()
+
+
+def allocate_pages(nbytes: int, *, end_at_huge_page: bool = False) -> memoryview:
+    """``nbytes`` of zeros that begin at a block, and lie in huge pages as far as they fill them and the system has some.
+
+    They begin, or end but for less than a block, at a huge page. A disk takes so many pieces of memory in a request: 254 small pages are
+    1 MB, a huge page is a single piece.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(mmap.mmap(-1, max(nbytes, 1), **PRIVATE))[:nbytes]
+    pages = mmap.mmap(-1, nbytes + 2 * HUGE_PAGE, **PRIVATE)
+    first = -address_of(pages) % HUGE_PAGE
+    short = -nbytes % HUGE_PAGE // BLOCK * BLOCK if end_at_huge_page else 0
+    start, filled = first + short, (short + nbytes) // HUGE_PAGE * HUGE_PAGE
+    lead = HUGE_PAGE if short else 0
+    with suppress(OSError):  # a kernel without them
+        if filled > lead:
+            pages.madvise(mmap.MADV_HUGEPAGE, first + lead, filled - lead)
+    return memoryview(pages)[start : start + nbytes]
+
+
+def address_of(buffer: memoryview | mmap.mmap) -> int:
+    """Where in memory a writable buffer begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def trim() -> None:

@@ -26,7 +26,7 @@ PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
     "storage": 1_570,  # where files are; most of it is what servers need
-    "graph": 1_115,  # nodes, ops, how a region of one is made, the numbers in it by passes of numpy, and values that regions share
+    "graph": 1_190,  # nodes, ops, how a region of one is made and read ahead, numbers by passes of numpy, values that regions share
     "formats": 2_170,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 310,  # quantizations, and the list of them that others add to

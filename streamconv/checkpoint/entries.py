@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from streamconv.graph.evaluate import Array, Read
+    from streamconv.graph.arena import Array
+    from streamconv.graph.gather import Read
 
 TILE = 8 << 20  # bytes of a tensor that is stored in pieces that are put together at a time
 
@@ -120,8 +121,9 @@ class TensorEntry:
         """
         import numpy as np
 
+        from streamconv.graph.arena import Arena
         from streamconv.graph.arrays import numpy_dtype
-        from streamconv.graph.evaluate import Arena, arena_bytes, evaluate
+        from streamconv.graph.evaluate import arena_bytes, evaluate
 
         dtype = numpy_dtype(self.dtype)
         itemsize = self.spec.dtype.itemsize
@@ -151,7 +153,9 @@ class TensorEntry:
         """All items of a node, in its order."""
         import numpy as np
 
-        from streamconv.graph.evaluate import Arena, arena_bytes, evaluate, read_bytes
+        from streamconv.graph.arena import Arena
+        from streamconv.graph.evaluate import arena_bytes, evaluate
+        from streamconv.graph.gather import read_bytes
 
         itemsize, numel = node.spec.dtype.itemsize, node.spec.numel
         try:

@@ -8,10 +8,10 @@ from pathlib import PurePath
 from streamconv.checkpoint.opening import Checkpoint
 from streamconv.checkpoint.stems import reads_shards
 from streamconv.engine.direct import LEAST, shares_extents
-from streamconv.engine.io import BLOCK
 from streamconv.formats import FileLayout
 from streamconv.formats.registry import containers
 from streamconv.graph.node import extents
+from streamconv.memory import BLOCK
 from streamconv.running.destination import RemoteTarget, Target
 from streamconv.units import format_size
 

@@ -15,9 +15,9 @@ from streamconv.conversion.options import PlanOptions
 from streamconv.conversion.sidecars import make_sidecars
 from streamconv.conversion.sides import TargetSettings, lay_out_components
 from streamconv.conversion.targets import convert_tensors, find_ties, store_once
-from streamconv.engine.io import BLOCK
 from streamconv.errors import DestinationError, UsageError
 from streamconv.formats.registry import DEFAULT, containers
+from streamconv.memory import BLOCK
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget, check_workers
 from streamconv.planning.plan import Mapping as Row

@@ -9,11 +9,12 @@ from itertools import chain
 from pathlib import Path
 
 from streamconv.digests import read_patches
-from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse
+from streamconv.engine.io import CHUNK, data_ranges, is_sparse
 from streamconv.engine.order import Task, tasks_in_order, tile_pieces
 from streamconv.engine.readers import Reader, known_urls, make_reader
 from streamconv.engine.worker import Worker, Workers
 from streamconv.errors import CoverageError, Interrupted
+from streamconv.memory import BLOCK
 from streamconv.planning.plan import Copy, Plan
 from streamconv.storage import Version, is_url
 
@@ -29,7 +30,8 @@ def check_replicas(plan: Plan) -> None:
     """
     if not plan.checks:
         return
-    from streamconv.graph.evaluate import Arena, same_bytes
+    from streamconv.graph.arena import Arena
+    from streamconv.graph.evaluate import same_bytes
 
     arena, reader = Arena(plan.arena), make_reader(plan.read_backend, 8, known_urls(plan))
     try:

@@ -25,7 +25,7 @@ from streamconv.threads import run_threads
 from streamconv.units import format_size
 
 if TYPE_CHECKING:
-    from streamconv.graph.evaluate import Arena, Array
+    from streamconv.graph.arena import Arena, Array
 
 REMOTE_STEP = 8 << 20  # bytes of a side that are compared at a time where something is computed from what is remote
 SHORT = 4 << 10  # bytes: pieces below which a tensor is not read front to back
@@ -197,7 +197,8 @@ class _Comparer:
     def run(self, names: list[str]) -> Iterator[TensorDifference]:
         """Compares these tensors; yields those that differ, in order."""
         from streamconv import memory
-        from streamconv.graph.evaluate import COMPARE, Arena, arena_bytes, prepare
+        from streamconv.graph.arena import Arena
+        from streamconv.graph.evaluate import COMPARE, arena_bytes, prepare
 
         pairs = [(self._expected[name], self._found[name]) for name in names]
         nodes = [items_of(node) for pair in pairs for node in pair if isinstance(node, Node)]

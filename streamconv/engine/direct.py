@@ -15,7 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-from streamconv.engine.io import BLOCK, CHUNK, OwnFiles, PositionedReader, located
+from streamconv.engine.io import CHUNK, OwnFiles, PositionedReader, located
+from streamconv.memory import BLOCK, address_of
 
 LEAST = 256 << 10  # bytes: shorter ranges go through the page cache
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -78,6 +79,8 @@ class DirectReader(PositionedReader):
         if len(view) < LEAST:
             super().read(path, offset, view)
             return
+        if address_of(view) % BLOCK == offset % BLOCK and self._read_in_place(path, offset, view):
+            return
         buffer = self.buffer()
         for start in range(0, len(view), CHUNK):
             piece = view[start : start + CHUNK]
@@ -86,6 +89,22 @@ class DirectReader(PositionedReader):
                 super().read(path, offset + start, piece)
             else:
                 piece[:] = buffer[at : at + len(piece)]
+
+    def _read_in_place(self, path: str, offset: int, view: memoryview) -> bool:
+        """`read` where blocks of the file are to be blocks of memory; False where they are to be had in another way."""
+        direct = self._direct.get(path)
+        if direct < 0 or is_cached(self.fd(path), offset, len(view)):
+            return False
+        first = -offset % BLOCK
+        last = first + (len(view) - first) // BLOCK * BLOCK
+        with located(path, offset):
+            done = _read_blocks(direct, offset + first, view[first:last], last - first)
+        if done is None:
+            self._direct.refuse(path)
+            return False
+        super().read(path, offset, view[:first])
+        super().read(path, offset + first + done, view[first + done :])
+        return True
 
     def load(self, path: str, offset: int, nbytes: int, buffer: memoryview) -> int:
         """`PositionedReader.load`; nothing is moved within ``buffer``."""

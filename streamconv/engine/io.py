@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from streamconv.errors import DestinationError, RunError, SourceChanged
+from streamconv.memory import BLOCK, HUGE_PAGE, allocate_pages
 
-BLOCK = 4096  # bytes: direct I/O takes offsets, lengths and addresses that are multiples of this
-CHUNK = 2 << 20  # bytes of one read or write through a worker's buffer: a huge page
+CHUNK = HUGE_PAGE  # bytes of one read or write through a worker's buffer
 BUFFER = CHUNK + 2 * BLOCK  # bytes of that buffer: a range of a chunk touches a block more, two ranges of half a chunk two
 WINDOW = 256 << 10  # bytes of a map
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)  # of outputs: what is put in their place meanwhile is not written through
@@ -116,20 +116,6 @@ def share_descriptors(workers: int) -> tuple[int, int]:
     return workers, max(1, min(8, (free - 2 * workers) // (2 * workers)))
 
 
-def block_buffer() -> memoryview:
-    """`BUFFER` bytes at a block, the first `CHUNK` of them in a huge page where there is one.
-
-    A disk takes so many pieces of memory in a request: 254 small pages are 1 MB, a huge page is a single piece.
-    """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return memoryview(mmap.mmap(-1, BUFFER))
-    pages = mmap.mmap(-1, CHUNK + BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(pages)) % CHUNK
-    with suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE, start, CHUNK)
-    return memoryview(pages)[start : start + BUFFER]
-
-
 class PositionedReader:
     """Reads by ``preadv`` into the caller's memory; nothing is mapped. For one thread, with ``limit`` descriptors of a kind."""
 
@@ -138,9 +124,9 @@ class PositionedReader:
         self._buffer: memoryview | None = None
 
     def buffer(self) -> memoryview:
-        """This thread's `block_buffer`, which `read` may use as well."""
+        """This thread's own `BUFFER` bytes, which begin at a block; `read` may use them as well."""
         if self._buffer is None:
-            self._buffer = block_buffer()
+            self._buffer = allocate_pages(BUFFER)
         return self._buffer
 
     def fd(self, path: str) -> int:

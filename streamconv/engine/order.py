@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 
-from streamconv.engine.io import BLOCK
 from streamconv.graph.moves import Move, region
+from streamconv.memory import BLOCK
 from streamconv.planning.plan import Copy, Plan, Segment
 
 COPY_CHUNK = 32 << 20  # bytes of one task of copying: between two looks at the stop flag

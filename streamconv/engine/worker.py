@@ -9,18 +9,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from streamconv.engine.io import BLOCK, CHUNK, data_ranges, is_sparse, share_descriptors
+from streamconv.engine.io import CHUNK, data_ranges, is_sparse, share_descriptors
 from streamconv.engine.order import tile_pieces
 from streamconv.engine.readers import BACKENDS, known_urls, make_reader
 from streamconv.engine.writers import Writer
 from streamconv.errors import Interrupted
 from streamconv.graph.moves import Move, region
+from streamconv.memory import BLOCK
 from streamconv.planning.plan import Compute, Copy, Plan
 from streamconv.storage import Version, is_url
 from streamconv.threads import Item, run_threads
 
 if TYPE_CHECKING:
-    from streamconv.graph.evaluate import Arena
+    from concurrent.futures import ThreadPoolExecutor
+
+    from streamconv.graph.arena import Arena
 
 
 class Worker:
@@ -37,12 +40,23 @@ class Worker:
         self._plan, self._stop = plan, stop
         self.reader = make_reader(plan.read_backend, descriptors, urls, stop)
         self._arena: Arena | None = None
+        self._ahead: ThreadPoolExecutor | None = None
         self._is_sparse = cache(is_sparse)
         self.overflowed: Counter[str] = Counter()
         """The target whose values were too large for their dtype -> how many of those that this worker has evaluated."""
 
     def close(self) -> None:
+        if self._ahead:
+            self._ahead.shutdown()
+        self._arena = None  # which knows this worker: neither would go by itself
         self.reader.close()
+
+    def _begin(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Has a thread beside this one do something; see `graph.arena.Begin`."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._ahead = self._ahead or ThreadPoolExecutor(1)
+        return self._ahead.submit(work).result
 
     def raise_if_stopped(self) -> None:
         if self._stop.is_set():
@@ -50,12 +64,14 @@ class Worker:
 
     def evaluate(self, segment: Compute, tile: Move) -> memoryview:
         """The bytes of a tile, packed; good until the next is asked for."""
-        from streamconv.graph.evaluate import Arena, evaluate, reads
+        from streamconv.graph.arena import Arena
+        from streamconv.graph.evaluate import evaluate, reads
 
         node = self._plan.nodes[segment.node]
-        arena = self._arena = self._arena or Arena(self._plan.arena)
+        arena = self._arena = self._arena or Arena(self._plan.arena, self._begin)
         arena.release(0)
-        out = arena.take(tile.numel, node.spec.dtype.itemsize)
+        itemsize = node.spec.dtype.itemsize
+        out = arena.take(tile.numel, itemsize, segment.dst + tile.dst * itemsize)
         self.reader.expect(reads(node, region(tile)))
         evaluate(node, region(tile), out, arena, self._read)
         if arena.overflowed:

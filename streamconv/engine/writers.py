@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from streamconv.engine.direct import LEAST, REFUSED, open_direct
-from streamconv.engine.io import BLOCK, CHUNK, NOFOLLOW, Files, copy_range, filled, located, write
+from streamconv.engine.io import CHUNK, NOFOLLOW, Files, copy_range, filled, located, write
+from streamconv.memory import BLOCK, address_of
 
 _ZEROS = memoryview(bytes(64 << 10))
 
@@ -63,15 +63,14 @@ class LocalFile:
         last = (offset + len(view)) // BLOCK * BLOCK
         write(self._fd, view[: first - offset], offset)
         write(self._fd, view[last - offset :], last)
-        for start in range(first, last, CHUNK):
-            stop = min(start + CHUNK, last)
-            self._write_blocks(self._at_block(view[start - offset : stop - offset]), start)
+        blocks = view[first - offset : last - offset]
+        is_in_place = not blocks.readonly and address_of(blocks) % BLOCK == 0
+        for start in range(0, len(blocks), CHUNK):  # more at a time would have the reads of other threads wait
+            piece = blocks[start : start + CHUNK]
+            self._write_blocks(piece if is_in_place else self._in_buffer(piece), first + start)
 
-    def _at_block(self, view: memoryview) -> memoryview:
-        """Bytes as they lie in the buffer, where they are brought unless they are there."""
+    def _in_buffer(self, view: memoryview) -> memoryview:
         buffer = self._buffer()
-        if view.obj is buffer.obj and ctypes.addressof(ctypes.c_char.from_buffer(view)) % BLOCK == 0:
-            return view
         buffer[: len(view)] = view
         return buffer[: len(view)]
 

@@ -13,6 +13,7 @@ from streamconv.storage import is_url
 from streamconv.storage.ranges import SKIPPED
 
 REQUEST = 1 << 20  # bytes that a connection receives while it waits for an answer, about
+READ = 4  # times as long as writing a piece to the page cache, about, takes reading one that a disk has yet to give
 WRITE = 128  # bytes that it receives while a piece is written to a file of this machine, about
 
 
@@ -50,11 +51,13 @@ def choose_tile(
                 for k in filling:
                     tile[k] = min(sizes[k], max(tile[k], numel // (math.prod(tile) // tile[k])))
                 writes = _pieces(tile, sizes, by_dst, dst_strides)
-                pieces = _pieces(tile, sizes, by_src, src_strides) + writes
-                cost = WRITE * writes + _request_cost(tile, by_src, src_strides, remote_itemsize) if remote_itemsize else pieces
+                reads = _pieces(tile, sizes, by_src, src_strides)
+                cost = (
+                    WRITE * writes + _request_cost(tile, by_src, src_strides, remote_itemsize) if remote_itemsize else READ * reads + writes
+                )
                 score = cost / math.prod(tile)
                 if best is None or score < best[0]:
-                    best = score, Tile(tuple(tile), pieces)
+                    best = score, Tile(tuple(tile), reads + writes)
     assert best is not None
     return best[1]
 

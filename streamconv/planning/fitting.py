@@ -18,7 +18,7 @@ from streamconv.storage.ranges import MEMORY
 from streamconv.units import format_size
 
 TILE = 8 << 20  # bytes: larger tiles gain nothing, except ...
-SCATTERED_TILE = 32 << 20  # bytes: ... where they are read or written in many pieces, which larger tiles make longer
+SCATTERED_TILE = 128 << 20  # bytes: ... where they are read or written in many pieces, which larger tiles make longer
 SCATTERED = 64  # pieces of a tile of `TILE` bytes from which on that is so
 SMALL_TILE = 1 << 20  # bytes: smaller ones cost more than another worker gains
 SMALLEST_TILE = 64 << 10
@@ -134,7 +134,7 @@ class Fitting:
                 most = (budget.limit - base - RESERVE) // _bytes_each(arena, self._sources, self._stream)
                 wished, first = max(1, min(wished, most)), False
             if workers < wished:
-                tile //= 2
+                tile = _next_smaller(tile)
 
     def _find_arena(self, computed: Sequence[Compute], checks: Sequence[Check], tile: int, scattered: Collection[int]) -> tuple[int, str]:
         """Bytes of arena that tiles of this size take, and what for."""
@@ -143,7 +143,7 @@ class Fitting:
         from streamconv.graph.evaluate import COMPARE, arena_bytes
 
         fixed = ((s.node, self._nbytes(s)) for s in computed if s.tile and s.tile == s.move.sizes)
-        sizes = ((k, tile if k in scattered else min(tile, TILE)) for k in range(len(self._nodes)))
+        sizes = ((k, min(tile if k in scattered else TILE, tile, node.spec.nbytes)) for k, node in enumerate(self._nodes))
         arena, worst = max((arena_bytes(self._nodes[k], nbytes), k) for k, nbytes in (*sizes, *fixed))
         checked = {node for check in checks for node in (check.left, check.right)}
         if checked:
@@ -179,6 +179,13 @@ class Fitting:
 
         segments = tuple(s._replace(tile=s.tile or self.tile(s, nbytes(s)).sizes) if isinstance(s, Compute) else s for s in file.segments)
         return replace(file, segments=segments)
+
+
+def _next_smaller(tile: int) -> int:
+    """The size that is tried after ``tile`` bytes: large ones go down by eighths of a power of two, since all of a tensor may fit."""
+    if tile <= TILE:
+        return tile // 2
+    return tile - (1 << (tile - 1).bit_length() - 3)
 
 
 def describe(node: AnyNode) -> str:

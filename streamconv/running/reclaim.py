@@ -15,9 +15,10 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from streamconv.engine.io import BLOCK, sync_directory
+from streamconv.engine.io import sync_directory
 from streamconv.errors import DestinationError, SourceChanged
 from streamconv.graph.node import sources
+from streamconv.memory import BLOCK
 from streamconv.planning.plan import Copy, FilePlan, Plan
 from streamconv.planning.segments import source_files
 from streamconv.storage import is_url

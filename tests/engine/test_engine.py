@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_files import write
@@ -26,13 +27,15 @@ from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine import check, direct, io, order
 from streamconv.engine.check import OutputCheck
 from streamconv.engine.direct import LEAST, allocate, open_direct
-from streamconv.engine.io import BLOCK, BUFFER, CHUNK, PositionedReader, filled
+from streamconv.engine.io import BUFFER, CHUNK, PositionedReader, filled
 from streamconv.engine.order import tasks_in_order
 from streamconv.engine.readers import BACKENDS
 from streamconv.engine.writers import LocalFiles, Stream
 from streamconv.errors import RunError, SourceChanged
 from streamconv.formats import Extent, FileLayout
+from streamconv.graph.arena import place
 from streamconv.graph.node import Source
+from streamconv.memory import BLOCK, allocate_pages
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget
 from streamconv.planning.plan import Copy, Plan
@@ -97,7 +100,7 @@ def refuse(call: Callable[..., int]) -> Callable[..., int]:
 
 
 def test_the_buffer_lies_at_a_huge_page() -> None:
-    buffer = io.block_buffer()
+    buffer = allocate_pages(io.BUFFER)
     assert len(buffer) == BUFFER
     assert ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % CHUNK == 0
     buffer[:] = bytes(BUFFER)
@@ -113,10 +116,15 @@ def test_the_buffer_without_huge_pages(monkeypatch: pytest.MonkeyPatch, how: str
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
     else:
         monkeypatch.setattr(mmap, "mmap", Refusing)
-    buffer = io.block_buffer()
+    buffer = allocate_pages(io.BUFFER)
     assert len(buffer) == BUFFER
     assert ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % BLOCK == 0
     buffer[:] = bytes(BUFFER)
+
+
+def in_place(offset: int, length: int) -> memoryview:
+    """Memory that lies as many bytes behind a block as ``offset`` does."""
+    return memoryview(place(np.frombuffer(allocate_pages(length + BLOCK), np.uint8), length, 1, offset)).cast("B")
 
 
 # ----------------------------------------------------------------------------------------------------------------- readers
@@ -137,6 +145,11 @@ def test_every_reader_reads_what_is_there(stored: Path, monkeypatch: pytest.Monk
         view = bytearray(length)
         reader.read(str(stored), offset, memoryview(view))
         assert view == DATA[offset : offset + length]
+        if state != "warm":
+            make_cold(stored)
+        placed = in_place(offset, length)
+        reader.read(str(stored), offset, placed)
+        assert placed == DATA[offset : offset + length]
         if length <= CHUNK:
             if state != "warm":
                 make_cold(stored)
@@ -158,6 +171,8 @@ def test_a_file_that_ends_early(stored: Path, backend: str, length: int) -> None
     reader = BACKENDS[backend](2)
     with pytest.raises(SourceChanged, match="plan again"):
         reader.read(str(stored), SIZE - length + 1, memoryview(bytearray(length)))
+    with pytest.raises(SourceChanged, match="plan again"):
+        reader.read(str(stored), SIZE - length + 1, in_place(SIZE - length + 1, length))
     with pytest.raises(SourceChanged, match="plan again"):
         reader.load(str(stored), SIZE - min(length, CHUNK) + 1, min(length, CHUNK), reader.buffer())
     reader.close()
@@ -183,6 +198,11 @@ def test_a_direct_write_changes_only_its_range(stored: Path, monkeypatch: pytest
         with files.open(str(stored), reader.buffer, keeps_holes=False) as writer:
             writer.write(data[:length], offset)
         expected[offset : offset + length] = data[:length]
+        placed = in_place(offset, length)
+        placed[:] = data[1 : length + 1]
+        with files.open(str(stored), reader.buffer, keeps_holes=False) as writer:
+            writer.write(placed, offset)
+        expected[offset : offset + length] = placed
     buffer = reader.buffer()
     for at, length, offset in ((0, CHUNK, BLOCK), (7, CHUNK, 3 * BLOCK - 5), (BLOCK, CHUNK - 1, 5 * BLOCK)):  # from the buffer itself
         buffer[at : at + length] = data[:length]

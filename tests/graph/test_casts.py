@@ -11,8 +11,9 @@ import torch
 
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.graph import casts
+from streamconv.graph.arena import Arena
 from streamconv.graph.arrays import as_values
-from streamconv.graph.evaluate import Arena, arena_bytes, evaluate
+from streamconv.graph.evaluate import arena_bytes, evaluate
 from streamconv.graph.moves import identity
 from streamconv.graph.node import Extent, Source, apply
 from streamconv.graph.ops import Add, Cast, Compute, Dequantize, MergeLora, Op, SampleRows, Scale, Values, as_torch

@@ -19,8 +19,10 @@ from streamconv.engine.check import check_replicas
 from streamconv.engine.order import tasks_in_order
 from streamconv.errors import CoverageError
 from streamconv.formats import Extent, FileLayout
-from streamconv.graph import evaluate
-from streamconv.graph.evaluate import Arena, arena_bytes
+from streamconv.graph import arena, evaluate
+from streamconv.graph.arena import Arena
+from streamconv.graph.evaluate import arena_bytes
+from streamconv.graph.gather import Read
 from streamconv.graph.moves import Move, identity, packed, region
 from streamconv.graph.node import AnyNode, Node, Source, apply, rearrange
 from streamconv.graph.ops import Cast, Layout, Rearrange, Values, as_torch
@@ -55,14 +57,14 @@ def run(plan: Plan) -> dict[str, bytes]:
     used = []
 
     class Watched(Arena):
-        def take(self, numel: int, itemsize: int) -> np.ndarray:
-            taken = super().take(numel, itemsize)
+        def take(self, numel: int, itemsize: int, offset: int | None = None) -> np.ndarray:
+            taken = super().take(numel, itemsize, offset)
             used.append(self.mark)
             return taken
 
     real = evaluate.evaluate
 
-    def watched(node: AnyNode, move: Move, out: np.ndarray, arena: Arena, read: evaluate.Read) -> None:
+    def watched(node: AnyNode, move: Move, out: np.ndarray, arena: Arena, read: Read) -> None:
         done = []
 
         def note(path: str, offset: int, view: memoryview) -> None:
@@ -74,7 +76,7 @@ def run(plan: Plan) -> dict[str, bytes]:
 
     told: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "Arena", Watched)
+        patch.setattr(arena, "Arena", Watched)
         patch.setattr(evaluate, "evaluate", watched)
         patch.setattr(filling.os, "fsync", lambda _: None)
         LocalEngine(plan, Log(), told.append).run()

@@ -7,7 +7,8 @@ import pytest
 
 from streamconv.dtypes import DTYPES, DType, TensorSpec, read_dtype, write_dtype
 from streamconv.errors import CoverageError, FormatError, UsageError
-from streamconv.graph.evaluate import Arena, arena_bytes, evaluate
+from streamconv.graph.arena import Arena
+from streamconv.graph.evaluate import arena_bytes, evaluate
 from streamconv.graph.moves import identity
 from streamconv.graph.node import AnyNode, Extent, Source, apply, items_of, rearrange
 from streamconv.graph.ops import Cast, Rearrange

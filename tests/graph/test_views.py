@@ -17,7 +17,7 @@ from servers import flaky, nginx
 import streamconv
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError
-from streamconv.graph import evaluate
+from streamconv.graph import copying, evaluate, gather
 from streamconv.graph.node import Source, apply, made_of
 from streamconv.graph.ops import Strided
 from streamconv.graph.views import stored_view
@@ -41,8 +41,8 @@ def small_tiles() -> Iterator[None]:
     """Tensors of a few hundred bytes take many tiles and many reads each."""
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
-            (fitting, "TILE", 200), (fitting, "SCATTERED_TILE", 400), (fitting, "SMALLEST_TILE", 100), (evaluate, "SPAN", 64),
-            (evaluate, "DIRECT", 32), (evaluate, "PAGE", 16), (evaluate, "BAND", 64), (evaluate, "NARROW", 2), (evaluate, "COMPARE", 256),
+            (fitting, "TILE", 200), (fitting, "SCATTERED_TILE", 400), (fitting, "SMALLEST_TILE", 100), (gather, "SPAN", 64),
+            (gather, "DIRECT", 32), (gather, "PAGE", 16), (copying, "BAND", 64), (copying, "NARROW", 2), (evaluate, "COMPARE", 256),
         ):  # fmt: skip
             patch.setattr(module, name, value)
         yield

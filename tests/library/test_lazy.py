@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.formats import Extent, Source
-from streamconv.graph.evaluate import Arena, arena_bytes, evaluate
+from streamconv.graph.arena import Arena
+from streamconv.graph.evaluate import arena_bytes, evaluate
 from streamconv.graph.moves import identity
 from streamconv.library.lazy import LazyTensor
 

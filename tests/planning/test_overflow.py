@@ -11,7 +11,8 @@ from checkpoint_files import read, run, write
 
 import streamconv
 from streamconv.formats import Extent, Source
-from streamconv.graph.evaluate import Arena, arena_bytes, evaluate
+from streamconv.graph.arena import Arena
+from streamconv.graph.evaluate import arena_bytes, evaluate
 from streamconv.graph.moves import Move
 from streamconv.graph.node import apply
 from streamconv.graph.ops import Cast

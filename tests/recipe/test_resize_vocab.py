@@ -16,8 +16,9 @@ import streamconv
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import CoverageError
-from streamconv.graph import evaluate
-from streamconv.graph.evaluate import Arena, arena_bytes
+from streamconv.graph import copying, evaluate
+from streamconv.graph.arena import Arena
+from streamconv.graph.evaluate import arena_bytes
 from streamconv.graph.moves import Move, identity, region
 from streamconv.graph.node import Node, Source, apply
 from streamconv.graph.ops import Cast, SampleRows, from_json
@@ -135,7 +136,7 @@ def test_tiles_and_workers_change_nothing(backend, settings, tmp_path, monkeypat
     for tile, workers in ((64, 1), (1000, 5)):
         monkeypatch.setattr(fitting, "TILE", tile)
         monkeypatch.setattr(fitting, "SMALLEST_TILE", tile)
-        monkeypatch.setattr(evaluate, "BAND", tile)
+        monkeypatch.setattr(copying, "BAND", tile)
         folder = tmp_path / f"{tile}"
         assert_same(resized(source, folder, 330, "-j", workers, "--read-backend", backend, "--verify", *settings), wanted)
         assert run("verify", source, folder, "--set", "resize_vocab=330", *settings, "--quiet") == 0

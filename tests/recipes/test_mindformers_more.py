@@ -16,7 +16,8 @@ import streamconv
 from streamconv import recipes
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.formats import Extent, Source
-from streamconv.graph.evaluate import Arena, arena_bytes, evaluate
+from streamconv.graph.arena import Arena
+from streamconv.graph.evaluate import arena_bytes, evaluate
 from streamconv.graph.moves import Move
 from streamconv.graph.node import apply
 from streamconv.graph.ops import Dequantize, from_json
