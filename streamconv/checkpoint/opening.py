@@ -430,7 +430,7 @@ def _parts(names: Iterable[str], kind: Names, variant: str | None) -> list[str]:
 
 def _is_certain(directory: Location, kind: Names, names: Sequence[str]) -> bool:
     """Whether files of these names are of a kind: by a name that libraries give, or by the first bytes of one."""
-    by_name = any(name in kind.known or kind.is_index(name) or not name.endswith(kind.suffixes) for name in names)
+    by_name = any(name in kind.entrances or kind.is_index(name) or not name.endswith(kind.suffixes) for name in names)
     return by_name or any(holds_checkpoint(directory.folder.file(name)) for name in names)
 
 

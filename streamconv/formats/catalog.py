@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 from streamconv.formats.container import Names
@@ -25,15 +26,19 @@ _MAX_CODE = 64  # files of Python code that are asked for
 
 
 def locate(path: AnyPath) -> Location:
-    """Where a checkpoint is: see `locations.locate`."""
+    """Where a checkpoint is: on this machine, or behind a URL, where a server that cannot list is asked for the names of `catalog`.
+
+    Raises:
+        StreamconvError: nothing knows such URLs, there is nothing behind it, or the server does not answer.
+    """
     return locations.locate(path, catalog())
 
 
 def catalog() -> Catalog:
     """What checkpoints consist of in all containers that there are, and what lies beside weights."""
-    asked = dict.fromkeys(name for names in _names() for name in names.asked)
-    series = [one for names in _names() for one in names.series]
-    return Catalog(Hints(names=(*asked, *_BESIDE), series=series), (*by_suffix(), ".json"), _is_listing, _tells, _read)
+    probes = dict.fromkeys(chain.from_iterable(names.probes for names in _names()))
+    series = list(chain.from_iterable(names.series for names in _names()))
+    return Catalog(Hints(names=(*probes, *_BESIDE), series=series), (*by_suffix(), ".json"), _is_listing, _tells, _read)
 
 
 def _names() -> Iterator[Names]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Literal
 
 from streamconv.formats import Contents, FileLayout
@@ -46,10 +47,10 @@ class Names:
         replaced: a glob of the paths of those that a new checkpoint replaces.
         ranks: patterns of names of files that are ranks, with the number as ``rank``, how many there are as ``size`` if that is said, and
             what else differs between sets of them as ``set``.
-        rank_folder: the same, of folders that hold a file for a rank each ...
-        rank_files: ... and that file's name, the first of these that is there.
+        rank_folder: a pattern of names of folders that hold the file of one rank each, with the same groups as ``ranks``.
+        rank_files: how the file in such a folder may be called; the first of these names that is there counts.
         asked_for: names by which a checkpoint is looked for on a server that cannot list; by default the index and the single file.
-        series: the same, of numbered files, as in `nested_series`.
+        series: numbered files that such a server is asked for: what stands before and after the number, as in ``nested_series``.
     """
 
     noun: str
@@ -83,17 +84,20 @@ class Names:
         return f"{self.single}.index.json"
 
     @property
-    def known(self) -> tuple[str, ...]:
+    def entrances(self) -> tuple[str, ...]:
+        """`libraries`, or what they are by default: the files that a library opens first."""
         return self.libraries or (self.single, self.index)
 
     @property
     def globs(self) -> tuple[str, ...]:
         """`weights`, or what they are by default."""
+        if self.weights:
+            return self.weights
         ends = ("", ".index.json", ".index.*.json")
-        return self.weights or tuple(f"*{suffix}{end}" for suffix in self.suffixes for end in ends)
+        return tuple(f"*{suffix}{end}" for suffix, end in product(self.suffixes, ends))
 
     @property
-    def asked(self) -> tuple[str, ...]:
+    def probes(self) -> tuple[str, ...]:
         """`asked_for`, or what it is by default."""
         return self.asked_for or ((self.index, self.single) if self.suffixes else ())
 

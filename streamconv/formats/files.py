@@ -27,7 +27,12 @@ Table = dict[str, AnyNode]
 
 
 def read_bytes(path: Location, offset: int, limit: int, noun: str) -> tuple[bytes, int]:
-    """At most ``limit`` bytes from ``offset`` of a regular file, and the file's size."""
+    """At most ``limit`` bytes from byte ``offset`` of a regular file, and the file's size in bytes; ``noun`` is what it is to be.
+
+    Raises:
+        FormatError: it is no regular file.
+        UsageError: it is not there, or cannot be read.
+    """
     with opened(path, noun) as file:
         size = file.size
         file.seek(offset)
@@ -36,7 +41,12 @@ def read_bytes(path: Location, offset: int, limit: int, noun: str) -> tuple[byte
 
 @contextmanager
 def opened(path: Location, noun: str) -> Iterator[File]:
-    """A regular file, which is closed after the block; what the system has against it becomes a UsageError."""
+    """A regular file, which is closed after the block; ``noun`` is what it is to be, for messages.
+
+    Raises:
+        FormatError: it is no regular file.
+        UsageError: it is not there, or cannot be read.
+    """
     try:
         with closing(path.folder.open(path.relative)) as file:
             yield file
@@ -47,7 +57,7 @@ def opened(path: Location, noun: str) -> Iterator[File]:
 
 
 def check_unicode(path: Location, *groups: Iterable[str]) -> None:
-    """Refuses lone surrogates, which JSON can escape but no file can hold."""
+    """Refuses lone surrogates, which JSON can escape but no file can hold. Raises FormatError."""
     for group in groups:
         try:
             "".join(group).encode()
@@ -66,20 +76,25 @@ def countable(shape: Sequence[int]) -> bool:
 
 
 def merge(path: Location, tables: Mapping[str, Mapping[str, AnyNode]], *, by_rank: bool) -> Table:
-    """The tensors of all files by name, or by ``<file>/<name>``."""
-    if by_rank:
-        return {f"{file}/{name}": entry for file, table in tables.items() for name, entry in table.items()}
-    merged: Table = {}
+    """The tensors of all files by name, or by ``<file>/<name>``, which ``by_rank`` asks for.
+
+    Raises:
+        FormatError: a name is in two files, without ``by_rank``.
+    """
+    union: Table = {}
     for file, table in tables.items():
-        if not merged.keys().isdisjoint(table):
-            name = next(name for name in table if name in merged)
+        if by_rank:
+            union |= {f"{file}/{name}": entry for name, entry in table.items()}
+            continue
+        if not union.keys().isdisjoint(table):
+            name = next(name for name in table if name in union)
             other = next(other for other in tables if name in tables[other])
             raise FormatError(
                 f"{show(path)}: tensor {short.repr(name)} is in both {short.repr(other)} and {short.repr(file)}: remove the file that "
                 "does not belong here, or, if these are ranks that repeat names, use a recipe that reads them as <file>/<name>"
             )
-        merged |= table
-    return merged
+        union |= table
+    return union
 
 
 # Writing ---------------------------------------------------------------------------------------------------------
@@ -90,27 +105,27 @@ def split_into_shards(sizes: Mapping[str, int], max_shard_size: int | None, stem
 
     Args:
         sizes: bytes of each tensor, in tensor order.
-        max_shard_size: bytes of tensors in a file; a larger tensor gets its own; None puts all in one file.
+        max_shard_size: most bytes of tensors in a file; a larger tensor gets its own; None puts all in one file.
         stem: how the file names start.
         suffix: how they end.
     """
-    closed: list[list[str]] = []
+    shards: list[list[str]] = []
     current: list[str] = []
-    filled = 0
+    nbytes = 0
     for name, size in sizes.items():
         if max_shard_size is not None and size > max_shard_size:
-            closed.append([name])  # its number comes before that of the file still open
+            shards.append([name])  # its number comes before that of the file still open
             continue
-        if max_shard_size is not None and filled + size > max_shard_size:
-            closed.append(current)
-            current, filled = [], 0
+        if max_shard_size is not None and nbytes + size > max_shard_size:
+            shards.append(current)
+            current, nbytes = [], 0
         current.append(name)
-        filled += size
-    if current or not closed:
-        closed.append(current)
-    if len(closed) == 1:
-        return {f"{stem}{suffix}": closed[0]}
-    return {f"{stem}-{number:05d}-of-{len(closed):05d}{suffix}": names for number, names in enumerate(closed, 1)}
+        nbytes += size
+    if current or not shards:
+        shards.append(current)
+    if len(shards) == 1:
+        return {f"{stem}{suffix}": shards[0]}
+    return {f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}": names for number, names in enumerate(shards, 1)}
 
 
 def variant_stem(stem: str, variant: str | None) -> str:
@@ -124,9 +139,15 @@ def index_name(stem: str, suffix: str, variant: str | None) -> str:
 
 
 def index_layout(path: str, shards: Mapping[str, Iterable[str]], specs: Iterable[TensorSpec]) -> FileLayout:
-    """The index of a checkpoint, which says in which file each tensor is; ``specs`` are those of what is stored."""
-    stored = list(specs)
-    totals = {"total_size": sum(spec.nbytes for spec in stored), "total_parameters": sum(spec.numel for spec in stored)}
+    """The index of a checkpoint: in which file each tensor is, and in all how many bytes and elements.
+
+    Args:
+        path: its name.
+        shards: the names of the tensors in each file.
+        specs: of each tensor that is stored, so that tied ones count once.
+    """
+    sizes = [(spec.nbytes, spec.numel) for spec in specs]
+    totals = {"total_size": sum(nbytes for nbytes, _ in sizes), "total_parameters": sum(numel for _, numel in sizes)}
     return _json_layout(path, {"metadata": totals, "weight_map": _file_of(shards)})
 
 
@@ -136,7 +157,10 @@ def map_layout(path: str, shards: Mapping[str, Iterable[str]]) -> FileLayout:
 
 
 def _file_of(shards: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    return {name: file for file, names in shards.items() for name in names}
+    file_of: dict[str, str] = {}
+    for file, names in shards.items():
+        file_of |= dict.fromkeys(names, file)
+    return file_of
 
 
 def _json_layout(path: str, table: Mapping[str, Any]) -> FileLayout:

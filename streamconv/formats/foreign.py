@@ -94,8 +94,8 @@ def _advice(path: Location, way: str) -> str:
     old = str(path) if path.local else path.name
     first = "" if path.local else "download it, then "
     if way in _UNPACKED:
-        packed = path.suffix in (".gz", ".bz2", ".xz", ".zst") or way not in _STREAMS
-        new = old.removesuffix(path.suffix) if packed and path.suffix else f"{old}.unpacked"
+        drops_suffix = path.suffix in (".gz", ".bz2", ".xz", ".zst") or way not in _STREAMS
+        new = old.removesuffix(path.suffix) if drops_suffix and path.suffix else f"{old}.unpacked"
         return f"; unpack it: {first}{_put(_UNPACKED[way], shlex.quote(old), shlex.quote(new))}"
     if way not in _SCRIPTS:
         return ": get the model's weights in one of these"

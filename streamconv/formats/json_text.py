@@ -92,7 +92,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) == len(pairs):
         return table
     repeated = Repeated(table)
-    repeated.keys_said_twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    counts = Counter(key for key, _ in pairs)
+    repeated.keys_said_twice = [key for key, count in counts.items() if count > 1]
     return repeated
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Collection, Mapping
 from functools import cache
+from itertools import product
 
 from streamconv.errors import UsageError
 from streamconv.extensions import extensions
@@ -54,7 +55,7 @@ def _add(by_name: dict[str, Container], container: object, origin: str) -> None:
     by_name[container.name] = container
 
 
-def written() -> Collection[str]:
+def writable() -> Collection[str]:
     """The names of those that have a writer."""
     return [name for name, container in containers().items() if container.lay_out is not None]
 
@@ -65,9 +66,9 @@ def find_format(option: str, name: str) -> Container:
     Raises:
         UsageError: there is none, or it has no writer.
     """
-    choices = f"known are {', '.join(written())}"
+    choices = f"known are {', '.join(writable())}"
     if name not in containers():
-        raise UsageError(f"{option} {name}: unknown container; {choices}{did_you_mean(name, written())}")
+        raise UsageError(f"{option} {name}: unknown container; {choices}{did_you_mean(name, writable())}")
     container = containers()[name]
     if container.lay_out is None:
         raise UsageError(f"{option} {name}: such files are read, not written; {choices}")
@@ -82,16 +83,22 @@ def stems_of(libraries: Collection[str]) -> tuple[str, ...]:
 @cache
 def _stems_of(libraries: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
     """The same, asked for each file of a folder."""
-    stems = [containers()[name].names.stems.get(library) for library in libraries for name in names]
+    stems = (containers()[name].names.stems.get(library) for library, name in product(libraries, names))
     return tuple(dict.fromkeys(filter(None, stems)))
 
 
 def library_of(stem: str | None) -> str | None:
     """The library that looks for files whose names start so, if one is known."""
-    pairs = (pair for container in containers().values() for pair in container.names.stems.items())
-    return next((library for library, own in pairs if own == stem), None)
+    for container in containers().values():
+        for library, own in container.names.stems.items():
+            if own == stem:
+                return library
+    return None
 
 
 def by_suffix() -> Mapping[str, Container]:
     """The container that a file's name says it is of, by how that ends."""
-    return {suffix: container for container in containers().values() for suffix in container.names.suffixes}
+    container_of: dict[str, Container] = {}
+    for container in containers().values():
+        container_of |= dict.fromkeys(container.names.suffixes, container)
+    return container_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import ItemsView, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from streamconv.errors import FormatError, UsageError
@@ -175,9 +175,9 @@ def count_tensors(nodes: Iterable[Any]) -> int:
 
 def _all_below(nodes: Iterable[Any]) -> Iterator[Any]:
     """Everything in parts of a tree, what objects were made of too, each once; so much of it as can be looked at for a message."""
-    seen: set[int] = set()
+    ids: set[int] = set()
     waiting = list(islice(nodes, _MAX_LOOKS))
-    while waiting and len(seen) < _MAX_LOOKS:
+    while waiting and len(ids) < _MAX_LOOKS:
         node = waiting.pop()
         yield node
         if type(node) is Inert:
@@ -186,8 +186,8 @@ def _all_below(nodes: Iterable[Any]) -> Iterator[Any]:
             below = node.values()
         else:
             below = node if type(node) in (list, tuple) else ()
-        if id(node) not in seen and below:
-            seen.add(id(node))
+        if id(node) not in ids and below:
+            ids.add(id(node))
             room = _MAX_LOOKS * 10 - len(waiting)
             waiting += islice((value for value in below if type(value) not in ATOMS), max(0, room))
 
@@ -231,7 +231,7 @@ def _by_name(node: Any) -> Pairs:
     """What lies below a node, its attributes if it is an object."""
     below = children(node)
     if below is None and type(node) is Inert:
-        below = [pair for part in node.attributes() for pair in part.items()]
+        below = list(chain.from_iterable(attributes.items() for attributes in node.attributes()))
     return below or []
 
 

@@ -94,8 +94,8 @@ def lay_out(
 
     Args:
         specs: the tensors, in tensor order.
-        max_shard_size: has no meaning here.
-        file: the same.
+        max_shard_size: of no effect: a rank is one file.
+        file: of no effect: the ranks say what their files are called.
         tied: names that share the storage of another of their rank, and its name.
 
     Raises:
@@ -112,9 +112,9 @@ def lay_out(
     layouts = []
     for rank, table in sorted(tables.items()):
         own = {}
-        for name, stored in (tied or {}).items():
-            if _same_rank(rank, name, stored):
-                own[name.partition("/")[2]] = stored.partition("/")[2]
+        for name, other in (tied or {}).items():
+            if _same_rank(rank, name, other):
+                own[name.partition("/")[2]] = other.partition("/")[2]
         (layout,) = torch_files.lay_out(table, max_shard_size=None, file=f"{ITERATION}/{rank}", tied=own, root=ROOT)
         slots = {f"{rank}/{name}": slot for name, slot in layout.slots.items()}
         layouts.append(FileLayout(layout.path, layout.size, layout.literals, slots, layout.checksums))

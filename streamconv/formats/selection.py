@@ -76,7 +76,7 @@ def is_index(name: str) -> bool:
 def find_files(
     path: Location,
     kind: Names,
-    chosen: Sequence[str] | Selection | None = None,
+    files: Sequence[str] | Selection | None = None,
     *,
     by_rank: bool = False,
     variant: str | None = None,
@@ -86,20 +86,20 @@ def find_files(
     Args:
         path: a file, an index, or a directory with what libraries load, or with files that are clearly one checkpoint.
         kind: how they are called.
-        chosen: names of the files of the directory to take instead, or a selection, which is returned as it is.
+        files: names of the files of the directory to take instead, or a selection, which is returned as it is.
         by_rank: files repeat names, so that several belong together whatever they are called.
         variant: which variant of the weights to take, where it is there; without one, those that are of none come first.
 
     Raises:
         FormatError: nothing there, files that are missing, or several checkpoints of which no library's rule chooses one.
     """
-    if isinstance(chosen, Selection):
-        return chosen
+    if isinstance(files, Selection):
+        return files
     folder = path.folder
     if not path.is_folder:  # reading the file says what is wrong
-        return _listed(path, kind, ()) if is_index(path.name) else Selection({path.name: path})
-    if chosen is not None:
-        return _present(path, Selection({name: folder.file(name) for name in chosen}))
+        return _by_index(path, kind, ()) if is_index(path.name) else Selection({path.name: path})
+    if files is not None:
+        return _present(path, Selection({name: folder.file(name) for name in files}))
     everything = _names(path, kind)
     only_variant, names = choose_variant(path, everything, kind, variant)
     if only_variant:
@@ -107,23 +107,27 @@ def find_files(
         if not variant:
             return replace(selection, notes=(f"only the variant {only_variant} of the weights is there: it is read",))
         return _with_note(selection, f"the variant {only_variant} is", everything)
-    choice = next((name for name in kind.known if name in names), None) or _other_index(path, names, kind)
+    choice = next((name for name in kind.entrances if name in names), None) or _other_index(path, names, kind)
     if choice is None:
-        files = _choose(path, names, kind, by_rank=by_rank)
-        selection = _present(path, Selection({name: folder.file(name) for name in files}))
-        subject = f"{listing(files)} {'are' if len(files) > 1 else 'is'}"
+        weights = _choose(path, names, kind, by_rank=by_rank)
+        selection = _present(path, Selection({name: folder.file(name) for name in weights}))
+        subject = f"{listing(weights)} {'are' if len(weights) > 1 else 'is'}"
     elif kind.is_index(choice):
-        selection, subject = _listed(folder.file(choice), kind, names), f"{one_line(choice)} is"
+        selection, subject = _by_index(folder.file(choice), kind, names), f"{one_line(choice)} is"
     else:
         selection, subject = Selection({choice: folder.file(choice)}), f"{one_line(choice)} is"
     return _with_note(selection, subject, everything)
 
 
-def choose_variant(path: Location, names: Sequence[str], kind: Names, asked: str | None) -> tuple[str | None, list[str]]:
-    """The variant to read, None for none, and the names among which its files are."""
-    files = of_variant(names, kind, asked) if asked else []
+def choose_variant(path: Location, names: Sequence[str], kind: Names, request: str | None) -> tuple[str | None, list[str]]:
+    """The variant to read, None for none, and the names among which its files are; ``request`` is the one that a user names, if any.
+
+    Raises:
+        FormatError: only variants are there, several of them, and no request chooses one.
+    """
+    files = of_variant(names, kind, request) if request else []
     if files:
-        return asked, files
+        return request, files
     others = of_variant(names, kind, None)
     there = sorted({variant for name in names if (variant := variant_of(name, kind))})
     if not there or any(map(kind.is_part, others)):
@@ -140,7 +144,7 @@ def _find_variant(path: Location, names: Sequence[str], kind: Names, variant: st
     if single or not index:
         files = [single] if single else one_checkpoint(path, names, kind)
         return Selection({name: path.folder.file(name) for name in files}, variant=variant)
-    return replace(_listed(path.folder.file(index), kind, names), variant=variant)
+    return replace(_by_index(path.folder.file(index), kind, names), variant=variant)
 
 
 def _names(path: Location, kind: Names) -> list[str]:
@@ -165,7 +169,7 @@ def _other_index(directory: Location, names: Iterable[str], kind: Names) -> str 
     return indexes[0] if indexes else None
 
 
-def _listed(index: Location, kind: Names, names: Collection[str]) -> Selection:
+def _by_index(index: Location, kind: Names, names: Collection[str]) -> Selection:
     """The files that an index names."""
     weight_map = read_index(index, kind)
     files = _in_order(weight_map.values(), kind)
@@ -258,11 +262,11 @@ def _check_counts(directory: Location, names: Iterable[str], kind: Names) -> Non
             raise FormatError(f"{show(directory)}: {count} of the {total} files {short.repr(stem)}-* are there: download the others")
 
 
-def _with_note(selection: Selection, read: str, names: Iterable[str]) -> Selection:
+def _with_note(selection: Selection, subject: str, names: Iterable[str]) -> Selection:
     """The same, with a word on the weights that are there and not read; what is no part of a model is told with what goes along."""
     own = {*selection.files, selection.index.name if selection.index else ""}
     rest = [name for name in names if name not in own and "/" not in name and is_weights(name) and not kind_of(name)]
-    return replace(selection, notes=(*selection.notes, f"{read} read; not read: {listing(rest)}")) if rest else selection
+    return replace(selection, notes=(*selection.notes, f"{subject} read; not read: {listing(rest)}")) if rest else selection
 
 
 # Files that nothing is known of but their bytes ------------------------------------------------------------------------

@@ -28,10 +28,10 @@ class _Sources:
     """Which attributes of a module's class are in its state dict."""
 
     def __init__(self, archive: Archive) -> None:
-        self._archive, self._left = archive, _MAX_SOURCES
+        self._archive, self._budget = archive, _MAX_SOURCES
         self._files: dict[str, dict[str, set[str]]] = {}
 
-    def stored(self, kind: str) -> set[str] | None:
+    def state_names(self, kind: str) -> set[str] | None:
         """Names of parameters and buffers, by the class's full name; None if it is no module's."""
         folder, _, name = kind.rpartition(".")
         if folder not in self._files:
@@ -41,8 +41,8 @@ class _Sources:
     def _read(self, file: str) -> Iterator[tuple[str, set[str]]]:
         if file not in self._archive.entries:
             return
-        text = self._archive.read(file, min(_MAX_SOURCE, self._left))
-        self._left -= len(text)
+        text = self._archive.read(file, min(_MAX_SOURCE, self._budget))
+        self._budget -= len(text)
         for name, body in _CLASS.findall(text.decode("utf-8", "replace")):
             attributes: set[str] = set()
             for _, texts in _LIST.findall(body):
@@ -57,20 +57,20 @@ def as_module(archive: Archive, program: Any) -> Inert:
         FormatError: the archive does not declare the program's class, or keeps its tensors as constants of its code.
     """
     sources = _Sources(archive)
-    if type(program) is not Inert or sources.stored(program.kind) is None:
+    if type(program) is not Inert or sources.state_names(program.kind) is None:
         raise damaged(archive.path, f"its TorchScript program is {short.repr(program)}, which its code does not declare as a module")
     modules_by_id: dict[int, Inert] = {}
     waiting = [program]
     count = 0
     while waiting:
         script = waiting.pop()
-        stored = sources.stored(script.kind) or set()
+        state_names = sources.state_names(script.kind) or set()
         tensors: dict[str, Any] = {}
         modules: dict[str, Any] = {}
         for name, value in chain.from_iterable(attributes.items() for attributes in script.attributes()):
-            if name in stored and type(value) in (Tensor, Odd):
+            if name in state_names and type(value) in (Tensor, Odd):
                 tensors[name] = value
-            elif type(value) is Inert and sources.stored(value.kind) is not None:
+            elif type(value) is Inert and sources.state_names(value.kind) is not None:
                 if id(value) not in modules_by_id:
                     modules_by_id[id(value)] = Inert(value.kind)
                     waiting.append(value)

@@ -72,7 +72,7 @@ def is_known(name: str) -> bool:
 
 
 def _of_containers() -> set[str]:
-    return {pattern for container in containers().values() for pattern in container.names.globs}
+    return set().union(*(container.names.globs for container in containers().values()))
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

@@ -92,7 +92,7 @@ def is_zip(head: bytes) -> bool:
 
 
 def first_entry(file: File, head: bytes) -> str:
-    """The name of a zip's first entry."""
+    """The name of a zip's first entry; ``head`` is at least the first 30 bytes of the file. Nothing is checked."""
     length = int.from_bytes(head[26:28], "little")
     return file.pread(min(length, 4096), 30).decode("utf-8", "replace")
 
@@ -111,7 +111,7 @@ def find_program(first: str) -> tuple[str, str] | None:
 
 
 def describe_zip(first: str) -> tuple[str, str]:
-    """The same, of a zip that is no container's."""
+    """What a zip is that no container here reads, by its first entry's name, and how it becomes readable: see `foreign`."""
     return find_program(first) or (f"a zip archive, with {first[:200]!r} in it", "zip")
 
 
@@ -146,7 +146,7 @@ class _Inflated(io.RawIOBase):
     """A deflated stream's contents, of which no more is made than is asked for and than was declared."""
 
     def __init__(self, file: io.RawIOBase, size: int) -> None:
-        self._file, self._left = file, size
+        self._file, self._rest = file, size
         self._inflate = zlib.decompressobj(-zlib.MAX_WBITS)
 
     def readable(self) -> bool:
@@ -155,18 +155,18 @@ class _Inflated(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fills a buffer as far as there are bytes."""
-        want = min(len(buffer), self._left)
+        want = min(len(buffer), self._rest)
         data = b""
         while want and not data and not self._inflate.eof:
-            packed = self._inflate.unconsumed_tail or self._file.read(_BUFFER)
-            if not packed:
+            chunk = self._inflate.unconsumed_tail or self._file.read(_BUFFER)
+            if not chunk:
                 break
             try:
-                data = self._inflate.decompress(packed, want)
+                data = self._inflate.decompress(chunk, want)
             except zlib.error as error:
                 raise ValueError(f"cannot be inflated: {error}") from error
         buffer[: len(data)] = data
-        self._left -= len(data)
+        self._rest -= len(data)
         return len(data)
 
 
@@ -247,6 +247,6 @@ def rezip(path: Location) -> str:
 
 
 def names(path: Location) -> tuple[str, str]:
-    """What a command calls a file, and the one that it makes of it."""
+    """How a command that mends a file calls it, and how it calls the file that it makes: ``model.bin``, ``model.new.bin``."""
     old = str(path) if path.local else path.name
     return old, f"{old.removesuffix(path.suffix)}.new{path.suffix}"
