@@ -113,13 +113,14 @@ class Stream:
 
     Args:
         send: takes the file's bytes, one piece after the other.
+        start: the byte of the file that comes first.
 
     Attributes:
-        sent: how many bytes have been.
+        sent: the byte that comes next.
     """
 
-    def __init__(self, send: Callable[[memoryview], None]) -> None:
-        self._send, self.sent = send, 0
+    def __init__(self, send: Callable[[memoryview], None], start: int = 0) -> None:
+        self._send, self.sent = send, start
 
     def write(self, view: memoryview, offset: int) -> None:
         self.fill(offset)

@@ -1,11 +1,14 @@
-"""Makes a plan's files behind a URL: each a stream, front to back, several at once; what cannot be streamed is made here and uploaded.
+"""Makes a plan's files behind a URL: parts of them at the same time, or each a stream; what cannot be streamed is made here and uploaded.
 
 A file can be streamed where its segments come in the order of the file and no checksum has to be written into it later, and the sink takes
-streams. Else `LocalEngine` makes it in a temporary directory, one such file at a time, so that the room of the largest is enough.
+streams. Where a store takes parts of a file in any order, as S3 does, each thread makes a stretch of it and sends that, so that as many
+connections as there are threads read and write one file. Elsewhere a thread makes a file, front to back. Else `LocalEngine` makes it in a
+temporary directory, one such file at a time, so that the room of the largest is enough.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
 from collections import Counter
@@ -14,18 +17,19 @@ from dataclasses import replace
 from functools import partial
 
 from streamconv.engine.io import describe_os_error
-from streamconv.engine.order import place_of
 from streamconv.engine.worker import Worker, Workers
 from streamconv.engine.writers import Stream
 from streamconv.errors import unforeseen
-from streamconv.planning.plan import Compute, Copy, FilePlan, Plan, Segment
+from streamconv.planning.plan import Copy, FilePlan, Plan
 from streamconv.running.filling import LocalEngine, Progress, check_files
 from streamconv.running.log import Log
 from streamconv.running.reclaim import find_reads
-from streamconv.storage.objects import ObjectSink, stream_bytes, takes_streams
+from streamconv.running.stretches import Stretch, cut, pieces_in_order, place_of_segment, send
+from streamconv.storage.objects import ObjectSink, part_size, stream_bytes, takes_streams
 from streamconv.storage.retries import OVER, Failed, again
 from streamconv.storage.sinks import Sink
 from streamconv.storage.staging import staging
+from streamconv.storage.uploads import Upload
 from streamconv.units import format_size
 
 _log = logging.getLogger(__name__)
@@ -50,34 +54,33 @@ def staged_bytes(plan: Plan) -> int:
 
 def in_order(plan: Plan, file: FilePlan) -> bool:
     """Whether a file can be made front to back."""
-    places = [_start(plan, segment) for segment in file.segments]
+    places = [place_of_segment(plan, segment) for segment in file.segments]
     flat = all(isinstance(segment, Copy) or segment.move.dst_strides in ((), (1,)) for segment in file.segments)
     return flat and not file.checksums and places == sorted(places)
-
-
-def _start(plan: Plan, segment: Segment) -> int:
-    """Where in its file a segment begins, in bytes."""
-    return place_of(plan, (0, segment, segment.move if isinstance(segment, Compute) else None))
 
 
 # Streams -----------------------------------------------------------------------------------------------------------
 
 
 class _Streams:
-    """Threads that make files, a file each at a time."""
+    """Threads that make files: stretches of them each, where the sink takes parts, else a file each at a time."""
 
     def __init__(self, plan: Plan, sink: ObjectSink, tell: Progress, check: Callable[[], object]) -> None:
         self._plan, self._sink, self._tell, self._check = plan, sink, tell, check
         self._workers, self._lock = Workers(plan), threading.Lock()
+        self._uploads: dict[int, Upload] = {}
 
     def run(self, numbers: list[int]) -> Counter[str]:
         """Makes these files; what has overflowed in them."""
-        count = min(self._workers.count, len(numbers))
-        room = self._plan.workers * stream_bytes(max(file.size for file in self._plan.files)) // count
         where = str(self._plan.destination)
         try:
             with unforeseen(where):
-                self._workers.run(partial(self._work, room=room), numbers, count)
+                if self._sink.takes_parts:
+                    self._workers.run(self._send_stretches, self._stretches(numbers))
+                else:
+                    count = min(self._workers.count, len(numbers))
+                    room = self._plan.workers * stream_bytes(max(file.size for file in self._plan.files)) // count
+                    self._workers.run(partial(self._send_files, room=room), numbers, count)
         except OSError as error:
             raise describe_os_error(error, where) from error
         finally:
@@ -85,55 +88,96 @@ class _Streams:
             self._sink.discard(PATIENCE)
         return self._workers.overflowed
 
-    def _work(self, numbers: Iterator[int], room: int) -> None:
+    # Parts
+
+    def _stretches(self, numbers: Iterable[int]) -> Iterator[Stretch]:
+        """What the threads take, file by file, so that few files are begun and not complete."""
+        for number in numbers:
+            file = self._plan.files[number]
+            self._check()
+            self._uploads[number] = self._sink.upload(file.path, file.size)
+            yield from cut(self._plan, number, 2 * part_size(file.size))
+
+    def _send_stretches(self, stretches: Iterator[Stretch]) -> None:
+        for stretch in stretches:
+            self._send_stretch(stretch, self._workers.own)
+
+    def _send_stretch(self, stretch: Stretch, worker: Worker) -> None:
+        """Makes a stretch, part by part; a part that fails is sent again, by itself."""
+        filling, number = io.BytesIO(), stretch.first
+
+        def fill(view: memoryview) -> None:
+            nonlocal filling, number
+            worker.raise_if_stopped()
+            while view:
+                done = min(len(view), stretch.part - filling.tell())
+                filling.write(view[:done])
+                view = view[done:]
+                if filling.tell() == stretch.part:
+                    self._send_part(stretch.file, number, filling.getvalue())
+                    filling, number = io.BytesIO(), number + 1
+
+        stream = Stream(fill, stretch.start)
+        send(stretch.pieces, worker, stream)
+        stream.fill(stretch.stop)
+        if filling.tell() or not stretch.part:
+            self._send_part(stretch.file, number, filling.getvalue())
+
+    def _send_part(self, number: int, part: int, data: bytes) -> None:
+        """Sends a part of a file, and completes the file if it is the last that was missing."""
+        file, upload = self._plan.files[number], self._uploads[number]
+        address, stop = self._sink.address(file.path), self._workers.stop
+        is_last = again(partial(self._sink.send, upload, part, data), address, OVER, stop=stop)
+        if is_last:
+            self._check_sources(file)
+            again(partial(self._sink.complete, upload, file.path, file.size), address, OVER, stop=stop)
+            del self._uploads[number]
+            _log.info("%s: %s done", file.path, format_size(file.size))
+        self._report(len(data))
+
+    # Whole files
+
+    def _send_files(self, numbers: Iterator[int], room: int) -> None:
         for number in numbers:
             self._check()
-            self._make(number, self._workers.own, room)
+            self._send_file(number, self._workers.own, room)
 
-    def _make(self, number: int, worker: Worker, room: int) -> None:
+    def _send_file(self, number: int, worker: Worker, room: int) -> None:
         """Makes a file, by a stream that may take ``room`` bytes of memory; from its beginning again where the sink fails."""
         file, overflowed = self._plan.files[number], worker.overflowed.copy()
 
         def attempt() -> None:
-            counted = 0
+            told = 0
 
             def hand_on(piece: memoryview) -> None:
-                nonlocal counted
+                nonlocal told
                 worker.raise_if_stopped()
-                send(piece)
-                counted += len(piece)
+                write(piece)
+                told += len(piece)
                 self._report(len(piece))
 
             worker.overflowed = overflowed.copy()
             try:
-                with self._sink.stream(file.path, file.size, room) as send:
-                    _send(self._plan, file, worker, Stream(hand_on))
-                    reads = find_reads(self._plan, file)
-                    check_files(source for source in self._plan.sources if source.path in reads)
+                with self._sink.stream(file.path, file.size, room) as write:
+                    stream = Stream(hand_on)
+                    send(pieces_in_order(self._plan, file), worker, stream)
+                    stream.fill(file.size)
+                    self._check_sources(file)
             except Failed:
-                self._report(-counted)
+                self._report(-told)
                 raise
 
         again(attempt, self._sink.address(file.path), OVER, stop=self._workers.stop)
         _log.info("%s: %s done", file.path, format_size(file.size))
 
+    def _check_sources(self, file: FilePlan) -> None:
+        """Refuses to end a file whose sources are not what they were."""
+        reads = find_reads(self._plan, file)
+        check_files(source for source in self._plan.sources if source.path in reads)
+
     def _report(self, nbytes: int) -> None:
         with self._lock:
             self._tell(nbytes)
-
-
-def _send(plan: Plan, file: FilePlan, worker: Worker, stream: Stream) -> None:
-    """Sends a file's bytes from the first to the last."""
-    parts: list[tuple[int, bytes | Segment]] = [*file.literals, *((_start(plan, segment), segment) for segment in file.segments)]
-    for start, part in sorted(parts, key=lambda item: item[0]):
-        if isinstance(part, bytes):
-            stream.write(memoryview(part), start)
-        elif isinstance(part, Copy):
-            worker.copy(part, stream)
-        else:
-            for tile in part.move.tiles(part.tile):
-                worker.compute(part, tile, stream)
-    stream.fill(file.size)
 
 
 # Staging -----------------------------------------------------------------------------------------------------------

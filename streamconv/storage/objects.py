@@ -1,4 +1,4 @@
-"""Object stores, and whatever else fsspec reaches, as the place of an output: each file is a stream of parts, written front to back."""
+"""Object stores, and whatever else fsspec reaches, as the place of an output: a file's parts go several at a time, or front to back."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from streamconv.storage import Version, is_url
 from streamconv.storage.addresses import scheme_of, unwritable
 from streamconv.storage.filesystems import asked, entry_of, open_filesystem
 from streamconv.storage.retries import OVER, Refused, again, fault
+from streamconv.storage.uploads import Upload
 
-PART = 5 << 20  # bytes of a part, unless there would be too many, or there is room for larger ones ...
+PART = 5 << 20  # bytes of a part, of which S3 takes no smaller ones, unless there would be too many, or there is room for larger ones ...
 LARGEST = 64 << 20  # ... up to this: one that fails is sent again
 PARTS = 9_000  # parts of a file at most: S3 takes 10,000
 BUFFERED = 4  # parts that a stream holds at most: the one that fills, the one on its way, and what the libraries make of it
@@ -33,7 +34,7 @@ def takes_streams(url: str) -> bool:
 
 
 def part_size(size: int, room: int = 0) -> int:
-    """Bytes of a part of a file of ``size`` bytes. They go one by one: where there are ``room`` bytes, larger ones go faster."""
+    """Bytes of a part of a file of ``size`` bytes. Where they go one by one and there are ``room`` bytes, larger ones go faster."""
     fewest = -(-size // PARTS >> 20) + 1 << 20 if size > PART * PARTS else 0
     return max(PART, fewest, min(room // HELD >> 20 << 20, LARGEST))
 
@@ -51,7 +52,7 @@ class ObjectSink:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._fs, self._root = open_filesystem(self.url)
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, Any] = {}  # streams, and uploads
         self._lock = threading.Lock()
         self._written: dict[str, Version] = {}
         self._states: dict[str, bytes] = {}
@@ -121,10 +122,40 @@ class ObjectSink:
             with self._lock:
                 self._open.pop(path, None)
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether parts of a file can be sent at the same time, by `upload`: S3 can, unless all are to be of one size."""
+        return hasattr(self._fs, "call_s3") and not self._fs.fixed_upload_size
+
+    def upload(self, name: str, size: int) -> Upload:
+        """What takes parts of a file of ``size`` bytes; nothing is asked yet."""
+        path = f"{self._root}/{name}"
+        with self._lock:
+            self._open[path] = upload = Upload(self._fs, path, size)
+        return upload
+
+    def send(self, upload: Upload, number: int, data: bytes) -> bool:
+        """See `Upload.send`.
+
+        Raises:
+            DestinationError: access is refused, or there is no such bucket.
+            Failed: the store did not take it, another attempt may do better.
+        """
+        with self._asked():
+            return upload.send(number, data)
+
+    def complete(self, upload: Upload, name: str, size: int) -> None:
+        """See `Upload.complete`; raises what `send` does."""
+        with self._asked():
+            upload.complete()
+        with self._lock:
+            self._open.pop(f"{self._root}/{name}", None)
+        self._written[name] = Version(size)
+
     def discard(self, patience: float = 0.0) -> None:
-        """Takes back the streams that their threads have not closed after ``patience`` seconds, such as those of a slow network."""
+        """Takes back what is not complete, after ``patience`` seconds for threads that are still sending, such as over a slow network."""
         deadline = time.monotonic() + patience
-        while self._open and time.monotonic() < deadline:
+        while any(getattr(file, "is_busy", True) for file in list(self._open.values())) and time.monotonic() < deadline:
             time.sleep(0.05)
         with self._lock:
             uploads = list(self._open.items())
@@ -136,6 +167,9 @@ class ObjectSink:
         from fsspec.spec import AbstractBufferedFile  # type: ignore[import-untyped]
 
         with suppress(Exception):  # the error that led here matters more, and `abandon` comes back to it
+            if isinstance(file, Upload):
+                file.discard()
+                return
             if isinstance(file, AbstractBufferedFile):
                 file.discard()
                 file.closed = True  # else its end would commit it

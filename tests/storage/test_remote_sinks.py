@@ -366,8 +366,8 @@ def test_a_changed_source_leaves_no_file(checkpoints: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_parts_and_is_gone_on_with(store: S3, tmp_path: Path, how: signal.Signals) -> None:
-    src = write(tmp_path / "src", numbered({f"{k}.w": (1600, 1000 + k) for k in range(6)}), config={"model_type": "any"})
-    given = ["--max-shard-size", "7MB", "--quiet", "-j", "2"]
+    src = write(tmp_path / "src", numbered({f"{k}.w": (1600, 2000 + k) for k in range(6)}), config={"model_type": "any"})
+    given = ["--max-shard-size", "14MB", "--quiet", "-j", "2"]
     signalled, over = threading.Event(), threading.Event()
 
     def hold(request: Request) -> bool:
