@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
-    "storage": 1_570,  # where files are; most of it is what servers need
+    "storage": 1_630,  # where files are; most of it is what servers need, and parts of one file on their way at the same time
     "graph": 1_190,  # nodes, ops, how a region of one is made and read ahead, numbers by passes of numpy, values that regions share
     "formats": 2_170,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "checkpoint": 620,  # finding out what a path holds
@@ -35,7 +35,7 @@ PACKAGES = {
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_110,  # nodes to plans
     "engine": 840,  # bytes of one machine
-    "running": 2_230,  # runs of a plan, the state of an output, and the executors that others add to
+    "running": 2_330,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
     "conversion": 660,  # options and the calls that take them; from them to a plan, numbers of quantized weights on the way
     "diagnose": 1_260,  # what is said of checkpoints
     "front": 520,  # what people meet: the command, the demo

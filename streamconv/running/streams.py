@@ -99,29 +99,33 @@ class _Streams:
             yield from cut(self._plan, number, 2 * part_size(file.size))
 
     def _send_stretches(self, stretches: Iterator[Stretch]) -> None:
+        filling = io.BytesIO()
         for stretch in stretches:
-            self._send_stretch(stretch, self._workers.own)
+            self._send_stretch(stretch, self._workers.own, filling)
 
-    def _send_stretch(self, stretch: Stretch, worker: Worker) -> None:
-        """Makes a stretch, part by part; a part that fails is sent again, by itself."""
-        filling, number = io.BytesIO(), stretch.first
+    def _send_stretch(self, stretch: Stretch, worker: Worker, filling: io.BytesIO) -> None:
+        """Makes a stretch, part by part, each in the same memory; a part that fails is sent again, by itself."""
+        number, rest = stretch.first, stretch.stop - stretch.start
+        _set_size(filling, min(stretch.part, rest))
 
         def fill(view: memoryview) -> None:
-            nonlocal filling, number
+            nonlocal number, rest
             worker.raise_if_stopped()
             while view:
-                done = min(len(view), stretch.part - filling.tell())
+                size = min(stretch.part, rest)
+                done = min(len(view), size - filling.tell())
                 filling.write(view[:done])
                 view = view[done:]
-                if filling.tell() == stretch.part:
+                if filling.tell() == size:
                     self._send_part(stretch.file, number, filling.getvalue())
-                    filling, number = io.BytesIO(), number + 1
+                    number, rest = number + 1, rest - size
+                    _set_size(filling, min(stretch.part, rest))
 
         stream = Stream(fill, stretch.start)
         send(stretch.pieces, worker, stream)
         stream.fill(stretch.stop)
-        if filling.tell() or not stretch.part:
-            self._send_part(stretch.file, number, filling.getvalue())
+        if not stretch.part:
+            self._send_part(stretch.file, number, b"")
 
     def _send_part(self, number: int, part: int, data: bytes) -> None:
         """Sends a part of a file, and completes the file if it is the last that was missing."""
@@ -178,6 +182,15 @@ class _Streams:
     def _report(self, nbytes: int) -> None:
         with self._lock:
             self._tell(nbytes)
+
+
+def _set_size(filling: io.BytesIO, nbytes: int) -> None:
+    """Has a buffer be filled from its beginning to so many bytes; growing as it is filled, it would be copied and take more."""
+    filling.truncate(nbytes)
+    if nbytes:
+        filling.seek(nbytes - 1)
+        filling.write(b"\0")
+    filling.seek(0)
 
 
 # Staging -----------------------------------------------------------------------------------------------------------

@@ -70,18 +70,18 @@ def cut(plan: Plan, number: int, part: int) -> Iterator[Stretch]:
 
 
 def _cut(pieces: Iterable[Piece], size: int, part: int) -> Iterator[tuple[int, int, tuple[Piece, ...]]]:
-    begin, inside = 0, list[Piece]()
+    begin, inside, most = 0, list[Piece](), part - part // 5  # of copies: they take a buffer beside the part, tiles do not
     for piece in pieces:
         rest = piece
-        while rest.stop - begin > part:
-            copy = rest.content
-            if isinstance(copy, Copy) and rest.start - begin < part:
-                stop = begin + part
+        while True:
+            content = rest.content
+            if isinstance(content, Copy) and rest.start - begin < most < rest.stop - begin:
+                stop = begin + most
                 done = stop - rest.start
-                inside.append(Piece(rest.start, stop, copy._replace(nbytes=done)))
-                content = Copy(copy.source, copy.offset + done, copy.dst + done, copy.nbytes - done)
+                inside.append(Piece(rest.start, stop, content._replace(nbytes=done)))
+                content = Copy(content.source, content.offset + done, content.dst + done, content.nbytes - done)
                 rest = Piece(stop, rest.stop, content)
-            elif rest.start - begin >= part // 2:
+            elif rest.stop - begin > part and rest.start - begin >= part // 2:
                 stop = rest.start
             else:
                 break
