@@ -114,9 +114,9 @@ class OutputCheck:
             return equal
         assert tile is not None
         itemsize = self._plan.nodes[segment.node].spec.dtype.itemsize
-        packed = worker.evaluate(segment, tile)
+        items = worker.evaluate(segment, tile)
         for at, offset, nbytes in tile_pieces(tile, itemsize):
-            equal = equal and self._same(path, segment.dst + offset, packed[at : at + nbytes], reader)
+            equal = equal and self._same(path, segment.dst + offset, items[at : at + nbytes], reader)
         self._tell(tile.numel * itemsize)
         return equal
 
@@ -134,11 +134,11 @@ class OutputCheck:
         with self._lock:
             self._progress(nbytes)
 
-    def _same(self, path: str, offset: int, wanted: memoryview, reader: Reader) -> bool:
-        """Whether a file holds ``wanted``, which may lie in the first half of the reader's buffer, at ``offset``."""
+    def _same(self, path: str, offset: int, data: memoryview, reader: Reader) -> bool:
+        """Whether a file holds ``data``, which may lie in the first half of the reader's buffer, at ``offset``."""
         buffer = reader.buffer()[HALF:]
-        for start in range(0, len(wanted), STEP):
-            piece = wanted[start : start + STEP]
+        for start in range(0, len(data), STEP):
+            piece = data[start : start + STEP]
             first = reader.load(path, offset + start, len(piece), buffer)
             if not _equal(piece, buffer[first : first + len(piece)]):
                 return False

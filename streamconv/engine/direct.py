@@ -98,12 +98,12 @@ class DirectReader(PositionedReader):
         first = -offset % BLOCK
         last = first + (len(view) - first) // BLOCK * BLOCK
         with located(path, offset):
-            done = _read_blocks(direct, offset + first, view[first:last], last - first)
-        if done is None:
+            count = _read_blocks(direct, offset + first, view[first:last], last - first)
+        if count is None:
             self._direct.refuse(path)
             return False
         super().read(path, offset, view[:first])
-        super().read(path, offset + first + done, view[first + done :])
+        super().read(path, offset + first + count, view[first + count :])
         return True
 
     def load(self, path: str, offset: int, nbytes: int, buffer: memoryview) -> int:
@@ -119,12 +119,12 @@ class DirectReader(PositionedReader):
         if direct < 0 or is_cached(self.fd(path), offset, nbytes):
             return None
         at = offset % BLOCK
-        wanted = at + nbytes
+        end = at + nbytes
         with located(path, offset):
-            done = _read_blocks(direct, offset - at, buffer[: -(-wanted // BLOCK) * BLOCK], wanted)
-        if done is None:
+            count = _read_blocks(direct, offset - at, buffer[: -(-end // BLOCK) * BLOCK], end)
+        if count is None:
             self._direct.refuse(path)
-        return at if done is not None and done >= wanted else None  # what ends early does so in the other way, too, or did not end
+        return at if count is not None and count >= end else None  # what ends early does so in the other way, too, or did not end
 
     def close(self) -> None:
         super().close()
@@ -143,17 +143,17 @@ def open_direct(path: str, flags: int) -> int:
 
 def _read_blocks(fd: int, offset: int, view: memoryview, least: int) -> int | None:
     """Reads whole blocks until ``least`` bytes are there or the file ends; None where direct reads are refused."""
-    done = 0
-    while done < least:
+    count = 0
+    while count < least:
         try:
-            got = os.preadv(fd, [view[done:]], offset + done)
+            nbytes = os.preadv(fd, [view[count:]], offset + count)
         except OSError as error:
             if error.errno in REFUSED:
                 return None
             raise
-        if got == 0:
+        if nbytes == 0:
             break
-        done += got
-        if done % BLOCK:  # the end of the file
+        count += nbytes
+        if count % BLOCK:  # the end of the file
             break
-    return done
+    return count

@@ -145,12 +145,12 @@ class PositionedReader:
         fd = self.fd(path)
         while view:
             try:
-                done = os.preadv(fd, [view], offset) if hasattr(os, "preadv") else _seek_read(fd, offset, view)
+                count = os.preadv(fd, [view], offset) if hasattr(os, "preadv") else _seek_read(fd, offset, view)
             except OSError as error:
                 raise locate(error, path, offset) from error
-            if done == 0:
+            if count == 0:
                 raise SourceChanged(f"{path}: ends at byte {offset}, {len(view)} more were planned: it changed; plan again")
-            view, offset = view[done:], offset + done
+            view, offset = view[count:], offset + count
 
     def load(self, path: str, offset: int, nbytes: int, buffer: memoryview) -> int:
         """Reads ``nbytes`` at ``offset`` into ``buffer``, which begins at a block and is a block longer; gives where in it they are.
@@ -223,9 +223,9 @@ def _copy_from_map(fd: int, start: int, skip: int, view: memoryview) -> bool:
         ours, theirs = ctypes.c_char.from_buffer(view), ctypes.c_char.from_buffer(window)
         into = (ctypes.c_size_t * 2)(ctypes.addressof(ours), len(view))
         of = (ctypes.c_size_t * 2)(ctypes.addressof(theirs) + skip, len(view))
-        done = _libc.process_vm_readv(os.getpid(), ctypes.byref(into), 1, ctypes.byref(of), 1, 0)
+        count = _libc.process_vm_readv(os.getpid(), ctypes.byref(into), 1, ctypes.byref(of), 1, 0)
         del theirs  # a map that is pointed into cannot be closed
-    return bool(done == len(view)) and os.fstat(fd).st_size >= start + skip + len(view)  # a page is filled up with zeros
+    return bool(count == len(view)) and os.fstat(fd).st_size >= start + skip + len(view)  # a page is filled up with zeros
 
 
 def is_sparse(file: int | str) -> bool:
@@ -259,32 +259,32 @@ def copy_range(source: int, target: int, src: int, dst: int, nbytes: int, buffer
     while nbytes:
         if hasattr(os, "copy_file_range"):
             try:
-                done = os.copy_file_range(source, target, nbytes, src, dst)
+                count = os.copy_file_range(source, target, nbytes, src, dst)
             except OSError as error:
                 if error.errno not in _NO_KERNEL_COPY:
                     raise
-                done = -1
+                count = -1
         else:
-            done = -1
-        if done <= 0:  # nothing may mean the end, or a file system that has no such thing
+            count = -1
+        if count <= 0:  # nothing may mean the end, or a file system that has no such thing
             view = buffer()[: min(nbytes, CHUNK)]
-            done = os.preadv(source, [view], src) if hasattr(os, "preadv") else _seek_read(source, src, view)
-            write(target, view[:done], dst)
-        if done == 0:
+            count = os.preadv(source, [view], src) if hasattr(os, "preadv") else _seek_read(source, src, view)
+            write(target, view[:count], dst)
+        if count == 0:
             raise SourceChanged(f"{path}: ends at byte {src}, {nbytes} more were planned: it changed; plan again")
-        src, dst, nbytes = src + done, dst + done, nbytes - done
+        src, dst, nbytes = src + count, dst + count, nbytes - count
 
 
 def write(fd: int, view: memoryview, offset: int) -> None:
     """Writes all of ``view`` at ``offset``."""
     while view:
         if hasattr(os, "pwrite"):
-            done = os.pwrite(fd, view, offset)
+            count = os.pwrite(fd, view, offset)
         else:
             with _seek_lock:
                 os.lseek(fd, offset, os.SEEK_SET)
-                done = os.write(fd, view)
-        view, offset = view[done:], offset + done
+                count = os.write(fd, view)
+        view, offset = view[count:], offset + count
 
 
 def filled(view: memoryview, block: int = 1 << 16) -> Iterator[tuple[int, int]]:

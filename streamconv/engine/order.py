@@ -20,7 +20,9 @@ Position = tuple[int, int]
 
 def tasks_in_order(plan: Plan, files: Iterable[int]) -> Iterator[Task]:
     """All tasks of these files in the order of their source positions; segments are expanded only when reached."""
-    segments = [(_start(segment), number, k) for number in files for k, segment in enumerate(plan.files[number].segments)]
+    segments: list[tuple[Position, int, int]] = []
+    for number in files:
+        segments += [(_start(segment), number, k) for k, segment in enumerate(plan.files[number].segments)]
     segments.sort(reverse=True)
     active: list[tuple[Position, int, int, Task, Iterator[tuple[Position, Task]]]] = []
     while segments or active:

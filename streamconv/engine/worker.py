@@ -112,20 +112,20 @@ class Worker:
 
     def _hand_over(self, path: str, offset: int, nbytes: int, dst: int, writer: Writer) -> None:
         """Reads a range by chunks, which all but the first begin at a block of the target."""
-        buffer, done = self.reader.buffer(), 0
-        while done < nbytes:
+        buffer, position = self.reader.buffer(), 0
+        while position < nbytes:
             self.raise_if_stopped()
-            size = min(CHUNK - (dst + done) % BLOCK, nbytes - done)
-            at = self.reader.load(path, offset + done, size, buffer)
-            writer.write(buffer[at : at + size], dst + done)
-            done += size
+            size = min(CHUNK - (dst + position) % BLOCK, nbytes - position)
+            at = self.reader.load(path, offset + position, size, buffer)
+            writer.write(buffer[at : at + size], dst + position)
+            position += size
 
     def compute(self, segment: Compute, tile: Move, writer: Writer) -> int:
         """Has the writer take a tile; how many bytes."""
         itemsize = self._plan.nodes[segment.node].spec.dtype.itemsize
-        packed = self.evaluate(segment, tile)
+        items = self.evaluate(segment, tile)
         for at, offset, nbytes in tile_pieces(tile, itemsize):
-            writer.write(packed[at : at + nbytes], segment.dst + offset)
+            writer.write(items[at : at + nbytes], segment.dst + offset)
         return tile.numel * itemsize
 
 
@@ -161,9 +161,9 @@ class Workers:
     def run(self, work: Callable[[Iterator[Item]], None], items: Iterable[Item], most: int | None = None) -> None:
         """Has the threads do their ``work``, ``most`` of them; see `run_threads`."""
 
-        def work_and_close(shared: Iterator[Item]) -> None:
+        def work_and_close(queue: Iterator[Item]) -> None:
             try:
-                work(shared)
+                work(queue)
             finally:
                 self.close()
 

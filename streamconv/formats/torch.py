@@ -315,7 +315,7 @@ def read(
 
 
 def _left_out_note(left_out: list[str], files: Iterable[_Read]) -> str:
-    kinds = sorted({kind for one in files for kind in one.kinds})
+    kinds = sorted(set(itertools.chain.from_iterable(one.kinds for one in files)))
     count = sum(one.tensors for one in files)
     contents = [f"{count} tensors"] if count else []
     if kinds:
@@ -356,13 +356,13 @@ def lay_out(
     """
     groups = _group(specs, tied or {})
     everything = dict(specs)
-    for stored, group in groups.items():
-        everything |= {name: specs[stored] for name in group if name not in specs}
+    for owner, group in groups.items():
+        everything |= {name: specs[owner] for name in group if name not in specs}
     if file:
         shards = {file: list(everything)}
     else:
         names_of = {names[0]: names for names in groups.values()}
-        nbytes_of = {names[0]: specs[stored].nbytes for stored, names in groups.items()}
+        nbytes_of = {names[0]: specs[owner].nbytes for owner, names in groups.items()}
         shards = split_into_shards(nbytes_of, max_shard_size, variant_stem(stem, variant), KIND.suffixes[0])
         for shard in shards.values():
             for first in list(shard):
@@ -373,17 +373,17 @@ def lay_out(
         layouts.append(_lay_out_file(path, table, tied or {}, root))
     if len(shards) == 1:
         return layouts
-    return [*layouts, index_layout(index_name(stem, KIND.suffixes[0], variant), shards, (specs[stored] for stored in groups))]
+    return [*layouts, index_layout(index_name(stem, KIND.suffixes[0], variant), shards, (specs[owner] for owner in groups))]
 
 
 def _group(specs: Mapping[str, TensorSpec], tied: Mapping[str, str]) -> dict[str, list[str]]:
     """Each tensor that has a storage, and all names of it in tensor order."""
     groups: dict[str, list[str]] = {}
     for name in (*specs, *(name for name in tied if name not in specs)):
-        kept = tied.get(name, name)
-        if kept not in specs or kept in tied or specs.get(name, specs[kept]) != specs[kept]:
-            raise UsageError(f"tensor {short.repr(name)} cannot be tied to {short.repr(kept)}: give one of the same dtype and shape")
-        groups.setdefault(kept, []).append(name)
+        owner = tied.get(name, name)
+        if owner not in specs or owner in tied or specs.get(name, specs[owner]) != specs[owner]:
+            raise UsageError(f"tensor {short.repr(name)} cannot be tied to {short.repr(owner)}: give one of the same dtype and shape")
+        groups.setdefault(owner, []).append(name)
     return groups
 
 
@@ -394,21 +394,21 @@ def _lay_out_file(path: str, specs: Mapping[str, TensorSpec], tied: Mapping[str,
         skeleton = Path(folder, "out", name if name.isascii() else "archive")  # the file's stem is the zip's folder, if torch can say it
         skeleton.parent.mkdir()
         try:
-            kept = _save_without_data(skeleton, folder / "data", specs, tied, root)
+            storages = _save_without_data(skeleton, folder / "data", specs, tied, root)
             with LocalFile(skeleton) as file:
                 archive = read_archive(LocalFolder(skeleton.parent).file(skeleton.name), file)
                 size = file.size
-                stored = {name: _place(archive, f"data/{number}") for number, name in enumerate(kept)}
+                ranges = {name: _place(archive, f"data/{number}") for number, name in enumerate(storages)}
                 checksums = _checksums(archive)
-                filled = sorted([*stored.values(), *places_of(checksums)])
-                gaps = zip([0, *map(sum, filled)], [*(start for start, _ in filled), size], strict=True)
+                filling = sorted([*ranges.values(), *places_of(checksums)])
+                gaps = zip([0, *map(sum, filling)], [*(start for start, _ in filling), size], strict=True)
                 literals = tuple((start, file.pread(end - start, start)) for start, end in gaps if start < end)
         except (OSError, RuntimeError) as error:
             raise UsageError(
                 f"{path}: its {sum(spec.nbytes for spec in specs.values())} bytes cannot be laid out as a sparse file in {folder}: "
                 f"{short.repr(str(error))}; set TMPDIR to a directory where such files can be"
             ) from error
-    slots = {name: stored[tied.get(name, name)][0] for name in specs}
+    slots = {name: ranges[tied.get(name, name)][0] for name in specs}
     return FileLayout(path, size, literals, slots, checksums)
 
 

@@ -12,6 +12,7 @@ from streamconv.graph.node import AnyNode, Node, is_made_whole, shared_values, t
 from streamconv.graph.tiles import Tile, choose_tile
 from streamconv.planning.plan import Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile
 from streamconv.planning.proof import MOST_WORKERS
+from streamconv.planning.segments import computations
 from streamconv.storage import is_url
 from streamconv.storage.objects import stream_bytes, takes_streams
 from streamconv.storage.ranges import MEMORY
@@ -61,8 +62,10 @@ def base_of(plan: Plan) -> int:
 
 def _bytes_held(files: Iterable[FilePlan], nodes: Sequence[AnyNode]) -> int:
     """What a run holds of the segments of these files, and of the values that they share."""
-    shared = sum(node.spec.nbytes + HELD_SHARED for node in shared_values(nodes))
-    return shared + sum(HELD_COPY if isinstance(segment, Copy) else HELD_COMPUTE for file in files for segment in file.segments)
+    nbytes = sum(node.spec.nbytes + HELD_SHARED for node in shared_values(nodes))
+    for file in files:
+        nbytes += sum(HELD_COPY if isinstance(segment, Copy) else HELD_COMPUTE for segment in file.segments)
+    return nbytes
 
 
 def _bytes_each(arena: int, files: Iterable[SourceFile], stream: int) -> int:
@@ -108,46 +111,49 @@ class Fitting:
             from streamconv.graph.evaluate import prepare
 
             prepare(self._nodes)
-        computed = [s for file in files for s in file.segments if isinstance(s, Compute)]
+        computes = list(computations(files))
         base = budget.measure() + _bytes_held(files, self._nodes)
-        scattered = frozenset(self.in_order | {s.node for s in computed if not s.tile and self.tile(s, TILE).pieces > SCATTERED})
+        scattered = frozenset(self.in_order | {s.node for s in computes if not s.tile and self.tile(s, TILE).pieces > SCATTERED})
         tile = SCATTERED_TILE if scattered else TILE
-        largest = max((self._nbytes(s) for s in computed if s.node in self.in_order), default=0)
+        largest = max((self._nbytes(s) for s in computes if s.node in self.in_order), default=0)
         while tile < min(largest, budget.limit):  # read once, if it can be: each tile that is front to back reads all over the source
             tile *= 2
-        wished, first = min((4 if self._is_remote() else 2) if self._nodes else 1, budget.workers), True
+        wish = 1
+        if self._nodes:
+            wish = 4 if self._is_remote() else 2
+        wish, first = min(wish, budget.workers), True
         while True:
-            arena, what = self._find_arena(computed, checks, tile, scattered)
+            arena, what = self._find_arena(computes, checks, tile, scattered)
             each = _bytes_each(arena, self._sources, self._stream)
             workers = min(budget.workers, (budget.limit - base - RESERVE) // each)
-            if workers >= wished:
+            if workers >= wish:
                 return Fit(arena, workers, tile, base + RESERVE + workers * each, scattered)
             if tile <= SMALLEST_TILE or not self._nodes:
-                needed = -(-(base + RESERVE + each + MARGIN) // 10**6) * 10**6
+                limit = -(-(base + RESERVE + each + MARGIN) // 10**6) * 10**6
                 raise BudgetError(
                     f"--max-memory {format_size(budget.limit)} is too small: the process itself takes {format_size(base)}, and {what} "
-                    f"needs {format_size(needed - base)} beside it; use --max-memory {needed // 10**6}MB",
-                    needed,
+                    f"needs {format_size(limit - base)} beside it; use --max-memory {limit // 10**6}MB",
+                    limit,
                 )
             if first:
-                arena, _ = self._find_arena(computed, checks, SMALL_TILE, scattered)
+                arena, _ = self._find_arena(computes, checks, SMALL_TILE, scattered)
                 most = (budget.limit - base - RESERVE) // _bytes_each(arena, self._sources, self._stream)
-                wished, first = max(1, min(wished, most)), False
-            if workers < wished:
+                wish, first = max(1, min(wish, most)), False
+            if workers < wish:
                 tile = _next_smaller(tile)
 
-    def _find_arena(self, computed: Sequence[Compute], checks: Sequence[Check], tile: int, scattered: Collection[int]) -> tuple[int, str]:
+    def _find_arena(self, computes: Sequence[Compute], checks: Sequence[Check], tile: int, scattered: Collection[int]) -> tuple[int, str]:
         """Bytes of arena that tiles of this size take, and what for."""
         if not self._nodes:
             return 0, "copying"
         from streamconv.graph.evaluate import COMPARE, arena_bytes
 
-        fixed = ((s.node, self._nbytes(s)) for s in computed if s.tile and s.tile == s.move.sizes)
+        fixed = ((s.node, self._nbytes(s)) for s in computes if s.tile and s.tile == s.move.sizes)
         sizes = ((k, min(tile if k in scattered else TILE, tile, node.spec.nbytes)) for k, node in enumerate(self._nodes))
         arena, worst = max((arena_bytes(self._nodes[k], nbytes), k) for k, nbytes in (*sizes, *fixed))
-        checked = {node for check in checks for node in (check.left, check.right)}
-        if checked:
-            arena = max(arena, 2 * COMPARE + max(arena_bytes(self._nodes[k], max(tile, COMPARE)) for k in checked))
+        numbers = {check.left for check in checks} | {check.right for check in checks}
+        if numbers:
+            arena = max(arena, 2 * COMPARE + max(arena_bytes(self._nodes[k], max(tile, COMPARE)) for k in numbers))
         return arena, f"{self._nodes[worst].spec} by {describe(self._nodes[worst])}"
 
     def _nbytes(self, segment: Compute) -> int:
