@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta
 
 from streamconv.dtypes import dtype_name
 from streamconv.errors import RecipeError, UsageError
-from streamconv.notation.axes import Layout
+from streamconv.notation.axes import Layout, Tensor
 from streamconv.notation.axes import parse as parse_layout
 from streamconv.notation.names import Capture, Pattern
 from streamconv.notation.names import parse as parse_names
@@ -86,8 +86,8 @@ class Rule:
     def __post_init__(self) -> None:
         if self.cast is not None:  # a dtype of torch or numpy will do
             object.__setattr__(self, "cast", dtype_name(self.cast))
-        if not self.undo and (back := undo(self.op)):
-            object.__setattr__(self, "undo", back)
+        if not self.undo:
+            object.__setattr__(self, "undo", undo(self.op))
 
     def flip(self) -> Rule:
         layout = str(parse_layout(self.layout).flip()) if self.layout else None
@@ -204,16 +204,18 @@ class Option:
                 return int(value)
         elif not self.choices or value in self.choices:
             return value
-        expected = f"one of {', '.join(self.choices)}" if self.choices else {"bool": "true or false", "int": "a whole number"}[kind]
-        raise UsageError(f"--set {name}={value[:100]}: expected {expected} ({self.help})")
+        kinds = {"bool": "true or false", "int": "a whole number"}
+        values = f"one of {', '.join(self.choices)}" if self.choices else kinds[kind]
+        raise UsageError(f"--set {name}={value[:100]}: expected {values} ({self.help})")
 
 
 def from_config(**keys: str) -> dict[str, Option]:
     """Whole numbers that config.json gives, here or in the target's folder, unless ``--set`` does: option -> key, with dots, or several."""
     options = {}
-    for name, names in keys.items():
-        places = [f"{root}{key}" for root in ("config.", "sidecar.") for key in names.split()]
-        options[name] = Option(f"{' or '.join(names.split())} of config.json", default=f"{{{' or '.join(places)}}}", kind="int")
+    for name, text in keys.items():
+        names = text.split()
+        places = [f"config.{key}" for key in names] + [f"sidecar.{key}" for key in names]
+        options[name] = Option(f"{' or '.join(names)} of config.json", default=f"{{{' or '.join(places)}}}", kind="int")
     return options
 
 
@@ -250,9 +252,10 @@ class Side:
     expects: Texts = ()
 
     def __post_init__(self) -> None:
-        named = [(key, getattr(self, key)) for key in ("stem", "index", "config")]
-        named += [(key, text) for key in ("ranks", "files", "expects") for text in getattr(self, key)]
-        for key, text in named:
+        names = [(key, getattr(self, key)) for key in ("stem", "index", "config")]
+        for key in ("ranks", "files", "expects"):
+            names += [(key, text) for text in getattr(self, key)]
+        for key, text in names:
             fault = None if text is None else find_fault(text)
             if fault:
                 error = RecipeError(f"{key} {text!r} {fault}: give the name of a file in the checkpoint's folder")
@@ -293,52 +296,102 @@ def capture_of(pattern: Pattern, name: str) -> Capture:
 def _bind(rule: Rule) -> Binding:
     left, right = parse_names(rule.left), parse_names(rule.right)
     layout = parse_layout(rule.layout) if rule.layout else None
-    lists = [[c for c in side.captures if c.kind == "list"] for side in (left, right)]
     several = layout is not None and (len(layout.left), len(layout.right)) != (1, 1)
-    paired = _pair_lists(rule, lists, several=several)
-    names = [{c.name for c in side.captures if c.kind != "list"} for side in (left, right)]
-    plain = [c for c in left.captures if c.kind != "list" and c.name in names[1]]
-    for side, other in ((left, names[1]), (right, names[0])):
-        if rest := next((c.name for c in side.captures if c.kind == "rest" and c.name not in other), None):
-            raise RecipeError(f"{{{rest}*}} must stand on both sides")
-    single = [tuple(c.name for c in lists[k] if c.name not in {pair[k] for pair in paired}) for k in (0, 1)]
-    counts: list[tuple[str, ...]] = []
-    alike: list[tuple[str, ...]] = []
-    repeats: dict[str, str] = {}
-    for k, side in enumerate((left, right)):
-        numbers = [c for c in side.captures if c.kind == "int"]
-        if both := next((c for c in numbers if c.operator in ("=", "//") and c.name in names[1 - k]), None):
-            raise RecipeError(f"{{{both.name}{both.operator}{both.operand}}} must stand on one side only")
-        own = [c for c in numbers if c.name not in names[1 - k]]
-        alike.append(tuple(c.name for c in own if (c.operator, c.operand) == ("=", "*")))
-        counts.append(tuple(c.name for c in own if c.operator != "="))
-        repeats |= {c.name: c.operand for c in own if c.operator == "//"}
-    for k, side in enumerate((left, right)):
-        count = math.prod(len(c.alternatives) for c in side.captures if c.name in single[k])
-        width = len((layout.left, layout.right)[k]) if layout else 1
-        if count != width and not (layout is None and (rule.op, rule.undo)[k]):
-            raise RecipeError(f"{side.text!r} names {count} tensors for each match, the layout {rule.layout!r} has {width} on that side")
-        for tensor in (layout.left, layout.right)[k] if layout else ():
-            if tensor.factors[: len(counts[k])] != counts[k]:
-                raise RecipeError(
-                    f"{side.text!r} enumerates {', '.join(counts[k])}: the layout's tensors there must begin with {' '.join(counts[k])}"
-                )
-    if counts != [(), ()] and not layout:
-        raise RecipeError(f"{', '.join((*counts[0], *counts[1]))} stand on one side only: that takes a layout")
-    each = (*((c.name, c.name) for c in plain), *paired)
-    return Binding(left, right, layout, each, single[0], single[1], counts[0], counts[1], alike[0], alike[1], repeats)
+    pairs = _pair_lists(rule, _lists(left), _lists(right), several=several)
+    left_names, right_names = _names_of_values(left), _names_of_values(right)
+    _check_rest(left, right_names)
+    _check_rest(right, left_names)
+    mine = _enumerate(left, right_names, {name for name, _ in pairs})
+    theirs = _enumerate(right, left_names, {name for _, name in pairs})
+    _check_width(rule, left, mine, layout.left if layout else None, rule.op)
+    _check_width(rule, right, theirs, layout.right if layout else None, rule.undo)
+    counts = mine.counts + theirs.counts
+    if counts and not layout:
+        raise RecipeError(f"{', '.join(counts)} stand on one side only: that takes a layout")
+    plain = [(c.name, c.name) for c in left.captures if c.kind != "list" and c.name in right_names]
+    return Binding(
+        left,
+        right,
+        layout,
+        each=(*plain, *pairs),
+        left_lists=mine.lists,
+        right_lists=theirs.lists,
+        left_counts=mine.counts,
+        right_counts=theirs.counts,
+        left_alike=mine.alike,
+        right_alike=theirs.alike,
+        repeats=mine.repeats | theirs.repeats,
+    )
 
 
-def _pair_lists(rule: Rule, lists: list[list[Capture]], *, several: bool) -> list[tuple[str, str]]:
+class _Enumeration(NamedTuple):
+    """The captures that stand on one side of a rule only, and enumerate tensors there; see `Binding`."""
+
+    lists: tuple[str, ...]
+    counts: tuple[str, ...]
+    alike: tuple[str, ...]
+    repeats: dict[str, str]
+
+
+def _lists(side: Pattern) -> list[Capture]:
+    return [capture for capture in side.captures if capture.kind == "list"]
+
+
+def _names_of_values(side: Pattern) -> set[str]:
+    """The names of the captures that are no lists."""
+    return {capture.name for capture in side.captures if capture.kind != "list"}
+
+
+def _check_rest(side: Pattern, other_names: set[str]) -> None:
+    """Raises RecipeError where ``{name*}`` stands on this side only."""
+    for capture in side.captures:
+        if capture.kind == "rest" and capture.name not in other_names:
+            raise RecipeError(f"{{{capture.name}*}} must stand on both sides")
+
+
+def _enumerate(side: Pattern, other_names: set[str], pairs: set[str]) -> _Enumeration:
+    """What one side of a rule enumerates, the other has ``other_names``; the lists ``pairs`` do not, they stand on both sides."""
+    own = []
+    for capture in side.captures:
+        if capture.kind != "int":
+            continue
+        if capture.name not in other_names:
+            own.append(capture)
+        elif capture.operator in ("=", "//"):
+            raise RecipeError(f"{{{capture.name}{capture.operator}{capture.operand}}} must stand on one side only")
+    return _Enumeration(
+        lists=tuple(capture.name for capture in _lists(side) if capture.name not in pairs),
+        counts=tuple(capture.name for capture in own if capture.operator != "="),
+        alike=tuple(capture.name for capture in own if (capture.operator, capture.operand) == ("=", "*")),
+        repeats={capture.name: capture.operand for capture in own if capture.operator == "//"},
+    )
+
+
+def _check_width(rule: Rule, side: Pattern, enumeration: _Enumeration, tensors: Sequence[Tensor] | None, step: Step) -> None:
+    """Raises RecipeError where the layout's ``tensors`` of a side (None: no layout) are not those that its names enumerate."""
+    count = math.prod(len(capture.alternatives) for capture in side.captures if capture.name in enumeration.lists)
+    width = 1 if tensors is None else len(tensors)
+    takes_any_number = tensors is None and step
+    if count != width and not takes_any_number:
+        raise RecipeError(f"{side.text!r} names {count} tensors for each match, the layout {rule.layout!r} has {width} on that side")
+    counts = enumeration.counts
+    for tensor in tensors or ():
+        if tensor.factors[: len(counts)] != counts:
+            raise RecipeError(
+                f"{side.text!r} enumerates {', '.join(counts)}: the layout's tensors there must begin with {' '.join(counts)}"
+            )
+
+
+def _pair_lists(rule: Rule, left: list[Capture], right: list[Capture], *, several: bool) -> list[tuple[str, str]]:
     """The lists that stand on both sides: in order where each tensor becomes one, else those with the same alternatives."""
     if not several and not (rule.op or rule.undo):
-        if [len(c.alternatives) for c in lists[0]] != [len(c.alternatives) for c in lists[1]]:
+        if [len(c.alternatives) for c in left] != [len(c.alternatives) for c in right]:
             raise RecipeError(f"lists differ in number or length from {rule.right!r}; a layout with commas would enumerate them")
-        return [(a.name, b.name) for a, b in zip(*lists, strict=True)]
-    paired, free = [], list(lists[1])
-    for mine in lists[0]:
-        same = next((c for c in free if c.alternatives == mine.alternatives), None)
+        return [(mine.name, theirs.name) for mine, theirs in zip(left, right, strict=True)]
+    pairs, free = [], list(right)
+    for mine in left:
+        same = next((theirs for theirs in free if theirs.alternatives == mine.alternatives), None)
         if same is not None:
             free.remove(same)
-            paired.append((mine.name, same.name))
-    return paired
+            pairs.append((mine.name, same.name))
+    return pairs

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -29,7 +28,7 @@ from streamconv.text import did_you_mean
 
 __all__ = [
     "PLAIN", "Conversion", "Dim", "Drop", "Fact", "Make", "Model", "Option", "Recast", "Recipe", "Rule", "Side", "Tie", "Writer",
-    "from_config", "identity", "read_identity_options", "sparse",
+    "chain", "from_config", "identity", "read_identity_options", "sparse",
 ]  # fmt: skip
 
 
@@ -119,7 +118,7 @@ class Recipe:
 
     def inverse(self, name: str, summary: str = "") -> Recipe:
         """The recipe in the other direction. `lost` says what it cannot bring back."""
-        whole = reduce(lambda following, stage: replace(stage, then=following), [stage.flip() for stage in self.stages])
+        whole = chain(*(stage.flip() for stage in reversed(self.stages)))
         return replace(whole, name=name, summary=summary or f"the way back of {self.name}", reference=self.reference)
 
     def flip(self) -> Recipe:
@@ -131,34 +130,31 @@ class Recipe:
     def lost(self) -> list[str]:
         """What this direction does not bring back, a line for each rule that says so."""
         facts = [fact for stage in self.stages for fact in stage.rules]
-        drops = [f"{fact.right}: not made again ({fact.reason})" for fact in facts if isinstance(fact, Make) and not fact.op]
-        casts = [
-            f"{fact.left}: keeps its dtype, the other direction casts to {fact.cast}"
-            for fact in facts
-            if isinstance(fact, Rule) and fact.cast and fact.flipped
+        rules = [fact for fact in facts if isinstance(fact, Rule) and fact.flipped]
+        arithmetic = [rule for rule in rules if rule.undo.get("op") in steps.ARITHMETIC]
+        return [
+            *(f"{fact.right}: not made again ({fact.reason})" for fact in facts if isinstance(fact, Make) and not fact.op),
+            *(f"{rule.left}: keeps its dtype, the other direction casts to {rule.cast}" for rule in rules if rule.cast),
+            *(f"{rule.left}: the {rule.undo['op']} of the other direction is not undone" for rule in rules if rule.undo and not rule.op),
+            *(
+                f"{rule.left}: {rule.undo['op']} of the other direction is undone up to rounding"
+                for rule in arithmetic
+                if not steps.is_exact(rule.undo)
+            ),
+            *(
+                f"{rule.right}: all are as the first was, which the other direction takes for all"
+                for rule in rules
+                if rule.binding.right_alike
+            ),
         ]
-        steps_ = [
-            f"{fact.left}: the {fact.undo['op']} of the other direction is not undone"
-            for fact in facts
-            if isinstance(fact, Rule) and fact.flipped and fact.undo and not fact.op
-        ]
-        steps_ += [
-            f"{fact.left}: {fact.undo['op']} of the other direction is undone up to rounding"
-            for fact in facts
-            if isinstance(fact, Rule) and fact.flipped and fact.undo.get("op") in steps.ARITHMETIC and not steps.is_exact(fact.undo)
-        ]
-        copies = [
-            f"{fact.right}: all are as the first was, which the other direction takes for all"
-            for fact in facts
-            if isinstance(fact, Rule) and fact.flipped and fact.binding.right_alike
-        ]
-        return drops + casts + steps_ + copies
 
-    def _named(self, options: Mapping[str, object]) -> dict[str, object]:
-        """What is given under the options' own names. Raises UsageError where one is given under two."""
-        own = {other: name for name, option in self.settings.items() for other in option.also}
+    def _by_own_names(self, arguments: Mapping[str, object]) -> dict[str, object]:
+        """The values of ``--set`` by the options' own names. Raises UsageError where an option has two."""
+        own: dict[str, str] = {}
+        for name, option in self.settings.items():
+            own |= dict.fromkeys(option.also, name)
         values: dict[str, object] = {}
-        for key, value in options.items():
+        for key, value in arguments.items():
             name = own.get(key, key)
             if name in values:
                 raise UsageError(f"--set {key}: it is {name} by another name, which is given too: leave one out")
@@ -213,9 +209,9 @@ class Recipe:
             UsageError: options that do not exist.
         """
         names = canonical(entries, self.source.aliases)
-        nodes: Mapping[str, AnyNode] = {name: entries[stored] for name, stored in names.items()}
-        rows = {name: Row(name, (stored,), "", entries[stored].spec) for name, stored in names.items()}
-        arguments = self._named(options or {})
+        nodes: Mapping[str, AnyNode] = {name: entries[source] for name, source in names.items()}
+        rows = {name: Row(name, (source,), "", entries[source].spec) for name, source in names.items()}
+        arguments = self._by_own_names(options or {})
         scope = {**(config or {}), "config": config or {}, "sidecar": sidecar or {}, "given": list(arguments)}
         resizing = {key for key in vocabulary.OPTIONS if key not in self.settings} if "resize_vocab" in arguments else set()
         values = self.read_options({key: value for key, value in arguments.items() if key not in resizing}, scope_of(nodes, scope))
@@ -224,16 +220,13 @@ class Recipe:
             casts = recast if len(conversions) == len(self.stages) - 1 else keep_dtype
             conversions.append(replace(stage, name=self.name).make(nodes, rows, scope, values, casts))
             nodes, rows = conversions[-1].outputs, {row.target: row for row in conversions[-1].rows}
-        whole = Conversion(
-            conversions[-1].outputs,
-            conversions[-1].rows,
-            dropped=[name for stage in conversions for name in stage.dropped],
-            notes=[note for stage in conversions for note in stage.notes],
-            replicas=[replica for stage in conversions for replica in stage.replicas],
-            options=values,
-            reasons={name: rule for stage in conversions for name, rule in stage.reasons.items()},
-            tied=[name for stage in conversions for name in stage.tied],
-        )
+        whole = Conversion(conversions[-1].outputs, conversions[-1].rows, options=values)
+        for conversion in conversions:
+            whole.dropped.extend(conversion.dropped)
+            whole.notes.extend(conversion.notes)
+            whole.replicas.extend(conversion.replicas)
+            whole.reasons.update(conversion.reasons)
+            whole.tied.extend(conversion.tied)
         return resize_vocab(whole, _read(vocabulary.OPTIONS, {key: arguments[key] for key in resizing & set(arguments)}))
 
     def coverage(self, names: Mapping[str, int]) -> tuple[float, float]:
@@ -242,15 +235,19 @@ class Recipe:
         ``names`` says how many tensors each stands for. The second share is 0 where none was found, also because rules take any name;
         below 1 otherwise, the recipe cannot fit.
         """
+        rules = [fact for fact in self.rules if isinstance(fact, Rule | Drop)]
         ties = [fact for fact in self.rules if isinstance(fact, Tie) and fact.flipped]
-        facts = [*(fact for fact in self.rules if isinstance(fact, Rule | Drop)), *ties]
-        matcher = Matcher([parse_names(fact.right if isinstance(fact, Tie) else fact.left) for fact in facts])
-        matches_of = {stored: matcher.match(name) for name, stored in canonical(names, self.source.aliases).items()}
-        used = {number for matches in matches_of.values() for number, _ in matches}
-        is_needed = [isinstance(fact, Rule) and not (fact.optional or fact.when or re.fullmatch(r"\{\w+\*\}", fact.left)) for fact in facts]
-        required = [number for number, must in enumerate(is_needed) if must]
-        share = len(used.intersection(required)) / len(required) if required else 0.0
-        return sum(names[stored] for stored, matches in matches_of.items() if matches) / max(sum(names.values()), 1), share
+        matcher = Matcher([parse_names(fact.left) for fact in rules] + [parse_names(tie.right) for tie in ties])
+        covered = 0
+        numbers: set[int] = set()
+        for name, source in canonical(names, self.source.aliases).items():
+            matches = matcher.match(name)
+            numbers.update(number for number, _ in matches)
+            if matches:
+                covered += names[source]
+        required = {number for number, fact in enumerate(rules) if isinstance(fact, Rule) and _must_match(fact)}
+        share = len(numbers & required) / len(required) if required else 0.0
+        return covered / max(sum(names.values()), 1), share
 
     def make(
         self, nodes: Mapping[str, AnyNode], rows: Mapping[str, Row], scope: Mapping[str, Any], values: Mapping[str, Any], recast: Recast
@@ -296,19 +293,37 @@ class Recipe:
         return recipe
 
 
+def chain(first: Recipe, *others: Recipe) -> Recipe:
+    """Recipes one after the other as one: each takes what the one before it makes.
+
+    >>> first = streamconv.Recipe(rules=(streamconv.Rule("w", "v"),))
+    >>> second = streamconv.Recipe(rules=(streamconv.Rule("v", "u"),))
+    >>> [stage.rules[0].right for stage in streamconv.recipe.chain(first, second).stages]
+    ['v', 'u']
+    """
+    if not others:
+        return first
+    return replace(first, then=chain(*others))
+
+
 def _check_options(arguments: Mapping[str, object], options: Mapping[str, Option], problem: str) -> None:
-    if unknown := sorted(set(arguments) - set(options)):
-        names = sorted(options)
-        listed = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "") or "none"
-        raise UsageError(f"--set {unknown[0]}: {problem}: {listed}{did_you_mean(unknown[0], names)}")
+    """Raises UsageError, which says ``problem`` and what there is, where an argument is none of the options."""
+    unknown = sorted(set(arguments) - set(options))
+    if not unknown:
+        return
+    names = sorted(options)
+    examples = ", ".join(names[:MOST_NAMED]) or "none"
+    more = ", ..." if len(names) > MOST_NAMED else ""
+    raise UsageError(f"--set {unknown[0]}: {problem}: {examples}{more}{did_you_mean(unknown[0], names)}")
 
 
 def _check_sizes(dims: Mapping[str, Dim]) -> None:
     """Raises NotationError where a size is no expression."""
-    for size in dims.values():
-        for one in size.values() if isinstance(size, Mapping) else (size,):
-            if isinstance(one, str):
-                expressions.check(one.removeprefix("="))
+    for dim in dims.values():
+        sizes = dim.values() if isinstance(dim, Mapping) else (dim,)
+        for size in sizes:
+            if isinstance(size, str):
+                expressions.check(size.removeprefix("="))
 
 
 def _check_alias(alias: str, name: str) -> None:
@@ -344,6 +359,12 @@ def _check_fact(fact: Fact) -> None:
             parse_dtype(fact.cast)
 
 
+def _must_match(rule: Rule) -> bool:
+    """Whether a rule holds without condition, of names that it says."""
+    takes_any_name = re.fullmatch(r"\{\w+\*\}", rule.left)
+    return not (rule.optional or rule.when or takes_any_name)
+
+
 MOST_NAMED = 12  # names of options in a message
 IDENTITY_OPTIONS = {
     "root": Option("the key of the dict of tensors in a file that torch.save wrote, dotted if it lies deeper"),
@@ -360,4 +381,8 @@ def read_identity_options(arguments: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _read(options: Mapping[str, Option], arguments: Mapping[str, object]) -> dict[str, Any]:
-    return {name: option.read(name, arguments[name]) if name in arguments else option.default for name, option in options.items()}
+    """The options' values: those that arguments say, else their defaults."""
+    values: dict[str, Any] = {}
+    for name, option in options.items():
+        values[name] = option.read(name, arguments[name]) if name in arguments else option.default
+    return values

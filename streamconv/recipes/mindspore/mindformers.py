@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
-from streamconv.recipe import Drop, Fact, Make, Model, Option, Recipe, Rule, Side, Tie
+from streamconv.recipe import Drop, Fact, Make, Model, Option, Recipe, Rule, Side, Tie, chain
 
 RECIPES = ()
 REFERENCE = "mindformers r1.3.0 (f90b5b9), convert_weight.py and convert_reversed.py of {}"
@@ -111,8 +110,7 @@ def both_ways(forward: Recipe) -> tuple[Recipe, Recipe]:
     models = forward.summary.partition(":")[0]
     back = forward.inverse(forward.name.replace("hf2ms", "ms2hf"), f"{models}: MindSpore to Hugging Face")
     *before, last = back.stages
-    stages = (*before, replace(last, right=replace(last.right, writes=last.right.writes or hf_files)))
-    return forward, reduce(lambda following, stage: replace(stage, then=following), reversed(stages))
+    return forward, chain(*before, replace(last, right=replace(last.right, writes=last.right.writes or hf_files)))
 
 
 def hf_files(model: Model) -> dict[str, Any]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
-from streamconv.recipe import PLAIN, Dim, Fact, Make, Model, Option, Recipe, Rule, Side, Writer, sparse
+from streamconv.recipe import PLAIN, Dim, Fact, Make, Model, Option, Recipe, Rule, Side, Writer, chain, sparse
 
 REFERENCE = "THUDM/SwissArmyTransformer 63dc23a (0.4.12), "
 _RANK = "mp_rank_{r:02}_model_states.pt"
@@ -77,19 +76,24 @@ SAT = Side(format="sat", ranks=(_RANK,), root="module", config="model_config.jso
 
 _ADAPTED = "{p*}.{layer:query_key_value,key_value,dense,query}"
 _COUNTS = {"query_key_value": 3, "key_value": 2, "dense": 1, "query": 1}
+
+
+def _lora(layer: str, count: int) -> Rule:
+    """The weight of a layer that is ``count`` matrices in one, each with two low-rank matrices A and B."""
+    factors = [f"matrix_{matrix}.{k}" for matrix in "AB" for k in range(count)]
+    return Rule(
+        f"{{p*}}.{layer}.{{part:original.weight,{','.join(factors)}}}",
+        f"{{p*}}.{layer}.weight",
+        op={"op": "merge_lora", "merge": "merge_lora", "alpha": "lora_alpha"},
+        optional=True,
+    )
+
+
 _LORA = Recipe(
     name="sat-merge-lora",
     summary="weights with their low-rank matrices merged into them",
     rules=(
-        *(
-            Rule(
-                f"{{p*}}.{layer}.{{part:original.weight,{','.join(f'matrix_{m}.{k}' for m in 'AB' for k in range(count))}}}",
-                f"{{p*}}.{layer}.weight",
-                op={"op": "merge_lora", "merge": "merge_lora", "alpha": "lora_alpha"},
-                optional=True,
-            )
-            for layer, count in _COUNTS.items()
-        ),
+        *(_lora(layer, count) for layer, count in _COUNTS.items()),
         Rule(f"{_ADAPTED}.original.bias", f"{_ADAPTED}.bias", optional=True),
         Rule("{name*}", "{name*}", fallback=True, optional=True),
     ),
@@ -105,11 +109,6 @@ _LORA = Recipe(
     },
     left=SAT,
 )
-
-
-def chain(*stages: Recipe) -> Recipe:
-    """Recipes one after the other, as one."""
-    return reduce(lambda following, stage: replace(stage, then=following), reversed(stages))
 
 
 TEXT_KEYS = {
@@ -143,8 +142,11 @@ class Config:
         """model_config.json, as SAT's save_checkpoint writes it; of a folder that has one, that with the number of ranks."""
         if model.sidecar or not model.config:
             return sat_files(model, model.sidecar)
-        values = {key: value for key, place in self.keys.items() if (value := find(model.config, place)) is not None}
-        flat = {"model_class": self.model_class, "tokenizer_type": model.options["tokenizer_type"], **self.fixed, **values}
+        flat: dict[str, Any] = {"model_class": self.model_class, "tokenizer_type": model.options["tokenizer_type"], **self.fixed}
+        for key, place in self.keys.items():
+            value = find(model.config, place)
+            if value is not None:
+                flat[key] = value
         if "hidden_size" not in flat:
             return {}
         flat |= {key: [size, size] for key, size in flat.items() if key.endswith("image_size") and isinstance(size, int)}
@@ -175,7 +177,10 @@ _NEEDED = object()
 
 def find(config: Mapping[str, Any], place: str) -> Any:
     """The value at a key with dots, or None."""
-    return reduce(lambda table, name: table.get(name) if isinstance(table, Mapping) else None, place.split("."), config)  # type: ignore[arg-type, return-value]
+    value: Any = config
+    for name in place.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,11 +200,14 @@ def sat_files(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
     if not config:
         return {}
     ranks = {"model_parallel_size": model.options["model_parallel"]}
+    contents = {**config, **ranks}
     vision = config.get("eva_args")
-    return {"model_config.json": {**config, **ranks, **({"eva_args": {**vision, **ranks}} if isinstance(vision, Mapping) else {})}}
+    if isinstance(vision, Mapping):
+        contents["eva_args"] = {**vision, **ranks}
+    return {"model_config.json": contents}
 
 
-def repartitioned(model: Model) -> dict[str, Any]:
+def repartition_files(model: Model) -> dict[str, Any]:
     """model_config.json of the source, for another number of ranks."""
     return sat_files(model, model.config)
 
@@ -214,7 +222,7 @@ def inv_freq(name: str, size: str, base: int | str = 10000, like: str = "", when
     return Make(name, COMPUTED, when=when, op=op)
 
 
-def _merged(right: Side) -> list[Recipe]:
+def _merging_stages(right: Side) -> list[Recipe]:
     """The stages from ranks to a whole model."""
     return [_LORA, replace(_PARTITION.inverse("sat-merge"), options={}, right=right)]
 
@@ -247,7 +255,7 @@ def pair(
     )
     again = [replace(part, options=options or {}) if part.options else part for part in back.stages]
     return there, replace(
-        chain(*_merged(PLAIN), *again),
+        chain(*_merging_stages(PLAIN), *again),
         name=f"{name}-sat2hf",
         summary=f"{title}: a SwissArmyTransformer folder, of any number of ranks, to Hugging Face layout",
         reference=there.reference,
@@ -256,7 +264,7 @@ def pair(
 
 RECIPES = (
     replace(
-        chain(*_merged(SAT), replace(_PARTITION, right=replace(SAT, writes=repartitioned))),
+        chain(*_merging_stages(SAT), replace(_PARTITION, right=replace(SAT, writes=repartition_files))),
         name="sat-repartition",
         summary="SwissArmyTransformer folders: any number of model-parallel ranks to any other",
         reference=REFERENCE + "sat/mpu/layers.py",
