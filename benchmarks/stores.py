@@ -1,10 +1,14 @@
 """An object store by s3fs, as it is written and read here, beside obstore, in pairs: first one, then the other, each in a new process.
 
     python -m benchmarks.stores --rounds 5 --size 256MB
+    python -m benchmarks.stores --rounds 5 --size 1GB --before CHECKOUT
 
 The store is moto's, behind a proxy that waits before each answer and lets a connection's bytes pass at a rate. Printed are the ratios of
 seconds (above 1: obstore takes less), and what each process takes at most beside what its libraries take. It needs the tests' packages,
 and ``pip install obstore``, which nothing else does.
+
+With ``--before``, one file is read, written, and brought from a web server to S3 by the code of another checkout and by this one, in pairs,
+of `tools.slow_store`. What is timed is the making of the file, without the requests before and after it.
 """
 
 from __future__ import annotations
@@ -12,12 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +109,18 @@ def measure(what: str, side: str, count: int, nbytes: int) -> None:
     print(json.dumps({"seconds": took, "cpu": time.process_time() - cpu, "memory": memory.peak() - before}))
 
 
+def make_one_file(src: str, dst: str) -> None:
+    """Makes a file of a checkpoint and prints what it takes, as JSON; by whatever code this process finds."""
+    import streamconv
+    from streamconv.running.making import make_files
+
+    plan = streamconv.plan(src, dst, single_file=True)
+    cpu, started = time.process_time(), time.monotonic()
+    make_files(plan, range(len(plan.files)))
+    took = time.monotonic() - started
+    print(json.dumps({"seconds": took, "cpu": time.process_time() - cpu, "memory": memory.peak()}))
+
+
 # The pairs ---------------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +146,15 @@ def main() -> None:
     parser.add_argument("--size", type=parse_size, default=parse_size("256MiB"), help="bytes of a file")
     parser.add_argument("--files", type=int, nargs="+", default=[1, 4], help="how many at a time")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "SIDE"), help=argparse.SUPPRESS)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="compare with the code there instead of obstore")
+    parser.add_argument("--make", nargs=2, metavar=("SRC", "DST"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.make:
+        make_one_file(*args.make)
+        return
+    if args.before:
+        compare_code(args.before, args.size, args.rounds)
+        return
     size = args.size // PIECE * PIECE
     if args.measure:
         measure(*args.measure, args.files[0], size)
@@ -145,6 +172,50 @@ def main() -> None:
                 compare(what, count, size, args.rounds, store.env)
 
 
+def compare_code(before: Path, size: int, rounds: int) -> None:
+    """Runs pairs of two checkouts on one file and prints their ratios."""
+    sys.path.insert(0, str(ROOT))
+    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull}
+    with tempfile.TemporaryDirectory() as folder, _slow_store(size) as url:
+        env = os.environ | keys | {"AWS_ENDPOINT_URL": url}
+        here, there, made = f"{folder}/here", f"{url}/bucket/source/", f"{folder}/made"
+        make = [sys.executable, str(Path(__file__).resolve()), "--make"]
+        subprocess.run([*make, there, here], env=env | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+        rows = {"read": (there, made), "write": (here, "s3://bucket/written"), "web to S3": (there, "s3://bucket/brought")}
+        for what, (src, dst) in rows.items():
+            results: dict[Path, list[dict[str, float]]] = {before: [], ROOT: []}
+            for number in range(rounds):
+                for code in (before, ROOT) if number % 2 else (ROOT, before):
+                    target = f"{dst}-{number}-{code.name}"
+                    done = subprocess.run(
+                        [*make, src, target], env=env | {"PYTHONPATH": str(code)}, check=True, capture_output=True, text=True
+                    )
+                    shutil.rmtree(target, ignore_errors=True)
+                    results[code].append(json.loads(done.stdout))
+            ratios = [old["seconds"] / new["seconds"] for old, new in zip(results[before], results[ROOT], strict=True)]
+            print(f"{what} 1 x {format_size(size)}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            print_medians({"before": results[before], "now": results[ROOT]})
+
+
+@contextmanager
+def _slow_store(size: int) -> Iterator[str]:
+    """The URL of a `tools.slow_store` in a process of its own."""
+    command = [sys.executable, "-m", "tools.slow_store", "--size", str(size), "--latency", str(LATENCY), "--rate", str(int(RATE))]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.terminate()
+
+
+def print_medians(results: dict[str, list[dict[str, float]]]) -> None:
+    """A line for each side."""
+    for side, measured in results.items():
+        seconds, cpu, taken = (statistics.median(row[key] for row in measured) for key in ("seconds", "cpu", "memory"))
+        print(f"  {side:8} {seconds:6.1f} s, {cpu:5.1f} s of CPU, {format_size(int(taken))}", flush=True)
+
+
 def compare(what: str, count: int, size: int, rounds: int, env: dict[str, str]) -> None:
     """Runs pairs and prints their ratios."""
     results: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
@@ -155,9 +226,7 @@ def compare(what: str, count: int, size: int, rounds: int, env: dict[str, str]) 
             results[side].append(json.loads(done.stdout))
     ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(results["s3fs"], results["obstore"], strict=True)]
     print(f"{what} {count} x {format_size(size)}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    for side, measured in results.items():
-        seconds, cpu, taken = (statistics.median(row[key] for row in measured) for key in ("seconds", "cpu", "memory"))
-        print(f"  {side:8} {seconds:6.1f} s, {cpu:5.1f} s of CPU, {format_size(int(taken))}", flush=True)
+    print_medians(results)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -49,6 +50,7 @@ class Store(Server):
         self.files = {f"{SOURCE}/{name}": file.size for name, file in checkpoint.files.items()}
         self.contents: dict[str, bytes] = {}
         self.uploads: dict[str, dict[int, int]] = {}
+        self.numbers = count()
         super().__init__(_Handler, port=port)
 
     def read(self, name: str, start: int, stop: int) -> Iterator[bytes | memoryview]:
@@ -98,7 +100,7 @@ class _Handler(Handler):
         time.sleep(self.server.latency)
         upload = query.get("uploadId", [""])[0]
         if "uploads" in query:
-            upload = f"upload{len(self.server.uploads)}"
+            upload = f"upload{next(self.server.numbers)}"
             self.server.uploads[upload] = {}
             self._send_xml(f"<InitiateMultipartUploadResult><UploadId>{upload}</UploadId></InitiateMultipartUploadResult>")
         elif self.command == "POST":
