@@ -119,7 +119,8 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return self.numel // self.dtype.block * self.dtype.nbytes
+        dtype = self.dtype  # `numel` is written out: a plan asks each of its tensors several times
+        return math.prod(self.shape) // dtype.block * dtype.nbytes
 
     @property
     def is_whole(self) -> bool:

@@ -25,8 +25,11 @@ def read_index(path: Location, kind: Names) -> dict[str, str]:
         raise damaged(path, f"its weight_map names {short.repr(weight_map.key)} twice")
     if type(weight_map) is not dict or not weight_map:
         raise damaged(path, f"it must have a weight_map of tensor names to file names, found {short.repr(weight_map)}")
+    inside: set[str] = set()  # shards that were looked at: many tensors are in each
     for name, shard in weight_map.items():
-        if type(shard) is not str or not _is_inside(shard, kind):
+        if type(shard) is str and (shard in inside or _is_inside(shard, kind)):
+            inside.add(shard)
+        else:
             raise damaged(path, f"expected a *{', *'.join(kind.suffixes)} file below this directory, found {short.repr(shard)}", name)
     return weight_map
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import CoverageError, UsageError
+from streamconv.extras import require
 from streamconv.graph.node import AnyNode
 from streamconv.library.bridge import conclude
 from streamconv.library.heads import Heads, find_heads, head_size
@@ -103,9 +104,10 @@ class TensorParallel(Recipe):
             UsageError: no plan, or one that cannot be read.
             CoverageError: tensors that cannot be divided as the plan says, or ranks that do not fit together.
         """
+        title = f"recipe {self.name}"
+        require("torch", title)  # even one that has its own plan: its code rearranges tensors of torch
         from streamconv.library.lazy import LazyTensor
 
-        title = f"recipe {self.name}"
         config = scope["config"] or scope["sidecar"]
         if not self.merge:
             plan = Plan(self._read_plan(values), config, list(nodes), values, title, even=self.even)

@@ -118,8 +118,9 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [self._title, *(f"  {name:<8} {text}" for name, text in self._facts())]
-        kinds = ((len(members), row) for row, members in self.fold_mapping())
-        changes = [(count, row) for count, row in kinds if row.layout or (row.target,) != row.sources]
+        changes: list[tuple[int, Mapping]] = []
+        if any(map(_changes, self.mapping)):  # else no kind of row does
+            changes = [(len(members), row) for row, members in self.fold_mapping() if _changes(row)]
         same = len(self.mapping) - sum(count for count, _ in changes)
         lines += [f"  {same} keep their names"] if same and changes else []
         for count, row in changes[:SHOWN]:
@@ -310,6 +311,11 @@ _AS_THEY_ARE = (
     "root", "single", "format", "workers", "arena", "read_backend", "peak_memory", "sources", "checks", "dropped", "notes", "totals",
     "account", "names", "sidecars",
 )  # fmt: skip
+
+
+def _changes(row: Mapping) -> bool:
+    """Whether a tensor gets another name or layout."""
+    return bool(row.layout) or (row.target,) != row.sources
 
 
 def _without_tile(segment: Segment) -> Segment:

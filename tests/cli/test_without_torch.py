@@ -58,3 +58,16 @@ def test_what_needs_torch_says_so_ahead(process, source, tmp_path):
         assert done.error.endswith(f"{TORCH}\n")
         assert done.error.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "options"),
+    [("transformers", ("--recipe", "transformers-hub2native")), ("torch", ("--recipe", "tp-split", "--set", "model_parallel=2"))],
+)
+def test_recipes_that_take_a_library_say_how_to_get_it(process, tmp_path, extra, options):
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    source = write(tmp_path / "source", {"a.weight": random_tensor(4, 6)}, config=config)
+    done = process("convert", source, tmp_path / "out", *options, without="torch")
+    assert (done.code, done.error.count("\n")) == (2, 1), done.error
+    assert f"pip install 'streamconv[{extra}]'" in done.error
+    assert not (tmp_path / "out").exists()

@@ -340,3 +340,26 @@ def test_a_plan_of_many_tensors_is_checked_by_sorted_ranges(folder):
     made = Plan.from_json((folder / "plan.json").read_text())
     with pytest.raises(StreamconvError, match="byte"):
         Plan.from_json(made.to_json().replace(f'"size":{made.files[0].size},', f'"size":{10**15},'))
+
+
+def test_the_collector_waits_while_a_plan_is_made_and_goes_on(tmp_path, monkeypatch):
+    import gc
+
+    from streamconv.conversion import pipeline
+
+    source = write(tmp_path / "source", {"a": torch.ones(4)})
+    seen = []
+    compile_plan = pipeline.compile_plan
+    monkeypatch.setattr(pipeline, "compile_plan", lambda *given, **more: seen.append(gc.isenabled()) or compile_plan(*given, **more))
+    streamconv.plan(source, tmp_path / "out", max_memory="4GB")
+    assert (seen, gc.isenabled()) == ([False], True)
+    with pytest.raises(StreamconvError):
+        streamconv.plan(tmp_path / "none", tmp_path / "out", max_memory="4GB")
+    assert gc.isenabled()
+
+
+def test_names_that_stay_are_not_folded(tmp_path, monkeypatch):
+    source = write(tmp_path / "source", {"layers.0.w": torch.ones(4), "layers.1.w": torch.ones(4)})
+    plan = streamconv.plan(source, tmp_path / "out", max_memory="4GB")
+    monkeypatch.setattr(Plan, "fold_mapping", lambda _: pytest.fail("nothing is to be shown of it"))
+    assert str(plan).splitlines()[-1].startswith("  account")
