@@ -79,7 +79,7 @@ def test_a_plan_for_another_process_makes_the_same_files(tmp_path, options):
         refit(plan, Budget(0, 8))
     small = refit(plan, Budget(refused.value.needed, 1))
     assert small.peak_memory <= refused.value.needed
-    assert small.arena < plan.arena or not plan.nodes
+    assert small.peak_memory < plan.peak_memory or not plan.nodes
     assert refit(small, Budget(4 << 30, plan.workers, lambda: base_of(plan))) == plan
     assert 20 << 20 < base_of(plan) < plan.peak_memory
     for number in range(len(plan.files)):
