@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from streamconv.dtypes import TensorSpec, parse_dtype
@@ -20,7 +21,7 @@ from streamconv.recipe.facts import Dim, Fact, Make, Rule, Tie, capture_of
 from streamconv.recipe.grouping import Group, Grouping, grid
 from streamconv.recipe.sizes import Numbering, Sizes, near_keys, scope_of
 
-MOST_PARTS = 1_000_000  # tensors that one tensor can be taken apart into
+MOST_SLICES = 1_000_000  # tensors that one tensor can be taken apart into
 
 
 class Row(NamedTuple):
@@ -65,16 +66,17 @@ def canonical(entries: Iterable[str], aliases: Sequence[tuple[str, str]]) -> dic
         return {name: name for name in entries}
     patterns = [(parse_names(a), parse_names(b)) for a, b in aliases]
     matcher = Matcher([a for a, _ in patterns])
-    stored_names: dict[str, str] = {}
-    for name in entries:
-        match = matcher.match(name)
-        canonical_name = patterns[match[0][0]][1].format(match[0][1]) if match else name
-        if canonical_name in stored_names:
-            raise CoverageError(
-                f"{name} and {stored_names[canonical_name]} are two names of one tensor, {canonical_name}: remove one of them"
-            )
-        stored_names[canonical_name] = name
-    return stored_names
+    sources: dict[str, str] = {}
+    for source in entries:
+        name = source
+        matches = matcher.match(source)
+        if matches:
+            number, values = matches[0]
+            name = patterns[number][1].format(values)
+        if name in sources:
+            raise CoverageError(f"{source} and {sources[name]} are two names of one tensor, {name}: remove one of them")
+        sources[name] = source
+    return sources
 
 
 class Application:
@@ -122,13 +124,13 @@ class Application:
         """The conversion; see `Recipe.apply`."""
         entries = self._take_replicas()
         grouping = Grouping(self.facts, self.sizes, self._label)
-        matched = grouping.run(entries)
+        instances_of = grouping.run(entries)
         self.reasons = {self._label(name): rule for name, rule in grouping.dropped.items()}
         self.dropped += self.reasons
         for condition, problem in self.requires.items():
             if not expressions.evaluate(condition, self.scope):
                 raise CoverageError(f"{self.title}: {problem.format_map(self.scope)}{near_keys(condition, self.scope)}")
-        for rule, instances in matched:
+        for rule, instances in instances_of:
             for group in instances.values():
                 self._build(rule, group)
         self._make_ties()
@@ -170,7 +172,7 @@ class Application:
     def _build(self, rule: Rule, group: Group) -> None:
         binding = rule.binding
         stacks, lengths, names = self._stacks(rule, group)
-        members = [name for stack in stacks for name in stack]
+        members = list(itertools.chain.from_iterable(stacks))
         nodes = [self.entries[name] for name in members]
         values: Values = {right: group.values[left] for left, right in binding.each}
         right = self.sizes.numbering(rule, binding.right)
@@ -179,9 +181,9 @@ class Application:
             values |= dict.fromkeys(binding.right_lists, 0)
         if binding.layout is None:
             result = self._step(rule, nodes, group.values, where) if rule.op else nodes[0]
+            keeps_node = not rule.op or result is nodes[0]
             for target in self._alike(rule, right, values):
-                changed = rule.op and result is not nodes[0]
-                how = steps.describe(str(rule.op["op"]), self._given(rule, group.values)) if changed else ""
+                how = "" if keeps_node else steps.describe(str(rule.op["op"]), self._parameters(rule, group.values))
                 self._emit(target, result, names, how, rule)
             return
         nodes = [self._step(rule, [node], group.values, where) for node in nodes] if rule.op else nodes
@@ -189,11 +191,11 @@ class Application:
         specs = [spec_of[stack[0]] for stack in stacks]
         shapes = [(*lengths, *spec.shape) for spec in specs]
         for stack, shape in zip(stacks, shapes, strict=True):
-            if odd := next((n for n in stack if spec_of[n].shape != shape[len(lengths) :]), None):
-                raise CoverageError(
-                    f"{where}{odd} has shape {self.entries[odd].spec.shape}, the others of its group {shape[len(lengths) :]}"
-                )
-        ops = self._ops(rule, group, tuple(shapes), tuple(len(stack) for stack in stacks), where)
+            own_shape = shape[len(lengths) :]
+            for name in stack:
+                if spec_of[name].shape != own_shape:
+                    raise CoverageError(f"{where}{name} has shape {self.entries[name].spec.shape}, the others of its group {own_shape}")
+        ops = self._ops(rule, group, tuple(shapes), tuple(map(len, stacks)), where)
         choices = itertools.product(*(range(len(capture_of(binding.right, n).alternatives)) for n in binding.right_lists))
         copies = [self.sizes.repeats(rule, n) for n in binding.right_counts]
         sizes, next_op = ops[0].sizes, iter(ops)
@@ -225,58 +227,63 @@ class Application:
         for (choice, counts), alike in sorted(group.members.items()):
             name = alike[min(alike)]
             first = members.setdefault((choice, tuple(n // c for n, c in zip(counts, copies, strict=True))), name)
-            if odd := next((n for n in (name, *alike.values()) if self.entries[n].spec != self.entries[first].spec), None):
-                raise CoverageError(
-                    f"{self.title}: {odd} is {self.entries[odd].spec} and should repeat {first}, which is {self.entries[first].spec}"
-                )
+            spec = self.entries[first].spec
+            for other in (name, *alike.values()):
+                if self.entries[other].spec != spec:
+                    raise CoverageError(f"{self.title}: {other} is {self.entries[other].spec} and should repeat {first}, which is {spec}")
             self._unread += len(alike) - (name == first)
         choices = list(itertools.product(*(range(len(capture_of(binding.left, n).alternatives)) for n in binding.left_lists)))
         if rule.partial:
             choices = [choice for choice in choices if (choice, ()) in group.members or choice == choices[0]]
         lengths = tuple(-(-n // c) for n, c in zip(totals, copies, strict=True))
-        if len(group.members) != len(choices) * math.prod(totals):  # totals may be huge: of the grid only the first gap is looked for
-            missing = next((c, g) for g in grid(totals) for c in choices if (c, g) not in group.members)
+        total = len(choices) * math.prod(totals)
+        if len(group.members) != total:
+            choice, counts = _first_gap(choices, totals, group)
             values = {
                 **group.values,
-                **dict(zip(binding.left_lists, missing[0], strict=True)),
-                **dict(zip(binding.left_counts, missing[1], strict=True)),
+                **dict(zip(binding.left_lists, choice, strict=True)),
+                **dict(zip(binding.left_counts, counts, strict=True)),
                 **dict.fromkeys(binding.left_alike, 0),
             }
             present = next(iter(members.values()))
             raise CoverageError(
                 f"{self.title}: {self.sizes.numbering(rule, binding.left).write(values)} is missing, while {present} is there: "
-                f"{len(choices) * math.prod(totals)} tensors go together, {len(group.members)} were found"
+                f"{total} tensors go together, {len(group.members)} were found"
             )
-        stacks = [[members[choice, counts] for counts in grid(lengths)] for choice in choices]
-        names = dict.fromkeys(name for stack in stacks for name in stack)
-        names |= dict.fromkeys(name for alike in group.members.values() for name in alike.values())
+
+        def stack(choice: tuple[int, ...]) -> list[str]:
+            return [members[choice, counts] for counts in grid(lengths)]
+
+        stacks = [stack(choice) for choice in choices]
+        names = dict.fromkeys(itertools.chain.from_iterable(stacks))
+        for alike in group.members.values():
+            names |= dict.fromkeys(alike.values())
         return stacks, lengths, list(names)
 
     def _ops(self, rule: Rule, group: Group, shapes: tuple[tuple[int, ...], ...], stacks: tuple[int, ...], where: str) -> list[Rearrange]:
         """The op for each target, in order; the same for all groups with the same shapes and alternatives."""
         binding = rule.binding
         assert binding.layout is not None
-        alternatives = tuple(
-            capture_of(side, pair[k]).alternatives[int(group.values[pair[0]])]
-            for k, side in sorted(enumerate((binding.left, binding.right)), reverse=rule.flipped)
-            for pair in binding.each
-            if capture_of(side, pair[k]).kind == "list"
-        )
+        alternatives = _alternatives(rule, group.values)
         key = (id(rule), shapes, stacks, alternatives)
         if key not in self._cache:
             layout = binding.layout.spread([len(shape) for shape in shapes])
-            fixed = {axis: size for axis in layout.axes if (size := self.sizes.dim(rule, axis, alternatives, firm=True)) is not None}
+            fixed = {}
+            for axis in layout.axes:
+                size = self.sizes.dim(rule, axis, alternatives, firm=True)
+                if size is not None:
+                    fixed[axis] = size
+            look_up = partial(self.sizes.dim, rule, alternatives=alternatives)
             try:
-                sizes = layout.solve(shapes, lambda axis: self.sizes.dim(rule, axis, alternatives), where, fixed)
+                sizes = layout.solve(shapes, look_up, where, fixed)
             except CoverageError as error:
                 raise CoverageError(f"{error}{self.sizes.near(rule)}") from error
             leading = len(binding.right_counts)
-            parts = math.prod(sizes[name] for name in binding.right_counts)
-            if parts > MOST_PARTS:
-                raise CoverageError(f"{where}{rule.right!r} would make {parts} tensors of it, which no model has")
-            self._cache[key] = [
-                Rearrange(str(layout), sizes, stacks, output, leading, part) for output in range(len(layout.right)) for part in range(parts)
-            ]
+            slices = math.prod(sizes[name] for name in binding.right_counts)
+            if slices > MOST_SLICES:
+                raise CoverageError(f"{where}{rule.right!r} would make {slices} tensors of it, which no model has")
+            numbers = itertools.product(range(len(layout.right)), range(slices))
+            self._cache[key] = [Rearrange(str(layout), sizes, stacks, output, leading, part) for output, part in numbers]
         return self._cache[key]
 
     # Targets ---------------------------------------------------------------------------------------------------
@@ -284,20 +291,22 @@ class Application:
     def _step(self, fact: Rule | Make, nodes: Sequence[AnyNode], values: Values, where: str) -> AnyNode:
         """What a fact's ``op`` makes of nodes."""
         try:
-            return steps.take(str(fact.op["op"]), nodes, self._given(fact, values), self.entries)
+            return steps.take(str(fact.op["op"]), nodes, self._parameters(fact, values), self.entries)
         except CoverageError as error:
             raise CoverageError(f"{where}{error}") from error
 
-    def _given(self, fact: Rule | Make, values: Values) -> dict[str, Any]:
+    def _parameters(self, fact: Rule | Make, values: Values) -> dict[str, Any]:
         """What a fact's ``op`` takes."""
-        scope, found = {**self.scope, **values}, {}
-        for key, text in fact.op.items():
+        scope = {**self.scope, **values}
+        parameters: dict[str, Any] = {}
+        for key, size in fact.op.items():
             if key == "op":
                 continue
-            found[key] = expressions.evaluate(text, scope) if isinstance(text, str) else text
-            if found[key] is None:
-                raise CoverageError(f"{fact.op['op']}: no value for {key}, which is {text!r}: give it with --set, or in config.json")
-        return found
+            value = expressions.evaluate(size, scope) if isinstance(size, str) else size
+            if value is None:
+                raise CoverageError(f"{fact.op['op']}: no value for {key}, which is {size!r}: give it with --set, or in config.json")
+            parameters[key] = value
+        return parameters
 
     def _one_dtype(self, rule: Rule, target: str, nodes: list[AnyNode]) -> Iterator[AnyNode]:
         """The inputs, cast to what the target shall have where they differ among themselves."""
@@ -314,12 +323,12 @@ class Application:
 
     def _alike(self, fact: Rule | Make, names: Numbering, values: Values) -> Iterator[str]:
         """The names of a pattern, one for each number of the captures that ``values`` leave open."""
-        missing = [name for name in names.open if name not in values]
-        counts = [min(self.sizes.count(fact, name), MOST_PARTS + 1) for name in missing]
-        if math.prod(counts) > MOST_PARTS:
-            raise CoverageError(f"{self.title}: {names.pattern.text!r} would be more than {MOST_PARTS} tensors, which no model has")
+        captures = [name for name in names.open if name not in values]
+        counts = [min(self.sizes.count(fact, name), MOST_SLICES + 1) for name in captures]
+        if math.prod(counts) > MOST_SLICES:
+            raise CoverageError(f"{self.title}: {names.pattern.text!r} would be more than {MOST_SLICES} tensors, which no model has")
         for numbers in itertools.product(*map(range, counts)):
-            yield names.write({**values, **dict(zip(missing, numbers, strict=True))})
+            yield names.write({**values, **dict(zip(captures, numbers, strict=True))})
 
     def _emit(self, target: str, node: AnyNode, names: Sequence[str], how: str, rule: Rule | None = None) -> None:
         dtype = self._cast(rule, target, node.spec)
@@ -328,10 +337,12 @@ class Application:
         if target in self.outputs:
             both = [*self.outputs[target][2].sources[:1], *names[:1], "nothing"]
             raise CoverageError(f"{self.title}: {target} is made twice, from {both[0]} and from {both[1]}")
-        sources = tuple(dict.fromkeys(source for name in names for source in self.rows[name].sources))
-        how = ", then ".join(dict.fromkeys(filter(None, (*(self.rows[name].layout for name in names), how))))
+        rows = [self.rows[name] for name in names]
+        sources = dict.fromkeys(itertools.chain.from_iterable(row.sources for row in rows))
+        layouts = dict.fromkeys([*(row.layout for row in rows), how])
+        layout = ", then ".join(filter(None, layouts))
         position = min((self.order[name] for name in names), default=len(self.order))
-        self.outputs[target] = (position, node, Row(target, sources, how, node.spec))
+        self.outputs[target] = (position, node, Row(target, tuple(sources), layout, node.spec))
 
     def _make_ties(self) -> None:
         for tie in self.facts:
@@ -347,7 +358,25 @@ class Application:
                 node = self._step(fact, [], {}, f"{self.title}, {fact.right}: ")
                 names = [name for name, entry in self.entries.items() if entry is node]
                 for target in self._alike(fact, self.sizes.numbering(fact, parse_names(fact.right)), {}):
-                    self._emit(target, node, names, steps.describe(str(fact.op["op"]), self._given(fact, {})))
+                    self._emit(target, node, names, steps.describe(str(fact.op["op"]), self._parameters(fact, {})))
+
+
+def _first_gap(choices: Sequence[tuple[int, ...]], totals: Sequence[int], group: Group) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The first choice and counts below ``totals`` that no tensor of a group has; there are huge ``totals``, so it looks no further."""
+    for counts in grid(totals):
+        for choice in choices:
+            if (choice, counts) not in group.members:
+                return choice, counts
+    raise AssertionError("fewer tensors than choices and counts")
+
+
+def _alternatives(rule: Rule, values: Values) -> tuple[str, ...]:
+    """What the for-each lists of a rule say for these values: on the side of its declaration's left, then on the other."""
+    binding = rule.binding
+    pairs = [pair for pair in binding.each if capture_of(binding.left, pair[0]).kind == "list"]
+    left = [capture_of(binding.left, mine).alternatives[int(values[mine])] for mine, _ in pairs]
+    right = [capture_of(binding.right, theirs).alternatives[int(values[mine])] for mine, theirs in pairs]
+    return (*right, *left) if rule.flipped else (*left, *right)
 
 
 def identity(entries: Mapping[str, AnyNode], recast: Recast = keep_dtype) -> Conversion:

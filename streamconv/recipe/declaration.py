@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from streamconv import codec
 from streamconv.errors import FormatError, RecipeError
 from streamconv.recipe.facts import MOST, Drop, Fact, Make, Option, Rule, Tie
+from streamconv.recipe.steps import ARITHMETIC
 
 KINDS: dict[str, type[Fact]] = {"rule": Rule, "drop": Drop, "make": Make, "tie": Tie}
 FIRST = {"rule": "left", "drop": "left", "make": "right", "tie": "left"}
@@ -65,17 +66,19 @@ def _fact(row: object, where: str) -> Fact:
     first = FIRST[kind]
     if first in fact:
         raise RecipeError(f"{where}: unknown field {first!r}; the {first} side stands after {kind!r}")
-    if former := next((key for key in _FORMER if key in fact), None):
-        with within(former):
-            raise RecipeError(f"{where}: no field {former!r} any more: {_FORMER[former]}")
+    for key, instead in _FORMER.items():
+        if key in fact:
+            with within(key):
+                raise RecipeError(f"{where}: no field {key!r} any more: {instead}")
     if kind == "drop" and "flipped" in fact:
         with within("flipped"):
             raise RecipeError(f"{where}: no field 'flipped' any more: a drop of the other side is a make")
     fact[first] = fact.pop(kind)
     for key in ("op", "undo"):
-        fact |= {key: _spelt_out(fact[key])} if key in fact else {}
-    parsed: Fact = build(KINDS[kind], fact, where)
-    return parsed
+        if key in fact:
+            fact[key] = _spell_out(fact[key])
+    result: Fact = build(KINDS[kind], fact, where)
+    return result
 
 
 def row_of(fact: Fact) -> dict[str, Any]:
@@ -84,11 +87,12 @@ def row_of(fact: Fact) -> dict[str, Any]:
     return {kind: getattr(fact, FIRST[kind]), **without_defaults(fact, FIRST[kind])}
 
 
-def _spelt_out(step: object) -> object:
+def _spell_out(step: object) -> object:
     """A step; ``{add: 1}`` is short for ``{op: add, value: 1}``."""
-    if isinstance(step, dict) and len(step) == 1 and (name := next(iter(step))) in ("add", "scale"):
-        return {"op": name, "value": step[name]}
-    return step
+    if not isinstance(step, dict) or len(step) != 1:
+        return step
+    ((name, value),) = step.items()
+    return {"op": name, "value": value} if name in ARITHMETIC else step
 
 
 def options(rows: object, where: str) -> dict[str, Option]:
@@ -106,15 +110,17 @@ def build(kind: Any, data: object, where: str, ready: Collection[str] = ()) -> A
     """A dataclass of its fields' values, which have the types that it declares; ``ready`` ones stay as they are. Raises RecipeError."""
     values = mapping(data, where)
     types = types_of(kind)
-    if unknown := sorted(set(values) - set(types)):
+    unknown = sorted(set(values) - set(types))
+    if unknown:
         with within(unknown[0]):
             raise RecipeError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(types)}")
     decoded = {}
     for name, value in values.items():
         with within(name):
             decoded[name] = value if name in ready else _decode(name, value, types[name], where)
-    if missing := [name for name in required_of(kind) if name not in values]:
-        raise RecipeError(f"{where}: missing {', '.join(missing)}")
+    absent = [name for name in required_of(kind) if name not in values]
+    if absent:
+        raise RecipeError(f"{where}: missing {', '.join(absent)}")
     return kind(**decoded)
 
 
@@ -126,13 +132,15 @@ def required_of(kind: type[Any]) -> list[str]:
 @cache
 def types_of(kind: Any) -> dict[str, Any]:
     """What the fields of a dataclass may be in a file: what they are declared to be, but for None, which is to leave them out."""
-    return {name: _in_files(declared) for name, declared in get_type_hints(kind, include_extras=True).items()}
+    return {name: _in_files(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
 
 
-def _in_files(declared: Any) -> Any:
-    if get_origin(declared) not in (Union, UnionType):
-        return declared
-    return Union[tuple(one for one in get_args(declared) if one is not NoneType and get_origin(one) is not Callable)]  # noqa: UP007
+def _in_files(hint: Any) -> Any:
+    """A field's type without None and functions."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
+    members = [member for member in get_args(hint) if member is not NoneType and get_origin(member) is not Callable]
+    return Union[tuple(members)]  # noqa: UP007
 
 
 def _decode(name: str, value: object, type_: Any, where: str) -> Any:
@@ -140,10 +148,10 @@ def _decode(name: str, value: object, type_: Any, where: str) -> Any:
     try:
         return codec.convert(value, type_)
     except FormatError as error:
-        raise RecipeError(f"{where}: {name} must {_expected(str(error), type_)}, found {reprlib.repr(value)}") from error
+        raise RecipeError(f"{where}: {name} must {_requirement(str(error), type_)}, found {reprlib.repr(value)}") from error
 
 
-def _expected(fault: str, type_: Any) -> str:
+def _requirement(fault: str, type_: Any) -> str:
     """What a value must be or hold, in words: of a fault such as ``Expected int | str, got array - at $[...]``."""
     if get_origin(type_) is Literal:
         return f"be {' or '.join(filter(None, get_args(type_)))}"
@@ -168,5 +176,10 @@ def without_defaults(item: Any, *leave: str) -> dict[str, Any]:
         value = getattr(item, f.name)
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         if f.name not in leave and value != default:
-            values[f.name] = [list(v) if isinstance(v, tuple) else v for v in value] if isinstance(value, tuple) else value
+            values[f.name] = _as_lists(value)
     return values
+
+
+def _as_lists(value: Any) -> Any:
+    """A value whose tuples, and those in them, are lists."""
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

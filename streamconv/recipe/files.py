@@ -28,7 +28,7 @@ def load(path: Path, find_writer: Callable[[str], Writer]) -> Recipe:
         UsageError: the file cannot be read.
         RecipeError: it is not a recipe; says at which line and column.
     """
-    text = _read(path)
+    text = _read_text(path)
     try:
         data, node = _parse(text, json_only=path.suffix == ".json")
     except RecipeError as error:
@@ -51,7 +51,8 @@ def load(path: Path, find_writer: Callable[[str], Writer]) -> Recipe:
     return recipe
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
+    """A recipe file's text. Raises UsageError where it cannot be read, RecipeError where it is none."""
     try:
         return read_whole(path, _MAX_FILE).decode()
     except OSError as error:
@@ -73,12 +74,14 @@ def _parse(text: str, *, json_only: bool) -> tuple[Any, Any]:
         reader = loader(text.replace("\t", " ") if json_only else text)  # JSON may be indented by tabs, YAML may not
         node = reader.get_single_node()
         _check_keys(node, set())
-        return (data if json_only else reader.construct_document(node) if node else None), node
+        if not json_only and node:
+            data = reader.construct_document(node)
     except json.JSONDecodeError as error:
         raise RecipeError(f"{error.lineno}:{error.colno}: cannot be parsed: {error.msg}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise RecipeError(f"{_place(mark)}: cannot be parsed: {error.problem or error.context}") from error
+    return data, node
 
 
 def _check_extent(yaml: Any, loader: Any, text: str) -> None:
@@ -88,20 +91,20 @@ def _check_extent(yaml: Any, loader: Any, text: str) -> None:
     """
     depth = count = 0
     sizes: dict[str, int] = {}  # how many pieces an anchor stands for
-    begun: list[tuple[str | None, int]] = []
+    outer: list[tuple[str | None, int]] = []  # of what lies around a piece: its anchor, and the count where it begins
     for event in yaml.parse(text, Loader=loader):
         count += 1
         if isinstance(event, yaml.AliasEvent):
-            if event.anchor in (name for name, _ in begun):
+            if any(name == event.anchor for name, _ in outer):
                 raise RecipeError(f"{_place(event.start_mark)}: *{event.anchor} lies in itself; write it out")
             count += sizes.get(event.anchor, 0)
         elif isinstance(event, yaml.CollectionStartEvent):
-            begun.append((event.anchor, count))
+            outer.append((event.anchor, count))
         elif isinstance(event, yaml.CollectionEndEvent):
-            name, start = begun.pop()
+            name, start = outer.pop()
             if name is not None:
                 sizes[name] = count - start
-        depth = len(begun)
+        depth = len(outer)
         if depth > _DEEPEST or count > _MOST:
             problem = f"nested more than {_DEEPEST} deep" if depth > _DEEPEST else f"more than {_MOST} items, those of aliases counted"
             raise RecipeError(f"{_place(event.start_mark)}: {problem}, which no recipe has")
@@ -119,8 +122,8 @@ def _check_keys(node: Any, visited: set[int]) -> None:
             if isinstance(key.value, str) and key.value in keys:
                 raise RecipeError(f"{_place(key.start_mark)}: {key.value!r} a second time; remove one")
             keys.add(str(key.value))
-        for inner in item if isinstance(item, tuple) else (item,):
-            _check_keys(inner, visited)
+        for child in _children(item):
+            _check_keys(child, visited)
 
 
 def _place(mark: Any, columns: int = 0) -> str:
@@ -141,7 +144,8 @@ def _where(node: Any, error: RecipeError) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, NotationError):
         cause = cause.__cause__
-    if cause is not None and (scalar := _scalar(node, cause.text)):
+    scalar = _scalar(node, cause.text) if cause is not None else None
+    if cause is not None and scalar is not None:
         plain = scalar.start_mark.line == scalar.end_mark.line and "\\" not in scalar.value
         inside = scalar.value.find(cause.text) + cause.position + (scalar.style in ("'", '"'))
         return _place(scalar.start_mark, inside if plain else 0)
@@ -152,8 +156,17 @@ def _scalar(node: Any, text: str) -> Any:
     """The first text below a node that has this in it."""
     if isinstance(node.value, str):
         return node if text in node.value else None
-    inner = (part for item in node.value for part in (item if isinstance(item, tuple) else (item,)))
-    return next((found for part in inner if (found := _scalar(part, text))), None)
+    for item in node.value:
+        for child in _children(item):
+            scalar = _scalar(child, text)
+            if scalar is not None:
+                return scalar
+    return None
+
+
+def _children(item: Any) -> tuple[Any, ...]:
+    """The nodes of an item of a list, which is one, or of a mapping, which is its key and its value."""
+    return item if isinstance(item, tuple) else (item,)
 
 
 def run(path: Path, name: str | None) -> Recipe:
@@ -163,16 +176,18 @@ def run(path: Path, name: str | None) -> Recipe:
         UsageError: the file cannot be read, or has several and no name is given.
         RecipeError: it cannot be run, or holds none.
     """
-    code = _read(path)
+    code = _read_text(path)
     names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(compile(code, str(path), "exec"), names)  # noqa: S102 - its user named it on the command line to have it run
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
+        if isinstance(error, SyntaxError):
+            lines.append(error.lineno)
+        line = lines[-1] if lines else 1
         raise RecipeError(f"{path}:{line}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     value = names.get("RECIPE", names.get("RECIPES", ()))
-    recipes = [value] if isinstance(value, Recipe) else list(value) if isinstance(value, list | tuple) else [value]
+    recipes = list(value) if isinstance(value, list | tuple) else [value]
     if not recipes or not all(isinstance(recipe, Recipe) for recipe in recipes):
         raise RecipeError(f"{path}: found no recipe: it must set RECIPE to a Recipe, or RECIPES to a tuple of them")
     matches = [recipe for recipe in recipes if name in (None, recipe.name)]

@@ -40,7 +40,7 @@ class Grouping:
         matcher = Matcher([parse_names(fact.left) for fact in facts])
         sides = [self._numberings(fact) for fact in facts]
         groups: list[dict[tuple[object, ...], Group]] = [{} for _ in facts]
-        used = [False] * len(facts)
+        has_match = [False] * len(facts)
         unmatched = []
         for name in entries:
             matches: list[tuple[int, Values]] = []
@@ -58,19 +58,22 @@ class Grouping:
                 raise CoverageError(f"{self._title}: {name} matches two rules, {both}: make one of them narrower")
             number, values = matches[0]
             fact = facts[number]
-            used[number] = True
+            has_match[number] = True
             if isinstance(fact, Drop):
                 self.dropped[name] = fact.left
                 continue
             binding = fact.binding
             key = tuple(values[left] for left, _ in binding.each)
             group = groups[number].setdefault(key, Group({left: values[left] for left, _ in binding.each}))
-            member = (tuple(int(values[n]) for n in binding.left_lists), tuple(int(values[n]) for n in binding.left_counts))
-            group.members.setdefault(member, {})[tuple(int(values[n]) for n in binding.left_alike)] = name
-        self._check_coverage(facts, used, unmatched, entries)
-        instances = [(fact, group) for fact, group in zip(facts, groups, strict=True) if isinstance(fact, Rule)]
-        self._check_complete([(rule, group) for rule, group in instances if group and not _is_sparse(rule)])
-        return instances
+            choice = tuple(int(values[n]) for n in binding.left_lists)
+            counts = tuple(int(values[n]) for n in binding.left_counts)
+            copy = tuple(int(values[n]) for n in binding.left_alike)
+            group.members.setdefault((choice, counts), {})[copy] = name
+        without_match = [fact for fact, matched in zip(facts, has_match, strict=True) if not matched]
+        self._check_coverage(facts, without_match, unmatched, entries)
+        instances_of = [(fact, group) for fact, group in zip(facts, groups, strict=True) if isinstance(fact, Rule)]
+        self._check_complete([(rule, instances) for rule, instances in instances_of if instances and not _is_sparse(rule)])
+        return instances_of
 
     def _numberings(self, fact: Rule | Drop) -> tuple[Numbering, Numbering | None]:
         """The names on the left of a fact, and those on its right if their numbers are other ones."""
@@ -90,56 +93,69 @@ class Grouping:
         """Whether a fact may match nothing."""
         return bool(expressions.evaluate(fact.optional, self._sizes.scope)) if isinstance(fact.optional, str) else fact.optional
 
-    def _check_coverage(self, facts: Sequence[Rule | Drop], used: list[bool], unmatched: list[str], entries: Mapping[str, AnyNode]) -> None:
-        missing = [fact for fact, has_match in zip(facts, used, strict=True) if not has_match and not self._is_optional(fact)]
-        unused = sorted(missing, key=lambda fact: isinstance(fact, Drop))
+    def _check_coverage(
+        self, facts: Sequence[Rule | Drop], without_match: Sequence[Rule | Drop], unmatched: list[str], entries: Mapping[str, AnyNode]
+    ) -> None:
+        """Raises CoverageError where a tensor has no rule, or a rule that must match anything matches nothing."""
+        unused = [fact for fact in without_match if not self._is_optional(fact)]
+        unused.sort(key=lambda fact: isinstance(fact, Drop))
         if unmatched:
-            hint = ""
-            if near := nearest(unmatched[0], [fact.left for fact in facts]):
-                hint = f"; the nearest rule is {near[0]!r}"
+            near = nearest(unmatched[0], [fact.left for fact in facts])
+            hint = f"; the nearest rule is {near[0]!r}" if near else ""
             more = f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""
             raise CoverageError(
                 f"{self._title}: {self._label(unmatched[0])}{more}: no rule for it{hint}; "
                 "nothing is dropped silently: use a recipe that knows it, or one that drops it by name"
             )
         if unused:
-            hint = ""
-            if near := nearest(unused[0].left, entries):
-                hint = f"; the nearest tensor is {near[0]}"
+            fact = unused[0]
+            near = nearest(fact.left, entries)
+            hint = f"; the nearest tensor is {near[0]}" if near else ""
             more = f" and {len(unused) - 1} more rules" if len(unused) > 1 else ""
-            needs = [unused[0].when, f"not ({unused[0].optional})" if unused[0].optional else None]
-            when = f" (the rule holds when {' and '.join(filter(None, needs))})" if any(needs) else ""
+            conditions = [fact.when] if fact.when else []
+            if fact.optional:
+                conditions.append(f"not ({fact.optional})")
+            when = f" (the rule holds when {' and '.join(conditions)})" if conditions else ""
             raise CoverageError(
-                f"{self._title}: rule {unused[0].left!r}{more}: no tensor for it{hint}; is this the right recipe and source?{when}"
+                f"{self._title}: rule {fact.left!r}{more}: no tensor for it{hint}; is this the right recipe and source?{when}"
             )
 
     def _check_complete(self, instances_of: Sequence[tuple[Rule, Mapping[tuple[object, ...], Group]]]) -> None:
         """Raises CoverageError where a rule has some of its names and not all."""
-        numbers: dict[str, int] = {}
+        ends = self._ends(instances_of)
+        for rule, instances in instances_of:
+            left = rule.binding.left
+            names = [name for name, _ in rule.binding.each]
+            choices: list[Sequence[int]] = []
+            for k, name in enumerate(names):
+                if name in ends:
+                    choices.append(range(ends[name]))
+                elif name.startswith("list"):
+                    choices.append(range(len(capture_of(left, name).alternatives)))
+                else:
+                    choices.append(sorted({int(str(key[k])) for key in instances}))
+            count = math.prod(map(len, choices))
+            if len(instances) != count:  # numbers may be huge: a gap comes early
+                values: Values = {capture.name: 0 for capture in left.captures}
+                values |= dict(zip(names, _first_gap(choices, instances), strict=True))
+                name = self._sizes.numbering(rule, left).write(values)
+                group = next(iter(instances.values()))
+                copies = next(iter(group.members.values()))
+                there = next(iter(copies.values()))
+                raise CoverageError(
+                    f"{self._title}: {name} is missing, while {self._label(there)} is there: {count} of its kind go "
+                    f"together, {len(instances)} were found; mend the source, or let the rule be sparse"
+                )
+
+    def _ends(self, instances_of: Sequence[tuple[Rule, Mapping[tuple[object, ...], Group]]]) -> dict[str, int]:
+        """The captures that are numbers -> one more than the largest that any rule has, or than ``dims`` say."""
+        ends: dict[str, int] = {}
         for rule, instances in instances_of:
             for k, (name, _) in enumerate(rule.binding.each):
                 if capture_of(rule.binding.left, name).kind == "int":
-                    numbers[name] = max(
-                        numbers.get(name, 0), self._sizes.dim(rule, name) or 0, *(1 + int(str(key[k])) for key in instances)
-                    )
-        for rule, instances in instances_of:
-            names = [name for name, _ in rule.binding.each]
-            choices: list[Sequence[int]] = [
-                range(numbers[name]) if name in numbers
-                else range(len(capture_of(rule.binding.left, name).alternatives)) if name.startswith("list")
-                else sorted({int(str(key[k])) for key in instances})
-                for k, name in enumerate(names)
-            ]  # fmt: skip
-            if len(instances) != math.prod(map(len, choices)):  # numbers may be huge: something is missing early
-                missing = _first_missing(choices, instances)
-                values: Values = {capture.name: 0 for capture in rule.binding.left.captures}
-                values |= dict(zip(names, missing, strict=True))
-                name = self._sizes.numbering(rule, rule.binding.left).write(values)
-                there = next(name for group in instances.values() for alike in group.members.values() for name in alike.values())
-                raise CoverageError(
-                    f"{self._title}: {name} is missing, while {self._label(there)} is there: {math.prod(map(len, choices))} of its kind go "
-                    f"together, {len(instances)} were found; mend the source, or let the rule be sparse"
-                )
+                    largest = max(int(str(key[k])) for key in instances)
+                    ends[name] = max(ends.get(name, 0), self._sizes.dim(rule, name) or 0, 1 + largest)
+        return ends
 
 
 def _is_sparse(rule: Rule) -> bool:
@@ -163,7 +179,7 @@ def grid(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield tuple(reversed(index))
 
 
-def _first_missing(choices: Sequence[Sequence[int]], instances: Collection[tuple[object, ...]]) -> tuple[int, ...]:
+def _first_gap(choices: Sequence[Sequence[int]], instances: Collection[tuple[object, ...]]) -> tuple[int, ...]:
     """The first combination of these values, one of each, that is no instance."""
     for index in grid([len(values) for values in choices]):
         combination = tuple(values[n] for values, n in zip(choices, index, strict=True))

@@ -88,7 +88,7 @@ class Registry:
         """The recipe of that name. Raises UsageError."""
         for module, names in self.modules.items():
             if name in names.split():
-                return next(recipe for recipe in self._declared(module) if recipe.name == name)
+                return next(recipe for recipe in self._declarations(module) if recipe.name == name)
         recipes = self.all()
         if name not in recipes:
             near = nearest(name, recipes)
@@ -124,13 +124,13 @@ class Registry:
         package = importlib.import_module(self.package)
         for info in pkgutil.walk_packages(package.__path__, f"{self.package}."):
             if not info.ispkg:
-                yield from ((info.name, recipe) for recipe in self._declared(info.name.removeprefix(f"{self.package}.")))
+                yield from ((info.name, recipe) for recipe in self._declarations(info.name.removeprefix(f"{self.package}.")))
         for extension in extensions(GROUP):
             value = extension.load()
             for recipe in (value,) if isinstance(value, Recipe) else value:
                 yield extension.origin, recipe
 
-    def _declared(self, module: str) -> tuple[Recipe, ...]:
+    def _declarations(self, module: str) -> tuple[Recipe, ...]:
         """The recipes of a module of the package."""
         recipes: tuple[Recipe, ...] = importlib.import_module(f"{self.package}.{module}").RECIPES
         return recipes

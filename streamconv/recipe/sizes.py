@@ -30,14 +30,23 @@ def scope_of(entries: Mapping[str, AnyNode], scope: Mapping[str, Any]) -> dict[s
         first = next(matching(text), None)
         return None if first is None else list(entries[first].spec.shape)
 
-    return {
-        **scope,
-        "has": cache(lambda text: any(True for _ in matching(text))),
-        "count": cache(lambda text: sum(1 for _ in matching(text))),
-        "shape": cache(shape),
-        "max": lambda *values: None if None in values else max(values),
-        "min": lambda *values: None if None in values else min(values),
-    }
+    def has(text: str) -> bool:
+        return next(matching(text), None) is not None
+
+    def count(text: str) -> int:
+        return sum(1 for _ in matching(text))
+
+    return {**scope, "has": cache(has), "count": cache(count), "shape": cache(shape), "max": _most, "min": _least}
+
+
+def _most(*values: Any) -> Any:
+    """The largest of numbers; None where one is not known."""
+    return None if None in values else max(values)
+
+
+def _least(*values: Any) -> Any:
+    """The smallest of numbers; None where one is not known."""
+    return None if None in values else min(values)
 
 
 def near_keys(expression: object, scope: Mapping[str, Any]) -> str:
@@ -46,15 +55,18 @@ def near_keys(expression: object, scope: Mapping[str, Any]) -> str:
         return ""
     config = scope.get("config") or {}
     unknown = [name for name in re.findall(r"[A-Za-z_]\w*", expression) if scope.get(name) is None]
-    keys = {match for name in unknown for match in difflib.get_close_matches(name, config, 1, cutoff=0.85)}
+    keys: set[str] = set()
+    for name in unknown:
+        keys.update(difflib.get_close_matches(name, config, 1, cutoff=0.85))
     return f"; config.json has {', '.join(sorted(keys))}" if keys else ""
 
 
 def plain_names(text: str) -> Pattern:
     """The pattern of names that belong to no rule. Raises NotationError where numbers come with arithmetic."""
     pattern = parse_names(text)
-    if odd := next((capture for capture in pattern.captures if capture.operator), None):
-        raise NotationError(f"{_written(odd)} is for names of a rule: give {{{odd.name}}}", text, 0)
+    for capture in pattern.captures:
+        if capture.operator:
+            raise NotationError(f"{_notation(capture)} is for names of a rule: give {{{capture.name}}}", text, 0)
     return pattern
 
 
@@ -144,9 +156,9 @@ class Sizes:
         for capture in pattern.captures:
             if capture.operator in ("+", "-"):
                 text = f"0 {capture.operator} {capture.operand}"
-                shifts[capture.name] = self._number(fact, _written(capture), text)
+                shifts[capture.name] = self._number(fact, _notation(capture), text)
             elif capture.operator == "=" and capture.operand != "*":
-                places[capture.name] = self._number(fact, _written(capture), capture.operand, least=0)
+                places[capture.name] = self._number(fact, _notation(capture), capture.operand, least=0)
         return Numbering(pattern, shifts, places)
 
     def _number(self, fact: Fact, what: str, size: Dim | None, least: int | None = None) -> int:
@@ -167,6 +179,6 @@ class Sizes:
         return expressions.evaluate(size.removeprefix("="), self.scope) if isinstance(size, str) else size
 
 
-def _written(capture: Capture) -> str:
+def _notation(capture: Capture) -> str:
     """A number with arithmetic, as a pattern has it."""
     return f"{{{capture.name}{capture.operator}{capture.operand}}}"

@@ -70,8 +70,9 @@ def take(name: str, nodes: Sequence[AnyNode], parameters: Mapping[str, Any], ent
     for key, value in parameters.items():
         if value is None:
             raise CoverageError(f"{name}: no value for {key}: give it with --set, or in config.json")
-        if wrong := _find_wrong(value, kinds[key].annotation):
-            raise CoverageError(f"{name}: {key} is {value!r}: {wrong}")
+        fault = _find_fault(value, kinds[key].annotation)
+        if fault:
+            raise CoverageError(f"{name}: {key} is {value!r}: {fault}")
     return _STEPS[name](nodes, entries, **parameters)
 
 
@@ -86,21 +87,25 @@ def check(op: Mapping[str, Any], field: str = "op") -> None:
         return
     name = op.get("op")
     if not isinstance(name, str) or name not in _STEPS:
-        raise _fault(f"op {name!r} is unknown{did_you_mean(str(name), _STEPS)}; known are {', '.join(_STEPS)}", field, "op")
+        raise _error(f"op {name!r} is unknown{did_you_mean(str(name), _STEPS)}; known are {', '.join(_STEPS)}", field, "op")
     takes = _parameters(name)
     keys = [key for key in op if key != "op"]
-    if unknown := sorted(keys - takes.keys()):
+    unknown = sorted(keys - takes.keys())
+    if unknown:
         hint = did_you_mean(unknown[0], takes)
-        raise _fault(f"op {name} has no {unknown[0]!r}{hint}; it takes {', '.join(takes)}", field, unknown[0])
-    if missing := [key for key, parameter in takes.items() if parameter.default is parameter.empty and key not in keys]:
-        raise _fault(f"op {name} needs {', '.join(missing)}", field)
+        raise _error(f"op {name} has no {unknown[0]!r}{hint}; it takes {', '.join(takes)}", field, unknown[0])
+    required = [key for key, parameter in takes.items() if parameter.default is parameter.empty]
+    absent = [key for key in required if key not in keys]
+    if absent:
+        raise _error(f"op {name} needs {', '.join(absent)}", field)
     for key in keys:
         value = expressions.constant(op[key]) if isinstance(op[key], str) else op[key]
-        if value is not None and (wrong := _find_wrong(value, takes[key].annotation)):
-            raise _fault(f"op {name}: {key} is {op[key]!r}: {wrong}", field, key)
+        fault = "" if value is None else _find_fault(value, takes[key].annotation)
+        if fault:
+            raise _error(f"op {name}: {key} is {op[key]!r}: {fault}", field, key)
 
 
-def _fault(message: str, *place: str) -> RecipeError:
+def _error(message: str, *place: str) -> RecipeError:
     error = RecipeError(message)
     error.place = place
     return error
@@ -113,7 +118,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
     return {key: parameter for key, parameter in signature.parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
 
 
-def _find_wrong(value: Any, kind: Any) -> str:
+def _find_fault(value: Any, kind: Any) -> str:
     """What is wrong with a value that is to be of a kind, "": nothing."""
     words = _WORDS[get_args(kind)[0] if get_args(kind) else kind]
     if kind is Factor and value == 0:
@@ -160,15 +165,17 @@ def _scale(nodes: Sequence[AnyNode], _entries: Lookup, *, value: Factor, inverse
 @step("rows")
 def _rows(nodes: Sequence[AnyNode], _entries: Lookup, *, stop: Count, start: Count = 0) -> AnyNode:
     (node,) = nodes
-    return node if (start, stop) == (0, (*node.spec.shape, 0)[0]) else apply(Rows(start, stop, math.prod(node.spec.shape[1:])), node)
+    count, *rest = node.spec.shape or (0,)
+    return node if (start, stop) == (0, count) else apply(Rows(start, stop, math.prod(rest)), node)
 
 
 def _stack(*nodes: AnyNode) -> AnyNode:
     """Tensors one after the other, along their first axis."""
     rest = [f"d{k}" for k in range(len(nodes[0].spec.shape) - 1)]
     axes = [f"r{k}" for k in range(len(nodes))]
-    sides = (", ".join(" ".join([axis, *rest]) for axis in axes), " ".join([f"({' + '.join(axes)})", *rest]))
-    layout = " -> ".join(sides)
+    inputs = [" ".join([axis, *rest]) for axis in axes]
+    output = " ".join([f"({' + '.join(axes)})", *rest])
+    layout = f"{', '.join(inputs)} -> {output}"
     sizes = {"1": 1, **dict(zip(rest, nodes[0].spec.shape[1:], strict=True))}
     sizes |= {axis: node.spec.shape[0] for axis, node in zip(axes, nodes, strict=True)}
     return apply(Rearrange(layout, sizes, (1,) * len(nodes)), *nodes)
@@ -194,12 +201,12 @@ def _grow(nodes: Sequence[AnyNode], entries: Lookup, *, rows: Count, first: Coun
         raise CoverageError(f"grow: expected a matrix with as many columns as {like or 'itself'}, found {node.spec} and {model.spec}")
     if not 0 < first <= min(count, rows):
         raise CoverageError(f"grow: the first new row, {first}, must be one of {count} rows or follow them, and not come after row {rows}")
-    kept = _rows(nodes, entries, stop=first)
-    sampled = [
+    old = _rows(nodes, entries, stop=first)
+    new = [
         apply(SampleRows(min(SampleRows.MOST, rows - start), seed, stream * rows + start, node.spec.dtype.name), model)
         for start in range(first, rows, SampleRows.MOST)
     ]
-    return _stack(kept, *sampled) if sampled else kept
+    return _stack(old, *new) if new else old
 
 
 @step("zeros")
@@ -212,7 +219,8 @@ def _zeros(nodes: Sequence[AnyNode], entries: Lookup, *, size: Count, rows: Coun
 @step("inv_freq")
 def _inv_freq(nodes: Sequence[AnyNode], entries: Lookup, *, dim: Count, base: Count = 10000, like: str = "") -> AnyNode:
     _expect_none(nodes)
-    frequencies, dtype = apply(InvFreq(dim, base)), entries[like].spec.dtype.name if like in entries else "float32"
+    frequencies = apply(InvFreq(dim, base))
+    dtype = entries[like].spec.dtype.name if like in entries else "float32"
     return frequencies if dtype == "float32" else apply(Cast(dtype), frequencies)
 
 
@@ -221,15 +229,16 @@ def _merge_lora(nodes: Sequence[AnyNode], _entries: Lookup, *, merge: bool, alph
     weight, *factors = nodes
     if not merge:
         raise CoverageError("low-rank matrices stand beside this weight: --set merge_lora=true merges them into it")
-    merged, start = [], 0
-    for down, up in zip(factors[: len(factors) // 2], factors[len(factors) // 2 :], strict=True):
+    half = len(factors) // 2
+    sums, start = [], 0
+    for down, up in zip(factors[:half], factors[half:], strict=True):
         rows, rank = (*up.spec.shape, 0, 0)[:2]
-        part = _rows([weight], {}, start=start, stop=start + rows)
-        merged.append(apply(MergeLora(alpha, rows, (*part.spec.shape, 0)[1], rank), part, down, up))
+        block = _rows([weight], {}, start=start, stop=start + rows)
+        sums.append(apply(MergeLora(alpha, rows, (*block.spec.shape, 0)[1], rank), block, down, up))
         start += rows
     if start != weight.spec.shape[0]:
         raise CoverageError(f"low-rank matrices for {start} rows do not fit {weight.spec}")
-    return merged[0] if len(merged) == 1 else _stack(*merged)
+    return sums[0] if len(sums) == 1 else _stack(*sums)
 
 
 def _expect_none(nodes: Sequence[AnyNode]) -> None:

@@ -43,32 +43,35 @@ def resize_vocab(conversion: Conversion, options: Mapping[str, Any]) -> Conversi
     names = [name for name, node in conversion.outputs.items() if _ends(name, _EMBEDDINGS) and len(node.spec.shape) == 2]
     if not names:
         raise CoverageError(f"resize_vocab: no embedding found: no target's name ends in {', '.join(_EMBEDDINGS)}")
-    if ranked := next((name for name in names if "/" in name), None):
-        raise CoverageError(f"resize_vocab: {ranked} is one rank's part: resize the whole model first, without this recipe")
+    for name in names:
+        if "/" in name:
+            raise CoverageError(f"resize_vocab: {name} is one rank's part: resize the whole model first, without this recipe")
     count = conversion.outputs[names[0]].spec.shape[0]
     heads = [name for name in conversion.outputs if _ends(name, _HEADS)]
     names += [name for name in heads if conversion.outputs[name].spec.shape[0] == count or _ends(name, ("lm_head.weight",))]
-    if odd := next((name for name in names if conversion.outputs[name].spec.shape[0] != count), None):
-        raise CoverageError(f"resize_vocab: {odd} is {conversion.outputs[odd].spec}, {names[0]} has {count} rows: which is the vocabulary?")
+    for name in names:
+        spec = conversion.outputs[name].spec
+        if spec.shape[0] != count:
+            raise CoverageError(f"resize_vocab: {name} is {spec}, {names[0]} has {count} rows: which is the vocabulary?")
     if rows < 1:
         raise CoverageError(f"resize_vocab={rows}: give at least 1")
     if rows - count > MOST_NEW:
         raise CoverageError(f"resize_vocab={rows}: at most {MOST_NEW} rows are added to {count}: give at most {count + MOST_NEW}")
-    resized: dict[object, tuple[AnyNode, str]] = {}
-    outputs, steps_of = dict(conversion.outputs), {}
+    sized: dict[object, tuple[AnyNode, str]] = {}
+    outputs, step_of = dict(conversion.outputs), {}
     for name in names:
         node = outputs[name]
         key = made_of(node)
-        if key not in resized:
-            resized[key] = _resized(node, rows, options["seed"], len(resized))
-        outputs[name], steps_of[name] = resized[key]
-    changed = [
-        row._replace(spec=outputs[row.target].spec, layout=", then ".join(filter(None, (row.layout, steps_of.get(row.target)))))
-        for row in conversion.rows
-    ]
+        if key not in sized:
+            sized[key] = _resize(node, rows, options["seed"], len(sized))
+        outputs[name], step_of[name] = sized[key]
+    mapping = []
+    for row in conversion.rows:
+        layout = ", then ".join(filter(None, (row.layout, step_of.get(row.target))))
+        mapping.append(row._replace(spec=outputs[row.target].spec, layout=layout))
     what = "rows left out" if rows < count else f"rows sampled, seed {options['seed']}"
     notes = [*conversion.notes, f"{', '.join(names)}: {rows} rows instead of {count}, {what}"]
-    return replace(conversion, outputs=outputs, rows=changed, notes=notes, config={**conversion.config, "vocab_size": (count, rows)})
+    return replace(conversion, outputs=outputs, rows=mapping, notes=notes, config={**conversion.config, "vocab_size": (count, rows)})
 
 
 def sampling(nodes: Iterable[AnyNode]) -> dict[str, str]:
@@ -84,7 +87,7 @@ def sampling(nodes: Iterable[AnyNode]) -> dict[str, str]:
     return {"seed": ", ".join(map(str, sorted(seeds)))} if seeds else {}
 
 
-def _resized(node: AnyNode, rows: int, seed: int, stream: int) -> tuple[AnyNode, str]:
+def _resize(node: AnyNode, rows: int, seed: int, stream: int) -> tuple[AnyNode, str]:
     """A tensor with so many rows, and how it came to them."""
     count = node.spec.shape[0]
     if rows == count:
