@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.moves import identity
-from streamconv.graph.node import AnyNode, apply, sources, trace
-from streamconv.graph.ops import Cast
+from streamconv.graph.node import AnyNode, sources, trace
 from streamconv.library.foreign import make_foreign
 from streamconv.library.model import LibraryModel, Nodes
 from streamconv.recipe import Model, Recipe
 from streamconv.recipe.application import Conversion, Recast, Replica, Row
 from streamconv.recipe.facts import Option, Side
+from streamconv.recipe.steps import cast
 from streamconv.schemes.configs import model_dtype, without_quantization
 from streamconv.schemes.decoding import Decoded, decode
 from streamconv.schemes.detection import find_quantization
@@ -116,12 +117,10 @@ def conclude(
     outputs: list[tuple[int, Row, AnyNode]] = []
     for target, node in targets.items():
         inputs = list(dict.fromkeys(names[id(source)] for source in sources(node)))
-        dtype = recast(target, node.spec)
-        if dtype and dtype != node.spec.dtype.name:
-            node = apply(Cast(dtype), node)  # noqa: PLW2901
-        stored = tuple(dict.fromkeys(source for name in inputs for source in rows[name].sources))
+        result = cast(node, recast(target, node.spec))
+        stored = dict.fromkeys(chain.from_iterable(rows[name].sources for name in inputs))
         position = min((order[name] for name in inputs), default=len(order))
-        outputs.append((position, Row(target, stored, how.get(target, ""), node.spec), node))
+        outputs.append((position, Row(target, tuple(stored), how.get(target, ""), result.spec), result))
     outputs.sort(key=lambda item: item[0])
     reasons = {source: why for name, why in (dropped or {}).items() for source in rows[name].sources}
     return Conversion(

@@ -15,10 +15,10 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import CoverageError, StreamconvError, UsageError
-from streamconv.graph.node import AnyNode, apply
-from streamconv.graph.ops import Cast
+from streamconv.graph.node import AnyNode
 from streamconv.notation.names import nearest
 from streamconv.recipe.application import Recast, keep_dtype
+from streamconv.recipe.steps import cast
 
 if TYPE_CHECKING:
     from streamconv.library.lazy import LazyTensor
@@ -191,8 +191,7 @@ class LibraryModel:
 
         def read(name: str) -> LazyTensor:
             node = nodes[name]
-            dtype = recast(target, node.spec) if mixed else None
-            return LazyTensor(apply(Cast(dtype), node) if dtype and dtype != node.spec.dtype.name else node)
+            return LazyTensor(cast(node, recast(target, node.spec)) if mixed else node)
 
         try:
             tensors = self.run(converter, target, group, lambda name: partial(read, name))

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError
-from streamconv.graph.node import AnyNode, apply, rearrange
-from streamconv.graph.ops import Cast, Rearrange
+from streamconv.graph.node import AnyNode, rearrange
+from streamconv.graph.ops import Rearrange
 from streamconv.notation import expressions
 from streamconv.notation.names import Matcher, Values
 from streamconv.notation.names import parse as parse_names
@@ -178,35 +178,33 @@ class Application:
         right = self.sizes.numbering(rule, binding.right)
         where = f"{self.title}, {names[0]}: "
         if rule.partial:
-            values |= dict.fromkeys(binding.right_lists, 0)
+            values |= dict.fromkeys(binding.right_only.lists, 0)
         if binding.layout is None:
             result = self._step(rule, nodes, group.values, where) if rule.op else nodes[0]
-            keeps_node = not rule.op or result is nodes[0]
+            how = "" if result is nodes[0] else steps.describe(str(rule.op["op"]), self._parameters(rule, group.values))
             for target in self._alike(rule, right, values):
-                how = "" if keeps_node else steps.describe(str(rule.op["op"]), self._parameters(rule, group.values))
                 self._emit(target, result, names, how, rule)
             return
         nodes = [self._step(rule, [node], group.values, where) for node in nodes] if rule.op else nodes
         spec_of = {name: node.spec for name, node in zip(members, nodes, strict=True)}
         specs = [spec_of[stack[0]] for stack in stacks]
         shapes = [(*lengths, *spec.shape) for spec in specs]
-        for stack, shape in zip(stacks, shapes, strict=True):
-            own_shape = shape[len(lengths) :]
+        for stack, spec in zip(stacks, specs, strict=True):
             for name in stack:
-                if spec_of[name].shape != own_shape:
-                    raise CoverageError(f"{where}{name} has shape {self.entries[name].spec.shape}, the others of its group {own_shape}")
+                if spec_of[name].shape != spec.shape:
+                    raise CoverageError(f"{where}{name} has shape {self.entries[name].spec.shape}, the others of its group {spec.shape}")
         ops = self._ops(rule, group, tuple(shapes), tuple(map(len, stacks)), where)
-        choices = itertools.product(*(range(len(capture_of(binding.right, n).alternatives)) for n in binding.right_lists))
-        copies = [self.sizes.repeats(rule, n) for n in binding.right_counts]
+        choices = itertools.product(*(range(len(capture_of(binding.right, n).alternatives)) for n in binding.right_only.lists))
+        copies = [self.sizes.repeats(rule, n) for n in binding.right_only.counts]
         sizes, next_op = ops[0].sizes, iter(ops)
         for choice in choices:
-            with_choice = {**values, **dict(zip(binding.right_lists, choice, strict=True))}
-            for counts in itertools.product(*(range(sizes[n]) for n in binding.right_counts)):
+            with_choice = {**values, **dict(zip(binding.right_only.lists, choice, strict=True))}
+            for counts in itertools.product(*(range(sizes[n]) for n in binding.right_only.counts)):
                 op = next(next_op)
                 targets: list[str] = []
                 for repeat in itertools.product(*map(range, copies)):
                     numbers = [n * c + k for n, c, k in zip(counts, copies, repeat, strict=True)]
-                    targets += self._alike(rule, right, {**with_choice, **dict(zip(binding.right_counts, numbers, strict=True))})
+                    targets += self._alike(rule, right, {**with_choice, **dict(zip(binding.right_only.counts, numbers, strict=True))})
                 try:
                     result = rearrange(op, tuple(self._one_dtype(rule, targets[0], nodes)))
                 except CoverageError as error:
@@ -218,8 +216,8 @@ class Application:
         """For each left tensor the names behind it, the sizes of the leading axes that they count along, and all names, copies too."""
         binding = rule.binding
         members: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
-        copies = [self.sizes.repeats(rule, n) for n in binding.left_counts]
-        minimums = [(self.sizes.dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_counts, copies, strict=True)]
+        copies = [self.sizes.repeats(rule, n) for n in binding.left_only.counts]
+        minimums = [(self.sizes.dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_only.counts, copies, strict=True)]
         totals = []
         for k, minimum in enumerate(minimums):
             last = max(counts[k] for _, counts in group.members)
@@ -232,7 +230,7 @@ class Application:
                 if self.entries[other].spec != spec:
                     raise CoverageError(f"{self.title}: {other} is {self.entries[other].spec} and should repeat {first}, which is {spec}")
             self._unread += len(alike) - (name == first)
-        choices = list(itertools.product(*(range(len(capture_of(binding.left, n).alternatives)) for n in binding.left_lists)))
+        choices = list(itertools.product(*(range(len(capture_of(binding.left, n).alternatives)) for n in binding.left_only.lists)))
         if rule.partial:
             choices = [choice for choice in choices if (choice, ()) in group.members or choice == choices[0]]
         lengths = tuple(-(-n // c) for n, c in zip(totals, copies, strict=True))
@@ -241,9 +239,9 @@ class Application:
             choice, counts = _first_gap(choices, totals, group)
             values = {
                 **group.values,
-                **dict(zip(binding.left_lists, choice, strict=True)),
-                **dict(zip(binding.left_counts, counts, strict=True)),
-                **dict.fromkeys(binding.left_alike, 0),
+                **dict(zip(binding.left_only.lists, choice, strict=True)),
+                **dict(zip(binding.left_only.counts, counts, strict=True)),
+                **dict.fromkeys(binding.left_only.alike, 0),
             }
             present = next(iter(members.values()))
             raise CoverageError(
@@ -273,13 +271,12 @@ class Application:
                 size = self.sizes.dim(rule, axis, alternatives, firm=True)
                 if size is not None:
                     fixed[axis] = size
-            look_up = partial(self.sizes.dim, rule, alternatives=alternatives)
             try:
-                sizes = layout.solve(shapes, look_up, where, fixed)
+                sizes = layout.solve(shapes, partial(self.sizes.dim, rule, alternatives=alternatives), where, fixed)
             except CoverageError as error:
                 raise CoverageError(f"{error}{self.sizes.near(rule)}") from error
-            leading = len(binding.right_counts)
-            slices = math.prod(sizes[name] for name in binding.right_counts)
+            leading = len(binding.right_only.counts)
+            slices = math.prod(sizes[name] for name in binding.right_only.counts)
             if slices > MOST_SLICES:
                 raise CoverageError(f"{where}{rule.right!r} would make {slices} tensors of it, which no model has")
             numbers = itertools.product(range(len(layout.right)), range(slices))
@@ -312,10 +309,9 @@ class Application:
         """The inputs, cast to what the target shall have where they differ among themselves."""
         mixed = len({node.spec.dtype.name for node in nodes}) > 1
         for node in nodes:
-            dtype = self._cast(rule, target, node.spec) if mixed else None
-            yield apply(Cast(dtype), node) if dtype and dtype != node.spec.dtype.name else node
+            yield steps.cast(node, self._dtype(rule, target, node.spec)) if mixed else node
 
-    def _cast(self, rule: Rule | None, target: str, spec: TensorSpec) -> str | None:
+    def _dtype(self, rule: Rule | None, target: str, spec: TensorSpec) -> str | None:
         """The dtype that a target shall have, None: its own."""
         option = self.recast(target, spec)
         cast = parse_dtype(rule.cast).name if rule and rule.cast and not rule.flipped else None
@@ -331,9 +327,7 @@ class Application:
             yield names.write({**values, **dict(zip(captures, numbers, strict=True))})
 
     def _emit(self, target: str, node: AnyNode, names: Sequence[str], how: str, rule: Rule | None = None) -> None:
-        dtype = self._cast(rule, target, node.spec)
-        if dtype and dtype != node.spec.dtype.name:
-            node = apply(Cast(dtype), node)
+        node = steps.cast(node, self._dtype(rule, target, node.spec))
         if target in self.outputs:
             both = [*self.outputs[target][2].sources[:1], *names[:1], "nothing"]
             raise CoverageError(f"{self.title}: {target} is made twice, from {both[0]} and from {both[1]}")
@@ -384,8 +378,6 @@ def identity(entries: Mapping[str, AnyNode], recast: Recast = keep_dtype) -> Con
     outputs: dict[str, AnyNode] = {}
     rows = []
     for name, entry in entries.items():
-        dtype = recast(name, entry.spec)
-        node = apply(Cast(dtype), entry) if dtype and dtype != entry.spec.dtype.name else entry
-        outputs[name] = node
-        rows.append(Row(name, (name,), "", node.spec))
+        outputs[name] = steps.cast(entry, recast(name, entry.spec))
+        rows.append(Row(name, (name,), "", outputs[name].spec))
     return Conversion(outputs, rows)

@@ -270,21 +270,27 @@ PLAIN = Side()
 class Binding:
     """How a rule's captures on both sides correspond.
 
-    ``each`` pairs the for-each captures (left name, right name); ``lists`` and ``counts`` are those that enumerate tensors on
-    the left or right, by capture name in order of appearance, ``alike`` those whose tensors are all the same, ``repeats`` how many
-    that follow each other are.
+    ``each`` pairs the for-each captures (left name, right name); ``left_only`` and ``right_only`` are the others of either side.
     """
 
     left: Pattern
     right: Pattern
     layout: Layout | None
     each: tuple[tuple[str, str], ...]
-    left_lists: tuple[str, ...]
-    right_lists: tuple[str, ...]
-    left_counts: tuple[str, ...]
-    right_counts: tuple[str, ...]
-    left_alike: tuple[str, ...]
-    right_alike: tuple[str, ...]
+    left_only: Enumeration
+    right_only: Enumeration
+
+
+class Enumeration(NamedTuple):
+    """The captures that stand on one side of a rule only and enumerate tensors there, by name in order of appearance.
+
+    ``lists`` say the tensors, ``counts`` are numbers along a leading axis, ``alike`` are those whose tensors are all the same, and
+    ``repeats`` says of a count how many that follow each other are.
+    """
+
+    lists: tuple[str, ...]
+    counts: tuple[str, ...]
+    alike: tuple[str, ...]
     repeats: Mapping[str, str]
 
 
@@ -299,38 +305,19 @@ def _bind(rule: Rule) -> Binding:
     several = layout is not None and (len(layout.left), len(layout.right)) != (1, 1)
     pairs = _pair_lists(rule, _lists(left), _lists(right), several=several)
     left_names, right_names = _names_of_values(left), _names_of_values(right)
-    _check_rest(left, right_names)
-    _check_rest(right, left_names)
-    mine = _enumerate(left, right_names, {name for name, _ in pairs})
-    theirs = _enumerate(right, left_names, {name for _, name in pairs})
-    _check_width(rule, left, mine, layout.left if layout else None, rule.op)
-    _check_width(rule, right, theirs, layout.right if layout else None, rule.undo)
-    counts = mine.counts + theirs.counts
+    for side, other_names in ((left, right_names), (right, left_names)):
+        for capture in side.captures:
+            if capture.kind == "rest" and capture.name not in other_names:
+                raise RecipeError(f"{{{capture.name}*}} must stand on both sides")
+    left_only = _enumerate(left, right_names, {name for name, _ in pairs})
+    right_only = _enumerate(right, left_names, {name for _, name in pairs})
+    _check_width(rule, left, left_only, layout.left if layout else None, rule.op)
+    _check_width(rule, right, right_only, layout.right if layout else None, rule.undo)
+    counts = left_only.counts + right_only.counts
     if counts and not layout:
         raise RecipeError(f"{', '.join(counts)} stand on one side only: that takes a layout")
     plain = [(c.name, c.name) for c in left.captures if c.kind != "list" and c.name in right_names]
-    return Binding(
-        left,
-        right,
-        layout,
-        each=(*plain, *pairs),
-        left_lists=mine.lists,
-        right_lists=theirs.lists,
-        left_counts=mine.counts,
-        right_counts=theirs.counts,
-        left_alike=mine.alike,
-        right_alike=theirs.alike,
-        repeats=mine.repeats | theirs.repeats,
-    )
-
-
-class _Enumeration(NamedTuple):
-    """The captures that stand on one side of a rule only, and enumerate tensors there; see `Binding`."""
-
-    lists: tuple[str, ...]
-    counts: tuple[str, ...]
-    alike: tuple[str, ...]
-    repeats: dict[str, str]
+    return Binding(left, right, layout, (*plain, *pairs), left_only, right_only)
 
 
 def _lists(side: Pattern) -> list[Capture]:
@@ -342,15 +329,8 @@ def _names_of_values(side: Pattern) -> set[str]:
     return {capture.name for capture in side.captures if capture.kind != "list"}
 
 
-def _check_rest(side: Pattern, other_names: set[str]) -> None:
-    """Raises RecipeError where ``{name*}`` stands on this side only."""
-    for capture in side.captures:
-        if capture.kind == "rest" and capture.name not in other_names:
-            raise RecipeError(f"{{{capture.name}*}} must stand on both sides")
-
-
-def _enumerate(side: Pattern, other_names: set[str], pairs: set[str]) -> _Enumeration:
-    """What one side of a rule enumerates, the other has ``other_names``; the lists ``pairs`` do not, they stand on both sides."""
+def _enumerate(side: Pattern, other_names: set[str], pairs: set[str]) -> Enumeration:
+    """What one side of a rule enumerates: all but numbers that are among ``other_names`` of the other side, and lists among ``pairs``."""
     own = []
     for capture in side.captures:
         if capture.kind != "int":
@@ -359,7 +339,7 @@ def _enumerate(side: Pattern, other_names: set[str], pairs: set[str]) -> _Enumer
             own.append(capture)
         elif capture.operator in ("=", "//"):
             raise RecipeError(f"{{{capture.name}{capture.operator}{capture.operand}}} must stand on one side only")
-    return _Enumeration(
+    return Enumeration(
         lists=tuple(capture.name for capture in _lists(side) if capture.name not in pairs),
         counts=tuple(capture.name for capture in own if capture.operator != "="),
         alike=tuple(capture.name for capture in own if (capture.operator, capture.operand) == ("=", "*")),
@@ -367,7 +347,7 @@ def _enumerate(side: Pattern, other_names: set[str], pairs: set[str]) -> _Enumer
     )
 
 
-def _check_width(rule: Rule, side: Pattern, enumeration: _Enumeration, tensors: Sequence[Tensor] | None, step: Step) -> None:
+def _check_width(rule: Rule, side: Pattern, enumeration: Enumeration, tensors: Sequence[Tensor] | None, step: Step) -> None:
     """Raises RecipeError where the layout's ``tensors`` of a side (None: no layout) are not those that its names enumerate."""
     count = math.prod(len(capture.alternatives) for capture in side.captures if capture.name in enumeration.lists)
     width = 1 if tensors is None else len(tensors)

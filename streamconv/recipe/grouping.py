@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.errors import CoverageError
@@ -65,10 +65,9 @@ class Grouping:
             binding = fact.binding
             key = tuple(values[left] for left, _ in binding.each)
             group = groups[number].setdefault(key, Group({left: values[left] for left, _ in binding.each}))
-            choice = tuple(int(values[n]) for n in binding.left_lists)
-            counts = tuple(int(values[n]) for n in binding.left_counts)
-            copy = tuple(int(values[n]) for n in binding.left_alike)
-            group.members.setdefault((choice, counts), {})[copy] = name
+            only = binding.left_only
+            copies = group.members.setdefault((_numbers(values, only.lists), _numbers(values, only.counts)), {})
+            copies[_numbers(values, only.alike)] = name
         without_match = [fact for fact, matched in zip(facts, has_match, strict=True) if not matched]
         self._check_coverage(facts, without_match, unmatched, entries)
         instances_of = [(fact, group) for fact, group in zip(facts, groups, strict=True) if isinstance(fact, Rule)]
@@ -112,10 +111,8 @@ class Grouping:
             near = nearest(fact.left, entries)
             hint = f"; the nearest tensor is {near[0]}" if near else ""
             more = f" and {len(unused) - 1} more rules" if len(unused) > 1 else ""
-            conditions = [fact.when] if fact.when else []
-            if fact.optional:
-                conditions.append(f"not ({fact.optional})")
-            when = f" (the rule holds when {' and '.join(conditions)})" if conditions else ""
+            conditions = [fact.when, f"not ({fact.optional})" if fact.optional else None]
+            when = f" (the rule holds when {' and '.join(filter(None, conditions))})" if any(conditions) else ""
             raise CoverageError(
                 f"{self._title}: rule {fact.left!r}{more}: no tensor for it{hint}; is this the right recipe and source?{when}"
             )
@@ -156,6 +153,11 @@ class Grouping:
                     largest = max(int(str(key[k])) for key in instances)
                     ends[name] = max(ends.get(name, 0), self._sizes.dim(rule, name) or 0, 1 + largest)
         return ends
+
+
+def _numbers(values: Values, names: Iterable[str]) -> tuple[int, ...]:
+    """The values of these captures, which are numbers."""
+    return tuple(int(values[name]) for name in names)
 
 
 def _is_sparse(rule: Rule) -> bool:

@@ -5,6 +5,7 @@ A recipe is a list of `facts`. `Recipe.apply` turns a checkpoint into target nod
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -144,7 +145,7 @@ class Recipe:
             *(
                 f"{rule.right}: all are as the first was, which the other direction takes for all"
                 for rule in rules
-                if rule.binding.right_alike
+                if rule.binding.right_only.alike
             ),
         ]
 
@@ -238,13 +239,9 @@ class Recipe:
         rules = [fact for fact in self.rules if isinstance(fact, Rule | Drop)]
         ties = [fact for fact in self.rules if isinstance(fact, Tie) and fact.flipped]
         matcher = Matcher([parse_names(fact.left) for fact in rules] + [parse_names(tie.right) for tie in ties])
-        covered = 0
-        numbers: set[int] = set()
-        for name, source in canonical(names, self.source.aliases).items():
-            matches = matcher.match(name)
-            numbers.update(number for number, _ in matches)
-            if matches:
-                covered += names[source]
+        matches_of = {source: matcher.match(name) for name, source in canonical(names, self.source.aliases).items()}
+        covered = sum(names[source] for source, matches in matches_of.items() if matches)
+        numbers = {number for number, _ in itertools.chain.from_iterable(matches_of.values())}
         required = {number for number, fact in enumerate(rules) if isinstance(fact, Rule) and _must_match(fact)}
         share = len(numbers & required) / len(required) if required else 0.0
         return covered / max(sum(names.values()), 1), share
@@ -309,12 +306,11 @@ def chain(first: Recipe, *others: Recipe) -> Recipe:
 def _check_options(arguments: Mapping[str, object], options: Mapping[str, Option], problem: str) -> None:
     """Raises UsageError, which says ``problem`` and what there is, where an argument is none of the options."""
     unknown = sorted(set(arguments) - set(options))
-    if not unknown:
-        return
-    names = sorted(options)
-    examples = ", ".join(names[:MOST_NAMED]) or "none"
-    more = ", ..." if len(names) > MOST_NAMED else ""
-    raise UsageError(f"--set {unknown[0]}: {problem}: {examples}{more}{did_you_mean(unknown[0], names)}")
+    if unknown:
+        names = sorted(options)
+        examples = ", ".join(names[:MOST_NAMED]) or "none"
+        more = ", ..." if len(names) > MOST_NAMED else ""
+        raise UsageError(f"--set {unknown[0]}: {problem}: {examples}{more}{did_you_mean(unknown[0], names)}")
 
 
 def _check_sizes(dims: Mapping[str, Dim]) -> None:
@@ -361,8 +357,7 @@ def _check_fact(fact: Fact) -> None:
 
 def _must_match(rule: Rule) -> bool:
     """Whether a rule holds without condition, of names that it says."""
-    takes_any_name = re.fullmatch(r"\{\w+\*\}", rule.left)
-    return not (rule.optional or rule.when or takes_any_name)
+    return not (rule.optional or rule.when or re.fullmatch(r"\{\w+\*\}", rule.left))
 
 
 MOST_NAMED = 12  # names of options in a message
@@ -382,7 +377,4 @@ def read_identity_options(arguments: Mapping[str, object]) -> dict[str, Any]:
 
 def _read(options: Mapping[str, Option], arguments: Mapping[str, object]) -> dict[str, Any]:
     """The options' values: those that arguments say, else their defaults."""
-    values: dict[str, Any] = {}
-    for name, option in options.items():
-        values[name] = option.read(name, arguments[name]) if name in arguments else option.default
-    return values
+    return {name: option.read(name, arguments[name]) if name in arguments else option.default for name, option in options.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,17 +37,14 @@ def scope_of(entries: Mapping[str, AnyNode], scope: Mapping[str, Any]) -> dict[s
     def count(text: str) -> int:
         return sum(1 for _ in matching(text))
 
-    return {**scope, "has": cache(has), "count": cache(count), "shape": cache(shape), "max": _most, "min": _least}
-
-
-def _most(*values: Any) -> Any:
-    """The largest of numbers; None where one is not known."""
-    return None if None in values else max(values)
-
-
-def _least(*values: Any) -> Any:
-    """The smallest of numbers; None where one is not known."""
-    return None if None in values else min(values)
+    return {
+        **scope,
+        "has": cache(has),
+        "count": cache(count),
+        "shape": cache(shape),
+        "max": lambda *values: None if None in values else max(values),
+        "min": lambda *values: None if None in values else min(values),
+    }
 
 
 def near_keys(expression: object, scope: Mapping[str, Any]) -> str:
@@ -55,9 +53,8 @@ def near_keys(expression: object, scope: Mapping[str, Any]) -> str:
         return ""
     config = scope.get("config") or {}
     unknown = [name for name in re.findall(r"[A-Za-z_]\w*", expression) if scope.get(name) is None]
-    keys: set[str] = set()
-    for name in unknown:
-        keys.update(difflib.get_close_matches(name, config, 1, cutoff=0.85))
+    matches = [difflib.get_close_matches(name, config, 1, cutoff=0.85) for name in unknown]
+    keys = set(itertools.chain.from_iterable(matches))
     return f"; config.json has {', '.join(sorted(keys))}" if keys else ""
 
 
@@ -137,7 +134,9 @@ class Sizes:
 
     def repeats(self, fact: Fact, name: str) -> int:
         """How many numbers of a capture that follow each other hold the same tensor."""
-        text = fact.binding.repeats.get(name) if isinstance(fact, Rule) else None
+        if not isinstance(fact, Rule):
+            return 1
+        text = fact.binding.left_only.repeats.get(name) or fact.binding.right_only.repeats.get(name)
         if text is None:
             return 1
         count = self._number(fact, f"{{{name}//{text}}}", text, least=1)

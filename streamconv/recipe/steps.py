@@ -76,6 +76,11 @@ def take(name: str, nodes: Sequence[AnyNode], parameters: Mapping[str, Any], ent
     return _STEPS[name](nodes, entries, **parameters)
 
 
+def cast(node: AnyNode, dtype: str | None) -> AnyNode:
+    """A node's values in a dtype; the node itself where that is its own, or None."""
+    return apply(Cast(dtype), node) if dtype and dtype != node.spec.dtype.name else node
+
+
 def describe(name: str, parameters: Mapping[str, Any]) -> str:
     """A step in words."""
     return " ".join([name, *(f"{key}={value}" for key, value in parameters.items())])
@@ -94,8 +99,7 @@ def check(op: Mapping[str, Any], field: str = "op") -> None:
     if unknown:
         hint = did_you_mean(unknown[0], takes)
         raise _error(f"op {name} has no {unknown[0]!r}{hint}; it takes {', '.join(takes)}", field, unknown[0])
-    required = [key for key, parameter in takes.items() if parameter.default is parameter.empty]
-    absent = [key for key in required if key not in keys]
+    absent = [key for key, parameter in takes.items() if parameter.default is parameter.empty and key not in keys]
     if absent:
         raise _error(f"op {name} needs {', '.join(absent)}", field)
     for key in keys:
@@ -219,9 +223,7 @@ def _zeros(nodes: Sequence[AnyNode], entries: Lookup, *, size: Count, rows: Coun
 @step("inv_freq")
 def _inv_freq(nodes: Sequence[AnyNode], entries: Lookup, *, dim: Count, base: Count = 10000, like: str = "") -> AnyNode:
     _expect_none(nodes)
-    frequencies = apply(InvFreq(dim, base))
-    dtype = entries[like].spec.dtype.name if like in entries else "float32"
-    return frequencies if dtype == "float32" else apply(Cast(dtype), frequencies)
+    return cast(apply(InvFreq(dim, base)), entries[like].spec.dtype.name if like in entries else None)
 
 
 @step("merge_lora")
