@@ -13,11 +13,6 @@ from streamconv.notation.names import nearest
 from streamconv.notation.names import parse as parse_names
 from streamconv.schemes.detection import find_quantization, quantized_tensors
 
-WAYS = {
-    "bitsandbytes": "load it with transformers, then model.dequantize() and save_pretrained",
-    "compressed-tensors": "load it with transformers and CompressedTensorsConfig(run_compressed=False), and save that",
-    "mxfp4": "load it with transformers and Mxfp4Config(dequantize=True), and save that",
-}
 """What makes numbers of weights that are quantized by a method, where this package does not."""
 
 
@@ -106,7 +101,7 @@ class Casting:
         if quantization.scheme:
             way = f"--dequantize --dtype {self._dtype} makes numbers of the weights"
         else:
-            way = WAYS.get(quantization.method, "load it with the library that made it, and save its dequantized weights")
+            way = "load it with the library that made it, and save its dequantized weights"
         raise UsageError(
             f"--dtype {self._dtype}: {quantization}: its weights would stay quantized and their scales be rounded: {way}; "
             "without --dtype all is copied as it is"

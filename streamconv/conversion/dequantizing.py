@@ -12,7 +12,7 @@ from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
 from streamconv.recipe import Conversion
 from streamconv.recipe.application import Row
-from streamconv.schemes.configs import FILES, model_dtype
+from streamconv.schemes.configs import FILES, model_dtype, with_files
 from streamconv.schemes.decoding import Decoded, decode
 from streamconv.schemes.detection import find_quantization
 from streamconv.schemes.registry import schemes
@@ -86,7 +86,9 @@ def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> De
     dropped: dict[str, str] = {}
     quantized: dict[str, tuple[Scheme, str]] = {}
     for folder, contents in checkpoint.components.items():
-        config = checkpoint.config_of(folder)
+        where = checkpoint.folder.folder(folder) if folder else checkpoint.folder
+        own = checkpoint.config_of(folder)
+        config = with_files(own, {name: read_config(where, name) for name in FILES})
         scheme = _find_scheme(checkpoint, folder, config)
         if scheme is None:
             continue
@@ -100,7 +102,7 @@ def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> De
             continue
         components[folder] = replace(contents, entries=decoded.nodes)
         quantized[folder] = scheme, casting.dtype or usual
-        configs[folder] = scheme.config(config, casting.dtype or usual)
+        configs[folder] = scheme.config(own, casting.dtype or usual)
         made_of |= {prefixed(folder, name): _in_folder(folder, decoded, name) for name in decoded.made_of}
         dropped |= {prefixed(folder, name): why for name, why in decoded.dropped.items()}
     if not quantized:
@@ -114,9 +116,8 @@ def _in_folder(folder: str, decoded: Decoded, name: str) -> tuple[str, ...]:
 
 def _find_scheme(checkpoint: Checkpoint, folder: str, config: Mapping[str, Any]) -> Scheme | None:
     """How a component is quantized, None: it is not. Raises UsageError where that is not known here."""
-    where = checkpoint.folder.folder(folder) if folder else checkpoint.folder
     specs = {name: node.spec for name, node in checkpoint.components[folder].entries.items()}
-    quantization = find_quantization(config, {name: read_config(where, name) for name in FILES}, specs)
+    quantization = find_quantization(config, {}, specs)
     if quantization is None:
         return None
     if quantization.scheme is None:

@@ -78,7 +78,10 @@ def _evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read, *
         copy_strided(out[move.dst :], value[move.src :], list(zip(move.sizes, move.dst_strides, move.src_strides, strict=True)), arena)
     else:
         assert isinstance(op, Compute)
-        _compute(node, op, move, out, arena, read, beside=beside)
+        for part in op.cut(move, [child.spec for child in node.inputs]):
+            within = arena.mark
+            _compute(node, op, part, out, arena, read, beside=beside)
+            arena.release(within)
     arena.release(mark)
 
 
@@ -120,9 +123,11 @@ def reads(node: AnyNode, move: Move, *, beside: bool = False) -> Iterator[tuple[
             yield from reads(node.inputs[number], piece, beside=beside)
     elif isinstance(node.op, Compute) or not beside:
         specs = [child.spec for child in node.inputs]
-        regions = node.op.needs(packed(move), specs) if isinstance(node.op, Compute) else [identity(spec.numel) for spec in specs]
-        for (child, is_beside), region in zip(descend(node, beside=beside), regions, strict=True):
-            yield from reads(child, region, beside=is_beside)
+        children = list(descend(node, beside=beside))
+        for part in node.op.cut(move, specs) if isinstance(node.op, Compute) else [move]:
+            regions = node.op.needs(packed(part), specs) if isinstance(node.op, Compute) else [identity(spec.numel) for spec in specs]
+            for (child, is_beside), region in zip(children, regions, strict=True):
+                yield from reads(child, region, beside=is_beside)
 
 
 def kinds(nodes: Iterable[AnyNode]) -> Iterator[Node]:

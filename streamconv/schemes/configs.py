@@ -8,17 +8,45 @@ from typing import Any
 from streamconv.dtypes import CASTABLE, parse_dtype
 from streamconv.errors import UsageError
 
-KEYS = ("quantization_config", "compression_config")
+_COMPRESSION = "compression_config"
+KEYS = ("quantization_config", _COMPRESSION)
 """Of a config: what belongs to a quantization, and to nothing else."""
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 """What says of a checkpoint that it is quantized, beside its config.json."""
 _DTYPES = ("dtype", "torch_dtype")
 
 
+def with_files(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A config with what another file says of quantization, where it says nothing itself.
+
+    Args:
+        config: config.json.
+        files: others of `FILES` beside it, by name.
+    """
+    if find_method(config) is None:
+        for name, contents in files.items():
+            inner = contents.get("quantization")
+            section = dict(inner if isinstance(inner, Mapping) else contents)
+            if section:
+                known = next((section[key] for key in ("quant_method", "method") if section.get(key)), None)
+                return {**config, KEYS[0]: {**section, "quant_method": known or _method_of(name, section)}}
+    return dict(config)
+
+
+def _method_of(name: str, section: Mapping[str, Any]) -> str:
+    """The method of a file of its own that does not name it."""
+    if name == "hf_quant_config.json":
+        return "modelopt"
+    if "w_bit" in section or "q_group_size" in section:
+        return "awq"
+    return "gptq" if "bits" in section and "group_size" in section else name.removesuffix(".json")
+
+
 def find_method(config: Mapping[str, Any]) -> str | None:
     """What a config says of quantization, in itself or in those nested in it; None: nothing."""
-    for _, section in quantizations(config):
-        return str(section.get("quant_method") or section.get("quant_algo") or section.get("format") or "a method without a name")
+    for key, section in quantizations(config):
+        usual = "compressed-tensors" if key == _COMPRESSION else "a method without a name"
+        return str(section.get("quant_method") or section.get("quant_algo") or usual)
     return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode
+from streamconv.schemes.detection import codes_in
 from streamconv.schemes.scheme import Group, Scheme
 
 
@@ -32,9 +33,14 @@ def decode(scheme: Scheme, nodes: Mapping[str, AnyNode], config: Mapping[str, An
     Raises:
         CoverageError: as `Scheme.match` does, or a weight is there as numbers, too.
     """
-    match = scheme.match(config, {name: node.spec for name, node in nodes.items()}, title)
+    specs = {name: node.spec for name, node in nodes.items()}
+    match = scheme.match(config, specs, title)
     group_of = {group.tensors[0]: group for group in match.groups}
     consumed = {name for group in match.groups for name in group.tensors} | match.dropped.keys()
+    for name, beside in codes_in(specs).items() if match.groups else ():
+        if name not in consumed:
+            where = f", beside {beside}" if beside else ""
+            raise CoverageError(f"{title}: {name} is {specs[name]}{where}, and no weight of {scheme.methods[0]}: mend the source")
     decoded: dict[str, AnyNode] = {}
     for name, node in nodes.items():
         if name in group_of:

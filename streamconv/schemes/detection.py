@@ -73,7 +73,7 @@ def find_quantization(
             section = inner if isinstance(inner, Mapping) else contents
             method = next((section[key] for key in ("quant_method", "quant_algo", "method") if section.get(key)), None)
             return Quantization(str(method or name.removesuffix(".json")), name)
-    codes = _codes(specs)
+    codes = codes_in(specs)
     if codes:
         name, beside = next(iter(codes.items()))
         where = f"{name} is {specs[name]}" + (f", beside {beside}" if beside else "")
@@ -83,7 +83,7 @@ def find_quantization(
 
 def quantized_tensors(specs: Mapping[str, TensorSpec]) -> set[str]:
     """The tensors that belong to a quantization: codes, and all that stands beside them, but for biases."""
-    codes = _codes(specs)
+    codes = codes_in(specs)
     heads = {_MODULE.sub("", _STEMS.sub("", name)) + "." for name in codes}
     names = {*codes, *filter(None, codes.values())}
     for name in specs:
@@ -99,7 +99,7 @@ def _heads(name: str) -> set[str]:
     return {".".join(parts[:count]) + "." for count in range(max(1, len(parts) - 4), len(parts))}
 
 
-def _codes(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+def codes_in(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     """The tensors that hold codes instead of numbers, and what stands beside each."""
     lower = {name.lower(): name for name in specs}
     beside_of = {}

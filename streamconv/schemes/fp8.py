@@ -13,16 +13,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.dtypes import TensorSpec
+from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode, apply
-from streamconv.graph.ops import Dequantize, Reshape
+from streamconv.graph.ops import Dequantize, DequantizeFloats, Reshape
 from streamconv.schemes.configs import quantizations
 from streamconv.schemes.scheme import Group, Match, Scheme
 
 Block = tuple[int, int]
 
 _CODES = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_NIBBLES = 32  # columns that share an exponent, where codes have four bits
 _USUAL = 128  # rows and columns of a block that nearly all checkpoints have
 _SCALE = re.compile(r"(?:_scale_inv|\.weight_scale|\.qscale_weight)$")
 _ACTIVATION = re.compile(r"\.(?:(?:input|output|activation)_scale|input_scale_ub|qscale_act|[qkv]_scale)$|_activation_scale$")
@@ -42,6 +43,17 @@ class Matrix(Group):
         return apply(op, matrix, scales if scales.spec.shape == counts else apply(Reshape(counts), scales))
 
 
+@dataclass(frozen=True)
+class Nibbles(Group):
+    """A matrix of four-bit floats, two in a byte that is called an integer, with an exponent for each 32 of a row."""
+
+    def decode(self, nodes: Mapping[str, AnyNode], dtype: str) -> AnyNode:
+        """See `Group.decode`."""
+        codes, scales = (nodes[name] for name in self.tensors)
+        *stack, rows, nbytes = codes.spec.shape
+        return apply(DequantizeFloats((*stack, rows, 2 * nbytes), dtype, "float4_e2m1fn", (1, _NIBBLES)), codes, scales)
+
+
 class Fp8(Scheme):
     """One-byte floats beside the scales of their blocks, as transformers has them."""
 
@@ -51,14 +63,18 @@ class Fp8(Scheme):
     def match(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], title: str) -> Match:
         """See `Scheme.match`."""
         scale_of = dict(_pair(specs, title))
-        used = set(scale_of.values())
+        nibbles = dict(_pair_nibbles(specs))
+        used = {*scale_of.values(), *nibbles.values()}
         for name in specs:
             if name not in used and name not in scale_of and _SCALE.search(name):
                 raise CoverageError(f"{title}: {name} is the scale of {_weight_beside(name, specs)}: mend the source")
         blocks = _Blocks(config, title)
         shapes = {name: (specs[name], specs[scale]) for name, scale in scale_of.items()}
         common = blocks.common(shapes)
-        groups = [Matrix(name, (name, scale), blocks.block(name, *shapes[name]) or common[name]) for name, scale in scale_of.items()]
+        groups: list[Group] = [
+            Matrix(name, (name, scale), blocks.block(name, *shapes[name]) or common[name]) for name, scale in scale_of.items()
+        ]
+        groups += [Nibbles(name, (name, scale)) for name, scale in nibbles.items()]
         beside = [name for name in specs if groups and name not in scale_of and _ACTIVATION.search(name)]
         return Match(groups, dict.fromkeys(beside, "a scale of activations, which an unquantized model has none of"))
 
@@ -80,6 +96,17 @@ def _pair(specs: Mapping[str, TensorSpec], title: str) -> Iterator[tuple[str, st
         if len(spec.shape) < 2:
             raise CoverageError(f"{title}: {name} is {spec}: expected a matrix, or a stack of matrices, of one-byte floats")
         yield name, present[0]
+
+
+def _pair_nibbles(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, str]]:
+    """Experts of four bits, as DeepSeek-V4 has them, and the tensors of their exponents."""
+    for name, spec in specs.items():
+        beside = f"{name.removesuffix('weight')}scale"
+        if spec.dtype.name != "int8" or not name.endswith(".weight") or len(spec.shape) < 2 or beside not in specs:
+            continue
+        *outer, nbytes = spec.shape
+        if specs[beside] == TensorSpec(DTYPES["float8_e8m0fnu"], (*outer, 2 * nbytes // _NIBBLES)):
+            yield name, beside
 
 
 def _weight_beside(scale: str, specs: Mapping[str, TensorSpec]) -> str:

@@ -83,7 +83,7 @@ def test_a_recipe_sees_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized by gptq (by config.json): known are fp8"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantized by hqq (by config.json): known are awq, bitsandbytes"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}}, "model.layers.0.q.weight is"),
     ],
 )

@@ -196,7 +196,7 @@ def test_casts_and_messages_know_it(quantized, tmp_path, capsys):
     others = {name: tensor for name, tensor in read(quantized).items() if name != W.format(0) + SCALE}
     broken = write(tmp_path / "broken", others, config=CONFIG)
     assert f"there is no {W.format(0)}{SCALE}" in refusal(capsys, "plan", broken, tmp_path / "out", "--dequantize")
-    unknown = write(tmp_path / "unknown", others, config={"quantization_config": {"quant_method": "awq"}})
+    unknown = write(tmp_path / "unknown", others, config={"quantization_config": {"quant_method": "hqq"}})
     assert "int8-of-a-test" in refusal(capsys, "plan", unknown, tmp_path / "out", "--dequantize")
     with pytest.raises(UsageError, match="there is a quantization by int8-of-a-test already"):
         register(Int8Rows())

@@ -8,6 +8,8 @@ import pytest
 import torch
 from checkpoint_files import assert_same, random_tensor, read, refusal, run, write
 
+from streamconv.schemes.registry import schemes
+
 FP8, BF16, F16 = torch.float8_e4m3fn, torch.bfloat16, torch.float16
 X = "model.layers.0.mlp.up_proj"
 
@@ -68,7 +70,7 @@ def test_dtype_is_refused_for_quantized_weights_as_config_json_names_them(tmp_pa
     src = checkpoint(tmp_path, kind, nested(kind))
     line = refusal(capsys, "convert", src, tmp_path / "out", "--dtype", "float16")
     assert f"quantized by {kind.removesuffix('-8')} (by config.json)" in line
-    assert ("--dequantize --dtype float16" in line) == (kind == "fp8")
+    assert ("--dequantize --dtype float16" in line) == (CHECKPOINTS[kind][1]["quant_method"] in schemes())
     assert not (tmp_path / "out").exists()
     assert "quantized by" in refusal(capsys, "verify", src, src, "--dtype", "float16")
     assert run("convert", src, tmp_path / "out", "--quiet", "--max-shard-size", "100B") == 0
@@ -91,7 +93,7 @@ def test_dtype_is_refused_where_only_the_tensors_look_quantized(tmp_path, capsys
     ("config", "file", "told"),
     [
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, {}, "fp8 (by config.json)"),
-        ({"compression_config": {"format": "pack-quantized"}}, {}, "pack-quantized (by config.json)"),
+        ({"compression_config": {"format": "pack-quantized"}}, {}, "compressed-tensors (by config.json)"),
         ({}, {"hf_quant_config.json": {"quantization": {"quant_algo": "NVFP4"}}}, "NVFP4 (hf_quant_config.json)"),
         ({}, {"quantize_config.json": {"bits": 4}}, "quantize_config (quantize_config.json)"),
         ({}, {"quant_config.json": {"quant_method": "awq"}}, "awq (quant_config.json)"),

@@ -10,7 +10,7 @@ from streamconv.dtypes import CASTABLE, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.moves import Move
 from streamconv.graph.ops.cast import Rounding
-from streamconv.graph.ops.op import Values
+from streamconv.graph.ops.op import Elementwise, Values
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Add(Rounding):
+class Add(Rounding, Elementwise):
     """Every value plus a number, both in the dtype of the tensor: as torch adds them, in float32 for narrower ones, and rounded once."""
 
     kind: ClassVar[str] = "add"

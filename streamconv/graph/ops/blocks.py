@@ -10,7 +10,7 @@ from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.moves import Move, packed_strides, place, pull
 from streamconv.graph.ops.cast import Rounding
-from streamconv.graph.ops.op import Values
+from streamconv.graph.ops.op import Elementwise, Values
 from streamconv.notation.axes import Axis, Leaf, Place, Tree
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Dequantize(Rounding):
+class Dequantize(Rounding, Elementwise):
     """Matrices of one-byte floats times the scale of each of their blocks, both as float32, rounded once; NaNs as those of `Cast`.
 
     Attributes:

@@ -9,10 +9,10 @@ from typing import ClassVar
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.moves import Move
-from streamconv.graph.ops.op import Elementwise, Values
+from streamconv.graph.ops.op import Compute, Elementwise, Values
 
 
-class Rounding(Elementwise):
+class Rounding(Compute):
     """An op whose values are rounded by `casts`."""
 
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
@@ -25,7 +25,7 @@ class Rounding(Elementwise):
 
 
 @dataclass(frozen=True)
-class Cast(Rounding):
+class Cast(Rounding, Elementwise):
     """Conversion to another floating type as torch does it, rounding to nearest even; NaNs come out as the one quiet NaN.
 
     What bits torch itself gives a NaN differs between its vector and its scalar loops. One that has the type already keeps its bits.

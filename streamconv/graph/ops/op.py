@@ -97,6 +97,10 @@ class Compute(Op):
         """
         return [spec.numel for spec in inputs]
 
+    def cut(self, region: Move, inputs: Sequence[TensorSpec]) -> Iterator[Move]:  # noqa: ARG002
+        """The parts that a region of the output is made by, since all of it at once would ask for more than `reach` says."""
+        yield region
+
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
         """Bytes that `values` takes at most beside what it is given."""
         return 0

@@ -1,0 +1,237 @@
+"""Ops that decode matrices box by box: which items of each input, codes in words or values that blocks share, a region takes."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
+from streamconv.errors import CoverageError
+from streamconv.graph.moves import Move, packed_strides, pull
+from streamconv.graph.ops.cast import Rounding
+from streamconv.graph.ops.op import Values
+from streamconv.notation.axes import Axis, Leaf, Tree
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    Array = ndarray[Any, Any]
+
+Sizes = tuple[int, int, int]
+"""Of a stack of matrices: matrices, rows, columns."""
+
+_DIGITS = ("matrix", "row", "column")
+_FEW = 1 << 12  # elements: what so many take may be more than what they take each, since they share none of it
+
+
+@dataclass(frozen=True)
+class Step:
+    """Along an axis: each ``count`` elements, the last ones perhaps fewer, lie in ``items`` of an input, or share them."""
+
+    count: int = 1
+    items: int = 1
+
+    def items_of(self, elements: range, size: int) -> range:
+        """The items, of ``size``, that some elements lie in."""
+        if self.count == self.items == 1:
+            return elements
+        last = -(-(elements[-1] + 1) // self.count) * self.items
+        return range(elements.start // self.count * self.items, min(size, last))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An input of an op beside its matrices: how many items it has, of matrices, down and across, and how elements lie in them."""
+
+    sizes: Sizes
+    rows: Step = Step()
+    columns: Step = Step()
+
+    def items_of(self, box: Box) -> Box:
+        """The items that a box of the matrices takes."""
+        matrices = box.matrices if self.sizes[0] > 1 else range(1)
+        return Box(matrices, self.rows.items_of(box.rows, self.sizes[1]), self.columns.items_of(box.columns, self.sizes[2]))
+
+
+@dataclass(frozen=True)
+class Box:
+    """Matrices of a stack, rows and columns of them, each from one on in equal steps."""
+
+    matrices: range
+    rows: range
+    columns: range
+
+    @property
+    def axes(self) -> tuple[range, range, range]:
+        return self.matrices, self.rows, self.columns
+
+    @property
+    def sizes(self) -> Sizes:
+        return len(self.matrices), len(self.rows), len(self.columns)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+    def region(self, sizes: Sizes) -> Move:
+        """The box as a region of a stack of these sizes, packed."""
+        strides = packed_strides(sizes)
+        start = sum(axis.start * stride for axis, stride in zip(self.axes, strides, strict=True))
+        steps = tuple(axis.step * stride for axis, stride in zip(self.axes, strides, strict=True))
+        return Move(self.sizes, 0, packed_strides(self.sizes), start, steps)
+
+    def within(self, outer: Box) -> tuple[slice, ...]:
+        """Where the box is in a larger one that holds it."""
+        slices = []
+        for inner, around in zip(self.axes, outer.axes, strict=True):
+            start, step = (inner.start - around.start) // around.step, max(1, inner.step // around.step)
+            slices.append(slice(start, start + (len(inner) - 1) * step + 1, step))
+        return tuple(slices)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a region whose elements' matrix, row and column are affine in its indices: where it lies, and these three."""
+
+    sizes: tuple[int, ...]
+    dst: int
+    dst_strides: tuple[int, ...]
+    places: tuple[tuple[int, tuple[int, ...]], ...]
+
+    def progressions(self) -> list[range]:
+        """The matrices, rows and columns that it takes, and perhaps others between them."""
+        axes = []
+        for first, steps in self.places:
+            advances = [(n - 1) * step for n, step in zip(self.sizes, steps, strict=True)]
+            step = math.gcd(*(step for n, step in zip(self.sizes, steps, strict=True) if n > 1)) or 1
+            axes.append(range(first, first + sum(advances) + 1, step))
+        return axes
+
+    def halves(self) -> list[_Piece]:
+        """The piece in two, along what it takes most matrices of, else rows, else columns."""
+        for _, steps in self.places:
+            advances = [(n - 1) * step for n, step in zip(self.sizes, steps, strict=True)]
+            if max(advances, default=0) > 0:
+                break
+        axis = advances.index(max(advances))
+        middle = self.sizes[axis] // 2
+        return [self._part(axis, 0, middle), self._part(axis, middle, self.sizes[axis] - middle)]
+
+    def _part(self, axis: int, start: int, size: int) -> _Piece:
+        sizes = (*self.sizes[:axis], size, *self.sizes[axis + 1 :])
+        places = tuple((first + start * steps[axis], steps) for first, steps in self.places)
+        return _Piece(sizes, self.dst + start * self.dst_strides[axis], self.dst_strides, places)
+
+
+class Boxed(Rounding):
+    """An op whose output is a stack of matrices, decoded box by box. It is no elementwise one: what it takes lies otherwise.
+
+    Attributes:
+        shape: of the output: rows and columns, after the sizes of a stack, if it is one.
+        dtype: what comes of it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    @abstractmethod
+    def grids(self) -> tuple[Grid, ...]:
+        """The inputs."""
+
+    @abstractmethod
+    def decode(self, items: Sequence[Values], box: Box) -> Array:
+        """The numbers of a box as float32, in its sizes; ``items``: those of each input that `Grid.items_of` says."""
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        numels = [math.prod(grid.sizes) for grid in self.grids]
+        if len(self.shape) < 2 or self.dtype not in CASTABLE or [spec.numel for spec in inputs] != numels:
+            found = ", ".join(map(str, inputs))
+            raise CoverageError(f"{self.kind} makes {self.dtype}{list(self.shape)} of {numels} items, not of {found}")
+        return TensorSpec(DTYPES[self.dtype], self.shape)
+
+    def cut(self, region: Move, inputs: Sequence[TensorSpec]) -> Iterator[Move]:
+        """See `Compute.cut`: a region whose box holds much that it does not take goes by halves."""
+        bounds = self.reach(region.numel, inputs)
+        if all(need.numel <= bound for need, bound in zip(self.needs(region, inputs), bounds, strict=True)) or region.numel < 2:
+            yield region
+            return
+        axis = max((k for k, n in enumerate(region.sizes) if n > 1), key=lambda k: region.src_strides[k])
+        tile = list(region.sizes)
+        tile[axis] = -(-tile[axis] // 2)
+        for half in region.tiles(tuple(tile)):
+            yield from self.cut(half, inputs)
+
+    def needs(self, region: Move, inputs: Sequence[TensorSpec]) -> list[Move]:  # noqa: ARG002
+        box = self._around(list(self._pieces(region)))
+        return [grid.items_of(box).region(grid.sizes) for grid in self.grids]
+
+    def reach(self, numel: int, inputs: Sequence[TensorSpec]) -> list[int]:
+        """See `Compute.reach`: twice what so many elements side by side take, but of a few what they take each."""
+        bounds = []
+        for grid, spec in zip(self.grids, inputs, strict=True):
+            down, across = grid.rows, grid.columns
+            each = down.items * across.items
+            dense = -(-numel * down.items * across.items // (min(down.count, self.shape[-2]) * min(across.count, self.shape[-1])))
+            bounds.append(min(spec.numel, 2 * dense + each * min(numel, _FEW)))
+        return bounds
+
+    def scratch(self, inputs: Sequence[TensorSpec]) -> int:
+        from streamconv.graph.casts import PIECE
+
+        return super().scratch(inputs) + 40 * PIECE  # codes, scales and numbers of a piece, and what they are on the way
+
+    def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
+        from streamconv.graph.arrays import view
+        from streamconv.graph.casts import PIECE, narrow
+
+        lying = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
+        pieces = list(self._pieces(lying))
+        around, overflowed = self._around(pieces), 0
+        while pieces:
+            piece = pieces.pop()
+            box = self._around([piece])
+            if box.numel > PIECE and math.prod(piece.sizes) > 1:
+                pieces += piece.halves()
+                continue
+            items = []
+            for part, grid in zip(parts, self.grids, strict=True):
+                where = grid.items_of(box).within(grid.items_of(around))
+                items.append(Values(part.items[where], part.dtype))
+            numbers = self.decode(items, box)
+            strides, start = _places_in(piece, box)
+            target = view(out.items, piece.sizes, piece.dst_strides, piece.dst)
+            overflowed += narrow(view(numbers.reshape(-1), piece.sizes, strides, start), target, out.dtype.name)
+        return overflowed
+
+    def _pieces(self, region: Move) -> Iterator[_Piece]:
+        for _, move, digits in pull(self._tree, region):
+            yield _Piece(move.sizes, move.dst, move.dst_strides, tuple(digits[name] for name in _DIGITS))
+
+    @property
+    def _tree(self) -> Tree:
+        *_, rows, columns = self.shape
+        return Axis(_DIGITS[0], rows * columns, Axis(_DIGITS[1], columns, Axis(_DIGITS[2], 1, Leaf(0))))
+
+    def _around(self, pieces: Sequence[_Piece]) -> Box:
+        """The smallest box that holds some pieces."""
+        return Box(*(_join(axes) for axes in zip(*(piece.progressions() for piece in pieces), strict=True)))
+
+
+def _join(axes: Sequence[range]) -> range:
+    """The smallest progression that holds some."""
+    first = axes[0]
+    step = math.gcd(*(axis.step for axis in axes if len(axis) > 1), *(axis.start - first.start for axis in axes))
+    return range(min(axis.start for axis in axes), max(axis[-1] for axis in axes) + 1, step or 1)
+
+
+def _places_in(piece: _Piece, box: Box) -> tuple[tuple[int, ...], int]:
+    """Where the elements of a piece are in the packed box that holds it: their strides, and the first."""
+    strides, start = [0] * len(piece.sizes), 0
+    for (first, steps), axis, unit in zip(piece.places, box.axes, packed_strides(box.sizes), strict=True):
+        start += (first - axis.start) // axis.step * unit
+        strides = [stride + step // axis.step * unit for stride, step in zip(strides, steps, strict=True)]
+    return tuple(strides), start
