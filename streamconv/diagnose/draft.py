@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
-from itertools import chain, combinations, permutations
+from itertools import chain, combinations, permutations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,25 +40,42 @@ _SAME = {
     "embed": "tok_embeddings embed_tokens wte word_embeddings embed embedding embeddings", "head": "output lm_head head embed_out",
     "last": "norm ln_f final_layernorm final_norm", "qkv": "qkv qkv_proj query_key_value wqkv c_attn",
 }  # fmt: skip
-_CONCEPT = {word: concept for concept, words in _SAME.items() for word in words.split()}
+_CONCEPT: dict[str, str] = {}
+for _concept, _words in _SAME.items():
+    _CONCEPT.update(dict.fromkeys(_words.split(), _concept))
 
 
-class Folded(NamedTuple):
-    """Tensors whose names differ in numbers only: the texts between the numbers, the values of each number, and the shape they share."""
+class Series(NamedTuple):
+    """Tensors whose names differ in numbers only: the texts around the numbers, the values of each number, and the shape they share."""
 
-    parts: tuple[str, ...]
+    texts: tuple[str, ...]
     numbers: tuple[frozenset[int], ...]
     shape: Shape
 
-    def pattern(self, captures: Sequence[str]) -> str:
+    @property
+    def captures(self) -> list[str]:
+        """What its numbers are called in patterns."""
+        return [*_COUNTS[: len(self.numbers)]]
+
+    @property
+    def pattern(self) -> str:
         """The pattern of the names."""
-        texts = [part.replace("{", "{{").replace("}", "}}") for part in self.parts]
-        return texts[0] + "".join(f"{{{name}}}{text}" for name, text in zip(captures, texts[1:], strict=True))
+        first, *rest = (text.replace("{", "{{").replace("}", "}}") for text in self.texts)
+        return first + "".join(f"{{{name}}}{text}" for name, text in zip(self.captures, rest, strict=True))
 
     @property
     def words(self) -> frozenset[str]:
-        pieces = [piece for part in self.parts for piece in re.split(r"[./]", part) if piece]
-        return frozenset(_CONCEPT.get(piece.lower(), piece.lower()) for piece in pieces if piece != "weight")
+        """The words of the names, those for the same thing as one."""
+        words = re.split(r"[./]", ".".join(self.texts))
+        return frozenset(_CONCEPT.get(word.lower(), word.lower()) for word in words if word not in ("", "weight"))
+
+
+class _Row(NamedTuple):
+    """A tensor: the texts around the numbers in its name, these numbers, and its shape."""
+
+    texts: tuple[str, ...]
+    numbers: tuple[int, ...]
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -114,40 +131,54 @@ def read_shapes(path: str) -> dict[str, Shape]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = {row["name"]: row["shape"] for row in data["tensors"]} if isinstance(data.get("tensors"), list) else data
-        return {str(name): tuple(int(size) for size in shape) for name, shape in rows.items()}
+        return {str(name): tuple(map(int, shape)) for name, shape in rows.items()}
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}; give a checkpoint, or a JSON file of name -> shape") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: expected JSON of name -> shape ({str(error)[:100]}); 'inspect --json' prints one") from error
 
 
-def fold(shapes: Mapping[str, Shape]) -> list[Folded]:
-    """Names with their numbers folded, as far as all tensors folded together have one shape and no number is missing."""
-    folds: list[Folded] = []
+def fold(shapes: Mapping[str, Shape]) -> list[Series]:
+    """Tensors by their names with the numbers folded, as far as all of a series have one shape and no number is missing.
 
-    def add(rows: list[tuple[tuple[str, ...], tuple[int, ...], Shape]]) -> None:
-        numbers = tuple(frozenset(values) for values in zip(*(row[1] for row in rows), strict=True))
-        if len({row[2] for row in rows}) == 1 and math.prod(map(len, numbers)) == len(rows):
-            folds.append(Folded(rows[0][0], numbers, rows[0][2]))
-            return
-        tries = []
-        for place in range(len(numbers)):  # keep the number whose parts are most alike
-            parts = defaultdict(list)
-            for texts, own, shape in rows:
-                joined = (*texts[:place], f"{texts[place]}{own[place]}{texts[place + 1]}", *texts[place + 2 :])
-                parts[own[place]].append((joined, own[:place] + own[place + 1 :], shape))
-            tries.append((sum(len({row[2] for row in part}) for part in parts.values()), len(parts), place, parts))
-        *_, fewest_shapes = min(tries, key=lambda entry: entry[:3])
-        for part in fewest_shapes.values():
-            add(part)
-
-    groups: defaultdict[tuple[str, ...], list[tuple[tuple[str, ...], tuple[int, ...], Shape]]] = defaultdict(list)
+    >>> from streamconv.diagnose.draft import fold
+    >>> [(series.pattern, series.shape) for series in fold({"h.0.w": (4, 2), "h.1.w": (4, 2), "top": (2,)})]
+    [('h.{i}.w', (4, 2)), ('top', (2,))]
+    """
+    groups: defaultdict[tuple[str, ...], list[_Row]] = defaultdict(list)
     for name, shape in shapes.items():
         pieces = _NUMBER.split(name)
-        groups[tuple(pieces[::2])].append((tuple(pieces[::2]), tuple(map(int, pieces[1::2])), shape))
-    for group in groups.values():
-        add(group)
-    return sorted(folds, key=lambda folded: natural_key(_named(folded)))
+        texts = tuple(pieces[::2])
+        groups[texts].append(_Row(texts, tuple(map(int, pieces[1::2])), shape))
+    folds = chain.from_iterable(map(_fold_rows, groups.values()))
+    return sorted(folds, key=lambda series: natural_key(series.pattern))
+
+
+def _fold_rows(rows: list[_Row]) -> Iterator[Series]:
+    """The series of tensors whose names have the same texts."""
+    numbers = tuple(map(frozenset, zip(*(row.numbers for row in rows), strict=True)))
+    if len({row.shape for row in rows}) == 1 and math.prod(map(len, numbers)) == len(rows):
+        yield Series(rows[0].texts, numbers, rows[0].shape)
+        return
+    divisions = [_divide(rows, place) for place in range(len(numbers))]
+    for part in min(divisions, key=_count_shapes):
+        yield from _fold_rows(part)
+
+
+def _divide(rows: list[_Row], place: int) -> list[list[_Row]]:
+    """Tensors by one number of their names, which becomes text."""
+    parts: defaultdict[int, list[_Row]] = defaultdict(list)
+    for texts, numbers, shape in rows:
+        text = f"{texts[place]}{numbers[place]}{texts[place + 1]}"
+        row = _Row((*texts[:place], text, *texts[place + 2 :]), numbers[:place] + numbers[place + 1 :], shape)
+        parts[numbers[place]].append(row)
+    return list(parts.values())
+
+
+def _count_shapes(parts: list[list[_Row]]) -> tuple[int, int]:
+    """How many shapes there are in all parts, and how many parts: the fewer, the more alike the tensors of each are."""
+    shapes = [{row.shape for row in part} for part in parts]
+    return sum(map(len, shapes)), len(parts)
 
 
 def draft(source: Mapping[str, Shape], target: Mapping[str, Shape], name: str, about: str = "") -> Draft:
@@ -161,8 +192,8 @@ def draft(source: Mapping[str, Shape], target: Mapping[str, Shape], name: str, a
     if not any(line.active for line in lines):
         raise CoverageError(f"{about or name}: no tensor of the one has a shape that anything of the other could be made from or into")
     result = _write(lines, name, about)
-    result.unmade = [_named(folded) for folded in matching.targets]
-    result.unused = [_named(folded) for folded in matching.sources if not _BUFFER.search(_named(folded))]
+    result.unmade = [series.pattern for series in matching.targets]
+    result.unused = [series.pattern for series in matching.sources if not _BUFFER.search(series.pattern)]
     import yaml
 
     recipe = Recipe.from_dict(yaml.safe_load(result.text), name)
@@ -179,72 +210,72 @@ def _why_not_back(recipe: Recipe, source: Mapping[str, Shape], target: Mapping[s
     except StreamconvError as error:
         return str(error)
     shapes = {name: node.spec.shape for name, node in outputs.items()}
-    unmade = [name for name, shape in source.items() if shapes.get(name) != shape and not _BUFFER.search(name)]
-    return f"{unmade[0]} is not made again{f', nor are {len(unmade) - 1} more' if unmade[1:] else ''}" if unmade else ""
-
-
-def _named(folded: Folded) -> str:
-    return folded.pattern(_captures(folded.numbers))
-
-
-def _captures(numbers: Sequence[frozenset[int]]) -> list[str]:
-    return [*_COUNTS[: len(numbers)]]
+    absent = [name for name, shape in source.items() if shapes.get(name) != shape and not _BUFFER.search(name)]
+    if not absent:
+        return ""
+    more = f", nor are {len(absent) - 1} more" if len(absent) > 1 else ""
+    return f"{absent[0]} is not made again{more}"
 
 
 class _Matching:
-    """What is still without a counterpart, and the lines found so far, by the source's order."""
+    """What is still without a counterpart, and the lines so far, by the source's order."""
 
-    def __init__(self, sources: list[Folded], targets: list[Folded]) -> None:
+    def __init__(self, sources: list[Series], targets: list[Series]) -> None:
         self.all_sources = list(sources)
         self.sources, self.targets = sources, targets
         self.largest = _largest([*sources, *targets])
         self.lines: list[tuple[int, Line]] = []
-        self.partners: dict[Folded, Folded] = {}
+        self.partners: dict[Series, Series] = {}
 
     def run(self) -> list[Line]:
-        self._one_to_one()
-        for flipped in (False, True):
-            for parts, whole, line in self._joins(flipped=flipped):
-                sources, targets = ([whole], parts) if flipped else (parts, [whole])
+        """The lines of a draft: of series as they are, of parts and wholes, of other shapes, of ties, and of what is left over."""
+        self._match_equal_shapes()
+        for backward in (False, True):
+            for parts, whole, line in self._joins(backward=backward):
+                sources, targets = ([whole], parts) if backward else (parts, [whole])
                 if set(sources) <= set(self.sources) and set(targets) <= set(self.targets):
                     self._add(sources, targets, line)
-        self._reshaped()
+        self._match_other_shapes()
         ties = list(self._ties())
-        for folded in self.sources:
-            reason = {"reason": "the model computes it" if _BUFFER.search(_named(folded)) else "say why it is not needed"}
-            why = "looks like a buffer" if _BUFFER.search(_named(folded)) else ""
-            self.lines.append((self.all_sources.index(folded), Line({"drop": _named(folded), **reason}, why, active=bool(why))))
+        for series in self.sources:
+            is_buffer = _BUFFER.search(series.pattern) is not None
+            fields = {"drop": series.pattern, "reason": "the model computes it" if is_buffer else "say why it is not needed"}
+            line = Line(fields, "looks like a buffer" if is_buffer else "", active=is_buffer)
+            self.lines.append((self.all_sources.index(series), line))
         return [line for _, line in sorted(self.lines, key=lambda entry: entry[0])] + ties
 
-    def _add(self, sources: Sequence[Folded], targets: Sequence[Folded], line: Line) -> None:
-        each = min((folded.numbers for folded in (*sources, *targets)), key=len)
+    def _add(self, sources: Sequence[Series], targets: Sequence[Series], line: Line) -> None:
+        """Adds the line that makes these targets from these sources, which then have a counterpart."""
+        each = min((series.numbers for series in (*sources, *targets)), key=len)
         if any(len(numbers) <= self.largest[place] for place, numbers in enumerate(each)):
             line = replace(line, fields={**line.fields, "sparse": True})
         self.lines.append((min(map(self.all_sources.index, sources)), line))
-        self.sources = [folded for folded in self.sources if folded not in sources]
-        self.targets = [folded for folded in self.targets if folded not in targets]
+        self.sources = [series for series in self.sources if series not in sources]
+        self.targets = [series for series in self.targets if series not in targets]
         if len(sources) == len(targets) == 1:
             self.partners[sources[0]] = targets[0]
 
-    def _one_to_one(self) -> None:
+    def _match_equal_shapes(self) -> None:
         """The same shape and the same numbers, by the likeness of names where there are several."""
-        kinds: defaultdict[tuple[Any, ...], tuple[list[Folded], list[Folded]]] = defaultdict(lambda: ([], []))
-        for side, folded in enumerate((self.sources, self.targets)):
-            for one in folded:
-                kinds[one.numbers, one.shape][side].append(one)
-        for sources, targets in kinds.values():
+        sources_of: defaultdict[tuple[Any, ...], list[Series]] = defaultdict(list)
+        targets_of: defaultdict[tuple[Any, ...], list[Series]] = defaultdict(list)
+        for series in self.sources:
+            sources_of[series.numbers, series.shape].append(series)
+        for series in self.targets:
+            targets_of[series.numbers, series.shape].append(series)
+        for kind, sources in sources_of.items():
+            targets = targets_of[kind]
             for a, b, sure in _pairs(sources, targets):
-                names = _captures(a.numbers)
                 why = "" if sure else f"by name, among {max(len(sources), len(targets))} of shape {list(a.shape)}"
-                self._add([a], [b], Line({"rule": a.pattern(names), "right": b.pattern(names)}, why))
+                self._add([a], [b], Line({"rule": a.pattern, "right": b.pattern}, why))
 
-    def _joins(self, *, flipped: bool) -> Iterator[tuple[list[Folded], Folded, Line]]:
-        """Wholes that parts fuse or stack to, the likeliest parts first; ``flipped``: the wholes are on the source's side."""
-        sides = (self.targets, self.sources) if flipped else (self.sources, self.targets)
-        for whole in list(sides[1]):
+    def _joins(self, *, backward: bool) -> Iterator[tuple[list[Series], Series, Line]]:
+        """Wholes that parts fuse or stack to, the likeliest parts first; ``backward``: the wholes are on the source's side."""
+        all_parts, wholes = (self.targets, self.sources) if backward else (self.sources, self.targets)
+        for whole in list(wholes):
             count = len(whole.numbers)
-            groups: defaultdict[tuple[frozenset[int], ...], list[Folded]] = defaultdict(list)
-            for part in sides[0]:
+            groups: defaultdict[tuple[frozenset[int], ...], list[Series]] = defaultdict(list)
+            for part in all_parts:
                 if part.shape and part.numbers[:count] == whole.numbers and len(part.numbers) - count in (0, 1):
                     groups[part.numbers].append(part)
             for numbers, group in groups.items():
@@ -253,30 +284,33 @@ class _Matching:
                 sizes = range(1 if stack else 2, 5)
                 for combination in chain.from_iterable(combinations(near, size) for size in sizes):
                     parts = sorted(combination, key=_usual_order)
-                    layout = _joined([part.shape for part in parts], whole.shape, stack)
-                    pattern = _listed(parts, _captures(numbers)) if layout else None
+                    layout = _join_layout([part.shape for part in parts], whole.shape, stack)
+                    pattern = _common_pattern(parts) if layout else None
                     if layout and pattern:
-                        yield parts, whole, self._join(parts, pattern, whole, layout, flipped=flipped)
+                        yield parts, whole, self._join(parts, pattern, whole, layout, backward=backward)
 
-    def _join(self, parts: list[Folded], pattern: str, whole: Folded, layout: tuple[str, str], *, flipped: bool) -> Line:
-        other = whole.pattern(_captures(whole.numbers))
-        names, layouts = ((other, pattern), layout[::-1]) if flipped else ((pattern, other), layout)
-        fields: dict[str, Any] = {"rule": names[0], "right": names[1], "layout": " -> ".join(layouts)}
+    def _join(self, parts: list[Series], pattern: str, whole: Series, layout: tuple[str, str], *, backward: bool) -> Line:
+        """The line for parts, whose names have a ``pattern``, and the whole of them."""
+        names = [pattern, whole.pattern]
+        sides = list(layout)
+        if backward:
+            names.reverse()
+            sides.reverse()
+        fields: dict[str, Any] = {"rule": names[0], "right": names[1], "layout": " -> ".join(sides)}
         if len(parts) > 1:  # which the way back, or this one, cannot tell from shapes
             fields["dims"] = {_AXES[k]: part.shape[0] for k, part in enumerate(parts)}
         how = ["stacked"] * (len(parts[0].numbers) > len(whole.numbers))
         how += ["fused in this order, not interleaved"] if len(parts) > 1 else []
         return Line(fields, f"by shape; {' and '.join(how)}")
 
-    def _reshaped(self) -> None:
+    def _match_other_shapes(self) -> None:
         """One tensor each, with axes in another order, or of size 1 gone."""
         for a in list(self.sources):
-            fitting = [b for b in self.targets if b.numbers == a.numbers and _moved(a.shape, b.shape)]
-            if fitting:
-                b = max(fitting, key=lambda target: _score(a, target))
-                layout, names = _moved(a.shape, b.shape), _captures(a.numbers)
-                why = "by shape; axes moved"
-                self._add([a], [b], Line({"rule": a.pattern(names), "right": b.pattern(names), "layout": layout}, why))
+            candidates = [b for b in self.targets if b.numbers == a.numbers and _move_layout(a.shape, b.shape)]
+            if candidates:
+                b = max(candidates, key=lambda target: _score(a, target))
+                fields = {"rule": a.pattern, "right": b.pattern, "layout": _move_layout(a.shape, b.shape)}
+                self._add([a], [b], Line(fields, "by shape; axes moved"))
 
     def _ties(self) -> Iterator[Line]:
         """Targets that have the shape of an embedding that is used already, and the like of sources."""
@@ -285,61 +319,62 @@ class _Matching:
             for a, b in embeddings:
                 if a.shape == head.shape:
                     self.targets.remove(head)
-                    fields = {"tie": _named(a), "stored": _named(b), "right": _named(head)}
+                    fields = {"tie": a.pattern, "stored": b.pattern, "right": head.pattern}
                     yield Line(fields, "the head repeats the embedding; add when: tie_word_embeddings if it need not")
                     break
 
 
-def _largest(folds: Iterable[Folded]) -> dict[int, int]:
+def _largest(folds: Iterable[Series]) -> dict[int, int]:
     """The largest number that a capture has anywhere, by its place in a name."""
     largest: dict[int, int] = {}
-    for folded in folds:
-        for place, numbers in enumerate(folded.numbers):
+    for series in folds:
+        for place, numbers in enumerate(series.numbers):
             largest[place] = max(largest.get(place, 0), *numbers)
     return largest
 
 
-def _usual_order(part: Folded) -> tuple[int, Any]:
+def _usual_order(part: Series) -> tuple[int, Any]:
+    """What sorts the parts of a fused tensor as most families have them."""
     usual = ("q", "k", "v", "gate", "up")
-    return min((usual.index(word) for word in part.words if word in usual), default=len(usual)), natural_key(_named(part))
+    return min((usual.index(word) for word in part.words if word in usual), default=len(usual)), natural_key(part.pattern)
 
 
-def _score(a: Folded, b: Folded) -> float:
+def _score(a: Series, b: Series) -> float:
     """How alike two names are, from 0 to 2."""
-    shared = len(a.words & b.words) / max(1, len(a.words | b.words))
-    return shared + SequenceMatcher(None, _named(a), _named(b), autojunk=False).ratio()
+    common = len(a.words & b.words) / max(1, len(a.words | b.words))
+    return common + SequenceMatcher(None, a.pattern, b.pattern, autojunk=False).ratio()
 
 
-def _pairs(sources: list[Folded], targets: list[Folded]) -> Iterator[tuple[Folded, Folded, bool]]:
+def _pairs(sources: list[Series], targets: list[Series]) -> Iterator[tuple[Series, Series, bool]]:
     """Pairs in the order of their likeness, and whether there was no other choice, or none as good for either."""
-    candidates = ((_score(a, b), -k, a, b) for a in sources for k, b in enumerate(targets))
-    scores = sorted(candidates, key=lambda row: row[:2], reverse=True)
-    paired: set[Folded] = set()
+    candidates = [(_score(a, b), -k, a, b) for a, (k, b) in product(sources, enumerate(targets))]
+    candidates.sort(key=lambda row: row[:2], reverse=True)
+    partners: set[Series] = set()
     alone = len(sources) == len(targets) == 1
-    for score, _, a, b in scores:
-        if a in paired or b in paired or (len(sources) != len(targets) and not a.words & b.words):
+    for score, _, a, b in candidates:
+        if a in partners or b in partners or (len(sources) != len(targets) and not a.words & b.words):
             continue
-        same = a.parts == b.parts
-        paired |= {a, b}
+        same = a.texts == b.texts
+        partners |= {a, b}
         yield a, b, alone or same or score >= 2
 
 
-def _listed(parts: Sequence[Folded], captures: Sequence[str]) -> str | None:
+def _common_pattern(parts: Sequence[Series]) -> str | None:
     """One pattern for several names: what they share around a list of what they do not; None where that holds a number."""
-    patterns = [part.pattern(captures) for part in parts]
+    patterns = [part.pattern for part in parts]
     if len(patterns) == 1:
         return patterns[0]
     pieces = [re.split(r"(?<=[._/])|(?=[._/])", pattern) for pattern in patterns]
-    first = _shared(pieces)
+    first = _count_common(pieces)
     rest = [list(reversed(piece[first:])) for piece in pieces]
-    last = _shared(rest)
+    last = _count_common(rest)
     middles = ["".join(reversed(piece[last:])) for piece in rest]
     if any(set("{},:*?") & set(middle) for middle in middles) or len(set(middles)) < len(middles):
         return None
     return "".join(pieces[0][:first]) + "{" + ",".join(middles) + "}" + "".join(reversed(rest[0][:last]))
 
 
-def _shared(rows: Iterable[Sequence[str]]) -> int:
+def _count_common(rows: Iterable[Sequence[str]]) -> int:
     """How many items all rows begin with."""
     count = 0
     for column in zip(*rows, strict=False):
@@ -349,25 +384,28 @@ def _shared(rows: Iterable[Sequence[str]]) -> int:
     return count
 
 
-def _joined(parts: Sequence[Shape], whole: Shape, stack: Mapping[str, int]) -> tuple[str, str] | None:
+def _join_layout(parts: Sequence[Shape], whole: Shape, stack: Mapping[str, int]) -> tuple[str, str] | None:
     """The layouts of tensors, and of what they become along their first axis, stacked along the axis ``stack``, axes perhaps moved."""
     tail = parts[0][1:]
     if any(shape[1:] != tail for shape in parts) or len(whole) != len(parts[0]) + len(stack) or len(whole) > 4:
         return None
-    fused = " + ".join(_AXES[: len(parts)])
-    axes = {fused if len(parts) == 1 else f"({fused})": sum(shape[0] for shape in parts), **dict(zip("efg", tail, strict=False))}
+    own = _AXES[: len(parts)]
+    first = own if len(parts) == 1 else f"({' + '.join(own)})"
+    axes = {first: sum(shape[0] for shape in parts), **dict(zip("efg", tail, strict=False))}
+    rest = list(axes)[1:]
     for order in permutations(axes) if stack else [tuple(axes)]:
         if (*stack.values(), *(axes[axis] for axis in order)) == whole:
-            inputs = [" ".join([*stack, axis, *list(axes)[1:]]) for axis in _AXES[: len(parts)]]
+            inputs = [" ".join([*stack, axis, *rest]) for axis in own]
             return ", ".join(inputs), " ".join([*stack, *order])
     return None
 
 
-def _moved(source: Shape, target: Shape) -> str | None:
+def _move_layout(source: Shape, target: Shape) -> str | None:
     """The layout of a transpose, or of axes of size 1 that come or go."""
     if sorted(source) == sorted(target) and source != target and len(source) <= 4:
-        order = next(order for order in permutations(range(len(source))) if tuple(source[k] for k in order) == target)
-        return f"{' '.join(_AXES[: len(source)])} -> {' '.join(_AXES[k] for k in order)}"
+        for order in permutations(range(len(source))):
+            if tuple(source[k] for k in order) == target:
+                return f"{' '.join(_AXES[: len(source)])} -> {' '.join(_AXES[k] for k in order)}"
     real = [size for size in source if size != 1]
     if real and real == [size for size in target if size != 1] and source != target:
         sides = []

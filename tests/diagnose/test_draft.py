@@ -185,9 +185,9 @@ def test_names_of_inspect(tmp_path, capsys):
 
 def test_numbers_fold_where_shapes_agree():
     shapes = {f"layers.{i}.conv.{k}.weight": (k + 1,) for i in range(3) for k in (0, 2)}
-    found = {folded.pattern("ij"[: len(folded.numbers)]): folded.shape for folded in fold(shapes)}
-    assert found == {"layers.{i}.conv.0.weight": (1,), "layers.{i}.conv.2.weight": (3,)}
-    assert [folded.parts for folded in fold({"fc1.weight": (1,), "linear_2.w": (1,)})] == [("fc1.weight",), ("linear_2.w",)]
+    patterns = {series.pattern: series.shape for series in fold(shapes)}
+    assert patterns == {"layers.{i}.conv.0.weight": (1,), "layers.{i}.conv.2.weight": (3,)}
+    assert [series.texts for series in fold({"fc1.weight": (1,), "linear_2.w": (1,)})] == [("fc1.weight",), ("linear_2.w",)]
 
 
 def test_numbers_that_are_not_everywhere_make_a_sparse_rule():
