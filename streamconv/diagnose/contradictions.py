@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,7 +47,9 @@ class Stated:
     def texts(self, key: str) -> list[str]:
         """The texts in a list, or among the values of an object."""
         value = self.table.get(key)
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, dict):
+            value = list(value.values())
+        items = value if isinstance(value, list) else []
         return [item for item in items if isinstance(item, str)]
 
     def flag(self, key: str) -> bool | None:
@@ -92,11 +94,12 @@ def _check_kinds(text: Stated) -> Iterator[Finding]:
 
 def check_layers(specs: Mapping[str, TensorSpec]) -> Iterator[Finding]:
     """Layers that are missing, or lack what the others have."""
-    layers: defaultdict[str, defaultdict[int, dict[str, TensorSpec]]] = defaultdict(lambda: defaultdict(dict))
+    layers: dict[str, dict[int, dict[str, TensorSpec]]] = {}
     for name, spec in specs.items():
         match = _LAYER.match(name)
         if match:
-            layers[match[1]][int(match[2])][match[3]] = spec
+            stem, number, rest = match.groups()
+            layers.setdefault(stem, {}).setdefault(int(number), {})[rest] = spec
     for stem, layer_specs in layers.items():
         numbers = sorted(layer_specs)
         # Layers share names of modules; what does not is a sequence of unlike modules, of which some have no tensor.
@@ -145,16 +148,17 @@ def _check_embedding(whole: Stated, text: Stated, specs: Mapping[str, TensorSpec
         what = f"it has {columns} columns, hidden_size says {hidden}"
         yield Finding(what, name, "loaders refuse the shape", "use the config of this model")
     head = next((other for other in specs if _HEAD.search(other)), None)
-    tied = whole.flag("tie_word_embeddings")
-    tied = text.flag("tie_word_embeddings") if tied is None else tied
+    is_tied = whole.flag("tie_word_embeddings")
+    if is_tied is None:
+        is_tied = text.flag("tie_word_embeddings")
     generates = any(kind.endswith(_GENERATING) for kind in whole.texts("architectures"))
     ties = checkpoint.ties if checkpoint else {}
-    if head and tied and specs[head].shape != specs[name].shape:
+    if head and is_tied and specs[head].shape != specs[name].shape:
         yield Finding(f"{specs[head]}, tied to {name}, {specs[name]}", head, "tied tensors are one", "set tie_word_embeddings to false")
-    elif head and tied:
+    elif head and is_tied:
         what = f"it is stored beside {name}, and config.json ties the two"
         yield Finding(what, head, "loaders take one of them for both", "keep it only if they differ on purpose", problem=False)
-    elif tied is False and head is None and generates and text.is_conventional and not any("lm_head" in other for other in ties):
+    elif is_tied is False and head is None and generates and text.is_conventional and not any("lm_head" in other for other in ties):
         what = "there is no head, and tie_word_embeddings is false"
         do = "set tie_word_embeddings to true if the embedding is the head"
         yield Finding(what, "lm_head.weight", "loaders would make one up at random", do)
@@ -185,12 +189,12 @@ def _check_shapes(text: Stated, specs: Mapping[str, TensorSpec]) -> Iterator[Fin
         return
     size = text.number("head_dim") or hidden // heads
     groups = text.number("num_key_value_heads") or heads
-    expected_rows = {
+    rows_of = {
         r"layers\.\d+\.self_attn\.q_proj\.weight$": (heads * size, "num_attention_heads"),
         r"layers\.\d+\.self_attn\.[kv]_proj\.weight$": (groups * size, "num_key_value_heads"),
         r"layers\.\d+\.mlp\.(gate|up)_proj\.weight$": (text.number("intermediate_size"), "intermediate_size"),
     }
-    for pattern, (rows, key) in expected_rows.items():
+    for pattern, (rows, key) in rows_of.items():
         name = next((match.string for match in layer_names if re.search(pattern, match.string)), None)
         if name is None or rows is None or len(specs[name].shape) != 2 or not specs[name].dtype.floating:
             continue  # what is packed has a shape of its own
@@ -203,14 +207,14 @@ def check_types(whole: Stated, specs: Mapping[str, TensorSpec]) -> Iterator[Find
     """Dtypes against what config.json says of them."""
     kinds = Counter(spec.dtype.name for spec in specs.values() if len(spec.shape) > 1)
     floating = {kind: count for kind, count in kinds.items() if "float" in kind and not kind.startswith(_NARROW)}
-    stated = whole.text("dtype", "torch_dtype").removeprefix("torch.")
-    stated_quantizations = (whole.part(key) for key in _QUANTIZATIONS)
-    quantization = next((part for part in stated_quantizations if part.table), None)
+    dtype = whole.text("dtype", "torch_dtype").removeprefix("torch.")
+    quantizations = (whole.part(key) for key in _QUANTIZATIONS)
+    quantization = next((part for part in quantizations if part.table), None)
     method = quantization.text("quant_method") if quantization else ""
     narrow = [name for name, spec in specs.items() if spec.dtype.name.startswith(("float8_e4m3", "float8_e5m2", "float4"))]
-    if floating and stated not in floating and stated in ("float32", "float16", "bfloat16") and not quantization:
+    if floating and dtype not in floating and dtype in ("float32", "float16", "bfloat16") and not quantization:
         most = max(floating, key=lambda kind: floating[kind])
-        what = f"it says {stated}, the tensors are {most}"
+        what = f"it says {dtype}, the tensors are {most}"
         yield Finding(what, CONFIG, "loading casts them, or takes twice the memory", f"set dtype to {most}")
     if narrow and not quantization:
         what = f"{narrow[0]} is {specs[narrow[0]].dtype}, and no quantization_config is there"

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -43,7 +44,17 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "
 
 @dataclass
 class Examination:
-    """What was found, and what the checkpoint consists of."""
+    """What `doctor` finds in a checkpoint, and what that consists of.
+
+    Attributes:
+        path: where it is, as the caller says it.
+        format: its container.
+        findings: what is wrong with it, and what is worth knowing.
+        dtypes: dtype -> how many tensors have it, the most first.
+        tensors: how many there are.
+        nbytes: of all tensors.
+        recipes: the names of those that fit, the likeliest first.
+    """
 
     path: str
     format: str
@@ -142,22 +153,24 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
     if path.is_folder:
         tables = _read_files(path, name, root, rank_sets, examination, variant)
     ranks = next((one for one in rank_sets if one.holds(tables)), None)
+    entries: dict[str, AnyNode] = {}
     try:
-        checkpoint, ranks_opened = open_with_ranks(path, root=root, components=False, variant=variant)
+        checkpoint, own_ranks = open_with_ranks(path, root=root, components=False, variant=variant)
     except FormatError as error:
         if not examination.findings and ranks is None:
             examination.findings.append(Finding(_short(error, path), str(path), "nothing can read it", "download or write it again"))
-        entries = {tensor: entry for table in tables.values() for tensor, entry in table.items()}
+        for table in tables.values():
+            entries.update(table)
     else:
-        entries, examination.format, ranks = dict(checkpoint.contents.entries), checkpoint.format, ranks_opened or ranks
+        entries, examination.format, ranks = dict(checkpoint.contents.entries), checkpoint.format, own_ranks or ranks
         if not tables:
-            tables = dict(by_file(entries, ranks_opened)) if ranks_opened else {path.name: entries}
+            tables = dict(by_file(entries, own_ranks)) if own_ranks else {path.name: entries}
     examination.dtypes = dict(Counter(entry.spec.dtype.name for entry in entries.values()).most_common())
     examination.tensors, examination.nbytes = len(entries), sum(entry.spec.nbytes for entry in entries.values())
     examination.findings += _check_files(path, tables, examination.format, ranks.files if ranks else (), variant) if path.is_folder else []
     if ranks is not None:
         rank_tables = {file: tables[file] for file in ranks.files if file in tables}
-        examination.findings += check_ranks(rank_tables, ranks, lambda: suggest_merging(path))
+        examination.findings += check_ranks(rank_tables, ranks, partial(suggest_merging, path))
         entries = dict(next(iter(rank_tables.values()), {}))  # one stands for all
     specs = {tensor: entry.spec for tensor, entry in entries.items()}
     examination.findings += check_layers(specs)
@@ -173,10 +186,16 @@ def _detect_format(path: Location, rank_sets: Sequence[RankSet], variant: str | 
     try:
         return detect_format(path, variant)
     except FormatError:
-        inside = next((file for ranks in rank_sets for file in ranks.files if "/" in file), None)
-        if inside is None:
+        files = _files_in_folders(rank_sets)
+        if not files:
             raise
-        return detect_format(path.folder.file(inside))
+        return detect_format(path.folder.file(files[0]))
+
+
+def _files_in_folders(rank_sets: Sequence[RankSet]) -> list[str]:
+    """The files of ranks that have a folder each."""
+    files = chain.from_iterable(ranks.files for ranks in rank_sets)
+    return [file for file in files if "/" in file]
 
 
 def _short(error: Exception, path: Location) -> str:
@@ -199,14 +218,13 @@ def _read_files(
         for file in _names(path, kind, variant)
         if file.endswith(kind.suffixes) and not re.fullmatch(kind.others, file) and not file.startswith(".")
     ]
-    names += [file for ranks in rank_sets for file in ranks.files if "/" in file]
-    files = [path.folder.file(file) for file in names]
-    for file, read in zip(files, each(files, lambda file: _read_file(file, root)), strict=True):
-        if isinstance(read, StreamconvError):
+    files = [path.folder.file(file) for file in [*names, *_files_in_folders(rank_sets)]]
+    for file, table in zip(files, each(files, partial(_read_file, root=root)), strict=True):
+        if isinstance(table, StreamconvError):
             again = "download it again, or write it again from its source"
-            examination.findings.append(Finding(_short(read, file), file.relative, "its tensors cannot be trusted", again))
+            examination.findings.append(Finding(_short(table, file), file.relative, "its tensors cannot be trusted", again))
         else:
-            tables[file.relative] = read
+            tables[file.relative] = table
     return tables
 
 
@@ -220,6 +238,7 @@ def _names(path: Location, kind: Names, variant: str | None) -> list[str]:
 
 
 def _read_file(file: Location, root: str | None) -> Mapping[str, AnyNode] | StreamconvError:
+    """The tensors of a weight file, or why it cannot be read."""
     try:
         container = containers()[detect_format(file)]  # a suffix may be that of several
         settings = {"root": root} if container.nests else {}
@@ -238,8 +257,8 @@ def _check_files(
         try:
             raw = read_json(path.folder.file(index), MAX_JSON, "an index")
             weight_map = raw["weight_map"]
-            stated = (raw.get("metadata") or {}).get("total_size")
-            listed = set(map(str.lower, weight_map.values()))
+            total_size = (raw.get("metadata") or {}).get("total_size")
+            list(map(str.lower, weight_map.values()))  # which raises TypeError where one is no text
         except (StreamconvError, KeyError, TypeError, AttributeError) as error:
             yield Finding(
                 f"it cannot be read ({_short(error, path.folder.file(index))})",
@@ -249,12 +268,13 @@ def _check_files(
             )
             weight_map = {}
             continue
+        files_of_index = set(weight_map.values())
         yield from _check_index(index, weight_map, tables, names)
-        real = sum(entry.spec.nbytes for file in set(weight_map.values()) for entry in tables.get(file, {}).values())
-        if stated is not None and stated != real and set(weight_map.values()) <= set(tables):
-            yield Finding(
-                f"total_size says {stated}, the tensors take {real} bytes", index, "progress and disk checks go by it", "write it again"
-            )
+        entries = chain.from_iterable(tables[file].values() for file in files_of_index if file in tables)
+        nbytes = sum(entry.spec.nbytes for entry in entries)
+        if total_size is not None and total_size != nbytes and files_of_index <= set(tables):
+            what = f"total_size says {total_size}, the tensors take {nbytes} bytes"
+            yield Finding(what, index, "progress and disk checks go by it", "write it again")
         if kind.single in names:
             what = f"{kind.single} is there beside it"
             yield Finding(what, index, "loaders take the single file and ignore the index", "remove the one that is stale")
@@ -264,15 +284,16 @@ def _check_files(
             places[tensor].append(file)
         if not table:
             yield Finding("it holds no tensor", file, "a shard without tensors is a sign of a failed write", "remove it, or write it again")
-    listed = set(weight_map.values())
+    known_files = set(weight_map.values())
     for tensor, files in places.items():
-        if len(files) > 1 and (not weight_map or sum(file in listed for file in files) > 1):
+        if len(files) > 1 and (not weight_map or sum(file in known_files for file in files) > 1):
             yield Finding(
                 f"it is in {' and '.join(files)}", tensor, "which one counts depends on the loader", "remove the files that do not belong"
             )
     yield from _check_numbers(names, kind)
-    for rest in (file for file in names if file.endswith((".partial", f"{STATE}{EARLIER}"))):
-        yield Finding("it is what an interrupted conversion left", rest, "the checkpoint is not complete", _read_advice(path.folder))
+    for file in names:
+        if file.endswith((".partial", f"{STATE}{EARLIER}")):
+            yield Finding("it is what an interrupted conversion left", file, "the checkpoint is not complete", _read_advice(path.folder))
     if path.folder.has(f"{STATE}/{LOG}"):
         yield Finding("a conversion into it is not done", f"{STATE}/{LOG}", "the checkpoint is not complete", _read_advice(path.folder))
 
@@ -289,19 +310,20 @@ def _read_advice(folder: Folder) -> str:
 def _check_index(
     index: str, weight_map: Mapping[str, str], tables: Mapping[str, Mapping[str, AnyNode]], names: list[str]
 ) -> Iterator[Finding]:
+    """Files and tensors that an index names and that are not there, and those that it does not name."""
     again = "download the files again, or write the index again"
-    for file in sorted(set(weight_map.values())):
+    files_of_index = set(weight_map.values())
+    for file in sorted(files_of_index):
         if file not in names:
             yield Finding(f"it names {file}, which is not there", index, "its tensors are missing", "download it")
     absent = [tensor for tensor, file in weight_map.items() if file in tables and tensor not in tables[file]]
     if absent:
         yield Finding(f"{weight_map[absent[0]]} does not hold it{_more(absent)}", absent[0], f"{index} says that it does", again)
-    listed_files = set(weight_map.values())
-    stored = chain.from_iterable(table for file, table in tables.items() if file in listed_files)
-    extra = [tensor for tensor in stored if tensor not in weight_map]
+    tensors = chain.from_iterable(table for file, table in tables.items() if file in files_of_index)
+    extra = [tensor for tensor in tensors if tensor not in weight_map]
     if extra:
         yield Finding(f"{index} does not name it{_more(extra)}", extra[0], "loaders will not find it", again)
-    for file in sorted(set(tables) - listed_files):
+    for file in sorted(set(tables) - files_of_index):
         yield Finding(f"{index} does not name it", file, "it may be of another version of the model", "remove it if it is stale")
 
 
@@ -314,9 +336,9 @@ def _check_numbers(names: list[str], kind: Any) -> Iterator[Finding]:
             number = int(name.removeprefix(match["stem"]).lstrip("-").split("-")[0])
             sets[match["stem"], int(match["total"])].add(number)
     for (stem, total), present in sets.items():
-        missing = sorted(set(range(1, total + 1)) - present)
-        if missing:
-            what = f"{len(present)} of {total} are there, number {missing[0]} is not"
+        absent = sorted(set(range(1, total + 1)) - present)
+        if absent:
+            what = f"{len(present)} of {total} are there, number {absent[0]} is not"
             yield Finding(what, f"{stem}-*-of-{total:05d}", "its tensors are missing", "download it")
     stems = {stem for stem, _ in sets}
     if len(sets) > len(stems):

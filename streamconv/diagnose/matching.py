@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ from streamconv.storage.folder import AnyPath, Location
 LIBRARY = "transformers"
 COUNTS = ("size", "model_parallel")  # options that say how many ranks there are to be, and have to be given
 SIZE = 1  # of these, to see whether all else fits
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,21 @@ def rank_recipes(src: AnyPath, *, library: bool = False) -> list[Match]:
         StreamconvError: it cannot be read.
     """
     location, _ = find_checkpoint(src)
-    opened = _Opened(location)
+    readings = _Readings(location)
     matches: list[Match] = []
     for recipe in recipes.registry().values():
-        readable = opened.get(recipe.source) if recipe.rules or library else None
-        if readable is not None:
-            checkpoint, kinds = readable
+        reading = readings.get(recipe.source) if recipe.rules or library else None
+        if reading is not None:
+            checkpoint, kinds = reading
             matches.append(_match(recipe, checkpoint, kinds) if recipe.rules else _match_library(recipe, checkpoint))
     if not matches:
         open_checkpoint(location)  # which says what is wrong with it
-    return sorted(
-        matches, key=lambda match: (-match.fits, bool(match.needs), -match.named, -match.tensors * match.rules, match.recipe.name)
-    )
+    return sorted(matches, key=_nearness)
+
+
+def _nearness(match: Match) -> tuple[int, bool, int, float, str]:
+    """What sorts matches, the likeliest first."""
+    return -match.fits, bool(match.needs), -match.named, -match.tensors * match.rules, match.recipe.name
 
 
 def suggest_merging(src: Location) -> list[str]:
@@ -85,45 +89,50 @@ def suggest_merging(src: Location) -> list[str]:
 
 def _merging_by_plan(src: Location) -> list[str]:
     """Those that go by a plan of tensors, not by rules, for ranks: of the family whose names these are, else for any."""
-    planned = [recipe for recipe in recipes.registry().values() if not recipe.rules and recipe.source.ranks]
-    planned = [recipe for recipe in planned if choose_files(src, recipe.source.ranks, ())[1]]
-    if not planned:
+    for_ranks = [recipe for recipe in recipes.registry().values() if not recipe.rules and recipe.source.ranks]
+    candidates = [recipe for recipe in for_ranks if choose_files(src, recipe.source.ranks, ())[1]]
+    if not candidates:
         return []
-    names = _count_kinds(name.partition("/")[2] for name in open_side(src, planned[0].source))
-    own = [recipe.name for recipe in planned if recipe.then and recipe.then.coverage(names)[0] == 1]
-    return own or [recipe.name for recipe in planned if not recipe.then]
+    kinds = _count_kinds(name.partition("/")[2] for name in open_side(src, candidates[0].source))
+    own = [recipe.name for recipe in candidates if recipe.then and recipe.then.coverage(kinds)[0] == 1]
+    return own or [recipe.name for recipe in candidates if not recipe.then]
 
 
-class _Opened:
+class _Readings:
     """A checkpoint as different sides read it, each reading of its files once."""
 
     def __init__(self, src: Location) -> None:
         self._src = src
-        self._chosen: dict[tuple[tuple[str, ...], ...], tuple[list[str], bool] | None] = {}
-        self._read: dict[str, tuple[Checkpoint, dict[str, int]] | None] = {}
+        self._files: dict[tuple[tuple[str, ...], ...], tuple[list[str], bool] | None] = {}
+        self._readings: dict[str, tuple[Checkpoint, dict[str, int]] | None] = {}
 
     def get(self, side: Side) -> tuple[Checkpoint, dict[str, int]] | None:
         """The checkpoint and the kinds of its names; None where a side cannot read it."""
         patterns = (side.ranks, side.files)
-        if patterns not in self._chosen:
-            self._chosen[patterns] = self._try(lambda: choose_files(self._src, *patterns))
-        key = repr(self._chosen[patterns])
-        if key not in self._read:
-            checkpoint = self._try(lambda: open_side(self._src, side))
-            own = checkpoint.components.get("") if checkpoint else None  # a recipe is for the model's own component
-            self._read[key] = (Checkpoint(checkpoint.location, own), _count_kinds(own.entries)) if checkpoint and own else None
-        reading = self._read[key]
+        if patterns not in self._files:
+            self._files[patterns] = _try(partial(choose_files, self._src, *patterns))
+        key = repr(self._files[patterns])
+        if key not in self._readings:
+            self._readings[key] = self._read(side)
+        reading = self._readings[key]
         if reading is None:
             return None
         checkpoint, kinds = reading
         return Checkpoint(checkpoint.location, checkpoint.contents, side.config), kinds
 
-    @staticmethod
-    def _try(call: Callable[[], _Found]) -> _Found | None:
-        try:
-            return call()
-        except StreamconvError:
-            return None
+    def _read(self, side: Side) -> tuple[Checkpoint, dict[str, int]] | None:
+        """The model's own component, which is what a recipe is for, and the kinds of its names; None where a side cannot read it."""
+        checkpoint = _try(partial(open_side, self._src, side))
+        own = checkpoint.components.get("") if checkpoint else None
+        return (Checkpoint(checkpoint.location, own), _count_kinds(own.entries)) if checkpoint and own else None
+
+
+def _try(call: Callable[[], _Result]) -> _Result | None:
+    """What a call gives, or None where the checkpoint is not as it expects."""
+    try:
+        return call()
+    except StreamconvError:
+        return None
 
 
 def _count_kinds(names: Iterable[str]) -> dict[str, int]:
@@ -138,8 +147,8 @@ def _match(recipe: Recipe, checkpoint: Checkpoint, kinds: Mapping[str, int]) -> 
     tensors, rules, fits = 0.0, 0.0, False
     try:
         tensors, rules = recipe.coverage(kinds)
-        ranked = containers()[recipe.source.format].by_rank == containers()[checkpoint.format].by_rank
-        if tensors == 1 and rules in {0, 1} and ranked:  # all that can be seen from names: now their shapes, which takes much longer
+        both_by_rank = containers()[recipe.source.format].by_rank == containers()[checkpoint.format].by_rank
+        if tensors == 1 and rules in {0, 1} and both_by_rank:  # all that can be seen from names: now their shapes, which takes much longer
             recipe.apply(checkpoint.contents.entries, checkpoint.config)
             fits = True
     except Exception:  # noqa: BLE001, S110 - whatever keeps it from being applied, it does not fit
@@ -151,16 +160,16 @@ def _match_library(recipe: Recipe, checkpoint: Checkpoint) -> Match:
     """A recipe without rules: tried, unless it asks transformers and that is not there: then it may fit where a config says the model."""
     needs = "" if isinstance(recipe, TensorParallel) and recipe.own else LIBRARY
     config = checkpoint.config
-    ranked = bool(recipe.source.ranks) == any("/" in name for name in checkpoint)
-    untried = Match(recipe, 0.0, 0.0, fits=False, named=False)
-    if not ranked or (needs and not (config.get("model_type") and config.get("architectures"))):
-        return untried
+    both_by_rank = bool(recipe.source.ranks) == any("/" in name for name in checkpoint)
+    no_match = Match(recipe, 0.0, 0.0, fits=False, named=False)
+    if not both_by_rank or (needs and not (config.get("model_type") and config.get("architectures"))):
+        return no_match
     if needs and find_spec(LIBRARY) is None:
-        return replace(untried, needs=needs)
+        return replace(no_match, needs=needs)
     try:
         recipe.apply(checkpoint.contents.entries, config, {name: SIZE for name in recipe.settings if name in COUNTS})
     except Exception:  # noqa: BLE001 - as above
-        return untried
+        return no_match
     return Match(recipe, 1.0, 1.0, fits=True, named=False, needs=needs)
 
 
@@ -169,6 +178,8 @@ def suggest_recipes(src: AnyPath) -> list[str]:
     """The recipes that go by the model type in a checkpoint's config.json and have a rule for each of its tensors."""
     location, _ = find_checkpoint(src)
     config = read_config(location.folder)
-    named = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)] if config.get("model_type") else []
-    kinds = _count_kinds(open_checkpoint(location, components=False)) if named else {}
-    return [recipe.name for recipe in named if recipe.coverage(kinds) == (1, 1)]
+    if not config.get("model_type"):
+        return []
+    candidates = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)]
+    kinds = _count_kinds(open_checkpoint(location, components=False)) if candidates else {}
+    return [recipe.name for recipe in candidates if recipe.coverage(kinds) == (1, 1)]

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from streamconv.checkpoint.opening import Checkpoint, detect_format, open_checkpoint
 from streamconv.diagnose.findings import Finding
@@ -54,8 +55,9 @@ def find_ranks(path: Location) -> list[RankSet]:
 def read_names(names: Iterable[str]) -> list[RankSet]:
     """The sets of ranks among files of these names."""
     loose = rf"{_LOOSE}(?:{'|'.join(map(re.escape, by_suffix()))})"
-    of_files = [pattern for container in containers().values() for pattern in container.names.ranks] + [loose]
-    of_folders = [container.names.rank_folder for container in containers().values()]
+    kinds = [container.names for container in containers().values()]
+    of_files = [*chain.from_iterable(kind.ranks for kind in kinds), loose]
+    of_folders = [kind.rank_folder for kind in kinds]
     sets: dict[tuple[int, str, int], list[tuple[int, str]]] = {}
     for name in names:
         folder, _, file = name.rpartition("/")
@@ -68,12 +70,12 @@ def read_names(names: Iterable[str]) -> list[RankSet]:
                 sets.setdefault((number, kind, int(groups.get("size") or 0)), []).append((int(match["rank"]), name))
                 break
     rank_sets = []
-    for (number, _, size), ranked in sorted(sets.items()):
-        numbers = {rank for rank, _ in ranked}
+    for (number, _, size), members in sorted(sets.items()):
+        numbers = {rank for rank, _ in members}
         count = max(size, max(numbers) + 1)
         if number == len(of_files) - 1 and ((not size and min(numbers) > 0) or len(numbers) < 2):
             continue  # rank16 may be that of an adapter
-        files = tuple(name for _, name in sorted(ranked, key=lambda row: (row[0], natural_key(row[1]))))
+        files = tuple(name for _, name in sorted(members, key=lambda row: (row[0], natural_key(row[1]))))
         rank_sets.append(RankSet(files, tuple(sorted(set(range(count)) - numbers)), max(count, len(files))))
     return rank_sets
 
@@ -158,7 +160,7 @@ def by_file(entries: Mapping[str, AnyNode], ranks: RankSet) -> dict[str, dict[st
 
 def are_ranks(tables: Mapping[str, Mapping[str, AnyNode]]) -> bool:
     """Whether files repeat names, as ranks do; shards of one checkpoint never do."""
-    counts = Counter(name for table in tables.values() for name in table)
+    counts = Counter(chain.from_iterable(tables.values()))
     return any(count > 1 for count in counts.values())
 
 
@@ -173,9 +175,9 @@ def check_ranks(tables: Mapping[str, Mapping[str, AnyNode]], ranks: RankSet, rec
     if ranks.missing:
         what = f"{len(ranks.files)} of {ranks.size} ranks are there, number {ranks.missing[0]} is not"
         yield Finding(what, ranks.label, "its part of every tensor is missing", "download it")
-    differing = _compare_ranks(tables) if tables else []
-    yield from differing
-    if ranks.missing or differing or any(file not in tables for file in ranks.files):
+    differences = _compare_ranks(tables) if tables else []
+    yield from differences
+    if ranks.missing or differences or any(file not in tables for file in ranks.files):
         return
     merging = recipes()
     do = f"--recipe {merging[0]} merges them" if merging else "no recipe merges them; what wrote them may"
@@ -194,23 +196,24 @@ def _compare_ranks(tables: Mapping[str, Mapping[str, AnyNode]]) -> list[Finding]
 
 
 def _compare_files(tables: Mapping[str, Mapping[str, AnyNode]]) -> Iterator[Finding]:
+    """What files of ranks lack, or have more than most of them, and tensors whose dtypes differ."""
     kinds: dict[str, frozenset[tuple[str, int]]] = {}
     for file, table in tables.items():
         counts = Counter(re.sub(r"\d+", "0", name) for name in table)
         kinds[file] = frozenset(counts.items())
     usual = Counter(kinds.values()).most_common(1)[0][0]
     first = next(file for file, kind in kinds.items() if kind == usual)
-    where = "get the files of all ranks from one place"
+    do = "get the files of all ranks from one place"
     for file, table in tables.items():
         absent = [name for name in tables[first] if name not in table] if kinds[file] != usual else []
         extra = [name for name in table if name not in tables[first]] if kinds[file] != usual else []
         if absent or extra:
             what = f"it lacks {_list(absent)}, which {first} has" if absent else f"it has {_list(extra)}, which {first} has not"
-            yield Finding(what, file, "ranks of one model hold parts of the same tensors", where)
+            yield Finding(what, file, "ranks of one model hold parts of the same tensors", do)
         for name, entry in table.items():
             if name in tables[first] and entry.spec.dtype != tables[first][name].spec.dtype:
                 what = f"{name} is {entry.spec.dtype}, in {first} {tables[first][name].spec.dtype}"
-                yield Finding(what, file, "parts of a tensor have one dtype", where)
+                yield Finding(what, file, "parts of a tensor have one dtype", do)
                 break
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from streamconv.graph.node import Node, extents
 from streamconv.notation.folding import Fold, fold
 from streamconv.notation.names import nearest
 from streamconv.planning.plan import Plan
-from streamconv.recipe import Drop, Make, Recipe, Rule, Tie
+from streamconv.recipe import Drop, Fact, Make, Recipe, Tie
 from streamconv.running.kept import check_replaceable
 from streamconv.storage import is_url
 from streamconv.text import join_lines, one_line
@@ -44,6 +45,7 @@ def describe_checkpoint(checkpoint: Checkpoint, *, stats: bool = False) -> dict[
     def tensors() -> Iterable[dict[str, Any]]:
         for name, node in contents.entries.items():
             first, *others = extents(node)
+            statistics = measure(checkpoint[name]) if stats else None
             yield {
                 "name": name,
                 "dtype": node.spec.dtype.name,
@@ -51,7 +53,7 @@ def describe_checkpoint(checkpoint: Checkpoint, *, stats: bool = False) -> dict[
                 "nbytes": node.spec.nbytes,
                 "file": names[first.path],
                 "offset": None if others or isinstance(node, Node) else first.offset,
-                **(measured.summary() if stats and (measured := measure(checkpoint[name])) else {}),
+                **(statistics.summary() if statistics else {}),
             }
 
     return {
@@ -143,9 +145,9 @@ def list_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool =
         bytes_by_dtype[entry.dtype] += entry.nbytes
     if flat:
         for row in description["tensors"]:
-            measured = f"  {measure(checkpoint[row['name']]) or ''}".rstrip() if stats else ""
+            statistics = f"  {measure(checkpoint[row['name']]) or ''}".rstrip() if stats else ""
             name, file = one_line(row["name"]), one_line(row["file"])
-            yield f"{name}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {file}{measured}"
+            yield f"{name}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {file}{statistics}"
     else:
         yield from _draw_tree(checkpoint, stats=stats)
     for note in checkpoint.contents.notes:
@@ -166,21 +168,29 @@ def _draw_tree(checkpoint: Checkpoint, *, stats: bool) -> Iterator[str]:
     for kind in fold((spec, (name,)) for name, spec in zip(names, specs, strict=True)):
         kinds.setdefault(module_of(names[kind.members[0]], stems), []).append(kind)
     for module, folds in kinds.items():
-        inside = [specs[k] for kind in folds for k in kind.members]
+        inside = [specs[k] for k in chain.from_iterable(kind.members for kind in folds)]
         numel = sum(spec.numel for spec in inside)
         yield one_line(f"{module or '(top)'}  {format_size(sum(spec.nbytes for spec in inside))}  {numel:,} parameters")
         for kind in folds:
             spec, count = specs[kind.members[0]], len(kind.members)
             name = kind.texts[0].removeprefix(f"{module}.") if module else kind.texts[0]
-            dtype, times = SHORT.get(spec.dtype.name, spec.dtype.name), f" x{count}" if count > 1 else ""
+            dtype = SHORT.get(spec.dtype.name, spec.dtype.name)
+            times = f" x{count}" if count > 1 else ""
             yield one_line(f"  {format_size(count * spec.nbytes):>7}  {name}  {dtype} {list(spec.shape)}{times}")
-            parts = [measure(checkpoint[names[k]]) for k in kind.members] if stats else []
-            measured = [part for part in parts if part is not None]
-            if measured:
-                total = Statistics()
-                for part in measured:
-                    total.add(part)
+            total = _measure_all(checkpoint[names[k]] for k in kind.members) if stats else None
+            if total:
                 yield f"           {total}"
+
+
+def _measure_all(entries: Iterable[TensorEntry]) -> Statistics | None:
+    """The statistics of several tensors together; None where none has any."""
+    total = None
+    for entry in entries:
+        statistics = measure(entry)
+        if statistics:
+            total = total or Statistics()
+            total.add(statistics)
+    return total
 
 
 def module_of(name: str, stems: Collection[str] = ()) -> str:
@@ -224,23 +234,31 @@ def explain_recipe(recipe: Recipe) -> str:
     if recipe.reference:
         lines.append(f"  facts from {recipe.reference}")
     lines += [f"  --set {name}=...  {option.help}" for name, option in recipe.settings.items()]
-    for fact in (fact for stage in recipe.stages for fact in stage.rules):
-        when = f"   when {fact.when}" if fact.when else ""
-        if isinstance(fact, Rule):
-            how = " ".join(filter(None, (str(fact.op.get("op", "")), fact.layout)))
-            optional = f"  (optional when {fact.optional})" if isinstance(fact.optional, str) else "  (optional)" if fact.optional else ""
-            lines += [f"  {fact.left}", f"   -> {fact.right}{optional}{when}"]
-            lines += [f"      {how}"] if how else []
-        elif isinstance(fact, Drop):
-            lines += [f"  {fact.left}", f"   dropped: {fact.reason}{when}"]
-        elif isinstance(fact, Make):
-            lines += [f"  {fact.right}", f"   {'made' if fact.op else 'not made'}: {fact.reason}{when}"]
-        elif isinstance(fact, Tie):
-            how = f"left out where it repeats {fact.stored}" if fact.flipped else f"repeats {fact.left} where nothing else makes it"
-            lines += [f"  {fact.right}", f"   {how}{when}"]
-    lines += [f"  requires {condition}" for stage in recipe.stages for condition in stage.requires]
+    stages = recipe.stages
+    for stage in stages:
+        for fact in stage.rules:
+            lines += _explain_fact(fact)
+    for stage in stages:
+        lines += [f"  requires {condition}" for condition in stage.requires]
     lines += [f"  lost: {line}" for line in recipe.lost]
     return join_lines(lines)
+
+
+def _explain_fact(fact: Fact) -> list[str]:
+    """A fact in two lines, or three: which names, what becomes of them, by which layout."""
+    when = f"   when {fact.when}" if fact.when else ""
+    if isinstance(fact, Drop):
+        return [f"  {fact.left}", f"   dropped: {fact.reason}{when}"]
+    if isinstance(fact, Make):
+        return [f"  {fact.right}", f"   {'made' if fact.op else 'not made'}: {fact.reason}{when}"]
+    if isinstance(fact, Tie):
+        how = f"left out where it repeats {fact.stored}" if fact.flipped else f"repeats {fact.left} where nothing else makes it"
+        return [f"  {fact.right}", f"   {how}{when}"]
+    optional = "  (optional)" if fact.optional else ""
+    if isinstance(fact.optional, str):
+        optional = f"  (optional when {fact.optional})"
+    how = " ".join(filter(None, (str(fact.op.get("op", "")), fact.layout)))
+    return [f"  {fact.left}", f"   -> {fact.right}{optional}{when}", *([f"      {how}"] if how else [])]
 
 
 def describe_room(plan: Plan) -> str:

@@ -69,7 +69,9 @@ def describe_conversion(result: Result, options: ConvertOptions, progress: Progr
     plan, totals = result.plan, result.plan.totals
     rate = format_size(totals.bytes_written / max(result.seconds, 1e-9))
     comparison = result.comparison
-    residents = [resident for phase in progress.phases for _, _, resident in phase.samples]
+    peak = result.peak_rss
+    for phase in progress.phases:
+        peak = max([peak, *(resident for _, _, resident in phase.samples)])
     state, verdict = "good", "converted and verified" if result.verified else "converted"
     if comparison is not None:
         state = "good" if comparison.equal else "bad"
@@ -77,9 +79,15 @@ def describe_conversion(result: Result, options: ConvertOptions, progress: Progr
     figures = [
         ("written", format_size(totals.bytes_written), f"{len(plan.mapping):,} tensors in {len(plan.files):,} files"),
         ("time", _show_seconds(result.seconds), f"{rate}/s"),
-        ("peak memory", format_size(max([result.peak_rss, *residents])), f"planned at most {format_size(plan.peak_memory)}"),
+        ("peak memory", format_size(peak), f"planned at most {format_size(plan.peak_memory)}"),
         ("copied", format_size(totals.bytes_copied), f"{format_size(totals.bytes_computed)} computed"),
     ]
+    if comparison:
+        check = _describe_check(comparison)
+    elif result.verified:
+        check = "Every byte was read back and compared with what the sources make."
+    else:
+        check = "Nothing was compared: --verify reads everything back, --compare takes a reference."
     specs = {row.target: row.spec for row in plan.mapping}
     return {
         **_describe_run("Conversion", options.src, options.dst, options, progress, plan.workers),
@@ -91,11 +99,7 @@ def describe_conversion(result: Result, options: ConvertOptions, progress: Progr
         "dropped": fold_names(plan.dropped),
         "files": _describe_files(plan),
         "checks": list(_describe_checks(specs, comparison)) if result.verified or comparison else [],
-        "checked": _describe_check(comparison)
-        if comparison
-        else "Every byte was read back and compared with what the sources make."
-        if result.verified
-        else "Nothing was compared: --verify reads everything back, --compare takes a reference.",
+        "checked": check,
         "notes": list(result.notes),
     }
 
@@ -109,10 +113,10 @@ def describe_comparison(comparison: Comparison, options: VerifyOptions, progress
     specs = {name: checkpoint[ties.get(name, name)].spec for name in {**checkpoint, **ties} if name not in unexpected}
     seconds = sum(phase.samples[-1][0] for phase in progress.phases)
     size = sum(spec.nbytes for spec in specs.values())
-    differing = len(comparison.tensors)
+    differences = len(comparison.tensors)
     figures = [
         ("compared", f"{comparison.compared:,}", f"tensors, {format_size(size)}"),
-        ("different", f"{differing:,}", f"{len(comparison.missing):,} missing, {len(comparison.unexpected):,} unexpected"),
+        ("different", f"{differences:,}", f"{len(comparison.missing):,} missing, {len(comparison.unexpected):,} unexpected"),
         ("L2 distance", f"{comparison.l2:.4g}", f"{comparison.l2_per_parameter:.3g} per parameter"),
         ("time", _show_seconds(seconds), f"{format_size(size / max(seconds, 1e-9))}/s"),
         ("peak memory", format_size(memory.peak()), f"of {format_size(progress.budget or 0)}"),
@@ -129,7 +133,7 @@ def describe_comparison(comparison: Comparison, options: VerifyOptions, progress
 
 def _describe_run(kind: str, source: AnyPath, target: AnyPath, options: Options, progress: Progress, workers: int | None) -> dict[str, Any]:
     """What pages have in common: what was asked for, how it went, where."""
-    began = progress.phases[0].began if progress.phases else 0.0
+    start = progress.phases[0].began if progress.phases else 0.0
     return {
         "kind": kind,
         "source": str(source),
@@ -138,7 +142,7 @@ def _describe_run(kind: str, source: AnyPath, target: AnyPath, options: Options,
         "settings": list(_describe_options(options)),
         "budget": progress.budget,
         "phases": [
-            {"title": phase.title, "total": phase.total, "start": round(phase.began - began, 3), "samples": _round(phase.samples)}
+            {"title": phase.title, "total": phase.total, "start": round(phase.began - start, 3), "samples": _round(phase.samples)}
             for phase in progress.phases
         ],
         "environment": _describe_environment(workers),
@@ -155,13 +159,15 @@ def _describe_options(options: Options) -> Iterator[tuple[str, str]]:
 
 
 def _round(samples: Iterable[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
-    return [(round(seconds, 3), done, resident) for seconds, done, resident in samples]
+    return [(round(seconds, 3), nbytes, resident) for seconds, nbytes, resident in samples]
 
 
 def _show_setting(value: object) -> str:
     if isinstance(value, Mapping):
         value = tuple(f"{key}={inner}" for key, inner in value.items())
-    return "yes" if value is True else ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return "yes" if value is True else str(value)
 
 
 def _show_seconds(seconds: float) -> str:
@@ -189,7 +195,9 @@ def _describe_account(plan: Plan) -> list[tuple[str, int, str]]:
 
 def _describe_mapping(plan: Plan) -> Iterator[dict[str, Any]]:
     for row, members in plan.fold_mapping():
-        kind = "rearranged" if row.layout or len(members[0].sources) > 1 else "kept" if row.sources == (row.target,) else "renamed"
+        kind = "kept" if row.sources == (row.target,) else "renamed"
+        if row.layout or len(members[0].sources) > 1:
+            kind = "rearranged"
         yield {
             "target": row.target,
             "sources": row.sources,
@@ -207,13 +215,17 @@ def _describe_files(plan: Plan) -> list[dict[str, Any]]:
     stems = {module_of(name) for name in specs if LAYER.search(name)}
     rows = []
     for file in plan.files:
-        computed = sum(
-            segment.move.numel * plan.nodes[segment.node].spec.dtype.itemsize for segment in file.segments if isinstance(segment, Compute)
-        )
-        copied = sum(segment.nbytes for segment in file.segments if isinstance(segment, Copy))
-        parts = _list_parts(file, specs, stems)
+        computes = [segment for segment in file.segments if isinstance(segment, Compute)]
+        copies = [segment for segment in file.segments if isinstance(segment, Copy)]
         rows.append(
-            {"path": file.path, "size": file.size, "tensors": len(file.tensors), "copied": copied, "computed": computed, "parts": parts}
+            {
+                "path": file.path,
+                "size": file.size,
+                "tensors": len(file.tensors),
+                "copied": sum(segment.nbytes for segment in copies),
+                "computed": sum(segment.move.numel * plan.nodes[segment.node].spec.dtype.itemsize for segment in computes),
+                "parts": _list_parts(file, specs, stems),
+            }
         )
     return rows
 
@@ -258,12 +270,14 @@ def _describe_checks(specs: Mapping[str, TensorSpec], comparison: Comparison | N
 
 def _describe_difference(row: TensorDifference) -> str:
     parts = [f"expected {row.expected}, found {row.found}"] if row.expected else []
-    parts += [f"L2 {row.l2:.6g}, largest {row.max_abs:.6g}"] if row.l2 is not None and row.max_abs is not None else []
-    return "; ".join([*parts, *([f"{row.nonfinite:,} not finite"] if row.nonfinite else [])])
+    if row.l2 is not None and row.max_abs is not None:
+        parts.append(f"L2 {row.l2:.6g}, largest {row.max_abs:.6g}")
+    if row.nonfinite:
+        parts.append(f"{row.nonfinite:,} not finite")
+    return "; ".join(parts)
 
 
 def _describe_check(comparison: Comparison) -> str:
-    return (
-        f"{comparison.compared:,} tensors compared: L2 distance {comparison.l2:.6g}, largest difference {comparison.max_abs:.6g}"
-        f"{f', {comparison.nonfinite:,} differences not finite' if comparison.nonfinite else ''}."
-    )
+    distances = f"L2 distance {comparison.l2:.6g}, largest difference {comparison.max_abs:.6g}"
+    nonfinite = f", {comparison.nonfinite:,} differences not finite" if comparison.nonfinite else ""
+    return f"{comparison.compared:,} tensors compared: {distances}{nonfinite}."
