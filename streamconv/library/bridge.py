@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 from streamconv.dtypes import DTYPES, TensorSpec
@@ -67,11 +67,11 @@ class Bridge(Recipe):
             raise UsageError(f"{title}: quantized by {quantization.method!r}: known are {', '.join(schemes())}")
         model = LibraryModel(without_quantization(config), title)
         usual = model_dtype(config, title)
-        placed = model.placing() if self.name == TO_NATIVE else str
+        target_of = model.placing() if self.name == TO_NATIVE else str
 
         @cache
         def dtype_of(name: str) -> str:
-            return recast(placed(name), TensorSpec(DTYPES[usual], nodes[name].spec.shape)) or usual
+            return recast(target_of(name), TensorSpec(DTYPES[usual], nodes[name].spec.shape)) or usual
 
         decoded = decode(scheme, nodes, config, dtype_of, title) if scheme else Decoded(dict(nodes))
         return self._map(decoded, model, rows, values, recast)
@@ -83,20 +83,20 @@ class Bridge(Recipe):
             targets, how, passed_over = model.load(nodes, make_foreign, recast)
             model.check(targets, values["allow_missing"])
             dropped = passed_over | decoded.dropped
-            ties = {name: kept for name, kept in model.ties.items() if kept in targets}
-            replicas: list[Replica] = [(targets[name], targets[kept], (name, kept)) for name, kept in ties.items() if name in targets]
+            ties = {name: original for name, original in model.ties.items() if original in targets}
+            replicas: list[Replica] = [(targets[name], targets[other], (name, other)) for name, other in ties.items() if name in targets]
             if values["tied"] == "copy":
-                targets |= {name: targets[kept] for name, kept in ties.items()}
+                targets |= {name: targets[original] for name, original in ties.items()}
             else:
                 targets = {name: node for name, node in targets.items() if name not in ties}
             return conclude(nodes, rows, targets, how, recast, dropped=dropped, tied=list(ties), replicas=replicas)
         model.check(nodes, values["allow_missing"])
-        repeated = {name: kept for name, kept in model.ties.items() if name in nodes and kept in nodes}
-        kept = {name: node for name, node in nodes.items() if name not in repeated}
-        targets, how = model.save(kept)
-        _prove(model, targets, kept)
-        replicas = [(nodes[name], nodes[first], (name, first)) for name, first in repeated.items()]
-        return conclude(nodes, rows, targets, how, recast, dropped=decoded.dropped, tied=list(repeated), replicas=replicas)
+        ties = {name: original for name, original in model.ties.items() if name in nodes and original in nodes}
+        once = {name: node for name, node in nodes.items() if name not in ties}
+        targets, how = model.save(once)
+        _prove(model, targets, once)
+        replicas = [(nodes[name], nodes[original], (name, original)) for name, original in ties.items()]
+        return conclude(nodes, rows, targets, how, recast, dropped=decoded.dropped, tied=list(ties), replicas=replicas)
 
 
 def conclude(
@@ -111,8 +111,22 @@ def conclude(
     replicas: Iterable[Replica] = (),
     notes: Iterable[str] = (),
 ) -> Conversion:
-    """A conversion of ``nodes`` into those ``made``; each target takes the place of its first source."""
-    names = {id(source): name for name, node in nodes.items() for source in sources(node)}
+    """A conversion of ``nodes`` into ``targets``, each of which takes the place of its first source.
+
+    Args:
+        nodes: the tensors, by name, in order.
+        rows: what they are made of.
+        targets: what they become, as nodes above them.
+        how: target -> what is done for it, where that is more than a new name.
+        recast: which dtype a target shall have.
+        dropped: tensors that are left out -> why.
+        tied: names that repeat another.
+        replicas: tensors that must be the same.
+        notes: what to tell the user.
+    """
+    names: dict[int, str] = {}
+    for name, node in nodes.items():
+        names.update((id(source), name) for source in sources(node))
     order = {name: k for k, name in enumerate(nodes)}
     outputs: list[tuple[int, Row, AnyNode]] = []
     for target, node in targets.items():
@@ -139,8 +153,7 @@ def plain_config(model: Model) -> dict[str, Any]:
     if model.options["fp8"] == "keep" or not model.config:
         return {}
     config = without_quantization(model.config)
-    stated = [part.get(key) for part in _configs(config) for key in ("dtype", "torch_dtype")]
-    if not any(isinstance(dtype, str) for dtype in stated):
+    if not any(isinstance(part.get(key), str) for part, key in product(_configs(config), ("dtype", "torch_dtype"))):
         config["dtype"] = model_dtype(config, "config.json")
     return {"config.json": config} if config != model.config else {}
 
@@ -160,13 +173,9 @@ def _prove(model: LibraryModel, targets: Nodes, nodes: Nodes) -> None:
         node = again.get(name)
         pieces = trace(node, identity(node.spec.numel)) if node and node.spec.numel else ()
         moves = [(piece.leaf, piece.move.simplify()) for piece in pieces]
-        stored = next(sources(original))  # of a matrix with scales the matrix
-        same = (
-            node is not None
-            and node.spec == original.spec
-            and all(leaf is stored and (move.src, move.src_strides) == (move.dst, move.dst_strides) for leaf, move in moves)
-        )
-        if not same:
+        source = next(sources(original))  # of a matrix with scales the matrix
+        in_place = all(leaf is source and (move.src, move.src_strides) == (move.dst, move.dst_strides) for leaf, move in moves)
+        if node is None or node.spec != original.spec or not in_place:
             raise CoverageError(f"{model.title}: {name} would not come back: transformers' mapping for this model cannot be undone")
 
 

@@ -64,7 +64,7 @@ def _sizes(shape: Iterable[int]) -> dict[str, int]:
     return {f"d{k}": size for k, size in enumerate(shape)}
 
 
-def _reshape(tensor: LazyTensor, shape: Sequence[int], **_: Any) -> LazyTensor:
+def _reshape(tensor: LazyTensor, shape: Sequence[int], *_: Any, **__: Any) -> LazyTensor:
     shape = list(shape)
     if -1 in shape:
         shape[shape.index(-1)] = tensor.numel() // max(1, -math.prod(shape))
@@ -108,7 +108,7 @@ def _stack(tensors: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
     return LazyTensor(apply(_layout(layout, sizes, (len(tensors),)), *(tensor.node for tensor in tensors)))
 
 
-def _pieces(tensor: LazyTensor, sizes: Sequence[int], dim: int) -> list[LazyTensor]:
+def _pieces(tensor: LazyTensor, sizes: Sequence[int], dim: int = 0) -> list[LazyTensor]:
     """The parts of these sizes, one after the other along an axis."""
     dim %= tensor.dim()
     if len(sizes) == 1:
@@ -116,9 +116,11 @@ def _pieces(tensor: LazyTensor, sizes: Sequence[int], dim: int) -> list[LazyTens
     parts = [f"x{k}" for k in range(len(sizes))]
     axes = _axes(tensor.dim())
     whole = " ".join([*axes[:dim], f"({' + '.join(parts)})", *axes[dim + 1 :]])
-    pieces = ", ".join(" ".join([*axes[:dim], part, *axes[dim + 1 :]]) for part in parts)
-    axis_sizes = {axis: n for axis, n in _sizes(tensor.shape).items() if axis != axes[dim]} | dict(zip(parts, sizes, strict=True))
-    return [LazyTensor(apply(_layout(f"{whole} -> {pieces}", axis_sizes, (1,), output), tensor.node)) for output in range(len(parts))]
+    pieces = [" ".join([*axes[:dim], part, *axes[dim + 1 :]]) for part in parts]
+    other_sizes = {axis: n for axis, n in _sizes(tensor.shape).items() if axis != axes[dim]}
+    axis_sizes = {**other_sizes, **dict(zip(parts, sizes, strict=True))}
+    ops = [_layout(f"{whole} -> {', '.join(pieces)}", axis_sizes, (1,), output) for output in range(len(parts))]
+    return [LazyTensor(apply(op, tensor.node)) for op in ops]
 
 
 def _split(tensor: LazyTensor, size: int, dim: int = 0) -> list[LazyTensor]:
@@ -147,9 +149,9 @@ def _unbind(tensor: LazyTensor, dim: int = 0) -> list[LazyTensor]:
 
 
 def _squeeze(tensor: LazyTensor, dim: int | Sequence[int] | None = None) -> LazyTensor:
-    dims = range(tensor.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
-    squeezed = {k % tensor.dim() for k in dims if tensor.shape[k] == 1}
-    return _reshape(tensor, [size for k, size in enumerate(tensor.shape) if k not in squeezed])
+    dims = [dim] if isinstance(dim, int) else dim
+    axes = {k % tensor.dim() for k in (range(tensor.dim()) if dims is None else dims) if tensor.shape[k] == 1}
+    return _reshape(tensor, [size for k, size in enumerate(tensor.shape) if k not in axes])
 
 
 def _unsqueeze(tensor: LazyTensor, dim: int) -> LazyTensor:
@@ -172,14 +174,14 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.view.default: _reshape,
     aten._unsafe_view.default: _reshape,
     aten.reshape.default: _reshape,
-    aten._reshape_alias.default: lambda tensor, shape, _strides: _reshape(tensor, shape),
+    aten._reshape_alias.default: _reshape,
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
     aten.t.default: _transpose,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
     aten.split.Tensor: _split,
-    aten.split_with_sizes.default: lambda tensor, sizes, dim=0: _pieces(tensor, sizes, dim),
+    aten.split_with_sizes.default: _pieces,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.unbind.int: _unbind,

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import CoverageError, StreamconvError, UsageError
@@ -68,7 +69,7 @@ class LibraryModel:
             transformers.utils.logging.set_verbosity(quiet)
         self.meta = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         ties = getattr(self.model, "all_tied_weights_keys", None) or {}
-        self.ties = {name: kept for name, kept in ties.items() if name in self.meta}
+        self.ties = {name: original for name, original in ties.items() if name in self.meta}
         self.prefix = self.model.base_model_prefix
 
     def _read_quantizer(self, config: Mapping[str, Any] | None) -> Any:
@@ -85,9 +86,12 @@ class LibraryModel:
 
     def transforms(self) -> tuple[list[Any], list[Any]]:
         """What loading does to names, and to tensors."""
-        entries = self._mapping.get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer)
-        renamings = [entry for entry in entries if isinstance(entry, self._loading.WeightRenaming)]
-        return renamings, [entry for entry in entries if isinstance(entry, self._loading.WeightConverter)]
+        return self._by_kind(self._mapping.get_model_conversion_mapping(self.model, hf_quantizer=self._quantizer))
+
+    def _by_kind(self, transforms: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Of what the library does, what it does to names, and to tensors."""
+        renamings = [one for one in transforms if isinstance(one, self._loading.WeightRenaming)]
+        return renamings, [one for one in transforms if isinstance(one, self._loading.WeightConverter)]
 
     def _sorted(self, names: Iterable[str]) -> Iterator[str]:
         """The names in the library's order. Its keys take a kilobyte each: there are those of a layer at a time."""
@@ -114,7 +118,6 @@ class LibraryModel:
     ) -> tuple[dict[str, AnyNode], dict[str, str], dict[str, str]]:
         """What loading makes of stored tensors; how; and which it passes over on purpose, and why."""
         renamings, converters = self.transforms()
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         targets: dict[str, AnyNode] = {}
         groups: dict[str, Group] = {}
         first: dict[str, str] = {}
@@ -141,7 +144,7 @@ class LibraryModel:
             )
         how: dict[str, str] = {}
         for target, group in groups.items():
-            converter = by_pattern[next(iter(group))]
+            converter = _converter_of(group, converters)
             for name, node in self._convert(converter, target, group, nodes, recast, foreign).items():
                 if name in targets:
                     raise CoverageError(f"{self.title}: {name} is made twice, from {first.get(name, target)} and from {first[target]}")
@@ -155,9 +158,7 @@ class LibraryModel:
         # Names that a quantizer also reads are not those that it is stored under.
         entries = [entry for entry in whole if entry in own or not isinstance(entry, self._loading.WeightRenaming)]
         transforms = [entry.reverse_transform() for entry in entries[::-1] if not isinstance(entry, self._loading.PrefixChange)]
-        renamings = [entry for entry in transforms if isinstance(entry, self._loading.WeightRenaming)]
-        converters = [entry for entry in transforms if isinstance(entry, self._loading.WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        renamings, converters = self._by_kind(transforms)
         groups: dict[str, Group] = {}
         targets: dict[str, AnyNode] = {}
         how: dict[str, str] = {}
@@ -174,7 +175,7 @@ class LibraryModel:
             else:
                 groups.setdefault(target, {}).setdefault(pattern, []).append(name)
         for target, group in groups.items():
-            converter = by_pattern[next(iter(group))]
+            converter = _converter_of(group, converters)
             for name, node in self._convert(converter, target, group, nodes).items():
                 final = self._loading.apply_renamings(name, renamings)
                 keep(final, node)
@@ -187,7 +188,8 @@ class LibraryModel:
         """What a converter makes of the tensors of a group; ``foreign`` gives the nodes of one that computes values."""
         from streamconv.library.lazy import ComputesValuesError, LazyTensor
 
-        mixed = len({nodes[name].spec.dtype.name for names in group.values() for name in names}) > 1
+        names = list(chain.from_iterable(group.values()))
+        mixed = len({nodes[name].spec.dtype.name for name in names}) > 1
 
         def read(name: str) -> LazyTensor:
             node = nodes[name]
@@ -197,8 +199,7 @@ class LibraryModel:
             tensors = self.run(converter, target, group, lambda name: partial(read, name))
         except ComputesValuesError as error:
             if foreign:
-                inputs = {name: read(name).node for names in group.values() for name in names}
-                return foreign(self, converter, target, group, inputs)
+                return foreign(self, converter, target, group, {name: read(name).node for name in names})
             raise CoverageError(f"{self.title}, {target}, by {_describe(converter)}: {error}") from error
         except StreamconvError as error:
             raise CoverageError(f"{self.title}, {target}, by {_describe(converter)}: {error}") from error
@@ -222,9 +223,8 @@ class LibraryModel:
     def convert(self, target: str, group: Group, output: str, tensors: Sequence[Any]) -> Any:
         """One of the tensors that loading makes of a group of real ones."""
         _, converters = self.transforms()
-        converter = next(one for one in converters if next(iter(group)) in one.source_patterns)
-        names = [name for members in group.values() for name in members]
-        by_name = dict(zip(names, tensors, strict=True))
+        converter = _converter_of(group, converters)
+        by_name = dict(zip(chain.from_iterable(group.values()), tensors, strict=True))
         result = self.run(converter, target, group, by_name.__getitem__)[output]
         return (result[0] if isinstance(result, list) else result).contiguous()
 
@@ -237,10 +237,10 @@ class LibraryModel:
         class SizedChunk(self._loading.Chunk):  # type: ignore[misc,name-defined]
             """Chunk, into parts that need not be equal."""
 
-            def convert(self, input_dict: Any, source_patterns: Any, target_patterns: list[str], **given: Any) -> Any:  # noqa: ARG002
+            def convert(self, input_dict: Any, source_patterns: Any, target_patterns: list[str], **settings: Any) -> Any:  # noqa: ARG002
                 tensor = next(iter(input_dict.values()))
                 tensor = tensor[0] if isinstance(tensor, list) else tensor
-                names = [given["full_layer_name"].replace(target_patterns[0], target) for target in target_patterns]
+                names = [settings["full_layer_name"].replace(target_patterns[0], target) for target in target_patterns]
                 sizes = _part_sizes(names, tensor.shape[self.dim], meta, config)
                 return dict(zip(target_patterns, tensor.split(sizes, dim=self.dim), strict=True))
 
@@ -253,19 +253,20 @@ class LibraryModel:
                 raise CoverageError(f"{self.title}: {name}: the model has no such tensor{_near(name, self.meta)}")
             if node.spec.shape != self.meta[name]:
                 raise CoverageError(f"{self.title}: {name} has shape {node.spec.shape}, the model of config.json {self.meta[name]}")
-        tied = {name for name, kept in self.ties.items() if kept in nodes} | {kept for name, kept in self.ties.items() if name in nodes}
+        ties = [tie for tie in self.ties.items() if not nodes.keys().isdisjoint(tie)]
+        tie_names = set(chain.from_iterable(ties))
         ignored = [re.compile(pattern) for pattern in getattr(self.model, "_keys_to_ignore_on_load_missing", None) or []]
         globs = [glob.strip() for glob in allowed.split(",") if glob.strip()]
 
         def may_be_missing(name: str) -> bool:
-            if name in nodes or name in tied:
+            if name in nodes or name in tie_names:
                 return True
             return any(pattern.search(name) for pattern in ignored) or any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
-        missing = [name for name in self.meta if not may_be_missing(name)]
-        if missing:
+        absent = [name for name in self.meta if not may_be_missing(name)]
+        if absent:
             raise CoverageError(
-                f"{self.title}: {missing[0]}{_more(missing)} of the model: no tensor for it{_near(missing[0], nodes)}; "
+                f"{self.title}: {absent[0]}{_more(absent)} of the model: no tensor for it{_near(absent[0], nodes)}; "
                 "--set allow_missing=PATTERN leaves it out"
             )
 
@@ -287,15 +288,23 @@ def choose_kept(config: Mapping[str, Any]) -> Callable[[Sequence[str]], str | No
             model = LibraryModel({key: value for key, value in config.items() if key != "quantization_config"}, "ties").model
         except UsageError:
             return []
-        keys = ((name, getattr(module, "_tied_weights_keys", None) or ()) for name, module in model.named_modules())
-        return [f"{name}.{key}" if name else key for name, own in keys for key in own]
+        texts: list[str] = []
+        for name, module in model.named_modules():
+            keys = getattr(module, "_tied_weights_keys", None) or ()
+            texts += (f"{name}.{key}" if name else key for key in keys)
+        return texts
 
     def choose(names: Sequence[str]) -> str | None:
-        repeated = [name for name in sorted(names) if any(re.search(pattern, name) for pattern in patterns())]
-        kept = set(names).difference(repeated[: len(names) - 1])  # all of them may be called repetitions: one stays
-        return kept.pop() if len(kept) == 1 else None
+        repetitions = [name for name in sorted(names) if any(re.search(pattern, name) for pattern in patterns())]
+        rest = set(names).difference(repetitions[: len(names) - 1])  # all of them may be called repetitions: one stays
+        return rest.pop() if len(rest) == 1 else None
 
     return choose
+
+
+def _converter_of(group: Group, converters: Sequence[Any]) -> Any:
+    """The converter that takes the tensors of a group: the last that has its first pattern, as the library does."""
+    return next(one for one in reversed(converters) if next(iter(group)) in one.source_patterns)
 
 
 def _part_sizes(names: list[str], total: int, meta: Mapping[str, Any], config: Any) -> list[int]:

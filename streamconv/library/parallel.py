@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,21 +130,21 @@ class TensorParallel(Recipe):
         groups, size = _group(nodes, title)
         plan = Plan(self._read_plan(values), config, list(groups), values, title)
         replicas: list[Replica] = []
-        whole, how = {}, {}
+        targets, how = {}, {}
         for name, ranks in groups.items():
-            stored = list(ranks.values())
-            dims = len(nodes[stored[0]].spec.shape)
+            parts = list(ranks.values())
+            dims = len(nodes[parts[0]].spec.shape)
             unexpected = set(ranks).symmetric_difference(plan.holders(name, dims, size))
             if unexpected:
                 rank = min(unexpected)
                 what = "must not be there by the plan" if rank in ranks else f"is missing, while rank {min(ranks)} has it"
                 raise CoverageError(f"{title}: {FILE.format(rank=rank, size=size)}/{name} {what}")
-            joined, pairs = plan.join(name, [LazyTensor(nodes[one]) for one in stored])
-            replicas += [(first.node, other.node, (stored[a], stored[b])) for first, other, a, b in pairs]
-            whole[name] = joined.node
-            if whole[name] is not nodes[stored[0]]:
-                how[name] = f"{len(stored)} parts"
-        return conclude(nodes, rows, whole, how, recast, replicas=replicas)
+            whole, pairs = plan.join(name, [LazyTensor(nodes[part]) for part in parts])
+            replicas += [(first.node, other.node, (parts[a], parts[b])) for first, other, a, b in pairs]
+            targets[name] = whole.node
+            if whole.node is not nodes[parts[0]]:
+                how[name] = f"{len(parts)} parts"
+        return conclude(nodes, rows, targets, how, recast, replicas=replicas)
 
     def flip(self) -> TensorParallel:
         """See `Recipe.flip`."""
@@ -186,11 +187,10 @@ class Plan:
         self._places: dict[str, tuple[str, bool]] = {}
         if library:
             renamings, converters = library.transforms()
-            joining = [converter for converter in converters if len(converter.source_patterns) > 1]
-            several = {pattern for converter in joining for pattern in converter.source_patterns}
+            fusing = set(chain.from_iterable(one.source_patterns for one in converters if len(one.source_patterns) > 1))
             for name in names:
                 target, pattern = (name, None) if name in library.meta else library.place(name, renamings, converters)
-                self._places[name] = (target, pattern in several)
+                self._places[name] = (target, pattern in fusing)
         if not any(self._rule(self._places.get(name, (name, False))[0]) for name in names):
             raise CoverageError(f"{title}: the plan names none of these tensors: is it for this model?")
 
@@ -213,15 +213,15 @@ class Plan:
         if heads is None or axis is None:
             return style
         by_block = (0, *heads.each[1:]) if len(style.blocks) == len(heads.each) else ()
-        repeated = (heads.count,) if heads.repeatable else by_block
-        if not any(count and size > count for count in repeated):
+        counts = (heads.count,) if heads.repeatable else by_block
+        if not any(count and size > count for count in counts):
             return style
         choice = self._values.get("kv_heads")
-        if choice == "divide" or (not choice and part and self._is_cut(heads, shape[axis], size)):
+        if choice == "divide" or (not choice and part and self._divides(heads, shape[axis], size)):
             return style
-        return replace(style, heads=repeated)
+        return replace(style, heads=counts)
 
-    def _is_cut(self, heads: Heads, count: int, size: int) -> bool:
+    def _divides(self, heads: Heads, count: int, size: int) -> bool:
         """Whether the parts of ``count`` elements of so many ranks are those of heads that were divided, not repeated."""
         return count * size == head_size(self._whole) * (sum(heads.each) or heads.count)
 
@@ -288,13 +288,13 @@ class Plan:
             return [tensor if rank in holders else None for rank in range(size)]
         if axis is None:
             return [tensor] * size
-        tensor = self._padded(tensor, axis, size)
+        tensor = self._pad(tensor, axis, size)
         even = self._even or len(set(style.blocks)) > 1
         what = f"{self.title}: {name}"
         blocks = self._blocks(name, tensor, style.blocks, axis)
         heads = style.heads or (0,) * len(blocks)
         parts = [_chunks(block, size, axis, count, what, even=even) for block, count in zip(blocks, heads, strict=True)]
-        return [_join([part[rank] for part in parts], axis) for rank in range(size)]
+        return [_join(parts_of_rank, axis) for parts_of_rank in zip(*parts, strict=True)]
 
     def join(self, name: str, tensors: Sequence[LazyTensor]) -> tuple[LazyTensor, list[Pair]]:
         """The whole tensor of those of all ranks, and what of them must be the same."""
@@ -323,7 +323,7 @@ class Plan:
             whole = LazyTensor(take("rows", [whole.node], {"stop": rows}, {}))
         return whole, pairs
 
-    def _padded(self, tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
+    def _pad(self, tensor: LazyTensor, axis: int, size: int) -> LazyTensor:
         """A tensor with a row for each word, filled up so that ranks get the same number."""
         rows = tensor.shape[axis]
         if not self._values.get("pad_vocab") or axis or rows != self._config.get("vocab_size"):
@@ -347,11 +347,11 @@ class Plan:
 
     def _count_experts(self) -> int:
         keys = ("n_experts", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-        tables = [(key, table) for key in keys for table in (self._values, self._config)]
-        count = next((table[key] for key, table in tables if isinstance(table.get(key), int)), None)
-        if count is None:
-            raise CoverageError(f"{self.title}: config.json has none of {', '.join(keys)}: how many experts there are is not known")
-        return int(count)
+        for key, table in product(keys, (self._values, self._config)):
+            count = table.get(key)
+            if isinstance(count, int):
+                return int(count)
+        raise CoverageError(f"{self.title}: config.json has none of {', '.join(keys)}: how many experts there are is not known")
 
 
 def _up(rows: int, multiple: int) -> int:
@@ -387,11 +387,11 @@ def _group(names: Mapping[str, AnyNode], title: str) -> tuple[dict[str, dict[int
     """The names of all ranks by the name that they share, in the order of ranks, and how many ranks there are."""
     groups: dict[str, dict[int, str]] = {}
     sizes = set()
-    for stored in names:
-        match = _RANKED.fullmatch(stored)
+    for part in names:
+        match = _RANKED.fullmatch(part)
         if match is None:
-            raise CoverageError(f"{title}: {stored}: expected tensors of files model0-mpN.safetensors, model1-mpN.safetensors, ...")
-        groups.setdefault(match[3], {})[int(match[1])] = stored
+            raise CoverageError(f"{title}: {part}: expected tensors of files model0-mpN.safetensors, model1-mpN.safetensors, ...")
+        groups.setdefault(match[3], {})[int(match[1])] = part
         sizes.add(int(match[2]))
     if len(sizes) != 1:
         raise CoverageError(f"{title}: files of {', '.join(map(str, sorted(sizes)))} ranks are there: keep those of one size")
