@@ -66,8 +66,10 @@ class Companions:
         for name in self._specs:
             if SERVING.search(name) and groups:
                 dropped[name] = SERVES
-            elif name not in self._used and name not in dropped and (end := own.search(name)):
-                raise CoverageError(f"{self._title}: {name} belongs to {name[: end.start()]}, which has no codes: mend the source")
+            elif name not in self._used and name not in dropped:
+                end = own.search(name)
+                if end:
+                    raise CoverageError(f"{self._title}: {name} belongs to {name[: end.start()]}, which has no codes: mend the source")
         return Match(groups, dropped)
 
 

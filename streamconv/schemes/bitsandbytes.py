@@ -76,18 +76,21 @@ class Bitsandbytes(Scheme):
     def match(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], title: str) -> Match:  # noqa: ARG002
         """See `Scheme.match`."""
         companions = Companions(specs, title)
-        states = {name[: found.start()]: (name, found[1]) for name in specs if (found := _STATE.search(name))}
+        matches = [match for match in map(_STATE.search, specs) if match]
+        states = {match.string[: match.start()]: (match.string, match[1]) for match in matches}
         groups: list[Group] = []
         spare = {}
         for name, spec in specs.items():
             if name in states:
                 groups.append(_of_four_bits(name, *states[name], companions))
-                if listed := companions.take(name, [f"{name}.quant_map"]):
-                    spare[listed] = "the table of a quantization"
+                table = companions.take(name, [f"{name}.quant_map"])
+                if table:
+                    spare[table] = "the table of a quantization"
             elif spec.dtype.name == "int8" and name.endswith("weight"):
                 companions.take(name, [name])
                 groups.append(Rows(name, (name, companions.need(name, [f"{name.removesuffix('weight')}SCB"]))))
-                if form := companions.take(name, [f"{name.removesuffix('weight')}weight_format"]):
+                form = companions.take(name, [f"{name.removesuffix('weight')}weight_format"])
+                if form:
                     spare[form] = "says how the codes of a quantization lie"
             elif spec.dtype.name == "uint8" and name.endswith(".weight"):
                 companions.need(name, [f"{name}.quant_state.bitsandbytes__nf4", f"{name}.quant_state.bitsandbytes__fp4"])

@@ -152,8 +152,9 @@ def _weight(
     if kind == "int32":
         roles["shape"] = companions.need(name, [f"{target}_shape"])
     for role, end in (("zero", "_zero_point"), ("groups", "_g_idx")):
-        if present := companions.take(name, [f"{target}{end}"]):
-            roles[role] = present
+        companion = companions.take(name, [f"{target}{end}"])
+        if companion:
+            roles[role] = companion
     return Packed(target, tuple(roles.values()), weights, roles)
 
 
@@ -163,8 +164,8 @@ class _Groups:
     def __init__(self, config: Mapping[str, Any], title: str) -> None:
         self._title = title
         section = next((section for _, section in quantizations(config)), {})
-        listed = section.get("config_groups")
-        self._groups = [group for group in listed.values() if isinstance(group, Mapping)] if isinstance(listed, Mapping) else []
+        table = section.get("config_groups")
+        self._groups = [group for group in table.values() if isinstance(group, Mapping)] if isinstance(table, Mapping) else []
         if not self._groups:
             raise UsageError(f"{title}: config.json has no config_groups, which say how weights are quantized: mend it")
 

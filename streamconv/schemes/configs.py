@@ -28,8 +28,8 @@ def with_files(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
             inner = contents.get("quantization")
             section = dict(inner if isinstance(inner, Mapping) else contents)
             if section:
-                known = next((section[key] for key in ("quant_method", "method") if section.get(key)), None)
-                return {**config, KEYS[0]: {**section, "quant_method": known or _method_of(name, section)}}
+                method = section.get("quant_method") or section.get("method") or _method_of(name, section)
+                return {**config, KEYS[0]: {**section, "quant_method": method}}
     return dict(config)
 
 
@@ -52,8 +52,8 @@ def find_method(config: Mapping[str, Any]) -> str | None:
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config, and those nested in it, without what says that tensors are quantized."""
-    kept = {key: value for key, value in config.items() if key not in KEYS}
-    return {key: without_quantization(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    rest = {key: value for key, value in config.items() if key not in KEYS}
+    return {key: without_quantization(value) if isinstance(value, dict) else value for key, value in rest.items()}
 
 
 def model_dtype(config: Mapping[str, Any], title: str) -> str:
@@ -65,7 +65,8 @@ def model_dtype(config: Mapping[str, Any], title: str) -> str:
     text = config.get("text_config")
     for section in (config, text if isinstance(text, Mapping) else {}):
         for key in _DTYPES:
-            if isinstance(name := section.get(key), str):
+            name = section.get(key)
+            if isinstance(name, str):
                 dtype = parse_dtype(name).name
                 if dtype not in CASTABLE:
                     raise UsageError(f"{title}: config.json says {key} {name}: expected one of {', '.join(CASTABLE)}; --dtype chooses one")
@@ -75,18 +76,19 @@ def model_dtype(config: Mapping[str, Any], title: str) -> str:
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A config that gives its model a dtype, in itself and in those nested in it, wherever one is given; at least in itself."""
-    changed = _replace_dtype(config, dtype)
-    return changed if any(isinstance(changed.get(key), str) for key in _DTYPES) else {**changed, "dtype": dtype}
+    result = _replace_dtype(config, dtype)
+    says_dtype = any(isinstance(result.get(key), str) for key in _DTYPES)
+    return result if says_dtype else {**result, "dtype": dtype}
 
 
 def _replace_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    changed: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            changed[key] = _replace_dtype(value, dtype)
+            result[key] = _replace_dtype(value, dtype)
         else:
-            changed[key] = dtype if key in _DTYPES and isinstance(value, str) else value
-    return changed
+            result[key] = dtype if key in _DTYPES and isinstance(value, str) else value
+    return result
 
 
 def quantizations(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:

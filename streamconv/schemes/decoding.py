@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from streamconv.errors import CoverageError
@@ -36,12 +37,12 @@ def decode(scheme: Scheme, nodes: Mapping[str, AnyNode], config: Mapping[str, An
     specs = {name: node.spec for name, node in nodes.items()}
     match = scheme.match(config, specs, title)
     group_of = {group.tensors[0]: group for group in match.groups}
-    consumed = {name for group in match.groups for name in group.tensors} | match.dropped.keys()
+    consumed = {*match.dropped, *chain.from_iterable(group.tensors for group in match.groups)}
     for name, beside in codes_in(specs).items() if match.groups else ():
         if name not in consumed:
             where = f", beside {beside}" if beside else ""
             raise CoverageError(f"{title}: {name} is {specs[name]}{where}, and no weight of {scheme.methods[0]}: mend the source")
-    decoded: dict[str, AnyNode] = {}
+    numbers: dict[str, AnyNode] = {}
     for name, node in nodes.items():
         if name in group_of:
             group = group_of[name]
@@ -50,10 +51,10 @@ def decode(scheme: Scheme, nodes: Mapping[str, AnyNode], config: Mapping[str, An
             continue
         else:
             target, tensor = name, node
-        if target in decoded:
+        if target in numbers:
             raise CoverageError(f"{title}: {target} is there as it is, and quantized as {name}: remove one of them")
-        decoded[target] = tensor
-    return Decoded(decoded, {group.target: group.tensors for group in match.groups}, dict(match.dropped))
+        numbers[target] = tensor
+    return Decoded(numbers, {group.target: group.tensors for group in match.groups}, dict(match.dropped))
 
 
 def _decode_group(group: Group, nodes: Mapping[str, AnyNode], dtype: str, title: str) -> AnyNode:

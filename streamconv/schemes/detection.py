@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,8 @@ def find_quantization(
         files: others of `configs.FILES` beside it, by name.
         specs: its tensors.
     """
-    if method := find_method(config):
+    method = find_method(config)
+    if method:
         return Quantization(method, "by config.json")
     for name, contents in files.items():
         if contents:
@@ -104,10 +105,12 @@ def codes_in(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     lower = {name.lower(): name for name in specs}
     beside_of = {}
     for name, spec in specs.items():
-        if spec.dtype.floating and spec.dtype.name not in CASTABLE:
-            if spec.dtype.name != "float8_e8m0fnu" and ((beside := _beside(name, lower)) or name.endswith("weight")):
-                beside_of[name] = beside
-        elif spec.dtype.name in _WHOLE and ((beside := _beside(name, lower)) or _CODED.search(name)):
+        is_narrow = spec.dtype.floating and spec.dtype.name not in (*CASTABLE, "float8_e8m0fnu")
+        if not is_narrow and spec.dtype.name not in _WHOLE:
+            continue
+        beside = _beside(name, lower)
+        is_called_so = name.endswith("weight") if is_narrow else _CODED.search(name) is not None
+        if beside or is_called_so:
             beside_of[name] = beside
     return beside_of
 
@@ -116,10 +119,7 @@ def _beside(name: str, lower: Mapping[str, str]) -> str:
     """The first tensor beside another that a quantization of that has; "": there is none."""
     small = name.lower()
     stem, module = _STEMS.sub("", small), _MODULE.sub("", small)
-    near: Iterable[str] = [
-        *(f"{root}{end}" for root in dict.fromkeys((small, stem)) for end in _AFTER),
-        *(f"{module}.{end}" for end in _BESIDE),
-    ]
+    near = [f"{small}{end}" for end in _AFTER] + [f"{stem}{end}" for end in _AFTER] + [f"{module}.{end}" for end in _BESIDE]
     return next((lower[one] for one in near if one in lower and one != small), "")
 
 

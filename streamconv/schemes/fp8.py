@@ -64,9 +64,9 @@ class Fp8(Scheme):
         """See `Scheme.match`."""
         scale_of = dict(_pair(specs, title))
         nibbles = dict(_pair_nibbles(specs))
-        used = {*scale_of.values(), *nibbles.values()}
+        scales = {*scale_of.values(), *nibbles.values()}
         for name in specs:
-            if name not in used and name not in scale_of and _SCALE.search(name):
+            if name not in scales and name not in scale_of and _SCALE.search(name):
                 raise CoverageError(f"{title}: {name} is the scale of {_weight_beside(name, specs)}: mend the source")
         blocks = _Blocks(config, title)
         shapes = {name: (specs[name], specs[scale]) for name, scale in scale_of.items()}
@@ -160,11 +160,11 @@ class _Blocks:
             return rows, columns  # one scale for all
         block = self._of(name)
         if block:
-            expected = (*stack, -(-rows // block[0]), -(-columns // block[1]))
-            if scales.shape != expected:
+            counts = (*stack, -(-rows // block[0]), -(-columns // block[1]))
+            if scales.shape != counts:
                 raise CoverageError(
                     f"{self._title}: {name} is {weight}, in blocks of {_by(block)} by config.json: "
-                    f"expected scales {list(expected)}, found {scales}"
+                    f"expected scales {list(counts)}, found {scales}"
                 )
             return block
         if scales.shape in (leading, (*leading, 1, 1)) and (stack or scales.shape):

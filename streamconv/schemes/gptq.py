@@ -78,7 +78,8 @@ class Gptq(Scheme):
             stem = name.removesuffix("qweight")
             companions.take(name, [name])
             tensors = [name, *(companions.need(name, [f"{stem}{end}"]) for end in ("qzeros", "scales"))]
-            if index := companions.take(name, [f"{stem}g_idx"]):
+            index = companions.take(name, [f"{stem}g_idx"])
+            if index:
                 tensors.append(index)
             plus = 0 if form == "gptq_v2" else 1
             groups.append(Words(f"{stem}weight", tuple(tensors), bits, size if size > 0 else None, ("rows", "columns"), plus))
