@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 from streamconv import interrupts
 from streamconv.cli.console import Console, StdoutError
-from streamconv.diagnose import matching, report
+from streamconv.diagnose import report
 from streamconv.errors import StreamconvError
 from streamconv.running.progress import Progress
 from streamconv.running.results import Result
@@ -52,6 +52,8 @@ def suggest_recipes(args: argparse.Namespace, out: Console) -> None:
     """Names the recipes that config.json points at, where none was asked for."""
     if args.recipe or args.json or args.quiet:
         return
+    from streamconv.diagnose import matching  # which loads recipes, and all that these need
+
     with suppress(StreamconvError):
         if names := matching.suggest_recipes(args.src):
             out.say(f"note: for another layout of this model: --recipe {' or '.join(names)}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.entries import TensorEntry
 from streamconv.checkpoint.opening import Checkpoint
@@ -23,12 +23,12 @@ from streamconv.formats.registry import by_suffix
 from streamconv.graph.node import Node, extents
 from streamconv.notation.folding import Fold, fold
 from streamconv.notation.names import nearest
-from streamconv.planning.plan import Plan
-from streamconv.recipe import Drop, Fact, Make, Recipe, Tie
-from streamconv.running.kept import check_replaceable
 from streamconv.storage import is_url
-from streamconv.text import join_lines, one_line
+from streamconv.text import one_line
 from streamconv.units import format_size
+
+if TYPE_CHECKING:
+    from streamconv.planning.plan import Plan
 
 PIECE = 1 << 20  # bytes of a tensor at a time
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
@@ -213,54 +213,6 @@ def _file_of_rank(suffixes: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(rf"^.*(?:{'|'.join(map(re.escape, suffixes))})/")
 
 
-def describe_recipe(recipe: Recipe) -> dict[str, Any]:
-    """One row of ``recipes --json``."""
-    return {
-        "name": recipe.name,
-        "summary": recipe.summary,
-        "source_format": recipe.source.format,
-        "target_format": recipe.target.format,
-        "options": [
-            {"name": name, "help": option.help, "default": option.default, "choices": option.choices}
-            for name, option in recipe.settings.items()
-        ],
-        "reference": recipe.reference,
-    }
-
-
-def explain_recipe(recipe: Recipe) -> str:
-    """What ``recipes NAME`` prints: every rule and option, and where the facts come from."""
-    lines = [f"{recipe.name}: {recipe.summary}", f"  {recipe.source.format} -> {recipe.target.format}"]
-    if recipe.reference:
-        lines.append(f"  facts from {recipe.reference}")
-    lines += [f"  --set {name}=...  {option.help}" for name, option in recipe.settings.items()]
-    stages = recipe.stages
-    for stage in stages:
-        for fact in stage.rules:
-            lines += _explain_fact(fact)
-    for stage in stages:
-        lines += [f"  requires {condition}" for condition in stage.requires]
-    lines += [f"  lost: {line}" for line in recipe.lost]
-    return join_lines(lines)
-
-
-def _explain_fact(fact: Fact) -> list[str]:
-    """A fact in two lines, or three: which names, what becomes of them, by which layout."""
-    when = f"   when {fact.when}" if fact.when else ""
-    if isinstance(fact, Drop):
-        return [f"  {fact.left}", f"   dropped: {fact.reason}{when}"]
-    if isinstance(fact, Make):
-        return [f"  {fact.right}", f"   {'made' if fact.op else 'not made'}: {fact.reason}{when}"]
-    if isinstance(fact, Tie):
-        how = f"left out where it repeats {fact.stored}" if fact.flipped else f"repeats {fact.left} where nothing else makes it"
-        return [f"  {fact.right}", f"   {how}{when}"]
-    optional = "  (optional)" if fact.optional else ""
-    if isinstance(fact.optional, str):
-        optional = f"  (optional when {fact.optional})"
-    how = " ".join(filter(None, (str(fact.op.get("op", "")), fact.layout)))
-    return [f"  {fact.left}", f"   -> {fact.right}{optional}{when}", *([f"      {how}"] if how else [])]
-
-
 def describe_room(plan: Plan) -> str:
     """What the file system of DST has left before and after a run, in bytes; of a URL, that where files are made first."""
     if is_url(plan.root):
@@ -285,4 +237,6 @@ def check_page(text: str) -> None:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not above.is_dir() or not os.access(path if path.exists() else above, os.W_OK):
         raise UsageError(f"--report {path}: a file cannot be written there: give the name of an .html file in a directory of yours")
+    from streamconv.running.kept import check_replaceable  # with which plans and outputs are loaded: not for listing a checkpoint
+
     check_replaceable("--report", path, PAGE)

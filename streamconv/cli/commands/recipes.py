@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from streamconv import recipes
 from streamconv.cli.console import Console
-from streamconv.diagnose import matching, report
+from streamconv.diagnose import explanation, matching
 from streamconv.text import one_line
 
 NEAR = 0.25  # of the tensors that have a rule, times the rules that have a tensor: a recipe worth a look
@@ -29,7 +29,7 @@ def execute(args: argparse.Namespace, out: Console) -> int:
 def _list(args: argparse.Namespace, out: Console) -> None:
     known = list(recipes.registry().values())
     if args.json:
-        out.say_json([report.describe_recipe(recipe) for recipe in known])
+        out.say_json([explanation.describe_recipe(recipe) for recipe in known])
         return
     for recipe in known:
         out.say(f"{recipe.name}  {one_line(recipe.summary)}")
@@ -38,9 +38,9 @@ def _list(args: argparse.Namespace, out: Console) -> None:
 def _explain(args: argparse.Namespace, out: Console) -> None:
     recipe = recipes.get(args.name)
     if args.json:
-        out.say_json({**report.describe_recipe(recipe), "rules": recipe.to_dict()["rules"]})
+        out.say_json({**explanation.describe_recipe(recipe), "rules": recipe.to_dict()["rules"]})
     else:
-        out.say(report.explain_recipe(recipe))
+        out.say(explanation.explain_recipe(recipe))
 
 
 def _draft(args: argparse.Namespace, out: Console) -> None:
@@ -64,7 +64,7 @@ def _print_matches(args: argparse.Namespace, out: Console) -> None:
     untried = [match for match in matches if match.needs and not match.fits]
     if args.json:
         rows = [(match, {"named": match.named, "needs": match.needs, "tried": match.fits}) for match in (*fitting, *untried)]
-        out.say_json([{**report.describe_recipe(match.recipe), **more} for match, more in rows])
+        out.say_json([{**explanation.describe_recipe(match.recipe), **more} for match, more in rows])
         return
     for match in fitting:
         remark = "  (named by config.json)" if match.named else f"  (takes {match.needs})" if match.needs else ""
