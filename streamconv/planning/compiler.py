@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 from streamconv.errors import UsageError
 from streamconv.formats import Extent, FileLayout
@@ -138,21 +139,21 @@ class _Compiler:
 
     def file(self, layout: FileLayout, outputs: Mapping[str, AnyNode]) -> FilePlan:
         """A file's plan; tiles are not chosen yet."""
-        segments: list[Segment] = []
+        segments = _merge(self._file_segments(layout, outputs))
+        return FilePlan(layout.path, layout.size, layout.literals, tuple(segments), tuple(layout.slots), layout.checksums)
+
+    def _file_segments(self, layout: FileLayout, outputs: Mapping[str, AnyNode]) -> Iterator[Segment]:
+        """What goes into a file, tensor by tensor in the order of their slots."""
         slots = set()
         compute = self._in_order if self._stream and not layout.checksums else self._in_any_order
-        for name, slot in sorted(layout.slots.items(), key=lambda item: item[1]):
+        for name, slot in sorted(layout.slots.items(), key=itemgetter(1)):
             if slot in slots:
                 continue  # tied to the tensor before
-            if outputs[name].spec.nbytes:
+            node = outputs[name]
+            nbytes = node.spec.nbytes
+            if nbytes:
                 slots.add(slot)
-            for segment in self._segments(outputs[name], layout.pieces.get(name) or [(slot, outputs[name].spec.nbytes)], compute):
-                last = segments[-1] if segments else None
-                if isinstance(segment, Copy) and isinstance(last, Copy) and _continues(last, segment):
-                    segments[-1] = last._replace(nbytes=last.nbytes + segment.nbytes)
-                else:
-                    segments.append(segment)
-        return FilePlan(layout.path, layout.size, layout.literals, tuple(segments), tuple(layout.slots), layout.checksums)
+            yield from self._segments(node, layout.pieces.get(name) or [(slot, nbytes)], compute)
 
     def sidecar(self, path: str, content: str | bytes) -> FilePlan:
         """A file beside the weights: another file's bytes, or these."""
@@ -246,8 +247,23 @@ def _bare(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _continues(last: Copy, segment: Copy) -> bool:
-    return last.source == segment.source and last.offset + last.nbytes == segment.offset and last.dst + last.nbytes == segment.dst
+def _merge(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """The segments, with copies that follow each other on both sides as one. A run is kept in numbers: there are many copies."""
+    source, offset, dst, nbytes = -1, 0, 0, 0  # of the run; source -1: there is none
+    for segment in segments:
+        if not isinstance(segment, Copy):
+            if source >= 0:
+                yield Copy(source, offset, dst, nbytes)
+            source = -1
+            yield segment
+        elif segment.source == source and segment.offset == offset + nbytes and segment.dst == dst + nbytes:
+            nbytes += segment.nbytes
+        else:
+            if source >= 0:
+                yield Copy(source, offset, dst, nbytes)
+            source, offset, dst, nbytes = segment
+    if source >= 0:
+        yield Copy(source, offset, dst, nbytes)
 
 
 def _copyable(move: Move, leaf: Source) -> bool:
