@@ -6,10 +6,11 @@ back. A checkpoint is one file, or several in a directory, usually with an index
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
+
+import msgspec
 
 from streamconv import memory
 from streamconv.dtypes import DTYPES, TensorSpec
@@ -266,7 +267,7 @@ def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], a
         slots[name] = begin
         header[name] = {"dtype": _CODE_OF[spec.dtype.name], "shape": list(spec.shape), "data_offsets": [begin, position]}
     try:
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text = msgspec.json.encode(header)
     except UnicodeEncodeError as error:
         raise UsageError(f"a name or metadata holds {error.object[error.start]!r}, which UTF-8 cannot store: rename it") from error
     text += b" " * (-(8 + len(text)) % align)
