@@ -14,12 +14,12 @@ _BOTH, _OWN_NORM = "{weight,bias}", "{gamma,beta}"
 _THIRDS = "(o + o + o) ... -> o ..., o ..., o ..."
 
 
-def _block(left: str, right: str, norms: str, linears: str, fused: str, layout: str, when: str | None = None) -> tuple[Rule, ...]:
+def _block(left: str, right: str, norms: str, linears: str, qkv: str, layout: str, when: str | None = None) -> tuple[Rule, ...]:
     """A block: its two norms, its linear layers but q, k, v (projection, mapping, projection back), which are transposed, and q, k, v."""
     linears, own = f"{left}.{{{linears}}}", f"{right}.{{attention.projection,output.mapping,output.projection}}"
     return (
         Rule(f"{left}.{{{norms}}}.{_BOTH}", f"{right}.layernorm{{1,2}}.{_OWN_NORM}", when=when),
-        Rule(f"{left}.{fused}.{_BOTH}", f"{right}.attention.dense{{1,2,3}}.{_BOTH}", layout, when=when),
+        Rule(f"{left}.{qkv}.{_BOTH}", f"{right}.attention.dense{{1,2,3}}.{_BOTH}", layout, when=when),
         Rule(f"{linears}.weight", f"{own}.weight", "o c -> c o", when=when),
         Rule(f"{linears}.bias", f"{own}.bias", when=when),
     )
@@ -120,6 +120,10 @@ _WIZARDCODER = Recipe(
 _DECODER = "has('{at:,vit.}{part:decoder_,mask_}{rest*}')"
 
 
+def _vit_block(at: str, when: str | None = None) -> tuple[Rule, ...]:
+    return _block(at, f"vit.{at}", "norm1,norm2", "attn.proj,mlp.fc1,mlp.fc2", "attn.qkv", _THIRDS, when)
+
+
 def _vit(family: str, norm: str, other_norm: str, summary: str) -> Recipe:
     """ViT or MAE, whose last norms are called ``norm`` on MindSpore's side; ``other_norm`` is what the other calls them."""
     last, other_last = (f"vit.{{at:,decoder_}}{name}.{_OWN_NORM}" for name in (norm, other_norm))
@@ -133,11 +137,8 @@ def _vit(family: str, norm: str, other_norm: str, summary: str) -> Recipe:
             Rule("mask_token", "vit.mask_tokens", when=_DECODER),
             Rule("decoder_pos_embed", "vit.decoder_pos_embed", when=_DECODER),
             Rule(f"decoder_{{embed,pred}}.{_BOTH}", f"vit.decoder_{{embed,pred}}.{_BOTH}", when=_DECODER),
-            *(
-                rule
-                for at, when in (("blocks.{i}", None), ("decoder_blocks.{j}", _DECODER))
-                for rule in _block(at, f"vit.{at}", "norm1,norm2", "attn.proj,mlp.fc1,mlp.fc2", "attn.qkv", _THIRDS, when)
-            ),
+            *_vit_block("blocks.{i}"),
+            *_vit_block("decoder_blocks.{j}", _DECODER),
             Rule(f"{{at:,decoder_}}norm.{_BOTH}", last, optional=True),
             Rule(f"fc_norm.{_BOTH}", f"vit.fc_norm.{_OWN_NORM}", optional=True),
             Rule(f"head.{_BOTH}", f"head.{_BOTH}", optional=True),
@@ -156,11 +157,13 @@ def _vit(family: str, norm: str, other_norm: str, summary: str) -> Recipe:
     )
 
 
+_VIT, _MAE = _vit("vit", "layernorm", "norm", "ViT"), _vit("mae", "norm", "layernorm", "MAE")
+
 RECIPES = (
-    *(recipe for forward in (_BLOOM, _WIZARDCODER) for recipe in both_ways(forward)),
-    *(
-        recipe
-        for forward in (_vit("vit", "layernorm", "norm", "ViT"), _vit("mae", "norm", "layernorm", "MAE"))
-        for recipe in (forward, forward.inverse(forward.name.replace("hf2ms", "ms2hf"), f"{forward.summary[:3]}: MindSpore to PyTorch"))
-    ),
+    *both_ways(_BLOOM),
+    *both_ways(_WIZARDCODER),
+    _VIT,
+    _VIT.inverse("vit-ms2hf", "ViT: MindSpore to PyTorch"),
+    _MAE,
+    _MAE.inverse("mae-ms2hf", "MAE: MindSpore to PyTorch"),
 )

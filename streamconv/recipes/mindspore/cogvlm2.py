@@ -52,7 +52,7 @@ def _video(prefix: str, when: str) -> tuple[Rule, ...]:
 
 def _image(prefix: str, when: str) -> tuple[Rule, ...]:
     """The language model of the image model, most of which keeps its names; ``part`` are its experts."""
-    kept = (
+    same_names = (
         "lm_head.weight",
         f"{_LAYER}.self_attn.{{part:language,vision}}_expert_{{query_key_value,dense}}.weight",
         f"{_LAYER}.{{input,post_attention}}_layernorm.weight",
@@ -61,7 +61,7 @@ def _image(prefix: str, when: str) -> tuple[Rule, ...]:
     return (
         Rule("model.embed_tokens.weight", f"{prefix}model.tok_embeddings.embedding_weight", when=when),
         Rule("model.norm.weight", f"{prefix}model.norm_out.weight", when=when),
-        *(Rule(name, f"{prefix}{name}", when=when) for name in kept),
+        *(Rule(name, f"{prefix}{name}", when=when) for name in same_names),
         Rule(bias, f"{prefix}{bias}", when=when, optional=True),
         Rule(
             f"{_LAYER}.mlp.{{part:language,vision}}_mlp.{{gate_proj,up_proj,down_proj}}.weight",

@@ -119,9 +119,9 @@ _WHOLE = {
             f"{part} of the experts and mlp.gate are not in the same layers": (
                 f"{_MLP}.experts.0.{part}.weight",
                 f"{_OWN_EXPERTS}.ffn.{own}.weight",
-                *grouped,
+                *own_stacks,
             )
-            for part, own, grouped in (_GATE, _DOWN, _UP)
+            for part, own, own_stacks in (_GATE, _DOWN, _UP)
         },
     ),
     **as_many(

@@ -20,12 +20,12 @@ _ROWS = "(q + k + k) ..."
 _HEADS, _EVEN_FIRST = "(h e two + g e two + g e two) ...", ("(h two e)", "(g two e)", "(g e two)")
 
 
-def _said(help: str, what: str) -> Option:  # noqa: A002 - the field's name
+def _flag(help: str, what: str) -> Option:  # noqa: A002 - the field's name
     """A yes or no that a config says, the source's or else that of the target's folder."""
     return Option(help, default=f"{{config.{what} if config else sidecar.{what}}}", kind="bool")
 
 
-def _split(left: str, right: str, layout: str, when: str) -> tuple[Rule, ...]:
+def _reorder(left: str, right: str, layout: str, when: str) -> tuple[Rule, ...]:
     """A linear layer whose rows are reordered or belong to several layers."""
     return (
         Rule(f"{left}.weight", f"{right}.weight", layout, when=when),
@@ -53,11 +53,11 @@ _GLM = Recipe(
         ),
         *linear(f"{_LAYER}.{{part:self_attention.dense,mlp.dense_4h_to_h}}", f"{_LAYER}.{{part:self_attention.dense,mlp.dense_4h_to_h}}"),
         *linear(_QKV, _QKV, when="qkv_concat and not use_rearrange_rope"),
-        *_split(_QKV, _PARTS, f"{_ROWS} -> q ..., k ..., k ...", "not qkv_concat and not use_rearrange_rope"),
-        *_split(_QKV, _QKV, f"{_HEADS} -> ({' + '.join(part[1:-1] for part in _EVEN_FIRST)}) ...", "qkv_concat and use_rearrange_rope"),
-        *_split(_QKV, _PARTS, f"{_HEADS} -> {', '.join(f'{part} ...' for part in _EVEN_FIRST)}", "not qkv_concat and use_rearrange_rope"),
+        *_reorder(_QKV, _PARTS, f"{_ROWS} -> q ..., k ..., k ...", "not qkv_concat and not use_rearrange_rope"),
+        *_reorder(_QKV, _QKV, f"{_HEADS} -> ({' + '.join(part[1:-1] for part in _EVEN_FIRST)}) ...", "qkv_concat and use_rearrange_rope"),
+        *_reorder(_QKV, _PARTS, f"{_HEADS} -> {', '.join(f'{part} ...' for part in _EVEN_FIRST)}", "not qkv_concat and use_rearrange_rope"),
         *linear(_MLP, _MLP, when="mlp_concat"),
-        *_split(_MLP, _HALVES, "(f + f) ... -> f ..., f ...", "not mlp_concat"),
+        *_reorder(_MLP, _HALVES, "(f + f) ... -> f ..., f ...", "not mlp_concat"),
         *TRAINING,
     ),
     dims={
@@ -71,11 +71,11 @@ _GLM = Recipe(
         "f": "=ffn_hidden_size",
     },
     options={
-        "qkv_concat": _said("whether MindSpore's model has q, k, v in one", "qkv_concat != False"),
-        "mlp_concat": _said("whether MindSpore's model has both halves of dense_h_to_4h in one", "mlp_concat != False"),
-        "use_rearrange_rope": _said("whether MindSpore's model has even rows of each q and k head first", "use_rearrange_rope == True"),
+        "qkv_concat": _flag("whether MindSpore's model has q, k, v in one", "qkv_concat != False"),
+        "mlp_concat": _flag("whether MindSpore's model has both halves of dense_h_to_4h in one", "mlp_concat != False"),
+        "use_rearrange_rope": _flag("whether MindSpore's model has even rows of each q and k head first", "use_rearrange_rope == True"),
         **from_config(num_attention_heads="num_attention_heads num_heads", kv_channels="kv_channels", ffn_hidden_size="ffn_hidden_size"),
-        "multi_query_attention": _said("whether heads share k and v", "multi_query_attention == True"),
+        "multi_query_attention": _flag("whether heads share k and v", "multi_query_attention == True"),
         **from_config(multi_query_group_num="multi_query_group_num"),
     },
     left=HF,

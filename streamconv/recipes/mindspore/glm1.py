@@ -19,17 +19,21 @@ def _same(name: str, when: str | None = None, *, optional: bool = False, sparse:
     return Rule(name, name, when=when, optional=optional, sparse=sparse)
 
 
+def _same_linear(layer: str, attention: str, lora: tuple[str, str] = (LORA, PET)) -> list[Rule]:
+    """The linear layers of a layer, which keep their names."""
+    rules: list[Rule] = []
+    for part in (f"{attention}.query_key_value", f"{attention}.dense", *_MLP):
+        rules += linear(f"{layer}.{part}", f"{layer}.{part}", lora)
+    return rules
+
+
 _NAMES = Recipe(
     rules=(
         Rule("transformer.word_embeddings.weight", "transformer.word_embeddings.embedding_table"),
         Rule(*_INPUT_NORM, when="half", cast="float16", firm=True),
         Rule(*_INPUT_NORM, when="not half"),
         Rule(f"{_LAYER}.post_attention_layernorm.{_NORM}", f"{_LAYER}.post_attention_layernorm.{_OWN_NORM}"),
-        *(
-            rule
-            for part in ("attention.query_key_value", "attention.dense", *_MLP)
-            for rule in linear(f"{_LAYER}.{part}", f"{_LAYER}.{part}")
-        ),
+        *_same_linear(_LAYER, "attention"),
         Rule(f"transformer.final_layernorm.{_NORM}", f"transformer.final_layernorm.{_OWN_NORM}"),
         _same("lm_head.weight"),
         _same(f"{_LAYER}.attention.rotary_emb.inv_freq", optional=True, sparse=True),
@@ -62,11 +66,7 @@ _CODEGEEX2 = Recipe(
     rules=(
         Rule("transformer.embedding.word_embeddings.weight", "transformer.embedding.embedding_table"),
         _same(f"{_LAYER2}.{{input,post_attention}}_layernorm.weight"),
-        *(
-            rule
-            for part in ("self_attention.query_key_value", "self_attention.dense", *_MLP)
-            for rule in linear(f"{_LAYER2}.{part}", f"{_LAYER2}.{part}", _FACTORS)
-        ),
+        *_same_linear(_LAYER2, "self_attention", _FACTORS),
         _same("transformer.encoder.final_layernorm.weight"),
         _same("transformer.output_layer.weight"),
         _same("transformer.rotary_pos_emb.inv_freq", optional=True),

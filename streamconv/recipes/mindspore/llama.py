@@ -7,6 +7,7 @@ Both sides rotate halves, so that nothing is permuted.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 from streamconv.recipe import Drop, Fact, Option, Recipe, Rule, from_config
 from streamconv.recipes.mindspore.mindformers import (
@@ -167,7 +168,7 @@ _INTERNLM2 = Recipe(
         *linear(f"{_LAYER}.feed_forward.w{{part:1,2,3}}", f"{_LAYER}.feed_forward.w{{part:1,2,3}}", _UNKNOWN),
         Rule(f"{_LAYER}.{{attention,ffn}}_norm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight"),
         Rule(f"{_BASE}norm.weight", f"{_BASE}norm_out.weight"),
-        *head("model.tok_embeddings.weight", f"model.{_EMBEDDING}", listed=False, names=("output.weight", "lm_head.weight")),
+        *head("model.tok_embeddings.weight", f"model.{_EMBEDDING}", twice=False, names=("output.weight", "lm_head.weight")),
         _NO_BUFFER,
         *TRAINING,
     ),
@@ -201,7 +202,7 @@ _MIXTRAL = Recipe(
         Rule(*_EXPERTS, "e a b -> e b a", when="use_gmm"),
         Rule("model.layers.{i}.{input,post_attention}_layernorm.weight", "model.layers.{i}.{attention,ffn}_norm.weight"),
         Rule("model.norm.weight", "model.norm_out.weight"),
-        *head(EMBEDDING, OWN_EMBEDDING, listed=None),
+        *head(EMBEDDING, OWN_EMBEDDING, twice=None),
         _NO_BUFFER,
         *TRAINING,
     ),
@@ -228,25 +229,23 @@ _FUSED_DIMS = {
 }
 
 
-def _fused(when: str) -> tuple[Rule, ...]:
+def _fuse(when: str) -> tuple[Rule, ...]:
     """The parts that become one tensor where ``when`` holds."""
-    parts, gate_up = (
-        f"{_LAYER}.attention.w{{q,k,v}}",
-        (f"{_LAYER}.feed_forward.w{{1,3}}.weight", f"{_LAYER}.feed_forward.w_gate_hidden.weight"),
-    )
-    grouped, plain = f"{when} and layout == 'grouped'", f"{when} and layout == 'plain'"
+    parts = f"{_LAYER}.attention.w{{q,k,v}}"
+    gate_up = (f"{_LAYER}.feed_forward.w{{1,3}}.weight", f"{_LAYER}.feed_forward.w_gate_hidden.weight")
+    with_groups, without = f"{when} and layout == 'grouped'", f"{when} and layout == 'plain'"
     no_groups = "a ..., b ..., b ... -> (a + b + b) ..."
     return (
-        Rule(f"{parts}.weight", f"{_QKV}.weight", no_groups, when=plain),
-        Rule(f"{parts}.weight", f"{_QKV}.weight", _GROUPED, when=grouped),
+        Rule(f"{parts}.weight", f"{_QKV}.weight", no_groups, when=without),
+        Rule(f"{parts}.weight", f"{_QKV}.weight", _GROUPED, when=with_groups),
         Rule(f"{parts}.bias", f"{_QKV}.bias", no_groups, when=f"{when} and not group_bias", optional=True),
         Rule(f"{parts}.bias", f"{_QKV}.bias", _GROUPED, when=f"{when} and group_bias", optional=True),
-        Rule(*gate_up, "f ..., f ... -> (f + f) ...", when=plain),
-        Rule(*gate_up, "f ..., f ... -> (f (1 + 1)) ...", when=grouped),
+        Rule(*gate_up, "f ..., f ... -> (f + f) ...", when=without),
+        Rule(*gate_up, "f ..., f ... -> (f (1 + 1)) ...", when=with_groups),
     )
 
 
-def _fused_options(layout: str, group_bias: str) -> dict[str, Option]:
+def _fuse_options(layout: str, group_bias: str) -> dict[str, Option]:
     return {
         **_HEADS,
         "layout": Option(
@@ -263,16 +262,17 @@ _LLAMA_FUSE = Recipe(
     name="llama-ms-fuse",
     summary="Llama in MindSpore: q, k, v in one tensor, gate and up in one tensor",
     rules=(
-        *_fused("True"),
+        *_fuse("True"),
         Rule(f"{_BASE}{{{_EMBEDDING},norm_out.weight}}", f"{_BASE}{{{_EMBEDDING},norm_out.weight}}", sparse=True),
         Rule("lm_head.weight", "lm_head.weight", optional=True),
-        *(rule for name in ("attention.wo", "feed_forward.w2") for rule in linear(f"{_LAYER}.{name}", f"{_LAYER}.{name}", _UNKNOWN)),
+        *linear(f"{_LAYER}.attention.wo", f"{_LAYER}.attention.wo", _UNKNOWN),
+        *linear(f"{_LAYER}.feed_forward.w2", f"{_LAYER}.feed_forward.w2", _UNKNOWN),
         Rule(f"{_LAYER}.{{attention,ffn}}_norm.weight", f"{_LAYER}.{{attention,ffn}}_norm.weight"),
         *TRAINING,
         *(fact.flip() for fact in TRAINING),
     ),
     dims={**LAYER_COUNT, **_FUSED_DIMS},
-    options=_fused_options("plain", "False"),  # mindformers' own script does not group llama's biases
+    options=_fuse_options("plain", "False"),  # mindformers' own script does not group llama's biases
     requires={f"num_attention_heads or layout == 'plain' and not has('{_QKV}.weight')": _NEEDS_HEADS},
     left=MS,
     right=MS,
@@ -282,7 +282,7 @@ _QWEN2_5_FUSE = replace(
     _LLAMA_FUSE,
     name="qwen2_5-ms-fuse",
     summary="Qwen2.5 in MindSpore: q, k, v in one tensor, gate and up in one tensor",
-    options=_fused_options("grouped", "layout == 'grouped'"),
+    options=_fuse_options("grouped", "layout == 'grouped'"),
     reference="mindformers r1.4.0-beta2 (b3fcd1b), research/qwen2_5/convert_weight.py",
 )
 
@@ -307,7 +307,7 @@ _QWEN2_5 = replace(
     then=replace(
         _QWEN2_5_FUSE,
         name="",
-        rules=(*_fused("qkv_concat"), Rule("{rest*}", "{rest*}", optional=True, fallback=True)),
+        rules=(*_fuse("qkv_concat"), Rule("{rest*}", "{rest*}", optional=True, fallback=True)),
         dims=_FUSED_DIMS,
         requires={f"not qkv_concat or {condition}": problem for condition, problem in _LLAMA_FUSE.requires.items()},
     ),
@@ -316,11 +316,16 @@ _QWEN2_5 = replace(
 
 _FAMILIES = (_LLAMA, _YI, _DEEPSEEK, _INTERNLM, _BAICHUAN2, _INTERNLM2, _MIXTRAL, _QWEN2_5)
 
+
+def _unfuse(fuse: Recipe) -> Recipe:
+    """The way back of a recipe that fuses tensors."""
+    return fuse.inverse(fuse.name.replace("-fuse", "-unfuse"), fuse.summary.replace("in one tensor", "taken apart"))
+
+
 RECIPES = (
-    *(recipe for forward in _FAMILIES for recipe in both_ways(forward)),
-    *(
-        recipe
-        for fuse in (_LLAMA_FUSE, _QWEN2_5_FUSE)
-        for recipe in (fuse, fuse.inverse(fuse.name.replace("-fuse", "-unfuse"), fuse.summary.replace("in one tensor", "taken apart")))
-    ),
+    *chain.from_iterable(map(both_ways, _FAMILIES)),
+    _LLAMA_FUSE,
+    _unfuse(_LLAMA_FUSE),
+    _QWEN2_5_FUSE,
+    _unfuse(_QWEN2_5_FUSE),
 )

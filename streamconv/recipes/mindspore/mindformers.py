@@ -30,7 +30,7 @@ TRAINING = (
 """What a MindSpore checkpoint of a training run holds beside the weights."""
 
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
-LAYER_COUNT = {"i": " or ".join(f"{root}.{key}" for root in ("config", "sidecar") for key in _DEPTHS)}
+LAYER_COUNT = {"i": " or ".join([*(f"config.{key}" for key in _DEPTHS), *(f"sidecar.{key}" for key in _DEPTHS)])}
 """How many layers there must be: of rules that are not sparse."""
 
 TIED = {
@@ -43,22 +43,22 @@ TIED = {
 
 
 def head(
-    embedding: str, own_embedding: str, *, listed: bool | None = True, names: tuple[str, str] = ("lm_head.weight", "lm_head.weight")
+    embedding: str, own_embedding: str, *, twice: bool | None = True, names: tuple[str, str] = ("lm_head.weight", "lm_head.weight")
 ) -> tuple[Rule | Tie, ...]:
     """The head of a model.
 
     Args:
         embedding: name of the embedding on the Hugging Face side.
         own_embedding: its name on MindSpore's side.
-        listed: where it is tied, whether MindSpore's side holds the embedding a second time; None: where the source does.
+        twice: where it is tied, whether MindSpore's side holds the embedding a second time; None: where the source does.
         names: of the head, on both sides.
     """
     (left, right), inner = names, embedding.split(".", maxsplit=1)[0]
     # A model without what its head is put on has none.
     rule = Rule(left, right, optional=f"tie_word_embeddings or not has('{inner}.{{rest*}}')")
-    if listed is None:
+    if twice is None:
         return (rule,)
-    if listed:
+    if twice:
         return (rule, Tie(embedding, right, own_embedding, when="tie_word_embeddings"))
     return (rule, Tie(own_embedding, left, embedding, when=f"tie_word_embeddings and has('{embedding}')").flip())
 
@@ -91,9 +91,12 @@ def where(condition: str, facts: tuple[Fact, ...]) -> tuple[Fact, ...]:
 
 def as_many(total: str, what: Mapping[str, tuple[str, ...]], *, or_none: bool = False) -> dict[str, str]:
     """For `Recipe.requires`: of each of these there are ``total``, by whichever of its names; what the matter is where not -> names."""
-    allowed = f"[{total}, 0]" if or_none else f"[{total}]"
-    counts = {problem: " + ".join(f"count('{name}')" for name in names) for problem, names in what.items()}
-    return {f"{count} in {allowed}": f"{problem}: mend the source" for problem, count in counts.items()}
+    totals = f"[{total}, 0]" if or_none else f"[{total}]"
+    requires = {}
+    for problem, names in what.items():
+        count = " + ".join(f"count('{name}')" for name in names)
+        requires[f"{count} in {totals}"] = f"{problem}: mend the source"
+    return requires
 
 
 LAYERS = {"layers": Option("how many layers to take, the rest is left out; all where it is not given", kind="int")}

@@ -74,27 +74,31 @@ QWEN2_MOE = (
 
 _ALL = f"(count('{_LAYER}.input_layernorm.weight') + count('{_LAYER}.attention_norm.weight'))"
 _SPARSE = f"(count('{_ROUTER}.weight') + count('{_OWN_ROUTER}.weight'))"
-WHOLE = {
-    f"not {_SPARSE} or {condition}": problem
-    for part, own in _PARTS
-    for condition, problem in (
-        as_many(
-            _SPARSE,
-            {
-                f"{part} of the experts and mlp.gate are not in the same layers": (
-                    f"{_EXPERTS}.0.{part}.weight",
-                    f"{_OWN_EXPERTS}.{own}.weight",
-                ),
-                f"{part} of the shared experts and mlp.gate are not in the same layers": (
-                    f"{_MLP}.{{at:shared_expert,shared_experts}}.{part}.weight",
-                    f"{_OWN_MLP}.shared_experts.{own}.weight",
-                ),
-            },
-        )
-        | as_many(
-            f"{_ALL} - {_SPARSE}",
-            {f"some layers have neither experts nor {part} of their own, or both": (f"{_MLP}.{part}.weight", f"{_OWN_MLP}.{own}.weight")},
-        )
-    ).items()
-}
+
+
+def _require_all(part: str, own: str) -> dict[str, str]:
+    """What must hold of the numbers of one part of the MLPs, ``own`` on MindSpore's side, where there are experts."""
+    experts = as_many(
+        _SPARSE,
+        {
+            f"{part} of the experts and mlp.gate are not in the same layers": (
+                f"{_EXPERTS}.0.{part}.weight",
+                f"{_OWN_EXPERTS}.{own}.weight",
+            ),
+            f"{part} of the shared experts and mlp.gate are not in the same layers": (
+                f"{_MLP}.{{at:shared_expert,shared_experts}}.{part}.weight",
+                f"{_OWN_MLP}.shared_experts.{own}.weight",
+            ),
+        },
+    )
+    others = as_many(
+        f"{_ALL} - {_SPARSE}",
+        {f"some layers have neither experts nor {part} of their own, or both": (f"{_MLP}.{part}.weight", f"{_OWN_MLP}.{own}.weight")},
+    )
+    return {f"not {_SPARSE} or {condition}": problem for condition, problem in {**experts, **others}.items()}
+
+
+WHOLE: dict[str, str] = {}
+for _part, _own in _PARTS:
+    WHOLE |= _require_all(_part, _own)
 """What must hold of the numbers of tensors."""

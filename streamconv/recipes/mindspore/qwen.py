@@ -6,6 +6,7 @@ no way back there, keeps bfloat16, which goes through float16 there.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from streamconv.recipe import Drop, Fact, Option, Recipe, Rule, from_config
@@ -31,12 +32,12 @@ _THIRDS = "(p + p + p) ... -> p ..., p ..., p ..."
 _WTE, _OWN_WTE = "transformer.wte.weight", "transformer.wte.embedding_weight"
 
 
-def _language(at: str = "", split: str | None = None) -> tuple[Fact, ...]:
-    """All but embedding and head, whose names on MindSpore's side begin with ``at``; q, k, v are split where ``split`` holds."""
+def _language(at: str = "", when: str | None = None) -> tuple[Fact, ...]:
+    """All but embedding and head, whose names on MindSpore's side begin with ``at``; q, k, v are split ``when`` that holds."""
     own = f"{at}transformer.layers.{{i}}"
     return (
         Rule(f"{_LAYER}.ln_{{1,2}}.weight", f"{own}.{{attention,ffn}}_norm.weight"),
-        Rule(f"{_LAYER}.attn.c_attn.{_KIND}", f"{own}.attention.w{{q,k,v}}.{_KIND}", _THIRDS, when=split),
+        Rule(f"{_LAYER}.attn.c_attn.{_KIND}", f"{own}.attention.w{{q,k,v}}.{_KIND}", _THIRDS, when=when),
         Rule(
             f"{_LAYER}.attention.w{{q,k,v}}.{{factor:{LORA}}}",
             f"{own}.attention.w{{q,k,v}}.{{factor:{MINDPET}}}",
@@ -64,7 +65,7 @@ _QWEN = Recipe(
     rules=(
         *where(_IS_FIRST, (Rule(_WTE, _OWN_WTE), *_language(), *head(_WTE, _OWN_WTE))),
         *where(f"not {_IS_FIRST} and not {IS_QWEN2_MOE}", QWEN2),
-        *where(IS_QWEN2_MOE, (*QWEN2_MOE, *head(EMBEDDING, OWN_EMBEDDING, listed=None))),
+        *where(IS_QWEN2_MOE, (*QWEN2_MOE, *head(EMBEDDING, OWN_EMBEDDING, twice=None))),
         *TRAINING,
     ),
     dims={**LAYER_COUNT, **EXPERT_COUNT},
@@ -110,8 +111,8 @@ _VISION = (
 )
 
 
-def _padded(rule: Rule) -> tuple[Rule, Rule]:
-    """A rule for a matrix that gets zero rows where ``enable_emb_opt`` says so."""
+def _pad(rule: Rule) -> tuple[Rule, Rule]:
+    """A rule for a matrix, which gets zero rows where ``enable_emb_opt`` says so."""
     when = f"({rule.when}) and " if rule.when else ""
     rows = f"(shape('{rule.left}')[0] + 512 * emb_strategy - 1) // (512 * emb_strategy) * 512 * emb_strategy"
     return (
@@ -120,20 +121,27 @@ def _padded(rule: Rule) -> tuple[Rule, Rule]:
     )
 
 
+def _pad_all(facts: Iterable[Fact]) -> Iterator[Fact]:
+    """Facts of which the rules are for matrices; see `_pad`."""
+    for fact in facts:
+        if isinstance(fact, Rule):
+            yield from _pad(fact)
+        else:
+            yield fact
+
+
+_HEAD = head(_WTE, f"{_LLM}{_OWN_WTE}", twice=False, names=("lm_head.weight", f"{_LLM}lm_head.weight"))
+
 _QWENVL = Recipe(
     name="qwenvl-hf2ms",
     summary="Qwen-VL: Hugging Face to MindSpore, q, k, v split",
     rules=(
-        *_padded(Rule(_WTE, f"{_LLM}{_OWN_WTE}")),
+        *_pad(Rule(_WTE, f"{_LLM}{_OWN_WTE}")),
         *_language(_LLM, "not use_qkv_concat"),
         Rule(f"{_LAYER}.attn.c_attn.{_KIND}", f"{_LLM}transformer.layers.{{i}}.attention.w.{_KIND}", when="use_qkv_concat"),
         *_VISION,
         *TRAINING,
-        *(
-            padded
-            for fact in head(_WTE, f"{_LLM}{_OWN_WTE}", listed=False, names=("lm_head.weight", f"{_LLM}lm_head.weight"))
-            for padded in (_padded(fact) if isinstance(fact, Rule) else (fact,))
-        ),
+        *_pad_all(_HEAD),
     ),
     dims={**LAYER_COUNT, "j": "config.visual.layers or sidecar.visual.layers", "h": "vit_num_head"},
     options={

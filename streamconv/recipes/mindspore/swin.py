@@ -6,6 +6,8 @@ as true, or drop q, k, v that are not complete, these rules do not.
 
 from __future__ import annotations
 
+from itertools import product
+
 from streamconv.recipe import Fact, Option, Recipe, Rule, Side, sparse
 from streamconv.recipes.mindspore.mindformers import MS, REFERENCE, TRAINING
 
@@ -55,6 +57,11 @@ def _in_every_block(block: str, *parts: str) -> dict[str, str]:
     }
 
 
+def _each(parts: tuple[str, ...], kinds: tuple[str, str]) -> list[str]:
+    """The names of both kinds of tensors of each of these parts."""
+    return [f"{part}.{kind}" for part, kind in product(parts, kinds)]
+
+
 _SWIN = Recipe(
     name="swin-hf2ms",
     summary="Swin: PyTorch (microsoft/Swin-Transformer, SimMIM) to MindSpore, q, k, v split",
@@ -76,13 +83,13 @@ _SWIN = Recipe(
     requires={
         **_in_every_block(
             f"{{at:,encoder.}}{_BLOCK}",
-            *(f"{part}.{kind}" for part in ("norm1", "norm2", "attn.qkv", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")),
+            *_each(("norm1", "norm2", "attn.qkv", "mlp.fc1", "mlp.fc2"), ("weight", "bias")),
             *(f"attn.{part}" for part in ("proj.bias", "relative_position_bias_table", "relative_position_index")),
         ),
         **_in_every_block(
             f"encoder.{_BLOCK}",
-            *(f"{part}.{kind}" for part in ("norm1", "norm2") for kind in ("gamma", "beta")),
-            *(f"{part}.{kind}" for part in ("attn.q", "mlp.mapping", "mlp.projection") for kind in ("weight", "bias")),
+            *_each(("norm1", "norm2"), ("gamma", "beta")),
+            *_each(("attn.q", "mlp.mapping", "mlp.projection"), ("weight", "bias")),
             *(f"attn.relative_position_bias.relative_position_{part}" for part in ("bias_table", "index")),
         ),
     },

@@ -26,7 +26,8 @@ def _layer(left: str, attention: tuple[str, str], own_attention: tuple[str, str]
     """A layer but for its MLP: norms, what goes into attention, and what comes out."""
     return (
         Rule(f"{left}.{{input,post_attention}}_layernorm.weight", f"{_OWN}.{{attention,ffn}}_norm.weight", when=when),
-        *(rule for pair in zip(attention, own_attention, strict=True) for rule in _linear(left, *pair, when)),
+        *_linear(left, attention[0], own_attention[0], when),
+        *_linear(left, attention[1], own_attention[1], when),
         Drop(f"{left}.{{part:self_attention,self_attn}}.rotary_emb.inv_freq", "the model computes it from its config", when=when),
     )
 
@@ -84,6 +85,20 @@ _SPARSE = f"has('{_ROUTER}.weight') or has('{_OWN_ROUTER}.weight')"
 _EXPERT_COUNT = {"e": "=num_experts"}
 _PARTS, _OWN_PARTS = "{part:gate,up,down}_proj", "w{part:1,3,2}"
 
+_ROUTER_AND_EXPERTS = "some layers have a router or experts, but not both: mend the source"
+
+
+def _require_parts(norm: str, mlp: str, expert: str, *parts: str) -> dict[str, str]:
+    """That each layer, which has a ``norm``, has each of these parts in its MLP or in an expert, and all layers biases or none."""
+    requires = {}
+    for part in parts:
+        for kind, or_none in (("weight", ""), ("bias", ", 0")):
+            count = f"count('{mlp}.{part}.{kind}') + count('{expert}.{part}.{kind}')"
+            problem = f"some layers have no {kind} of {part}, of their own or of experts, and others do: mend the source"
+            requires[f"{count} in [count('{norm}.weight'){or_none}]"] = problem
+    return requires
+
+
 _TELECHAT2 = Recipe(
     name="telechat2-hf2ms",
     summary="TeleChat2: Hugging Face to MindSpore, experts stacked",
@@ -129,19 +144,10 @@ _TELECHAT2 = Recipe(
         )
     },
     requires={
-        f"count('{mlp}.{part}.{kind}') + count('{expert}.{part}.{kind}') in [count('{norm}.weight'){or_none}]": (
-            f"some layers have no {kind} of {part}, of their own or of experts, and others do: mend the source"
-        )
-        for norm, mlp, expert, parts in (
-            (f"{_LAYER}.input_layernorm", f"{_LAYER}.mlp", f"{_EXPERTS}.0", ("gate_proj", "up_proj", "down_proj")),
-            (f"{_OWN}.attention_norm", f"{_OWN}.feed_forward", _OWN_EXPERTS, ("w1", "w3", "w2")),
-        )
-        for part in parts
-        for kind, or_none in (("weight", ""), ("bias", ", 0"))
-    }
-    | {
-        f"count('{router}.weight') == count('{expert}.weight')": "some layers have a router or experts, but not both: mend the source"
-        for router, expert in ((_ROUTER, f"{_EXPERTS}.0.up_proj"), (_OWN_ROUTER, f"{_OWN_EXPERTS}.w3"))
+        **_require_parts(f"{_LAYER}.input_layernorm", f"{_LAYER}.mlp", f"{_EXPERTS}.0", "gate_proj", "up_proj", "down_proj"),
+        **_require_parts(f"{_OWN}.attention_norm", f"{_OWN}.feed_forward", _OWN_EXPERTS, "w1", "w3", "w2"),
+        f"count('{_ROUTER}.weight') == count('{_EXPERTS}.0.up_proj.weight')": _ROUTER_AND_EXPERTS,
+        f"count('{_OWN_ROUTER}.weight') == count('{_OWN_EXPERTS}.w3.weight')": _ROUTER_AND_EXPERTS,
     },
     left=HF,
     right=MS,
@@ -196,7 +202,9 @@ _TELECHAT3 = Recipe(
 )
 
 RECIPES = (
-    *(recipe for forward in (_TELECHAT, _TELECHAT2, _TELECHAT3) for recipe in both_ways(forward)),
+    *both_ways(_TELECHAT),
+    *both_ways(_TELECHAT2),
+    *both_ways(_TELECHAT3),
     _FUSE,
     _FUSE.inverse("telechat2-ms-unfuse", "TeleChat2 in MindSpore: q, k, v and gate, up taken apart"),
 )

@@ -25,7 +25,8 @@ PLAN = {
     "head": "colwise",
     **{f"layers.*.attn.{name}": "colwise" for name in ("wq", "wq_b", "wkv_b")},
     "layers.*.attn.wo": "rowwise",
-    **{f"layers.*.ffn.{part}{name}": "colwise" for part in ("", "shared_experts.") for name in _WIDE},
+    **{f"layers.*.ffn.{name}": "colwise" for name in _WIDE},
+    **{f"layers.*.ffn.shared_experts.{name}": "colwise" for name in _WIDE},
     **{f"layers.*.ffn.{part}w2": "rowwise" for part in ("", "shared_experts.")},
     **{f"layers.*.ffn.experts.*.{name}": "grouped_gemm" for name in (*_WIDE, "w2")},
 }

@@ -47,12 +47,15 @@ _RULES = (
     Rule(f"transformer.decoder.{_BOXES}", f"model.decoder.{_BOXES}", optional=True, sparse=True),
     Rule(f"transformer.{_STAGES}.{_KIND}", f"model.{_STAGES}.{_KIND}", optional=True, sparse=True),
 )
-_HAS_HEADS = {
-    " or ".join(f"has('{root}{name}.{{head}}.{rest}weight')" for root in ("", "transformer.decoder.", "model.decoder.")): (
-        f"there is no {name}, without which the model finds nothing: mend the source"
-    )
-    for name, rest in (("class_embed", ""), ("bbox_embed", "layers.{n}."))
-}
+
+
+def _require_head(name: str, rest: str = "") -> dict[str, str]:
+    """That there is a head, at one of the places where it may be."""
+    places = [f"has('{root}{name}.{{head}}.{rest}weight')" for root in ("", "transformer.decoder.", "model.decoder.")]
+    return {" or ".join(places): f"there is no {name}, without which the model finds nothing: mend the source"}
+
+
+_HAS_HEADS = {**_require_head("class_embed"), **_require_head("bbox_embed", "layers.{n}.")}
 
 _BACKBONES: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
 _PREPROCESSOR = {

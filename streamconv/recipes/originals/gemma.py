@@ -16,7 +16,7 @@ _Q = "(shape('model.layers.0.self_attn.o_proj.weight')[1])"
 _QKV = "(shape('model.layers.0.self_attn.qkv_proj.weight')[0])"
 
 
-def _known(key: str, otherwise: str, meaning: str) -> Option:
+def _size_option(key: str, otherwise: str, meaning: str) -> Option:
     """A whole number of config.json, here or in the target's folder, or one that the tensors give."""
     return Option(f"{meaning}: {key} of config.json", default=f"{{config.{key} or sidecar.{key} or {otherwise}}}", kind="int")
 
@@ -33,7 +33,8 @@ def hf_files(model: Model) -> dict[str, Any]:
     heads = {key: model.options[key] for key in ("head_dim", "num_attention_heads", "num_key_value_heads")}
     if model.sidecar:
         return {}
-    if unknown := [key for key, value in heads.items() if value is None]:
+    unknown = [key for key, value in heads.items() if value is None]
+    if unknown:
         model.notes.append(f"config.json is not written: no value for {', '.join(unknown)}: give --set {unknown[0]}=N")
         return {}
     vocabulary, hidden = model.targets["model.embed_tokens.weight"].shape
@@ -71,9 +72,9 @@ _GEMMA = Recipe(
     ),
     options={
         # 256 is what both sizes have that were published; the script has them built in.
-        "head_dim": _known("head_dim", "(256 if shape('embedder.weight')[1] in [2048, 3072] else None)", "width of a head"),
-        "num_attention_heads": _known("num_attention_heads", f"{_Q} // head_dim", "heads"),
-        "num_key_value_heads": _known("num_key_value_heads", f"({_QKV} - {_Q}) // (2 * head_dim)", "heads of k and v"),
+        "head_dim": _size_option("head_dim", "(256 if shape('embedder.weight')[1] in [2048, 3072] else None)", "width of a head"),
+        "num_attention_heads": _size_option("num_attention_heads", f"{_Q} // head_dim", "heads"),
+        "num_key_value_heads": _size_option("num_key_value_heads", f"({_QKV} - {_Q}) // (2 * head_dim)", "heads of k and v"),
     },
     left=Side(format="torch", files=("{name*}.ckpt",), root="model_state_dict", stem="gemma.pth"),
     right=Side(writes=hf_files, expects=("tokenizer.model",)),

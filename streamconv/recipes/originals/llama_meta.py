@@ -189,7 +189,8 @@ def meta_files(model: Model) -> dict[str, Any]:
     if options["n_kv_heads"] != options["n_heads"]:
         own["n_kv_heads"] = options["n_kv_heads"]
     own |= {"vocab_size": vocab, **_feed_forward(width, hidden), "norm_eps": config["rms_norm_eps"]}
-    if (theta := rope_theta(config)) != 10000 or options["llama_version"] not in ("1", "2"):
+    theta = rope_theta(config)
+    if theta != 10000 or options["llama_version"] not in ("1", "2"):
         own["rope_theta"] = theta
     if options["llama_version"] in ("3.1", "3.2", "Guard-3"):
         own["use_scaled_rope"] = True
