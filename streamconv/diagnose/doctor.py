@@ -284,9 +284,9 @@ def _check_files(
             places[tensor].append(file)
         if not table:
             yield Finding("it holds no tensor", file, "a shard without tensors is a sign of a failed write", "remove it, or write it again")
-    known_files = set(weight_map.values())
+    files_of_index = set(weight_map.values())
     for tensor, files in places.items():
-        if len(files) > 1 and (not weight_map or sum(file in known_files for file in files) > 1):
+        if len(files) > 1 and (not weight_map or sum(file in files_of_index for file in files) > 1):
             yield Finding(
                 f"it is in {' and '.join(files)}", tensor, "which one counts depends on the loader", "remove the files that do not belong"
             )

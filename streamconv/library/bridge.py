@@ -132,9 +132,9 @@ def conclude(
     for target, node in targets.items():
         inputs = list(dict.fromkeys(names[id(source)] for source in sources(node)))
         result = cast(node, recast(target, node.spec))
-        stored = dict.fromkeys(chain.from_iterable(rows[name].sources for name in inputs))
+        source_names = dict.fromkeys(chain.from_iterable(rows[name].sources for name in inputs))
         position = min((order[name] for name in inputs), default=len(order))
-        outputs.append((position, Row(target, tuple(stored), how.get(target, ""), result.spec), result))
+        outputs.append((position, Row(target, tuple(source_names), how.get(target, ""), result.spec), result))
     outputs.sort(key=lambda item: item[0])
     reasons = {source: why for name, why in (dropped or {}).items() for source in rows[name].sources}
     return Conversion(

@@ -38,7 +38,7 @@ def within(*place: str | int) -> Iterator[None]:
         raise
 
 
-def mapping(data: object, where: str) -> Mapping[str, Any]:
+def table(data: object, where: str) -> Mapping[str, Any]:
     """``data`` if it is a mapping of texts. Raises RecipeError."""
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{where}: expected a mapping, found {type(data).__name__}")
@@ -58,7 +58,7 @@ def facts(rows: object, where: str) -> tuple[Fact, ...]:
 
 
 def _fact(row: object, where: str) -> Fact:
-    fact = dict(mapping(row, where))
+    fact = dict(table(row, where))
     kind = next((kind for kind in KINDS if kind in fact), None)
     if kind is None:
         fields = ", ".join(map(str, fact))[:200] or "nothing"
@@ -97,10 +97,10 @@ def _spell_out(step: object) -> object:
 
 def options(rows: object, where: str) -> dict[str, Option]:
     """Options by name; their help may be missing. Raises RecipeError."""
-    table, entries = mapping(rows, f"{where}, options"), {}
-    if len(table) > MOST:
-        raise RecipeError(f"{where}: {len(table)} options, {MOST} at most")
-    for name, row in table.items():
+    row_of_name, entries = table(rows, f"{where}, options"), {}
+    if len(row_of_name) > MOST:
+        raise RecipeError(f"{where}: {len(row_of_name)} options, {MOST} at most")
+    for name, row in row_of_name.items():
         with within(name):
             entries[name] = build(Option, row, f"{where}, option {name}")
     return entries
@@ -108,7 +108,7 @@ def options(rows: object, where: str) -> dict[str, Option]:
 
 def build(kind: Any, data: object, where: str, ready: Collection[str] = ()) -> Any:
     """A dataclass of its fields' values, which have the types that it declares; ``ready`` ones stay as they are. Raises RecipeError."""
-    values = mapping(data, where)
+    values = table(data, where)
     types = types_of(kind)
     unknown = sorted(set(values) - set(types))
     if unknown:

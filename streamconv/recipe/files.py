@@ -90,20 +90,20 @@ def _check_extent(yaml: Any, loader: Any, text: str) -> None:
     It is looked at piece by piece, before anything is made of it.
     """
     depth = count = 0
-    sizes: dict[str, int] = {}  # how many pieces an anchor stands for
+    counts: dict[str, int] = {}  # how many pieces an anchor stands for
     outer: list[tuple[str | None, int]] = []  # of what lies around a piece: its anchor, and the count where it begins
     for event in yaml.parse(text, Loader=loader):
         count += 1
         if isinstance(event, yaml.AliasEvent):
             if any(name == event.anchor for name, _ in outer):
                 raise RecipeError(f"{_place(event.start_mark)}: *{event.anchor} lies in itself; write it out")
-            count += sizes.get(event.anchor, 0)
+            count += counts.get(event.anchor, 0)
         elif isinstance(event, yaml.CollectionStartEvent):
             outer.append((event.anchor, count))
         elif isinstance(event, yaml.CollectionEndEvent):
             name, start = outer.pop()
             if name is not None:
-                sizes[name] = count - start
+                counts[name] = count - start
         depth = len(outer)
         if depth > _DEEPEST or count > _MOST:
             problem = f"nested more than {_DEEPEST} deep" if depth > _DEEPEST else f"more than {_MOST} items, those of aliases counted"

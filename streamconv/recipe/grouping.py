@@ -68,7 +68,7 @@ class Grouping:
             only = binding.left_only
             copies = group.members.setdefault((_numbers(values, only.lists), _numbers(values, only.counts)), {})
             copies[_numbers(values, only.alike)] = name
-        without_match = [fact for fact, matched in zip(facts, has_match, strict=True) if not matched]
+        without_match = [fact for fact, has_any in zip(facts, has_match, strict=True) if not has_any]
         self._check_coverage(facts, without_match, unmatched, entries)
         instances_of = [(fact, group) for fact, group in zip(facts, groups, strict=True) if isinstance(fact, Rule)]
         self._check_complete([(rule, instances) for rule, instances in instances_of if instances and not _is_sparse(rule)])

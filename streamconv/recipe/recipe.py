@@ -240,11 +240,11 @@ class Recipe:
         ties = [fact for fact in self.rules if isinstance(fact, Tie) and fact.flipped]
         matcher = Matcher([parse_names(fact.left) for fact in rules] + [parse_names(tie.right) for tie in ties])
         matches_of = {source: matcher.match(name) for name, source in canonical(names, self.source.aliases).items()}
-        covered = sum(names[source] for source, matches in matches_of.items() if matches)
+        count = sum(names[source] for source, matches in matches_of.items() if matches)
         numbers = {number for number, _ in itertools.chain.from_iterable(matches_of.values())}
         required = {number for number, fact in enumerate(rules) if isinstance(fact, Rule) and _must_match(fact)}
         share = len(numbers & required) / len(required) if required else 0.0
-        return covered / max(sum(names.values()), 1), share
+        return count / max(sum(names.values()), 1), share
 
     def make(
         self, nodes: Mapping[str, AnyNode], rows: Mapping[str, Row], scope: Mapping[str, Any], values: Mapping[str, Any], recast: Recast
@@ -275,18 +275,18 @@ class Recipe:
         Raises:
             RecipeError: unknown or missing fields, or values of the wrong kind.
         """
-        table = declaration.mapping(data, where)
-        parts: dict[str, Any] = {"rules": declaration.facts(table.get("rules"), where)}
+        table = declaration.table(data, where)
+        fields: dict[str, Any] = {"rules": declaration.facts(table.get("rules"), where)}
         with declaration.within("options"):
-            parts["options"] = declaration.options(table.get("options", {}), where)
+            fields["options"] = declaration.options(table.get("options", {}), where)
         for name in ("left", "right"):
             if name in table:
                 with declaration.within(name):
-                    parts[name] = declaration.build(Side, table[name], f"{where}, {name}")
+                    fields[name] = declaration.build(Side, table[name], f"{where}, {name}")
         if "then" in table:
             with declaration.within("then"):
-                parts["then"] = cls.from_dict(table["then"], f"{where}, then")
-        recipe: Recipe = declaration.build(cls, {**table, **parts}, where, parts)
+                fields["then"] = cls.from_dict(table["then"], f"{where}, then")
+        recipe: Recipe = declaration.build(cls, {**table, **fields}, where, fields)
         return recipe
 
 
