@@ -35,7 +35,8 @@ def note_layouts(checkpoint: Checkpoint, target: Target | RemoteTarget, layouts:
 def _note_metadata(checkpoint: Checkpoint, format: str) -> Iterator[str]:  # noqa: A002 - the word of the command line
     """Names the source's metadata where the new container has no place for it."""
     lost = [key for key in checkpoint.metadata if key != "format" and key not in checkpoint.ties]
-    if lost and "metadata" not in containers()[format].takes:
+    stays = "metadata" not in containers()[format].takes or containers()[checkpoint.contents.format].has_own_metadata
+    if lost and stays:
         more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
         yield f"left out: metadata of the source, which {format} files have no place for: {', '.join(lost[:SHOWN])}{more}"
 

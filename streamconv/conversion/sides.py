@@ -85,8 +85,10 @@ def _keywords(contents: Contents, tied: Mapping[str, str], container: Container,
     """What a container's `lay_out` takes beside tensors and names."""
     keywords: dict[str, Any] = {"tied": tied} if container.ties == "shared" else {}
     if "metadata" in container.takes:
-        tie_entries = ties(contents) if contents.metadata else {}
-        own = {key: value for key, value in contents.metadata.items() if key not in tie_entries}
+        stays = containers()[contents.format].has_own_metadata and contents.format != container.name
+        metadata = {} if stays else contents.metadata
+        tie_entries = ties(contents) if metadata else {}
+        own = {key: value for key, value in metadata.items() if key not in tie_entries}
         keywords["metadata"] = {**own, **settings.metadata, **(tied if container.ties == "named" else {})}
     if settings.align:
         keywords["align"] = settings.align

@@ -148,6 +148,7 @@ class Container:
             other in its metadata ("named"), or twice ("copied").
         takes: what else `lay_out` can be told: ``metadata`` (texts by key), ``align`` (bytes that data starts at multiples of), ``stem``
             and ``variant`` (what its files are called), ``index`` (what its index is called).
+        has_own_metadata: what files say of themselves is of this container's own kind, and goes into no file of another one.
         nests: a file may hold its tensors below a key, the ``root`` of `read` and `lay_out`.
         by_rank: a checkpoint is a folder with a file for each rank, which `read` finds, and tensors are always ``<file>/<name>``.
     """
@@ -160,5 +161,6 @@ class Container:
     recognizes: Callable[[Beginning], bool] = _no_signature
     ties: Literal["shared", "named", "copied"] = "copied"
     takes: frozenset[str] = frozenset()
+    has_own_metadata: bool = False
     nests: bool = False
     by_rank: bool = False

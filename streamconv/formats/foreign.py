@@ -44,10 +44,6 @@ _SCRIPTS = {
         'order="C") for t in onnx.load(OLD).graph.initializer}, NEW)',
         "onnx safetensors",
     ),
-    "gguf": _Script(
-        f"import gguf; {_SAVE}save_file({{t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(OLD).tensors}}, NEW)",
-        "gguf safetensors",
-    ),
     "tensorflow": _Script(
         f"import numpy, tensorflow; {_SAVE}r = tensorflow.train.load_checkpoint(OLD); d = {{name: numpy.array(r.get_tensor(name), "
         f'order="C") for name in r.get_variable_to_shape_map()}}; save_file({{name: v for name, v in d.items() if {_IS_ARRAY}}}, NEW)',

@@ -12,7 +12,7 @@ from streamconv.extensions import extensions
 from streamconv.formats.container import Container
 from streamconv.text import did_you_mean
 
-MODULES = ("safetensors", "torch", "mindspore", "sat")  # of this package, in the order in which they are looked for in a directory
+MODULES = ("safetensors", "torch", "mindspore", "sat", "gguf")  # of this package, in the order in which they are looked for in a directory
 GROUP = "streamconv.containers"
 DEFAULT = "safetensors"  # what is written where nothing says otherwise
 

@@ -19,7 +19,6 @@ _MSGPACK_MAPS, _MSGPACK_TEXTS = (*range(0x81, 0x90), 0xDE, 0xDF), (*range(0xA0, 
 
 _MAGICS = (  # where, which bytes, what it is, and what makes it readable
     (0, b"\x89HDF\r\n\x1a\n", "HDF5 (Keras)", "hdf5"),
-    (0, b"GGUF", "GGUF (llama.cpp)", "gguf"),
     *((0, magic, "a file of llama.cpp from before GGUF", "") for magic in (b"lmgg", b"tjgg", b"fmgg", b"algg")),
     (0, b"\x93NUMPY", "a numpy array (.npy)", "npy"),
     (4, b"TFL3", "TensorFlow Lite", ""),

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from streamconv.formats.registry import containers
 
-OTHER_WEIGHTS = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot", "*.partial")  # beside those that containers call their own
+OTHER_WEIGHTS = ("*.onnx", "*.h5", "*.msgpack", "*.ot", "*.partial")  # beside those that containers call their own
 
 KINDS = {  # patterns of names of files and, with a slash, of folders; capitals make no difference
     "training state": (

@@ -38,7 +38,7 @@ def decode(scheme: Scheme, nodes: Mapping[str, AnyNode], config: Mapping[str, An
     match = scheme.match(config, specs, title)
     group_of = {group.tensors[0]: group for group in match.groups}
     consumed = {*match.dropped, *chain.from_iterable(group.tensors for group in match.groups)}
-    for name, beside in codes_in(specs).items() if match.groups else ():
+    for name, beside in codes_in(specs).items():
         if name not in consumed:
             where = f", beside {beside}" if beside else ""
             raise CoverageError(f"{title}: {name} is {specs[name]}{where}, and no weight of {scheme.methods[0]}: mend the source")

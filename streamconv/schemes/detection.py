@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.dtypes import CASTABLE, TensorSpec
+from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.schemes.configs import find_method
 from streamconv.schemes.registry import of_codes, schemes
 from streamconv.schemes.scheme import Scheme
@@ -105,6 +105,10 @@ def codes_in(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     lower = {name.lower(): name for name in specs}
     beside_of = {}
     for name, spec in specs.items():
+        if spec.dtype.name not in DTYPES:  # blocks of a container's own
+            if of_codes(spec.dtype.name):
+                beside_of[name] = ""
+            continue
         is_narrow = spec.dtype.floating and spec.dtype.name not in (*CASTABLE, "float8_e8m0fnu")
         if not is_narrow and spec.dtype.name not in _WHOLE:
             continue
@@ -126,7 +130,7 @@ def _beside(name: str, lower: Mapping[str, str]) -> str:
 def _guess(name: str, beside: str, spec: TensorSpec) -> str:
     """What a quantization looks like that nothing names."""
     own = of_codes(spec.dtype.name)
-    if own and beside:
+    if own and (beside or spec.dtype.name not in DTYPES):
         return own.methods[0]
     if spec.dtype.name.startswith("float8"):
         return "a cast to float8"

@@ -9,7 +9,7 @@ from streamconv.errors import UsageError
 from streamconv.extensions import extensions
 from streamconv.schemes.scheme import Scheme
 
-MODULES = ("awq", "bitsandbytes", "compressed_tensors", "fp8", "gptq", "modelopt", "mxfp4")  # of this package
+MODULES = ("awq", "bitsandbytes", "compressed_tensors", "fp8", "gguf", "gptq", "modelopt", "mxfp4")  # of this package
 GROUP = "streamconv.schemes"
 
 _known: dict[str, Scheme] = {}

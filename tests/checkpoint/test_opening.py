@@ -77,7 +77,6 @@ FOREIGN = {  # name of the file, its content, what it is called
     "keras": ("m.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "this is HDF5 (Keras); streamconv reads"),
     "keras under torch's name": ("m.pt", b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5 (Keras)"),
     "keras 3": ("m.keras", lambda path: zipped(path, "metadata.json"), "Keras 3"),
-    "gguf": ("m.gguf", b"GGUF\3\0\0\0" + bytes(99), "GGUF"),
     "npy": ("m.npy", lambda path: np.save(path, np.ones(3)), "numpy array"),
     "npz": ("m.npz", lambda path: np.savez(path, a=np.ones(3)), "numpy arrays"),
     "onnx": ("m.onnx", b"\x08\x07\x12\x07pytorch\x1a\x051.9.0" + bytes(99), "ONNX"),
@@ -125,15 +124,15 @@ def test_other_formats_are_named_and_not_called_damaged(tmp_path, case, capsys):
     assert not (tmp_path / "dst").exists()
 
 
-@pytest.mark.parametrize("name", ["OpenVINO's", "tf_model.h5", "m.gguf"])
+@pytest.mark.parametrize("name", ["OpenVINO's", "tf_model.h5"])
 def test_a_folder_of_another_format_is_named_for_it(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "checkpoint").write_text("model_checkpoint_path: m.ckpt")
-    part = {"tf_model.h5": "HDF5", "m.gguf": "GGUF"}.get(name, "OpenVINO")
+    part = {"tf_model.h5": "HDF5"}.get(name, "OpenVINO")
     if part == "OpenVINO":
         (tmp_path / "m.xml").write_text("<net/>")
         name = "m.bin"
-    (tmp_path / name).write_bytes({"HDF5": b"\x89HDF\r\n\x1a\n", "GGUF": b"GGUF"}.get(part, b"\1\2\3") * 30)
+    (tmp_path / name).write_bytes({"HDF5": b"\x89HDF\r\n\x1a\n"}.get(part, b"\1\2\3") * 30)
     with pytest.raises(FormatError, match=part):
         streamconv.open(tmp_path)
 

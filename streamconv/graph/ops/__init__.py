@@ -10,11 +10,11 @@ from streamconv.graph.ops.constants import InvFreq, Zeros
 from streamconv.graph.ops.layouts import Rearrange, Reshape, Rows, Strided
 from streamconv.graph.ops.lora import MergeLora
 from streamconv.graph.ops.op import Compute, Elementwise, Layout, Op, Reduce, Values, as_torch, from_json
-from streamconv.graph.ops.quantized import DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
+from streamconv.graph.ops.quantized import DequantizeBlocks, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
 from streamconv.graph.ops.sampled import SampleRows
 
 __all__ = [
-    "Add", "Blocks", "Cast", "Compute", "Dequantize", "DequantizeFloats", "DequantizeIntegers", "DequantizeQuantiles",
+    "Add", "Blocks", "Cast", "Compute", "Dequantize", "DequantizeBlocks", "DequantizeFloats", "DequantizeIntegers", "DequantizeQuantiles",
     "Elementwise", "InvFreq", "Layout", "MergeLora", "Op", "Rearrange", "Reduce", "Reshape", "Rows", "SampleRows", "Scale",
     "Strided", "Values", "Zeros", "as_torch", "from_json",
 ]  # fmt: skip

@@ -316,3 +316,45 @@ class DequantizeQuantiles(Boxed):
         largest = codes.spread(largest.view(np.float32), 2, columns, self.block, columns.start // self.block)
         np.multiply(values, largest, out=values)
         return values if self.through == self.dtype else codes.round_to(values, self.through)
+
+
+@dataclass(frozen=True)
+class DequantizeBlocks(Boxed):
+    """Blocks of GGUF, which hold their scales, as float32, rounded once.
+
+    Attributes:
+        shape: see `Boxed`; rows consist of whole blocks.
+        dtype: see `Boxed`.
+        codes: the type of the blocks, one of `gguf_blocks.DECODERS`.
+        block: elements of a block.
+        nbytes: its bytes.
+    """
+
+    kind: ClassVar[str] = "dequantize_blocks"
+
+    shape: tuple[int, ...]
+    dtype: str
+    codes: str
+    block: int
+    nbytes: int
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        if min(self.block, self.nbytes) < 1 or self.shape[-1] % self.block:
+            raise CoverageError(f"{self.kind}: rows of {self.shape[-1]} elements do not consist of blocks of {self.block}")
+        return super().infer(inputs)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        count, rows, columns = stack_of(self.shape)
+        return (Grid((count, rows, columns // self.block * self.nbytes), columns=Step(self.block, self.nbytes)),)
+
+    def decode(self, items: Sequence[Values], box: Box) -> Array:
+        import numpy as np
+
+        from streamconv.graph import codes
+        from streamconv.graph.gguf_blocks import DECODERS
+
+        octets = np.ascontiguousarray(items[0].items).view(np.uint8)
+        values = DECODERS[self.codes](octets.reshape(-1, self.nbytes)).reshape(*octets.shape[:2], -1)
+        spread = codes.spread(values, 2, box.columns, 1, box.columns.start // self.block * self.block)
+        return np.ascontiguousarray(spread)
