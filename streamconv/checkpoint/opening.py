@@ -193,12 +193,15 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The checkpoint's config.json, or what it has instead (beside it, for a single file), or an empty dict.
+        """The checkpoint's config.json, or what it has instead (beside it, for a single file; or in its files), or an empty dict.
 
         Raises:
             FormatError: it is not a JSON object.
         """
-        return self._configs[""] if "" in self._configs else read_config(self.folder, self._config)
+        if "" in self._configs:
+            return self._configs[""]
+        own = self.components.get("")
+        return read_config(self.folder, self._config) or (own.config if own else {})
 
 
 def read_config(folder: Folder, name: str = CONFIG) -> dict[str, Any]:

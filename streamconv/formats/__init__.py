@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from streamconv.digests import Checksum
 from streamconv.graph.node import AnyNode, Extent, Node, Source
@@ -23,7 +24,7 @@ class Contents:
     ``entries`` is in tensor order: the index's file order (else file-name order), within a file by offset. What is not stored row by
     row in one piece is a layout of what is: a node whose ops move items and compute nothing.
     ``files`` are the weight files, ``others`` the files that belong to the container but hold no tensor (its index); ``notes`` say what
-    else a user should know of them.
+    else a user should know of them; ``config`` is what files say of their model, where that stands in them.
     """
 
     format: str
@@ -32,6 +33,7 @@ class Contents:
     others: list[Location] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

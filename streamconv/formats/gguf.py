@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamconv.dtypes import DTYPES, DType, TensorSpec
@@ -122,7 +122,28 @@ def read(
         tables[name] = table
         metadata = pairs | metadata
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    return gather("gguf", path, selection, tables, by_rank=by_rank, explain=explain, metadata=texts)
+    contents = gather("gguf", path, selection, tables, by_rank=by_rank, explain=explain, metadata=texts)
+    contents.config.update(_as_config(metadata))
+    return contents
+
+
+def _as_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata as a config: what is said of the model below ``gguf``, without the name of its architecture, which stands beside it."""
+    architecture = metadata.get("general.architecture")
+    config: dict[str, Any] = {"architecture": architecture}
+    for key, value in metadata.items():
+        section, *keys = key.split(".")
+        if section != architecture or not keys:
+            continue
+        inner = config
+        for part in keys[:-1]:
+            inner = inner.setdefault(part, {}) if isinstance(inner.get(part, {}), dict) else {}
+        inner[keys[-1]] = value
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    vocabulary = tokens["count"] if isinstance(tokens, dict) else len(tokens) if isinstance(tokens, list) else None
+    for name in ("bos", "eos"):
+        config[f"{name}_token_id"] = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return {"gguf": {**config, "tokens": vocabulary}}
 
 
 def _with_parts(selection: Selection) -> Selection:

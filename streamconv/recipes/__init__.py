@@ -40,6 +40,7 @@ REGISTRY = Registry(
         "originals.deepseek": "deepseek3-hf2mp deepseek3-mp2hf",
         "originals.deformable_detr": "deformable-detr-original2hf deformable-detr-hf2original",
         "originals.gemma": "gemma-original2hf gemma-hf2original",
+        "originals.gguf": "gguf-gguf2hf",
         "originals.internvl": "internvl-hf2custom internvl-custom2hf",
         "originals.llama_meta": "llama-hf2meta llama-meta2hf",
         "originals.mistral": "mistral-hf2original mistral-original2hf",

@@ -9,40 +9,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import ROOMY, read, refusal, run
+from gguf_files import write_gguf
 
 import streamconv
 from streamconv.dtypes import DTYPES
 from streamconv.formats.gguf import BLOCK_TYPES
-
-STRING, ARRAY = 8, 9
-CODES = {"float32": 0, "float16": 1, "bfloat16": 30, "int32": 26, "q8_0": 8, "q4_k": 12}
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-def write_gguf(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], pairs: dict[str, object] | None = None) -> Path:
-    """A file of version 3, by the words of its specification."""
-    pairs = {"general.architecture": "llama", "llama.block_count": 1, **(pairs or {})}
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs))
-    for key, value in pairs.items():
-        head += text(key)
-        if isinstance(value, str):
-            head += struct.pack("<I", STRING) + text(value)
-        elif isinstance(value, list):
-            head += struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(text, value))
-        else:
-            head += struct.pack("<II", 4, value)
-    offset, data = 0, b""
-    for name, (dtype, shape, raw) in tensors.items():
-        head += text(name) + struct.pack("<I", len(shape)) + b"".join(struct.pack("<Q", size) for size in reversed(shape))
-        head += struct.pack("<IQ", CODES[dtype], offset)
-        data += raw + bytes(-len(raw) % 32)
-        offset = len(data)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(head + bytes(-len(head) % 32) + data)
-    return path
 
 
 @pytest.fixture
