@@ -27,7 +27,7 @@ PACKAGES = {
     "notation": 960,  # strings and integers
     "storage": 1_630,  # where files are; most of it is what servers need, and parts of one file on their way at the same time
     "graph": 1_690,  # nodes, ops, how a region of one is made and read ahead, numbers by numpy, codes of quantized weights as numbers
-    "formats": 2_240,  # containers and all that is known of their names, the machine for pickles, and what files of others are
+    "formats": 2_260,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 700,  # quantizations, a module for each, and the list of them that others add to
     "recipe": 1_440,  # the mechanism of recipes

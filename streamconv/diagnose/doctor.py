@@ -16,6 +16,7 @@ from streamconv.checkpoint.opening import CONFIG, Checkpoint, detect_format, fin
 from streamconv.diagnose.contradictions import Stated, check_config, check_layers, check_types
 from streamconv.diagnose.findings import Finding
 from streamconv.diagnose.matching import match_recipes, suggest_merging
+from streamconv.diagnose.quantized import check_quantization
 from streamconv.diagnose.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError
@@ -374,6 +375,8 @@ def _check_quantities(
     if folder.has(_MODELOPT):
         whole = Stated({"quantization_config": {"quant_method": "modelopt"}, **whole.table})
     yield from check_types(whole, specs) if by_rank else check_config(whole, specs, checkpoint)
+    if checkpoint is not None and not by_rank and not is_component:
+        yield from check_quantization(checkpoint)
     names = set(folder.list())
     if not is_component and _CLASS not in whole.table and not (whole.texts("architectures") and whole.text("model_type")):
         what, why = "it lacks model_type or architectures", "libraries choose the model's class by them"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamconv.checkpoint.entries import TensorEntry
 from streamconv.checkpoint.opening import Checkpoint
-from streamconv.dtypes import DTYPES
+from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import UsageError
 from streamconv.formats.registry import by_suffix
 from streamconv.graph.node import Node, extents
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PIECE = 1 << 20  # bytes of a tensor at a time
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 LAYER = re.compile(r"\.[0-9]+(?=\.)")
+_NUMBERS = {*CASTABLE, "int64", "bool"}  # dtypes that no code of a quantization has
 
 
 def describe_checkpoint(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
@@ -150,13 +151,26 @@ def list_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool =
             yield f"{name}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {file}{statistics}"
     else:
         yield from _draw_tree(checkpoint, stats=stats)
-    for note in checkpoint.contents.notes:
+    for note in [*checkpoint.contents.notes, *_list_quantized(checkpoint)]:
         yield one_line(f"note: {note}")
     dtypes = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in bytes_by_dtype.most_common())
     yield one_line(
         f"{checkpoint.path}: {description['format']}, {len(checkpoint)} tensors, {description['total_parameters']:,} parameters, "
         f"{format_size(description['total_size'])} in {len(description['files'])} files ({dtypes}); {len(description['sidecars'])} sidecars"
     )
+
+
+def _list_quantized(checkpoint: Checkpoint) -> Iterator[str]:
+    """Lines on what is quantized; what tells it is loaded where something may be."""
+    if {spec.dtype.name for spec in _specs(checkpoint)} <= _NUMBERS:
+        return
+    from streamconv.diagnose.quantized import list_quantized
+
+    yield from list_quantized(checkpoint)
+
+
+def _specs(checkpoint: Checkpoint) -> Iterator[TensorSpec]:
+    return (entry.spec for entry in checkpoint.values())
 
 
 def _draw_tree(checkpoint: Checkpoint, *, stats: bool) -> Iterator[str]:
