@@ -29,7 +29,7 @@ PACKAGES = {
     "graph": 1_690,  # nodes, ops, how a region of one is made and read ahead, numbers by numpy, codes of quantized weights as numbers
     "formats": 2_260,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "checkpoint": 620,  # finding out what a path holds
-    "schemes": 700,  # quantizations, a module for each, and the list of them that others add to
+    "schemes": 730,  # quantizations, a module for each, and the list of them that others add to
     "recipe": 1_440,  # the mechanism of recipes
     "library": 760,  # what other libraries know, and the op that runs their code
     "recipes": None,  # declarations: as many as there are families
