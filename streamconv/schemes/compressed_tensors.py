@@ -172,7 +172,9 @@ class _Groups:
     def of(self, module: str) -> Weights:
         """How a module's weight is quantized. Raises CoverageError where no group is for it."""
         for group in self._groups:
-            if any(_is_for(str(target), module) for target in group.get("targets") or ["Linear"]):
+            targets = group.get("targets")
+            listed = targets if isinstance(targets, list) else ["Linear"]
+            if any(_is_for(str(target), module) for target in listed):
                 return self._read(group, module)
         raise CoverageError(f"{self._title}: {module} is quantized, and no group of config.json is for it: mend config_groups")
 

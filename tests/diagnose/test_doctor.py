@@ -87,9 +87,12 @@ def quantized(method: str, name: str, tensor: torch.Tensor) -> dict[str, torch.T
     """A matrix as the libraries of such a method store it."""
     stem, rows = name.removesuffix("weight"), tensor.shape[0]
     float8, words = tensor.to(torch.float8_e4m3fn), torch.zeros(2, rows, dtype=torch.int32)
+    state = torch.tensor([*b"{}"], dtype=torch.uint8)
+    codes = torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8)
+    zeros, scales = torch.zeros(1, -(-rows // 8), dtype=torch.int32), torch.ones(1, rows, dtype=torch.float16)
     stored = {
-        "bitsandbytes": {name: torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(1)},
-        "gptq": {f"{stem}qweight": words, f"{stem}scales": torch.ones(1, rows, dtype=torch.float16)},
+        "bitsandbytes": {name: codes, f"{name}.absmax": torch.ones(1), f"{name}.quant_state.bitsandbytes__nf4": state},
+        "gptq": {f"{stem}qweight": words, f"{stem}qzeros": zeros, f"{stem}scales": scales},
         "fp8": {name: float8, f"{name}_scale_inv": torch.ones(1, 1)},
         "compressed-tensors": {name: float8, f"{name}_scale": torch.ones(rows, 1)},
         "modelopt": {name: float8, f"{name}_scale": torch.ones(())},
@@ -102,7 +105,9 @@ def test_quantized_checkpoints_are_healthy(method, tmp_path):
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in llama().items():
         tensors |= quantized(method, name, tensor) if "_proj" in name else {name: tensor}
-    config = CONFIG if method == "modelopt" else {**CONFIG, "quantization_config": {"quant_method": method}}
+    more = {"gptq": {"bits": 4}, "compressed-tensors": {"config_groups": {"all": {"weights": {"strategy": "channel"}}}}}
+    section = {"quant_method": method, **more.get(method, {})}
+    config = CONFIG if method == "modelopt" else {**CONFIG, "quantization_config": section}
     folder = write(tmp_path / "model", tensors, config=config)
     if method == "modelopt":
         (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
