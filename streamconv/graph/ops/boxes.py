@@ -185,6 +185,8 @@ class Boxed(Rounding):
         return super().scratch(inputs) + 40 * PIECE  # codes, scales and numbers of a piece, and what they are on the way
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
+        import numpy as np
+
         from streamconv.graph.arrays import view
         from streamconv.graph.casts import PIECE, narrow
 
@@ -201,10 +203,10 @@ class Boxed(Rounding):
             for part, grid in zip(parts, self.grids, strict=True):
                 where = grid.items_of(box).within(grid.items_of(around))
                 items.append(Values(part.items[where], part.dtype))
-            numbers = self.decode(items, box)
+            numbers = np.ascontiguousarray(self.decode(items, box)).reshape(-1)
             strides, start = _places_in(piece, box)
             target = view(out.items, piece.sizes, piece.dst_strides, piece.dst)
-            overflowed += narrow(view(numbers.reshape(-1), piece.sizes, strides, start), target, out.dtype.name)
+            overflowed += narrow(view(numbers, piece.sizes, strides, start), target, out.dtype.name)
         return overflowed
 
     def _pieces(self, region: Move) -> Iterator[_Piece]:

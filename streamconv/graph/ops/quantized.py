@@ -356,5 +356,4 @@ class DequantizeBlocks(Boxed):
 
         octets = np.ascontiguousarray(items[0].items).view(np.uint8)
         values = DECODERS[self.codes](octets.reshape(-1, self.nbytes)).reshape(*octets.shape[:2], -1)
-        spread = codes.spread(values, 2, box.columns, 1, box.columns.start // self.block * self.block)
-        return np.ascontiguousarray(spread)
+        return codes.spread(values, 2, box.columns, 1, box.columns.start // self.block * self.block)
