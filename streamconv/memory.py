@@ -17,6 +17,7 @@ from streamconv.units import format_size
 READING = 1_000_000_000  # what reading one thing may take where nobody said how much memory there is to be
 BLOCK = 4 << 10  # bytes: direct I/O takes offsets, lengths and addresses that are multiples of this
 HUGE_PAGE = 2 << 20  # bytes
+RARELY = 50_000  # new objects between two looks of the collector, where 700 are usual
 PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 """How memory is mapped that no file stands behind: shared, which is the default, would count as file pages."""
 _STATUS = Path("/proc/self/status")
@@ -33,20 +34,21 @@ def _status() -> dict[str, int]:
 
 
 @contextmanager
-def without_collector() -> Iterator[None]:
-    """Has the cyclic garbage collector wait: many objects are made here that stay, and it would walk all of them again and again.
+def collecting_rarely() -> Iterator[None]:
+    """Has the cyclic garbage collector look rarely: many objects are made here that stay, and it would walk them again and again.
 
-    >>> with without_collector():
-    ...     gc.isenabled()
-    False
+    It does look: what other libraries leave in cycles may be large.
+
+    >>> with collecting_rarely():
+    ...     gc.get_threshold()[0]
+    50000
     """
-    was_enabled = gc.isenabled()
-    gc.disable()
+    usual = gc.get_threshold()
+    gc.set_threshold(RARELY, *usual[1:])
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        gc.set_threshold(*usual)
 
 
 def resident() -> int:

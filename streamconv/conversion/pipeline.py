@@ -35,7 +35,7 @@ from streamconv.storage.folder import Folder
 from streamconv.units import parse_size
 
 
-@memory.without_collector()
+@memory.collecting_rarely()
 def make_plan(options: PlanOptions) -> Plan:
     """What `convert` would do with these options.
 

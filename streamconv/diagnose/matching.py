@@ -16,7 +16,7 @@ from streamconv.conversion.sides import open_side
 from streamconv.errors import StreamconvError
 from streamconv.formats.registry import containers
 from streamconv.library.parallel import TensorParallel
-from streamconv.memory import without_collector
+from streamconv.memory import collecting_rarely
 from streamconv.recipe import Recipe, Side
 from streamconv.storage.folder import AnyPath, Location
 
@@ -173,7 +173,7 @@ def _match_library(recipe: Recipe, checkpoint: Checkpoint) -> Match:
     return Match(recipe, 1.0, 1.0, fits=True, named=False, needs=needs)
 
 
-@without_collector()
+@collecting_rarely()
 def suggest_recipes(src: AnyPath) -> list[str]:
     """The recipes that go by the model type in a checkpoint's config.json and have a rule for each of its tensors."""
     location, _ = find_checkpoint(src)

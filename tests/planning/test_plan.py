@@ -342,20 +342,20 @@ def test_a_plan_of_many_tensors_is_checked_by_sorted_ranges(folder):
         Plan.from_json(made.to_json().replace(f'"size":{made.files[0].size},', f'"size":{10**15},'))
 
 
-def test_the_collector_waits_while_a_plan_is_made_and_goes_on(tmp_path, monkeypatch):
+def test_the_collector_looks_rarely_while_a_plan_is_made_and_goes_on(tmp_path, monkeypatch):
     import gc
 
     from streamconv.conversion import pipeline
 
     source = write(tmp_path / "source", {"a": torch.ones(4)})
-    seen = []
+    seen, usual = [], gc.get_threshold()
     compile_plan = pipeline.compile_plan
-    monkeypatch.setattr(pipeline, "compile_plan", lambda *given, **more: seen.append(gc.isenabled()) or compile_plan(*given, **more))
+    monkeypatch.setattr(pipeline, "compile_plan", lambda *given, **more: seen.append(gc.get_threshold()) or compile_plan(*given, **more))
     streamconv.plan(source, tmp_path / "out", max_memory="4GB")
-    assert (seen, gc.isenabled()) == ([False], True)
+    assert (seen[0][0], gc.get_threshold()) == (50_000, usual)
     with pytest.raises(StreamconvError):
         streamconv.plan(tmp_path / "none", tmp_path / "out", max_memory="4GB")
-    assert gc.isenabled()
+    assert gc.get_threshold() == usual
 
 
 def test_names_that_stay_are_not_folded(tmp_path, monkeypatch):
