@@ -18,6 +18,7 @@ from streamconv.formats.container import Beginning, Container, Names
 from streamconv.formats.files import countable, damaged, opened, short, show
 from streamconv.formats.indexes import Explain, unexplained
 from streamconv.formats.selection import Selection, find_files, gather
+from streamconv.graph.ops.quantized import GGUF_BLOCKS
 from streamconv.storage.folder import File, Location, read_each
 
 KIND = Names("a GGUF file", (".gguf",), "model", (r"[^/]*\.gguf",), asked_for=("model.gguf",))
@@ -25,13 +26,12 @@ MAGIC = b"GGUF"
 
 _PLAIN = {0: "float32", 1: "float16", 24: "int8", 25: "int16", 26: "int32", 27: "int64", 28: "float64", 30: "bfloat16"}
 _BLOCKS = {
-    2: ("q4_0", 18, 32), 3: ("q4_1", 20, 32), 6: ("q5_0", 22, 32), 7: ("q5_1", 24, 32), 8: ("q8_0", 34, 32), 10: ("q2_k", 84, 256),
-    11: ("q3_k", 110, 256), 12: ("q4_k", 144, 256), 13: ("q5_k", 176, 256), 14: ("q6_k", 210, 256), 20: ("iq4_nl", 18, 32),
-    23: ("iq4_xs", 136, 256), 39: ("mxfp4_gguf", 17, 32),
+    2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl",
+    23: "iq4_xs", 39: "mxfp4_gguf",
 }  # fmt: skip
-BLOCK_TYPES = {name: DType(name, nbytes, block) for name, nbytes, block in _BLOCKS.values()}
+BLOCK_TYPES = {name: DType(name, nbytes, block) for name, (nbytes, block) in GGUF_BLOCKS.items()}
 """Types of blocks by name: how many bytes hold how many elements."""
-_TYPES = {code: DTYPES[name] for code, name in _PLAIN.items()} | {code: BLOCK_TYPES[name] for code, (name, *_) in _BLOCKS.items()}
+_TYPES = {code: DTYPES[name] for code, name in _PLAIN.items()} | {code: BLOCK_TYPES[name] for code, name in _BLOCKS.items()}
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # types of metadata
 _STRING, _ARRAY = 8, 9

@@ -143,7 +143,11 @@ def _weight(
         through = "bfloat16" if scales == "uint8" else ""
         return Scaled(target, (name, scale), weights, kind, through)
     if kind == "uint8":
-        whole = companions.take(name, [f"{target}_global_scale"])
+        if weights.bits not in (4, 6) or scales not in ("uint8", "float8_e4m3fn"):
+            raise CoverageError(
+                f"{title}: {name} is {spec} of {weights.bits} bits with scales in {scales}: expected 4 or 6 bits: mend the source"
+            )
+        whole = companions.need(name, [f"{target}_global_scale"]) if scales != "uint8" else None
         codes = "float6_e2m3fn" if weights.bits == 6 else "float4_e2m1fn"
         return Scaled(target, (name, scale, *([whole] if whole else [])), weights, codes, "bfloat16")
     if kind not in ("int8", "int32"):

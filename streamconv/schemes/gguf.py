@@ -21,7 +21,7 @@ class Blocks(Group):
         """See `Group.decode`."""
         (node,) = (nodes[name] for name in self.tensors)
         kind, shape = node.spec.dtype, node.spec.shape
-        op = DequantizeBlocks(shape if len(shape) > 1 else (1, *shape), dtype, kind.name, kind.block, kind.nbytes)
+        op = DequantizeBlocks(shape if len(shape) > 1 else (1, *shape), dtype, kind.name)
         decoded = apply(op, items_of(node))
         return decoded if decoded.spec.shape == shape else apply(Reshape(shape), decoded)
 

@@ -134,6 +134,7 @@ class Dequantize(Rounding, Elementwise):
 
         from streamconv.graph.arrays import view
         from streamconv.graph.casts import narrow, pieces, widen
+        from streamconv.graph.codes import factors
 
         codes, scales = parts
         overflowed = 0
@@ -147,19 +148,6 @@ class Dequantize(Rounding, Elementwise):
             for piece, spread, result in pieces(*views):
                 once = spread[tuple(slice(None if stride else 1) for stride in spread.strides)]
                 numbers = widen(piece, codes.dtype.name)
-                np.multiply(numbers, _as_factors(once, scales.dtype.name), out=numbers)
+                np.multiply(numbers, factors(once, scales.dtype.name), out=numbers)
                 overflowed += narrow(numbers, result, out.dtype.name)
         return overflowed
-
-
-def _as_factors(scales: Array, dtype: str) -> Array:
-    """Scales in float32; bytes are exponents, as those of float8_e8m0fnu are, but 255 is infinite and no NaN."""
-    import numpy as np
-
-    from streamconv.graph.arrays import numpy_dtype
-
-    if dtype not in {"uint8", "float8_e8m0fnu"}:
-        return scales.view(numpy_dtype(dtype)).astype(np.float32)
-    factors = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-    factors[scales == 255] = np.inf if dtype == "uint8" else np.nan
-    return factors

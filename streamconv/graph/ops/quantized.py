@@ -22,6 +22,12 @@ WORD = 32  # bits of the words that integers are packed into
 ROWS, COLUMNS, AWQ, BYTES = "rows", "columns", "awq", "bytes"
 """How integers lie: in words filled along rows or columns, in words as AWQ fills them, signed in a byte each."""
 
+_FLOATS = (*(name for name in DTYPES if name.startswith("float8")), "float4_e2m1fn", "float6_e2m3fn", "int8")
+GGUF_BLOCKS = {
+    "q4_0": (18, 32), "q4_1": (20, 32), "q5_0": (22, 32), "q5_1": (24, 32), "q8_0": (34, 32), "q2_k": (84, 256), "q3_k": (110, 256),
+    "q4_k": (144, 256), "q5_k": (176, 256), "q6_k": (210, 256), "iq4_nl": (18, 32), "iq4_xs": (136, 256), "mxfp4_gguf": (17, 32),
+}  # fmt: skip
+"""Of each type of blocks its bytes, and how many elements they hold."""
 DIVIDES, MULTIPLIES = "divides", "multiplies"
 NONE: Mapping[int, int] = MappingProxyType({})
 
@@ -77,7 +83,14 @@ class DequantizeIntegers(Boxed):
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         kinds = (ROWS, COLUMNS, AWQ, BYTES)
-        if not 1 <= self.bits <= 8 or self.along not in kinds or self.zeros not in ("", *kinds) or min(self.block) < 1:
+        is_in_range = 1 <= self.bits <= 8 and 0 <= self.offset <= 128 and 0 <= self.plus <= 1
+        if (
+            not is_in_range
+            or self.index not in ("", ROWS, COLUMNS)
+            or self.along not in kinds
+            or self.zeros not in ("", *kinds)
+            or min(self.block) < 1
+        ):
             raise CoverageError(f"{self.kind}: no integers of {self.bits} bits along {self.along!r}, zero points along {self.zeros!r}")
         return super().infer(inputs)
 
@@ -198,7 +211,12 @@ class DequantizeFloats(Boxed):
     powers: bool = False
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
-        if self.codes not in DTYPES or self.shared not in ("", DIVIDES, MULTIPLIES) or self.through not in ("", *CASTABLE):
+        if (
+            self.codes not in _FLOATS
+            or min(self.block) < 1
+            or self.shared not in ("", DIVIDES, MULTIPLIES)
+            or self.through not in ("", *CASTABLE)
+        ):
             raise CoverageError(
                 f"{self.kind}: no codes {self.codes!r} with a scale of scales that {self.shared!r}, through {self.through!r}"
             )
@@ -325,9 +343,7 @@ class DequantizeBlocks(Boxed):
     Attributes:
         shape: see `Boxed`; rows consist of whole blocks.
         dtype: see `Boxed`.
-        codes: the type of the blocks, one of `gguf_blocks.DECODERS`.
-        block: elements of a block.
-        nbytes: its bytes.
+        codes: the type of the blocks, one of `GGUF_BLOCKS`.
     """
 
     kind: ClassVar[str] = "dequantize_blocks"
@@ -335,18 +351,17 @@ class DequantizeBlocks(Boxed):
     shape: tuple[int, ...]
     dtype: str
     codes: str
-    block: int
-    nbytes: int
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
-        if min(self.block, self.nbytes) < 1 or self.shape[-1] % self.block:
-            raise CoverageError(f"{self.kind}: rows of {self.shape[-1]} elements do not consist of blocks of {self.block}")
+        if self.codes not in GGUF_BLOCKS or not self.shape or self.shape[-1] % GGUF_BLOCKS[self.codes][1]:
+            raise CoverageError(f"{self.kind}: rows of {list(self.shape)} do not consist of blocks of {self.codes}")
         return super().infer(inputs)
 
     @property
     def grids(self) -> tuple[Grid, ...]:
         count, rows, columns = stack_of(self.shape)
-        return (Grid((count, rows, columns // self.block * self.nbytes), columns=Step(self.block, self.nbytes)),)
+        nbytes, block = GGUF_BLOCKS[self.codes]
+        return (Grid((count, rows, columns // block * nbytes), columns=Step(block, nbytes)),)
 
     def decode(self, items: Sequence[Values], box: Box) -> Array:
         import numpy as np
@@ -354,6 +369,7 @@ class DequantizeBlocks(Boxed):
         from streamconv.graph import codes
         from streamconv.graph.gguf_blocks import DECODERS
 
+        nbytes, block = GGUF_BLOCKS[self.codes]
         octets = np.ascontiguousarray(items[0].items).view(np.uint8)
-        values = DECODERS[self.codes](octets.reshape(-1, self.nbytes)).reshape(*octets.shape[:2], -1)
-        return codes.spread(values, 2, box.columns, 1, box.columns.start // self.block * self.block)
+        values = DECODERS[self.codes](octets.reshape(-1, nbytes)).reshape(*octets.shape[:2], -1)
+        return codes.spread(values, 2, box.columns, 1, box.columns.start // block * block)

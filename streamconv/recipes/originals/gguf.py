@@ -34,9 +34,10 @@ RULES = (
 def _files(model: Model) -> dict[str, Any]:
     """config.json from what the file says of its model."""
     own = model.config.get("gguf")
-    if model.sidecar or not isinstance(own, Mapping) or own.get("architecture") not in _CLASSES:
+    architecture = model.options["architecture"]
+    if model.sidecar or not isinstance(own, Mapping) or architecture not in _CLASSES:
         return {}
-    architecture, attention = own["architecture"], own.get("attention") or {}
+    attention, rope = (own[key] if isinstance(own.get(key), Mapping) else {} for key in ("attention", "rope"))
     vocab, width = model.targets["model.embed_tokens.weight"].shape
     heads = model.options["n_heads"]
     config: dict[str, Any] = {
@@ -55,7 +56,7 @@ def _files(model: Model) -> dict[str, Any]:
         "num_hidden_layers": model.options["n_layers"],
         "num_key_value_heads": model.options["n_kv_heads"],
         "rms_norm_eps": attention.get("layer_norm_rms_epsilon"),
-        "rope_theta": (own.get("rope") or {}).get("freq_base") or 10000.0,
+        "rope_theta": rope.get("freq_base") or 10000.0,
         "tie_word_embeddings": "lm_head.weight" not in model.targets,
         "vocab_size": vocab,
     }
