@@ -60,6 +60,12 @@ def _table() -> dict[str, DType]:
 
 
 DTYPES = _table()
+_BLOCKS = {
+    "q4_0": (18, 32), "q4_1": (20, 32), "q5_0": (22, 32), "q5_1": (24, 32), "q8_0": (34, 32), "q2_k": (84, 256), "q3_k": (110, 256),
+    "q4_k": (144, 256), "q5_k": (176, 256), "q6_k": (210, 256), "iq4_nl": (18, 32), "iq4_xs": (136, 256), "mxfp4_gguf": (17, 32),
+}  # fmt: skip
+BLOCK_TYPES = {name: DType(name, nbytes, block) for name, (nbytes, block) in _BLOCKS.items()}
+"""GGUF's types of blocks, which hold their scales: bytes, and elements."""
 _SHORT = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
 CASTABLE = ("float64", "float32", "float16", "bfloat16")
 

@@ -11,14 +11,13 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamconv.dtypes import DTYPES, DType, TensorSpec
+from streamconv.dtypes import BLOCK_TYPES, DTYPES, DType, TensorSpec
 from streamconv.errors import FormatError
 from streamconv.formats import Contents, Extent, Source
 from streamconv.formats.container import Beginning, Container, Names
 from streamconv.formats.files import countable, damaged, opened, short, show
 from streamconv.formats.indexes import Explain, unexplained
 from streamconv.formats.selection import Selection, find_files, gather
-from streamconv.graph.ops.quantized import GGUF_BLOCKS
 from streamconv.storage.folder import File, Location, read_each
 
 KIND = Names("a GGUF file", (".gguf",), "model", (r"[^/]*\.gguf",), asked_for=("model.gguf",))
@@ -29,8 +28,6 @@ _BLOCKS = {
     2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 10: "q2_k", 11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 20: "iq4_nl",
     23: "iq4_xs", 39: "mxfp4_gguf",
 }  # fmt: skip
-BLOCK_TYPES = {name: DType(name, nbytes, block) for name, (nbytes, block) in GGUF_BLOCKS.items()}
-"""Types of blocks by name: how many bytes hold how many elements."""
 _TYPES = {code: DTYPES[name] for code, name in _PLAIN.items()} | {code: BLOCK_TYPES[name] for code, name in _BLOCKS.items()}
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # types of metadata

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.dtypes import TensorSpec
-from streamconv.formats.gguf import BLOCK_TYPES
+from streamconv.dtypes import BLOCK_TYPES, TensorSpec
 from streamconv.graph.node import AnyNode, apply, items_of
 from streamconv.graph.ops import DequantizeBlocks, Reshape
 from streamconv.schemes.scheme import Group, Match, Scheme

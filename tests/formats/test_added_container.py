@@ -274,7 +274,7 @@ def test_without_a_writer_it_is_read_only(model, folder, tmp_path, capsys, monke
 
 def test_another_package_adds_it_by_an_entry_point(folder, monkeypatch):
     entry = SimpleNamespace(name="crate", value="crates:CRATE", load=lambda: CRATE)
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry] if group == "streamconv.containers" else [])
+    monkeypatch.setattr("streamconv.extensions.entry_points", lambda group: [entry] if group == "streamconv.containers" else [])
     monkeypatch.setattr(registry, "_known", {})
     assert [*registry.containers()] == [*registry.MODULES, "crate"]
     assert_same(values(folder), TENSORS)

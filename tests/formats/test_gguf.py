@@ -12,8 +12,7 @@ from checkpoint_files import ROOMY, read, refusal, run
 from gguf_files import write_gguf
 
 import streamconv
-from streamconv.dtypes import DTYPES
-from streamconv.formats.gguf import BLOCK_TYPES
+from streamconv.dtypes import BLOCK_TYPES, DTYPES
 
 
 @pytest.fixture

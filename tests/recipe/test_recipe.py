@@ -725,7 +725,7 @@ def added(monkeypatch):
         for name, value in values.items():
             monkeypatch.setitem(globals(), name, value)
         points = [EntryPoint(name, f"{__name__}:{name}", registry.GROUP) for name in values]
-        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == registry.GROUP else [])
+        monkeypatch.setattr("streamconv.extensions.entry_points", lambda group: points if group == registry.GROUP else [])
         recipes.REGISTRY.forget()
 
     yield register

@@ -99,7 +99,7 @@ def test_what_it_fails_with_is_told_and_finished_files_stay(toy, source, tmp_pat
 def test_another_package_adds_one_by_an_entry_point(source, tmp_path, monkeypatch, capsys):
     toy = Toy()
     entries = [SimpleNamespace(name="toy", value="toys:TOY", load=lambda: toy), SimpleNamespace(name="no", value="toys:NO", load=lambda: 1)]
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries if group == "streamconv.executors" else [])
+    monkeypatch.setattr("streamconv.extensions.entry_points", lambda group: entries if group == "streamconv.executors" else [])
     monkeypatch.setattr(EXECUTORS, "data", dict(EXECUTORS.data))
     assert run("convert", source, tmp_path / "dst", "--engine", "toy", "--max-memory", str(ROOMY), "--quiet") == 0
     assert "model.safetensors" in toy.made

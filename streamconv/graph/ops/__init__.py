@@ -1,20 +1,39 @@
 """The ops of the graph: plain data with a JSON form that know their output's spec statically, and what they take of their inputs.
 
-`op` says what an op is; each other module holds one or a few. Whoever subclasses `Layout`, `Compute` or `Reduce` adds one of its own.
+`op` says what an op is, `layouts` has those that only move bytes; each other module holds one or a few, and is loaded when one of its is
+asked for. Whoever subclasses `Layout`, `Compute` or `Reduce` adds one of its own.
 """
 
-from streamconv.graph.ops.arithmetic import Add, Scale
-from streamconv.graph.ops.blocks import Blocks, Dequantize
-from streamconv.graph.ops.cast import Cast
-from streamconv.graph.ops.constants import InvFreq, Zeros
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from streamconv.graph.ops.layouts import Rearrange, Reshape, Rows, Strided
-from streamconv.graph.ops.lora import MergeLora
 from streamconv.graph.ops.op import Compute, Elementwise, Layout, Op, Reduce, Values, as_torch, from_json
-from streamconv.graph.ops.quantized import DequantizeBlocks, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
-from streamconv.graph.ops.sampled import SampleRows
+
+if TYPE_CHECKING:
+    from streamconv.graph.ops.arithmetic import Add, Scale
+    from streamconv.graph.ops.blocks import Blocks, Dequantize
+    from streamconv.graph.ops.cast import Cast
+    from streamconv.graph.ops.constants import InvFreq, Zeros
+    from streamconv.graph.ops.lora import MergeLora
+    from streamconv.graph.ops.quantized import DequantizeBlocks, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
+    from streamconv.graph.ops.sampled import SampleRows
 
 __all__ = [
     "Add", "Blocks", "Cast", "Compute", "Dequantize", "DequantizeBlocks", "DequantizeFloats", "DequantizeIntegers", "DequantizeQuantiles",
     "Elementwise", "InvFreq", "Layout", "MergeLora", "Op", "Rearrange", "Reduce", "Reshape", "Rows", "SampleRows", "Scale",
     "Strided", "Values", "Zeros", "as_torch", "from_json",
 ]  # fmt: skip
+
+_HOMES = {
+    "Add": "arithmetic", "Blocks": "blocks", "Cast": "cast", "Dequantize": "blocks", "DequantizeBlocks": "quantized",
+    "DequantizeFloats": "quantized", "DequantizeIntegers": "quantized", "DequantizeQuantiles": "quantized", "InvFreq": "constants",
+    "MergeLora": "lora", "SampleRows": "sampled", "Scale": "arithmetic", "Zeros": "constants",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value

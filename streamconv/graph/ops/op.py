@@ -10,6 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv import codec
@@ -174,7 +177,10 @@ def from_json(data: Mapping[str, Any]) -> Op:
 
 
 def _find(kind: object) -> type[Op]:
-    """The class of ops of a kind: one that is loaded, or that another package offers."""
+    """The class of ops of a kind: one of this package, that is loaded, or that another package offers."""
+    if isinstance(kind, str) and kind not in _OPS:
+        for module in iter_modules([str(Path(__file__).parent)]):
+            import_module(f"{__package__}.{module.name}")
     if isinstance(kind, str) and kind not in _OPS:
         for extension in extensions(GROUP):
             if extension.name == kind:

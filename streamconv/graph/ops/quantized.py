@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
+from streamconv.dtypes import BLOCK_TYPES, CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.ops.boxes import Box, Boxed, Grid, Sizes, Step
 from streamconv.graph.ops.op import Values
@@ -23,11 +23,6 @@ ROWS, COLUMNS, AWQ, BYTES = "rows", "columns", "awq", "bytes"
 """How integers lie: in words filled along rows or columns, in words as AWQ fills them, signed in a byte each."""
 
 _FLOATS = (*(name for name in DTYPES if name.startswith("float8")), "float4_e2m1fn", "float6_e2m3fn", "int8")
-GGUF_BLOCKS = {
-    "q4_0": (18, 32), "q4_1": (20, 32), "q5_0": (22, 32), "q5_1": (24, 32), "q8_0": (34, 32), "q2_k": (84, 256), "q3_k": (110, 256),
-    "q4_k": (144, 256), "q5_k": (176, 256), "q6_k": (210, 256), "iq4_nl": (18, 32), "iq4_xs": (136, 256), "mxfp4_gguf": (17, 32),
-}  # fmt: skip
-"""Of each type of blocks its bytes, and how many elements they hold."""
 DIVIDES, MULTIPLIES = "divides", "multiplies"
 NONE: Mapping[int, int] = MappingProxyType({})
 
@@ -343,7 +338,7 @@ class DequantizeBlocks(Boxed):
     Attributes:
         shape: see `Boxed`; rows consist of whole blocks.
         dtype: see `Boxed`.
-        codes: the type of the blocks, one of `GGUF_BLOCKS`.
+        codes: the type of the blocks, one of `BLOCK_TYPES`.
     """
 
     kind: ClassVar[str] = "dequantize_blocks"
@@ -353,15 +348,16 @@ class DequantizeBlocks(Boxed):
     codes: str
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
-        if self.codes not in GGUF_BLOCKS or not self.shape or self.shape[-1] % GGUF_BLOCKS[self.codes][1]:
+        block = BLOCK_TYPES[self.codes].block if self.codes in BLOCK_TYPES else 0
+        if not block or not self.shape or self.shape[-1] % block:
             raise CoverageError(f"{self.kind}: rows of {list(self.shape)} do not consist of blocks of {self.codes}")
         return super().infer(inputs)
 
     @property
     def grids(self) -> tuple[Grid, ...]:
         count, rows, columns = stack_of(self.shape)
-        nbytes, block = GGUF_BLOCKS[self.codes]
-        return (Grid((count, rows, columns // block * nbytes), columns=Step(block, nbytes)),)
+        blocks = BLOCK_TYPES[self.codes]
+        return (Grid((count, rows, columns // blocks.block * blocks.nbytes), columns=Step(blocks.block, blocks.nbytes)),)
 
     def decode(self, items: Sequence[Values], box: Box) -> Array:
         import numpy as np
@@ -369,7 +365,7 @@ class DequantizeBlocks(Boxed):
         from streamconv.graph import codes
         from streamconv.graph.gguf_blocks import DECODERS
 
-        nbytes, block = GGUF_BLOCKS[self.codes]
+        nbytes, block = BLOCK_TYPES[self.codes].nbytes, BLOCK_TYPES[self.codes].block
         octets = np.ascontiguousarray(items[0].items).view(np.uint8)
         values = DECODERS[self.codes](octets.reshape(-1, nbytes)).reshape(*octets.shape[:2], -1)
         return codes.spread(values, 2, box.columns, 1, box.columns.start // block * block)
