@@ -1,4 +1,4 @@
-"""What an installation takes: seconds and bytes, of one as users have it beside one with torch, and what the installed command takes to start.
+"""What an installation takes, as users have it and with torch, in seconds and bytes, and what the installed command takes to start.
 
     python -m benchmarks.install --rounds 3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from streamconv.errors import FormatError, UsageError
 from streamconv.text import did_you_mean
@@ -118,15 +118,13 @@ class TensorSpec:
 
     dtype: DType
     shape: tuple[int, ...]
+    numel: int = field(init=False, repr=False, compare=False)
+    nbytes: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        dtype = self.dtype  # `numel` is written out: a plan asks each of its tensors several times
-        return math.prod(self.shape) // dtype.block * dtype.nbytes
+    def __post_init__(self) -> None:  # once: a plan asks each of its tensors several times
+        numel = math.prod(self.shape)
+        object.__setattr__(self, "numel", numel)
+        object.__setattr__(self, "nbytes", numel // self.dtype.block * self.dtype.nbytes)
 
     @property
     def is_whole(self) -> bool:

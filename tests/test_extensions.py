@@ -14,6 +14,7 @@ def test_entry_points_of_an_installed_package_are_found(tmp_path, monkeypatch, f
     assert not list(extensions.extensions("streamconv.toys"))
     monkeypatch.syspath_prepend(tmp_path)
     (found,) = extensions.extensions("streamconv.toys")
-    assert found.name == "bear" and found.load()([1]) == "[1]"
+    assert found.name == "bear"
+    assert found.load()([1]) == "[1]"
     assert found.origin == "entry point json:dumps of group streamconv.toys"
     assert not list(extensions.extensions("streamconv.others"))

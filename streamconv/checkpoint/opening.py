@@ -162,6 +162,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def component_of(self, name: str) -> tuple[str, str]:
         """The component that a tensor is of, and what it is called there."""
+        if self._folders == [""]:
+            return "", name
         folder = next((folder for folder in self._folders if not folder or name.startswith(f"{folder}/")), "")
         return folder, name.removeprefix(f"{folder}/") if folder else name
 

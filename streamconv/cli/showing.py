@@ -11,6 +11,7 @@ from streamconv import interrupts
 from streamconv.cli.console import Console, StdoutError
 from streamconv.diagnose import report
 from streamconv.errors import StreamconvError
+from streamconv.planning.plan import Plan
 from streamconv.running.progress import Progress
 from streamconv.running.results import Result
 from streamconv.text import join_lines
@@ -48,15 +49,21 @@ def print_result(args: argparse.Namespace, out: Console, result: Result) -> None
             out.complain(f"note: all is done, but stdout cannot be written: {error.reason}")
 
 
-def suggest_recipes(args: argparse.Namespace, out: Console) -> None:
+def suggest_recipes(args: argparse.Namespace, plan: Plan, out: Console) -> None:
     """Names the recipes that config.json points at, where none was asked for."""
     if args.recipe or args.json or args.quiet:
         return
     from streamconv.diagnose import matching  # which loads recipes, and all that these need
 
     with suppress(StreamconvError):
-        if names := matching.suggest_recipes(args.src):
+        if names := matching.suggest_recipes(args.src, _names_of(plan)):
             out.say(f"note: for another layout of this model: --recipe {' or '.join(names)}")
+
+
+def _names_of(plan: Plan) -> Iterator[str]:
+    """What the tensors of a source are called, or would be if they were not quantized, by a plan without a recipe."""
+    for row in plan.mapping:
+        yield from (row.target,) if row.layout else row.sources
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from streamconv.conversion.casting import Casting
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
 from streamconv.recipe import Conversion
-from streamconv.recipe.application import Row
+from streamconv.rows import Row
 from streamconv.schemes.configs import FILES, model_dtype, with_files
 from streamconv.schemes.decoding import Decoded, decode
 from streamconv.schemes.detection import find_quantization

@@ -20,7 +20,6 @@ from streamconv.formats.registry import DEFAULT, containers
 from streamconv.memory import BLOCK
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget, check_workers
-from streamconv.planning.plan import Mapping as Row
 from streamconv.planning.plan import Plan
 from streamconv.recipe import read_identity_options
 from streamconv.recipe.vocabulary import sampling
@@ -84,7 +83,7 @@ def make_plan(options: PlanOptions) -> Plan:
         format=target.format,
         budget=budget,
         sidecars=sidecars,
-        mapping=(Row(*row) for row in conversion.rows),
+        mapping=conversion.rows,
         dropped=conversion.dropped,
         notes=notes,
         replicas=conversion.replicas,

@@ -12,7 +12,7 @@ from streamconv import memory
 from streamconv.checkpoint.opening import open_checkpoint
 from streamconv.errors import DestinationError, StreamconvError, UsageError
 from streamconv.planning.plan import FilePlan, Plan, Totals
-from streamconv.planning.plan import Mapping as Row
+from streamconv.rows import Row
 from streamconv.running.destination import RemoteTarget, Target
 from streamconv.running.intent import forget_overwrite, note_overwrite
 from streamconv.running.log import read_head

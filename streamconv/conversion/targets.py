@@ -51,8 +51,8 @@ def _check_quantized(checkpoint: Checkpoint, conversion: Conversion, casting: Ca
     """`Casting.check_quantized` of each component; ``stated``: configs say what is quantized, else what a recipe makes of it does."""
     for folder in checkpoint.components:
         where = checkpoint.folder.folder(folder)
-        names = {name: checkpoint.component_of(name) for name in conversion.outputs}
-        specs = {bare: conversion.outputs[name].spec for name, (component, bare) in names.items() if component == folder}
+        placed = ((checkpoint.component_of(name), node.spec) for name, node in conversion.outputs.items())
+        specs = {bare: spec for (component, bare), spec in placed if component == folder}
         config = checkpoint.config_of(folder) if stated else {}
         note = casting.check_quantized(specs, config, lambda: {name: read_config(where, name) for name in FILES} if stated else {})  # noqa: B023
         if note:
@@ -74,6 +74,8 @@ def find_ties(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, str]:
 
 def store_once(conversion: Conversion, ties: Mapping[str, str]) -> Conversion:
     """The conversion with tied tensors under one name only, which is then made of both."""
+    if not ties:
+        return conversion
     others: dict[str, list[str]] = {}
     for name, kept in ties.items():
         others.setdefault(kept, []).append(name)

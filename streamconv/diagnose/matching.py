@@ -16,7 +16,6 @@ from streamconv.conversion.sides import open_side
 from streamconv.errors import StreamconvError
 from streamconv.formats.registry import containers
 from streamconv.library.parallel import TensorParallel
-from streamconv.memory import collecting_rarely
 from streamconv.recipe import Recipe, Side
 from streamconv.storage.folder import AnyPath, Location
 
@@ -173,13 +172,12 @@ def _match_library(recipe: Recipe, checkpoint: Checkpoint) -> Match:
     return Match(recipe, 1.0, 1.0, fits=True, named=False, needs=needs)
 
 
-@collecting_rarely()
-def suggest_recipes(src: AnyPath) -> list[str]:
-    """The recipes that go by the model type in a checkpoint's config.json and have a rule for each of its tensors."""
+def suggest_recipes(src: AnyPath, names: Iterable[str]) -> list[str]:
+    """The recipes that go by the model type in a checkpoint's config.json and have a rule for each tensor of these names."""
     location, _ = find_checkpoint(src)
     config = read_config(location.folder)
     if not config.get("model_type"):
         return []
     candidates = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)]
-    kinds = _count_kinds(open_checkpoint(location, components=False)) if candidates else {}
+    kinds = _count_kinds(name for name in names if "/" not in name) if candidates else {}
     return [recipe.name for recipe in candidates if recipe.coverage(kinds) == (1, 1)]

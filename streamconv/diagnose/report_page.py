@@ -259,7 +259,7 @@ def _describe_checks(specs: Mapping[str, TensorSpec], comparison: Comparison | N
     worst = sorted(comparison.tensors, key=lambda row: -(row.l2 or 0.0))
     for row in worst[:DIFFERING]:
         yield {"state": "differs", "name": row.name, "detail": _describe_difference(row)}
-    for name in fold_names(row.name for row in worst[DIFFERING:]):
+    for name in fold_names([row.name for row in worst[DIFFERING:]]):
         yield {"state": "differs", "name": name}
     other = {*comparison.missing, *(row.name for row in comparison.tensors)}
     equal = [name for name in specs if name not in other]

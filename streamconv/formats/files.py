@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
+
+import msgspec
 
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError, UsageError
@@ -138,7 +140,7 @@ def index_name(stem: str, suffix: str, variant: str | None) -> str:
     return f"{stem}{suffix}.index.{variant}.json" if variant else f"{stem}{suffix}.index.json"
 
 
-def index_layout(path: str, shards: Mapping[str, Iterable[str]], specs: Iterable[TensorSpec]) -> FileLayout:
+def index_layout(path: str, shards: Mapping[str, Iterable[str]], specs: Collection[TensorSpec]) -> FileLayout:
     """The index of a checkpoint: in which file each tensor is, and in all how many bytes and elements.
 
     Args:
@@ -146,8 +148,7 @@ def index_layout(path: str, shards: Mapping[str, Iterable[str]], specs: Iterable
         shards: the names of the tensors in each file.
         specs: of each tensor that is stored, so that tied ones count once.
     """
-    sizes = [(spec.nbytes, spec.numel) for spec in specs]
-    totals = {"total_size": sum(nbytes for nbytes, _ in sizes), "total_parameters": sum(numel for _, numel in sizes)}
+    totals = {"total_size": sum(spec.nbytes for spec in specs), "total_parameters": sum(spec.numel for spec in specs)}
     return _json_layout(path, {"metadata": totals, "weight_map": _file_of(shards)})
 
 
@@ -163,19 +164,20 @@ def _file_of(shards: Mapping[str, Iterable[str]]) -> dict[str, str]:
     return file_of
 
 
-def indented_json(table: Mapping[str, Any], margin: str = "\n") -> str:
-    """A table of texts and numbers, or of such tables, as ``json.dumps`` has it with ``indent=2, sort_keys=True``, which is much slower."""
-    inner = f"{margin}  "
-    if any(isinstance(value, Mapping) for value in table.values()):
-        items = f",{inner}".join(f"{json.dumps(key)}: {indented_json(value, inner)}" for key, value in sorted(table.items()))
-    else:
-        items = json.dumps(table, sort_keys=True, separators=(f",{inner}", ": "))[1:-1]
-    return f"{{{inner}{items}{margin}}}" if items else "{}"
+def indented_json(table: Mapping[str, Any]) -> bytes:
+    """A table of texts and numbers, or of such tables, as ``json.dumps`` has it with ``indent=2, sort_keys=True``, in one copy of it."""
+    try:
+        text = msgspec.json.encode(table, order="deterministic")
+    except (OverflowError, UnicodeEncodeError):  # of numbers and names that it does not write
+        text = b"\\"
+    if text.isascii() and not any(octet in text for octet in (b"\\", b"\x7f")):  # which are escaped in other ways there
+        return msgspec.json.format(text, indent=2)
+    return json.dumps(table, indent=2, sort_keys=True).encode()
 
 
 def _json_layout(path: str, table: Mapping[str, Any]) -> FileLayout:
-    text = (indented_json(table) + "\n").encode()
-    return FileLayout(path, len(text), ((0, text),), {})
+    text = indented_json(table)
+    return FileLayout(path, len(text) + 1, ((0, text), (len(text), b"\n")), {})
 
 
 # Messages --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamconv.dtypes import BLOCK_TYPES, DTYPES, DType, TensorSpec
+from streamconv.dtypes import BLOCK_TYPES, DTYPES, TensorSpec
 from streamconv.errors import FormatError
 from streamconv.formats import Contents, Extent, Source
 from streamconv.formats.container import Beginning, Container, Names

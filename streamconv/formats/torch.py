@@ -373,7 +373,7 @@ def lay_out(
         layouts.append(_lay_out_file(path, table, tied or {}, root))
     if len(shards) == 1:
         return layouts
-    return [*layouts, index_layout(index_name(stem, KIND.suffixes[0], variant), shards, (specs[owner] for owner in groups))]
+    return [*layouts, index_layout(index_name(stem, KIND.suffixes[0], variant), shards, [specs[owner] for owner in groups])]
 
 
 def _group(specs: Mapping[str, TensorSpec], tied: Mapping[str, str]) -> dict[str, list[str]]:

@@ -20,9 +20,10 @@ from streamconv.graph.node import AnyNode, sources, trace
 from streamconv.library.foreign import make_foreign
 from streamconv.library.model import LibraryModel, Nodes
 from streamconv.recipe import Model, Recipe
-from streamconv.recipe.application import Conversion, Recast, Replica, Row
+from streamconv.recipe.application import Conversion, Recast, Replica
 from streamconv.recipe.facts import Option, Side
 from streamconv.recipe.steps import cast
+from streamconv.rows import Row
 from streamconv.schemes.configs import model_dtype, without_quantization
 from streamconv.schemes.decoding import Decoded, decode
 from streamconv.schemes.detection import find_quantization

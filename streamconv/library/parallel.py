@@ -23,9 +23,10 @@ from streamconv.library.bridge import conclude
 from streamconv.library.heads import Heads, find_heads, head_size
 from streamconv.library.model import LibraryModel
 from streamconv.recipe import Recipe
-from streamconv.recipe.application import Conversion, Recast, Replica, Row
+from streamconv.recipe.application import Conversion, Recast, Replica
 from streamconv.recipe.facts import Option, Side
 from streamconv.recipe.steps import take
+from streamconv.rows import Row
 
 if TYPE_CHECKING:
     from streamconv.library.lazy import LazyTensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from itertools import chain, product
 from typing import NamedTuple
 
@@ -97,7 +97,8 @@ def _show_range(ends: list[int], width: int) -> str:
     return "-".join(f"{end:0{width}d}" for end in ends)
 
 
-def fold_names(names: Iterable[str]) -> list[str]:
+def fold_names(names: Collection[str]) -> list[str]:
     """Names alone, folded: ``["experts.[0-7].w1"]``."""
-    rows = ((None, (name,)) for name in names)
-    return [kind.texts[0] for kind in fold(rows)]
+    if len({_NUMBER.sub("0", name) for name in names}) == len(names):  # nothing to fold, as a rule
+        return list(names)
+    return [kind.texts[0] for kind in fold((None, (name,)) for name in names)]

@@ -13,9 +13,9 @@ from streamconv.graph.moves import Move, identity
 from streamconv.graph.node import AnyNode, Node, Source, extents, is_made_whole, items_of, sources, trace
 from streamconv.planning.fitting import SCATTERED, TILE, Budget, Fitting, bytes_of_stream
 from streamconv.planning.plan import Account, Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile, add_up, source_files
-from streamconv.planning.plan import Mapping as Row
 from streamconv.planning.proof import Proof
 from streamconv.planning.segments import computations
+from streamconv.rows import Row
 from streamconv.storage import is_url
 from streamconv.storage.filenames import find_fault
 from streamconv.storage.ranges import Fingerprint, fingerprints
@@ -224,8 +224,8 @@ class _Compiler:
         self, files: Sequence[FilePlan], outputs: Mapping[str, AnyNode], rows: Sequence[Row], reasons: Mapping[str, str], tied: int
     ) -> Account:
         ids = {id(self.nodes[segment.node]) for segment in computations(files)}
-        count = sum(id(items_of(node)) in ids for node in outputs.values())
-        leaves = ((node, next(sources(node), node)) for node in outputs.values())
+        count = sum(id(items_of(node)) in ids for node in outputs.values()) if ids else 0
+        leaves = ((node, next(sources(node), node)) for node in outputs.values() if isinstance(node, Node))
         return Account(
             tensors=len(outputs),
             copied=len(outputs) - count,

@@ -28,7 +28,6 @@ from streamconv.planning.segments import (
     Compute,
     Copy,
     FilePlan,
-    Mapping,
     Segment,
     SourceFile,
     Totals,
@@ -36,12 +35,13 @@ from streamconv.planning.segments import (
     computations,
     source_files,
 )
+from streamconv.rows import Row
 from streamconv.storage import is_url
 from streamconv.text import join_lines, one_line
 from streamconv.units import format_size
 
 __all__ = [
-    "BEGINNING", "VERSION", "Account", "Check", "Compute", "Copy", "FilePlan", "Mapping", "Plan", "Segment", "SourceFile", "Totals",
+    "BEGINNING", "VERSION", "Account", "Check", "Compute", "Copy", "FilePlan", "Plan", "Segment", "SourceFile", "Totals",
     "add_up", "source_files",
 ]  # fmt: skip
 
@@ -76,7 +76,7 @@ class Plan:
     nodes: tuple[AnyNode, ...]
     files: tuple[FilePlan, ...]
     checks: tuple[Check, ...]
-    mapping: tuple[Mapping, ...]
+    mapping: tuple[Row, ...]
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
     totals: Totals
@@ -118,7 +118,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [self._title, *(f"  {name:<8} {text}" for name, text in self._facts())]
-        changes: list[tuple[int, Mapping]] = []
+        changes: list[tuple[int, Row]] = []
         if any(map(_changes, self.mapping)):  # else no kind of row does
             changes = [(len(members), row) for row, members in self.fold_mapping() if _changes(row)]
         same = len(self.mapping) - sum(count for count, _ in changes)
@@ -142,7 +142,7 @@ class Plan:
         more = len(self.sidecars) - SHOWN_BESIDE
         return ", ".join(self.sidecars[:SHOWN_BESIDE]) + (f", and {more} more" if more > 0 else "")
 
-    def fold_mapping(self) -> Iterator[tuple[Mapping, list[Mapping]]]:
+    def fold_mapping(self) -> Iterator[tuple[Row, list[Row]]]:
         """Rows of the mapping that differ in numbers only as one, with ranges in its names, and the rows it stands for."""
         for (target, *names), positions in fold(map(_as_texts, self.mapping)):
             members = [self.mapping[position] for position in positions]
@@ -313,7 +313,7 @@ _AS_THEY_ARE = (
 )  # fmt: skip
 
 
-def _changes(row: Mapping) -> bool:
+def _changes(row: Row) -> bool:
     """Whether a tensor gets another name or layout."""
     return bool(row.layout) or (row.target,) != row.sources
 
@@ -322,7 +322,7 @@ def _without_tile(segment: Segment) -> Segment:
     return segment._replace(tile=()) if isinstance(segment, Compute) else segment
 
 
-def _as_texts(row: Mapping) -> tuple[Hashable, tuple[str, ...]]:
+def _as_texts(row: Row) -> tuple[Hashable, tuple[str, ...]]:
     """A row of the mapping as `fold` takes it; of several sources, their names are folded themselves."""
     names = fold_names(row.sources) if len(row.sources) > 1 else row.sources
     return (row.layout, row.spec), (row.target, *names)

@@ -15,16 +15,17 @@ from streamconv.graph import ops
 from streamconv.graph.moves import Move
 from streamconv.graph.node import AnyNode, Extent, Node, Source
 from streamconv.library import foreign  # noqa: F401 - plans may have its op
-from streamconv.planning.segments import Account, Check, Compute, Copy, FilePlan, Mapping, Segment, SourceFile, Totals
+from streamconv.planning.segments import Account, Check, Compute, Copy, FilePlan, Segment, SourceFile, Totals
+from streamconv.rows import Row
 
 VERSION = 3
 
 
-class Row(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class TextRow(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What stands in tables as a list of values, the first of which says what it is."""
 
 
-class CopyRow(Row, frozen=True, tag="copy"):
+class CopyRow(TextRow, frozen=True, tag="copy"):
     """A `Copy`."""
 
     source: int
@@ -33,7 +34,7 @@ class CopyRow(Row, frozen=True, tag="copy"):
     nbytes: int
 
 
-class ComputeRow(Row, frozen=True, tag="compute"):
+class ComputeRow(TextRow, frozen=True, tag="compute"):
     """A `Compute`, with the parts of its move between ``dst`` and ``tile``."""
 
     node: int
@@ -49,7 +50,7 @@ class ComputeRow(Row, frozen=True, tag="compute"):
     itemsize: int
 
 
-class StoredRow(Row, frozen=True, tag="stored"):
+class StoredRow(TextRow, frozen=True, tag="stored"):
     """A leaf of the graph: (number of the source file, offset, bytes) of each of its extents."""
 
     dtype: str
@@ -57,7 +58,7 @@ class StoredRow(Row, frozen=True, tag="stored"):
     extents: tuple[tuple[int, int, int], ...]
 
 
-class MadeRow(Row, frozen=True, tag="made"):
+class MadeRow(TextRow, frozen=True, tag="made"):
     """A node: the numbers of its op and of its inputs, which are rows before it."""
 
     dtype: str
@@ -66,7 +67,7 @@ class MadeRow(Row, frozen=True, tag="made"):
     inputs: tuple[int, ...]
 
 
-class ChecksumRow(Row, frozen=True):
+class ChecksumRow(TextRow, frozen=True):
     """A `Checksum`."""
 
     kind: str
@@ -78,8 +79,8 @@ class ChecksumRow(Row, frozen=True):
     prefix: str
 
 
-class MappingRow(Row, frozen=True):
-    """A `Mapping`."""
+class MappingRow(TextRow, frozen=True):
+    """A `Row`."""
 
     target: str
     sources: tuple[str, ...]
@@ -238,11 +239,11 @@ def _read_segment(row: CopyRow | ComputeRow) -> Segment:
     return Compute(row.node, row.dst, move, row.tile, row.source, row.offset, row.itemsize)
 
 
-def mapping_rows(mapping: Iterable[Mapping]) -> Iterator[MappingRow]:
+def mapping_rows(mapping: Iterable[Row]) -> Iterator[MappingRow]:
     """Rows of the mapping as they stand in a document."""
     return (MappingRow(m.target, m.sources, m.layout, write_dtype(m.spec.dtype), m.spec.shape) for m in mapping)
 
 
-def read_mapping(rows: Iterable[MappingRow]) -> tuple[Mapping, ...]:
+def read_mapping(rows: Iterable[MappingRow]) -> tuple[Row, ...]:
     """The mapping of a document."""
-    return tuple(Mapping(row.target, row.sources, row.layout, _spec(row)) for row in rows)
+    return tuple(Row(row.target, row.sources, row.layout, _spec(row)) for row in rows)

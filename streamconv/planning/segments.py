@@ -8,7 +8,6 @@ from itertools import chain
 from typing import NamedTuple
 
 from streamconv.digests import Checksum
-from streamconv.dtypes import TensorSpec
 from streamconv.graph.moves import Move
 from streamconv.graph.node import AnyNode, extents
 from streamconv.storage import Version, is_url
@@ -67,15 +66,6 @@ class FilePlan:
     segments: tuple[Segment, ...]
     tensors: tuple[str, ...] = ()
     checksums: tuple[Checksum, ...] = ()
-
-
-class Mapping(NamedTuple):
-    """Which sources a target tensor is made of, and how."""
-
-    target: str
-    sources: tuple[str, ...]
-    layout: str
-    spec: TensorSpec
 
 
 class Check(NamedTuple):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from streamconv.dtypes import TensorSpec, parse_dtype
 from streamconv.errors import CoverageError
@@ -20,17 +20,9 @@ from streamconv.recipe import steps
 from streamconv.recipe.facts import Dim, Fact, Make, Rule, Tie, capture_of
 from streamconv.recipe.grouping import Group, Grouping, grid
 from streamconv.recipe.sizes import Numbering, Sizes, near_keys, scope_of
+from streamconv.rows import Row
 
 MOST_SLICES = 1_000_000  # tensors that one tensor can be taken apart into
-
-
-class Row(NamedTuple):
-    """Which sources a target tensor is made of, by which layout ("" where only the name changes)."""
-
-    target: str
-    sources: tuple[str, ...]
-    layout: str
-    spec: TensorSpec
 
 
 Replica = tuple[AnyNode, AnyNode, tuple[str, str]]

@@ -20,11 +20,12 @@ from streamconv.notation import expressions
 from streamconv.notation.names import LONGEST, Matcher
 from streamconv.notation.names import parse as parse_names
 from streamconv.recipe import declaration, steps, vocabulary
-from streamconv.recipe.application import Application, Conversion, Recast, Row, canonical, identity, keep_dtype
+from streamconv.recipe.application import Application, Conversion, Recast, canonical, identity, keep_dtype
 from streamconv.recipe.facts import MOST, PLAIN, Dim, Dims, Drop, Fact, Make, Option, Rule, Side, Tie, from_config, pattern_of, sparse
 from streamconv.recipe.model import Model, Writer
 from streamconv.recipe.sizes import near_keys, plain_names, scope_of
 from streamconv.recipe.vocabulary import resize_vocab
+from streamconv.rows import Row
 from streamconv.text import did_you_mean
 
 __all__ = [

@@ -13,6 +13,7 @@ import torch
 from checkpoint_files import numbered, run, write, write_bin, write_ckpt
 from seeded_defects import CONFIG, llama
 
+import streamconv
 from streamconv.cli.parser import COMMANDS, build_parser
 from streamconv.diagnose import matching
 from streamconv.diagnose.doctor import examine
@@ -179,7 +180,7 @@ def test_where_none_fits_the_nearest_are_shown(tmp_path, capsys):
 
 
 def test_convert_suggests_a_recipe_that_config_json_points_at(healthy, tmp_path, capsys):
-    assert set(suggest_recipes(healthy)) == {"llama-hf2meta", "llama-hf2ms", "llama-hf2sat"}
+    assert set(suggest_recipes(healthy, streamconv.open(healthy))) == {"llama-hf2meta", "llama-hf2ms", "llama-hf2sat"}
     assert run("convert", healthy, tmp_path / "a") == 0
     assert "note: for another layout of this model: --recipe llama-hf2meta or" in capsys.readouterr().out
     assert run("plan", healthy, tmp_path / "b") == 0

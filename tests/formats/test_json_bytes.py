@@ -20,7 +20,7 @@ WHERE = locate("file.safetensors")
 
 @given(FLAT | st.dictionaries(TEXTS, FLAT, max_size=4))
 def test_an_index_is_that_of_the_json_module(table):
-    assert indented_json(table) == json.dumps(table, indent=2, sort_keys=True)
+    assert indented_json(table) == json.dumps(table, indent=2, sort_keys=True).encode()
 
 
 @given(st.dictionaries(TEXTS, TEXTS, max_size=3), st.sets(TEXTS, max_size=4))

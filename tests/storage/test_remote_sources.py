@@ -541,7 +541,7 @@ def test_recipes_are_found_by_the_config_behind_a_url(tmp_path, memory):
     for path in near.iterdir():
         MemoryFileSystem().pipe_file(f"/served/llama/{path.name}", path.read_bytes())
     assert matching.match_recipes(f"{memory}/llama") == matching.match_recipes(near)
-    assert "llama-hf2meta" in matching.suggest_recipes(f"{memory}/llama")
+    assert "llama-hf2meta" in matching.suggest_recipes(f"{memory}/llama", streamconv.open(f"{memory}/llama"))
 
 
 def test_folders_behind_urls_are_like_folders(memory, kinds):

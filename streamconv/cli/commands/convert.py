@@ -29,7 +29,7 @@ def execute(args: argparse.Namespace, out: Console) -> int:
         with writing():
             report_page.write(args.report, report_page.describe_conversion(result, ConvertOptions(**options), progress))
     print_result(args, out, result)
-    suggest_recipes(args, out)
+    suggest_recipes(args, result.plan, out)
     return 0
 
 

@@ -30,7 +30,7 @@ def execute(args: argparse.Namespace, out: Console) -> int:
     elif not args.quiet:
         out.say(plan)
         out.say(report.describe_room(plan))
-        suggest_recipes(args, out)
+        suggest_recipes(args, plan, out)
     return 0
 
 
