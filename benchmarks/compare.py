@@ -11,7 +11,7 @@ same rounds: with the time that cp would take for as many bytes as the operation
 page cache, and computes nothing. ``cgroup`` compares a re-shard inside a memory cgroup with the same outside of it; ``reflink-...`` a
 re-shard on a file system that shares blocks, mounted from an image (which takes root), with ``cp --reflink=never``.
 ``llama-hf2ms`` converts about 2 GB at most to MindSpore's container, beside MindSpore Transformers (``pip install mindformers``, in an
-environment of its own).
+environment of its own). ``dequantize-...`` makes as much quantized by a format bfloat16, in 150 MB, beside compressed-tensors.
 
 Prints a table in Markdown; writes ``results.json``, ``table.md``, ``time.png`` and ``memory.png`` (the pictures take matplotlib).
 """
@@ -38,7 +38,7 @@ from typing import Any
 import psutil
 
 from streamconv.units import format_size, parse_size
-from tools.make_checkpoint import MODELS, make_checkpoint
+from tools.make_checkpoint import MODELS, llama_shapes, make_checkpoint, total_size
 from tools.measure import Measurement, NotPermittedError, drop_caches, measure
 
 HERE = Path(__file__).parent
@@ -57,6 +57,9 @@ OPERATIONS = {
     "to-bf16": "Cast fp32 to bf16",
     "verify": "Compare two checkpoints",
     "llama-hf2ms": "Llama to MindSpore",
+    "dequantize-fp8": "Block fp8 to bf16",
+    "dequantize-int4": "int4 in groups to bf16",
+    "dequantize-mxfp4": "mxfp4 to bf16",
     "cgroup": f"Re-shard in {GROUP_LIMIT}",
     "reflink-xfs": "Re-shard one file on XFS",
     "reflink-btrfs": "Re-shard one file on btrfs",
@@ -68,7 +71,9 @@ SHARED_SIZE = 4_000_000_000  # bytes of the file that is re-sharded there, to qu
 LEAST_ROUNDS = {"cgroup": 5}
 LAYOUTS = ("fuse", "rotary", "transpose")
 MINDSPORE = "llama-hf2ms"
-MINDSPORE_SIZE = 2_000_000_000  # bytes of the source of that; the other tool holds it several times
+SMALL_SIZE = 2_000_000_000  # bytes of the source of that, and of quantized ones; other tools hold it several times
+DEQUANTIZED = {f"dequantize-{kind}": f"llama-2-7b-{kind}" for kind in ("fp8", "int4", "mxfp4")}  # operation -> model
+DEQUANTIZED_MEMORY = "150MB"
 RECIPES = {
     "llama": {MINDSPORE: MINDSPORE, **{name: str(HERE / "recipes" / f"llama-{name}.yaml") for name in LAYOUTS}},
     "internvl": {"fuse": "internvl-hf2custom"},
@@ -99,9 +104,11 @@ class Job:
     max_memory: str
     mergekit_python: str
     mindspore_python: str
+    compressed_python: str
     recipe: str | None = None
     other: Path | None = None
     image: Path | None = None
+    dequantized_bytes: int | None = None
 
     @property
     def dtype(self) -> str | None:
@@ -109,7 +116,7 @@ class Job:
 
     @property
     def output_bytes(self) -> int:
-        return round(self.source_bytes * GROWTH.get(self.operation, 1.0))
+        return self.dequantized_bytes or round(self.source_bytes * GROWTH.get(self.operation, 1.0))
 
     @property
     def makes_files(self) -> bool:
@@ -143,7 +150,8 @@ def _device(job: Job) -> list[str] | None:
 
 def _streamconv(job: Job) -> list[str]:
     command = [sys.executable, "-m", "streamconv"]
-    memory = ["--max-memory", GROUP_MEMORY if job.operation == "cgroup" else job.max_memory]
+    limits = {"cgroup": GROUP_MEMORY} | dict.fromkeys(DEQUANTIZED, DEQUANTIZED_MEMORY)
+    memory = ["--max-memory", limits.get(job.operation, job.max_memory)]
     if job.operation == "verify":
         return [*command, "verify", str(job.source), str(job.other), *memory, "--no-progress"]
     options = [*_recipe(job), "--max-shard-size", str(job.shard_size), *(["--align"] if job.image else [])]
@@ -152,7 +160,7 @@ def _streamconv(job: Job) -> list[str]:
 
 def _recipe(job: Job) -> list[str]:
     recipe = ["--recipe", job.recipe] if job.recipe else []
-    return [*recipe, *(["--dtype", job.dtype] if job.dtype else [])]
+    return [*recipe, *(["--dtype", job.dtype] if job.dtype else []), *(["--dequantize"] if job.operation in DEQUANTIZED else [])]
 
 
 def _streamconv_in_group(job: Job) -> list[str] | None:
@@ -160,7 +168,7 @@ def _streamconv_in_group(job: Job) -> list[str] | None:
 
 
 def _safetensors(job: Job) -> list[str] | None:
-    if job.operation in ("cgroup", MINDSPORE) or job.image:
+    if job.operation in ("cgroup", MINDSPORE, *DEQUANTIZED) or job.image:
         return None
     _needs("safetensors", "huggingface_hub")
     if job.operation == "verify":
@@ -206,6 +214,14 @@ def _mindformers(job: Job) -> list[str] | None:
     return [job.mindspore_python, str(COMPETITORS / "mindformers_llama.py"), str(job.source), str(job.target)]
 
 
+def _compressed_tensors(job: Job) -> list[str] | None:
+    if job.operation not in DEQUANTIZED:
+        return None
+    if subprocess.run([job.compressed_python, "-c", "import compressed_tensors"], capture_output=True, check=False).returncode:
+        raise NotRunError("compressed-tensors not installed (--compressed-python gives the interpreter of another environment)")
+    return [job.compressed_python, str(COMPETITORS / "compressed.py"), str(job.source), str(job.target)]
+
+
 def _dcp(job: Job) -> list[str] | None:
     if job.operation != "reshard":
         return None
@@ -223,6 +239,7 @@ TOOLS: dict[str, tuple[str, Callable[[Job], list[str] | None]]] = {
     "mergekit": ("mergekit passthrough", _mergekit),
     "dcp": ("torch DCP consolidation", _dcp),
     "mindformers": ("mindformers convert_weight", _mindformers),
+    "compressed-tensors": ("compressed-tensors convert_checkpoint", _compressed_tensors),
 }
 WHOLE_MODEL = ("safetensors", "huggingface_hub", "transformers", "mindformers")
 
@@ -378,19 +395,21 @@ class Sources:
 
     def __init__(self, work: Path, model: str) -> None:
         self._work, self._model = work, model
-        self._made: dict[tuple[str, int], Path] = {}
+        self._made: dict[tuple[str, str, int], Path] = {}
 
-    def get(self, dtype: str, size: int) -> Path:
+    def get(self, dtype: str, size: int, model: str | None = None) -> Path:
         """The checkpoint of that element type and about ``size`` bytes; others are removed."""
-        for other in set(self._made) - {(dtype, size)}:
+        model = model or self._model
+        key = (model, dtype, size)
+        for other in set(self._made) - {key}:
             _remove(self._made.pop(other))
-        if (dtype, size) not in self._made:
+        if key not in self._made:
             folder = self._work / f"source-{dtype}"
-            _say(f"making {self._model}, about {format_size(size)}, {dtype}")
+            _say(f"making {model}, about {format_size(size)}, {dtype}")
             _check_room(self._work, size)
-            make_checkpoint(self._model, folder, size=size, dtype=dtype)
-            self._made[dtype, size] = folder
-        return self._made[dtype, size]
+            make_checkpoint(model, folder, size=size, dtype=dtype)
+            self._made[key] = folder
+        return self._made[key]
 
 
 def _check_room(folder: Path, nbytes: float) -> None:
@@ -472,9 +491,11 @@ def _job(operation: str, sources: Sources, options: argparse.Namespace) -> Itera
     recipe = RECIPES.get(MODELS[options.model].config["model_type"], {}).get(operation)
     if operation in (*LAYOUTS, MINDSPORE) and recipe is None:
         raise NotRunError(f"there is no recipe for {options.model}")
-    size = min(options.size, MINDSPORE_SIZE) if operation == MINDSPORE else options.size
-    source = sources.get("float32" if operation == "to-bf16" else "bfloat16", size)
+    size = min(options.size, SMALL_SIZE) if operation in (MINDSPORE, *DEQUANTIZED) else options.size
+    source = sources.get("float32" if operation == "to-bf16" else "bfloat16", size, DEQUANTIZED.get(operation))
     job = replace(_make_job(operation, source, options.work / "target", options, shard_size=options.shard_size), recipe=recipe)
+    if operation in DEQUANTIZED:
+        job = replace(job, dequantized_bytes=_dequantized_bytes(source))
     _check_room(options.work, max(job.output_bytes, job.source_bytes))
     with prepared(job, options.tools) as job:
         yield job
@@ -482,7 +503,13 @@ def _job(operation: str, sources: Sources, options: argparse.Namespace) -> Itera
 
 def _make_job(operation: str, source: Path, target: Path, options: argparse.Namespace, *, shard_size: int) -> Job:
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    return Job(operation, source, target, total, shard_size, options.max_memory, options.mergekit_python, options.mindspore_python)
+    pythons = (options.mergekit_python, options.mindspore_python, options.compressed_python)
+    return Job(operation, source, target, total, shard_size, options.max_memory, *pythons)
+
+
+def _dequantized_bytes(source: Path) -> int:
+    """What the tensors of a Llama take without quantization."""
+    return total_size(llama_shapes(json.loads((source / "config.json").read_text(encoding="utf-8"))))
 
 
 def run_all(options: argparse.Namespace) -> dict[str, Any]:
@@ -606,7 +633,8 @@ class Goal:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
 
-DEVICE = 1.25  # times what the device allows, that an operation may take
+DEVICE = 1.25  # times what the device allows, that an operation may take ...
+DEQUANTIZED_DEVICE = 1.5  # ... one that dequantizes
 TIMES = dict.fromkeys(SHARING, 0.15) | {"reshard": 0.75, "fuse": 0.85, "rotary": 1.0, "transpose": 1.5, "to-fp32": 1.0, "to-bf16": 1.0}
 
 
@@ -622,7 +650,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
         if name in TIMES and mine.ratio is not None:
             found.append(Goal(f"{title}: time / cp", mine.ratio, TIMES[name]))
         if mine.device is not None:
-            found.append(Goal(f"{title}: time / device", mine.device, DEVICE))
+            found.append(Goal(f"{title}: time / device", mine.device, DEQUANTIZED_DEVICE if name in DEQUANTIZED else DEVICE))
         source, output = operation["source_bytes"], operation["output_bytes"]
         found.append(Goal(f"{title}: bytes read / input", mine.read / (source * (2 if name == "verify" else 1)), 1.05))
         if output:
@@ -635,6 +663,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
                 found.append(Goal(f"{title}: peak memory of transformers / streamconv", tools["transformers"].peak / mine.peak, 20, True))  # noqa: FBT003
         if "mindformers" in tools:
             found.append(Goal(f"{title}: time of mindformers / streamconv", tools["mindformers"].median / mine.median, 1.0, at_least=True))
+        if "compressed-tensors" in tools:
+            found.append(Goal(f"{title}: time / compressed-tensors", mine.median / tools["compressed-tensors"].median, 0.5))
         runs = next(tool["runs"] for tool in operation["tools"] if tool["name"] == "streamconv")
         if name in SHARING:
             found.append(Goal(f"{title}: new blocks / output", statistics.median(run["new_bytes"] for run in runs) / output, 0.1))
@@ -840,6 +870,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="compare what each tool makes in the first round, byte for byte")
     parser.add_argument("--mergekit-python", default=sys.executable, metavar="PATH", help="an interpreter that has mergekit")
     parser.add_argument("--mindspore-python", default=sys.executable, metavar="PATH", help="an interpreter that has mindformers")
+    parser.add_argument("--compressed-python", default=sys.executable, metavar="PATH", help="an interpreter that has compressed-tensors")
     parser.add_argument("--render", type=Path, metavar="results.json", help="print and draw these results, run nothing")
     return parser
 

@@ -17,7 +17,7 @@ from streamconv.units import format_size
 READING = 1_000_000_000  # what reading one thing may take where nobody said how much memory there is to be
 BLOCK = 4 << 10  # bytes: direct I/O takes offsets, lengths and addresses that are multiples of this
 HUGE_PAGE = 2 << 20  # bytes
-RARELY = 50_000  # new objects between two looks of the collector, where 700 are usual
+RARELY = 200_000  # objects
 PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 """How memory is mapped that no file stands behind: shared, which is the default, would count as file pages."""
 _STATUS = Path("/proc/self/status")
@@ -41,7 +41,7 @@ def collecting_rarely() -> Iterator[None]:
 
     >>> with collecting_rarely():
     ...     gc.get_threshold()[0]
-    50000
+    200000
     """
     usual = gc.get_threshold()
     gc.set_threshold(RARELY, *usual[1:])

@@ -33,7 +33,10 @@ Config = dict[str, Any]
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 # dtype -> its name in the file, bytes. A file holds the later ones first, then by name: the order in which the safetensors library saves.
-DTYPES = {"float8_e4m3fn": ("F8_E4M3", 1), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4), "int64": ("I64", 8)}
+DTYPES = {
+    "uint8": ("U8", 1), "float8_e4m3fn": ("F8_E4M3", 1), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "int32": ("I32", 4),
+    "float32": ("F32", 4), "int64": ("I64", 8),
+}  # fmt: skip
 FLOATS = ("float32", "bfloat16", "float16")
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
 _STAMP = 8
@@ -108,6 +111,33 @@ def llama_shapes(config: Config, *, prefix: str = "", qkv_bias: bool = False) ->
         tensors |= _norm(f"{layer}.post_attention_layernorm", hidden, dtype)
     tensors |= _norm(f"{prefix}model.norm", hidden, dtype)
     return tensors | _linear(f"{prefix}lm_head", config["vocab_size"], hidden, dtype)
+
+
+def quantized_llama_shapes(config: Config) -> Shapes:
+    """Llama with the weights of its layers' linear modules quantized as the config says: in blocks of fp8, or packed."""
+    tensors: Shapes = {}
+    for name, (dtype, shape) in llama_shapes(config).items():
+        if len(shape) == 2 and ".layers." in name:
+            tensors |= _quantized(name, config["quantization_config"], shape)
+        else:
+            tensors[name] = dtype, shape
+    return tensors
+
+
+def _quantized(name: str, quantization: Config, shape: tuple[int, ...]) -> Shapes:
+    """The tensors that stand for a weight of ``shape``."""
+    rows, columns = shape
+    if quantization["quant_method"] == "fp8":
+        down, across = quantization["weight_block_size"]
+        return {
+            name: ("float8_e4m3fn", shape),
+            f"{name}_scale_inv": ("float32", (math.ceil(rows / down), math.ceil(columns / across))),
+        }
+    (group,) = quantization["config_groups"].values()
+    scales = rows, columns // group["weights"]["group_size"]
+    if group["format"] == "mxfp4-pack-quantized":
+        return {f"{name}_packed": ("uint8", (rows, columns // 2)), f"{name}_scale": ("uint8", scales)}
+    return {f"{name}_packed": ("int32", (rows, columns // 8)), f"{name}_scale": ("bfloat16", scales), f"{name}_shape": ("int64", (2,))}
 
 
 def internvl_shapes(config: Config) -> Shapes:
@@ -213,6 +243,26 @@ def _llama(**sizes: Any) -> Config:
     } | sizes
 
 
+def _packed(format: str, **weights: Any) -> Config:  # noqa: A002
+    """What compressed-tensors says of linear weights of 4 bits."""
+    weights = {"num_bits": 4, "dynamic": False, "symmetric": True, "strategy": "group", **weights}
+    group = {"format": format, "targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "config_groups": {"group_0": group},
+        "format": format,
+        "ignore": ["lm_head"],
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "version": "0.20.0",
+    }
+
+
+_FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+_LLAMA_7B = _llama(
+    hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, vocab_size=32000
+)
+
+
 def _internvl(vision: Config, text: Config) -> Config:
     return {
         "architectures": ["InternVLForConditionalGeneration"],
@@ -300,6 +350,15 @@ MODELS = {
         bert_shapes,
     ),
     "llama-3-8b": Model(_llama(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_hidden_layers=32), llama_shapes),
+    "llama-2-7b-fp8": Model(_LLAMA_7B | {"quantization_config": _FP8}, quantized_llama_shapes),
+    "llama-2-7b-int4": Model(
+        _LLAMA_7B | {"quantization_config": _packed("pack-quantized", group_size=128, type="int")}, quantized_llama_shapes
+    ),
+    "llama-2-7b-mxfp4": Model(
+        _LLAMA_7B
+        | {"quantization_config": _packed("mxfp4-pack-quantized", group_size=32, type="float", scale_dtype="torch.uint8", zp_dtype=None)},
+        quantized_llama_shapes,
+    ),
     "llama-3-70b": Model(_llama(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=80), llama_shapes),
     "mixtral-8x7b": Model(
         {
@@ -404,12 +463,7 @@ MODELS = {
             "q_lora_rank": 1536,
             "qk_nope_head_dim": 128,
             "qk_rope_head_dim": 64,
-            "quantization_config": {
-                "activation_scheme": "dynamic",
-                "fmt": "e4m3",
-                "quant_method": "fp8",
-                "weight_block_size": [128, 128],
-            },
+            "quantization_config": _FP8,
             "rms_norm_eps": 1e-06,
             "rope_scaling": {
                 "beta_fast": 32,
@@ -548,11 +602,13 @@ def _stamps(tensors: Iterable[Placed]) -> Iterator[tuple[int, bytes]]:
 
 
 @functools.cache
-def _block(dtype: str, seed: int, *, positive: bool) -> memoryview:
+def _block(dtype: str, seed: int, *, positive: bool) -> memoryview | bytes:
     """Random elements, all finite, to cut tensors from."""
     import numpy as np
 
     generator = np.random.default_rng([seed, _RANK[dtype], positive])
+    if dtype in {"uint8", "int32"}:  # codes, which may be all, or exponents around that of 1
+        return generator.integers(110, 130, _BLOCK, dtype=np.uint8).data if positive else generator.bytes(_BLOCK)
     if dtype == "float8_e4m3fn":  # without its bit of highest weight a magnitude is below 2, and never NaN
         return (generator.integers(0, 256, _BLOCK, dtype=np.uint8) & np.uint8(0xBF)).data
     block = np.empty(_BLOCK // DTYPES[dtype][1], dtype={"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[dtype])
@@ -564,22 +620,26 @@ def _block(dtype: str, seed: int, *, positive: bool) -> memoryview:
     return block.view(np.uint8).data
 
 
-def _write_random(file: BinaryIO, tensor: Placed, seed: int) -> None:
+def _write_random(file: BinaryIO, tensor: Placed, seed: int, shapes: Shapes) -> None:
     """Fills a tensor with pieces cut out of the block at places drawn from its name: no two tensors are alike, none is periodic."""
     if tensor.dtype == "int64":
-        file.write(b"".join(struct.pack("<q", number) for number in range(tensor.nbytes // 8)))
+        numbers: Iterable[int] = range(tensor.nbytes // 8)
+        if tensor.name.endswith(".weight_shape"):
+            rows, words = shapes[tensor.name.replace("_shape", "_packed")][1]
+            numbers = rows, words * 8
+        file.write(b"".join(struct.pack("<q", number) for number in numbers))
         return
     places = random.Random(f"{seed} {tensor.name}")
     itemsize = DTYPES[tensor.dtype][1]
-    block = _block(tensor.dtype, seed, positive=tensor.name.endswith("_scale_inv"))
+    block = _block(tensor.dtype, seed, positive=tensor.name.endswith(("_scale_inv", "_scale")))
     left = tensor.nbytes
     while left:
         start = places.randrange((_BLOCK - _CHUNK) // itemsize) * itemsize
         left -= file.write(block[start : start + min(left, _CHUNK)])
 
 
-def write_shard(path: Path, shapes: Shapes, *, sparse: bool = False, seed: int = 0) -> None:
-    """Writes one safetensors file."""
+def write_shard(path: Path, shapes: Shapes, *, sparse: bool = False, seed: int = 0, every: Shapes | None = None) -> None:
+    """Writes one safetensors file; ``every`` are the tensors of all files, where some of these tell the shapes of others."""
     head, tensors = layout(shapes)
     with path.open("xb", buffering=0) as raw:
         file: Any = raw
@@ -593,7 +653,7 @@ def write_shard(path: Path, shapes: Shapes, *, sparse: bool = False, seed: int =
                 os.pwrite(file.fileno(), data, offset)
         else:
             for tensor in tensors:
-                _write_random(file, tensor, seed)
+                _write_random(file, tensor, seed, every or shapes)
 
 
 def make_checkpoint(
@@ -642,7 +702,7 @@ def make_checkpoint(
     shards = split(shapes, max_shard_size or parse_size(known.max_shard_size))
     paths = [directory / f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for path, shard in zip(paths, shards, strict=True):
-        write_shard(path, shard, sparse=sparse, seed=seed)
+        write_shard(path, shard, sparse=sparse, seed=seed, every=shapes)
     places = {name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard}
     index = {"metadata": {"total_size": total_size(shapes)}, "weight_map": dict(sorted(places.items()))}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from streamconv.dtypes import TensorSpec, parse_dtype
@@ -111,6 +111,8 @@ class Application:
         self.replicas: list[Replica] = []
         self._unread = 0
         self._cache: dict[object, list[Rearrange]] = {}
+        self._numbers: dict[object, Any] = {}
+        self._names_in = cache(expressions.find_names)
 
     def run(self) -> Conversion:
         """The conversion; see `Recipe.apply`."""
@@ -207,6 +209,9 @@ class Application:
     def _stacks(self, rule: Rule, group: Group) -> tuple[list[list[str]], tuple[int, ...], list[str]]:
         """For each left tensor the names behind it, the sizes of the leading axes that they count along, and all names, copies too."""
         binding = rule.binding
+        if not any(binding.left_only) and [*map(len, group.members.values())] == [1]:  # as of most rules
+            (name,) = next(iter(group.members.values())).values()
+            return [[name]], (), [name]
         members: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
         copies = [self.sizes.repeats(rule, n) for n in binding.left_only.counts]
         minimums = [(self.sizes.dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_only.counts, copies, strict=True)]
@@ -286,16 +291,22 @@ class Application:
 
     def _parameters(self, fact: Rule | Make, values: Values) -> dict[str, Any]:
         """What a fact's ``op`` takes."""
-        scope = {**self.scope, **values}
         parameters: dict[str, Any] = {}
         for key, size in fact.op.items():
             if key == "op":
                 continue
-            value = expressions.evaluate(size, scope) if isinstance(size, str) else size
+            value = self._evaluate(size, values) if isinstance(size, str) else size
             if value is None:
                 raise CoverageError(f"{fact.op['op']}: no value for {key}, which is {size!r}: give it with --set, or in config.json")
             parameters[key] = value
         return parameters
+
+    def _evaluate(self, text: str, values: Values) -> Any:
+        """An expression for one of the groups of a rule: evaluated once for all groups with the same values of what it names."""
+        own = tuple((name, values[name]) for name in self._names_in(text) if name in values)
+        if (text, own) not in self._numbers:
+            self._numbers[text, own] = expressions.evaluate(text, {**self.scope, **values})
+        return self._numbers[text, own]
 
     def _one_dtype(self, rule: Rule, target: str, nodes: list[AnyNode]) -> Iterator[AnyNode]:
         """The inputs, cast to what the target shall have where they differ among themselves."""

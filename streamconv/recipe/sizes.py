@@ -24,8 +24,8 @@ def scope_of(entries: Mapping[str, AnyNode], scope: Mapping[str, Any]) -> dict[s
     """``scope`` with what expressions can ask of the tensors: ``has``, ``count`` and ``shape`` of a name pattern; and ``max``, ``min``."""
 
     def matching(text: str) -> Iterator[str]:
-        pattern = plain_names(text)
-        return (name for name in entries if pattern.match(name) is not None)
+        matches = plain_names(text).regex.fullmatch
+        return filter(matches, entries)
 
     def shape(text: str) -> list[int] | None:
         first = next(matching(text), None)
