@@ -42,5 +42,8 @@ def as_values(array: Array, name: str) -> Array:
 
 def view(array: Array, sizes: Sequence[int], strides: Sequence[int], start: int) -> Array:
     """Elements of an array's memory in another shape; ``strides`` and ``start``, from its first one on, in elements."""
+    steps = [stride * array.itemsize for stride in strides]
+    if array.flags.c_contiguous:  # `as_strided` takes several times as long
+        return np.ndarray(tuple(sizes), array.dtype, array, start * array.itemsize, steps)
     first = as_strided(array, (start + 1,), (array.itemsize,))[start:]
-    return as_strided(first, sizes, [stride * array.itemsize for stride in strides])
+    return as_strided(first, sizes, steps)

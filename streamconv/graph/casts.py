@@ -6,9 +6,11 @@ evaluates has numpy not warn of them.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from streamconv.graph.arrays import numpy_dtype
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-PIECE = 1 << 17  # elements: smaller pieces have threads wait for each other between the calls, larger ones leave the cache
+PIECE = 1 << 18  # elements: smaller pieces have threads wait for each other between the calls, larger ones leave the cache
 SCRATCH = 16 * PIECE  # bytes that a thread takes for a piece: three times its elements as float32, and masks
 
 _LARGEST = {"float64": sys.float_info.max, "float32": 2.0**128 - 2.0**104, "float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}
@@ -36,6 +38,11 @@ class _Scratch(threading.local):
     def __call__(self, number: int, like: Array) -> Array:
         """Room for the elements of a piece as float32, in its shape; there are three."""
         return self._words[number, : like.size].reshape(like.shape)
+
+    def of(self, number: int, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
+        """The same room for something else; of what is larger, other memory."""
+        words, size = self._words[number].view(dtype), math.prod(shape)
+        return words[:size].reshape(shape) if size <= words.size else np.empty(shape, dtype)
 
 
 _scratch = _Scratch()
@@ -67,10 +74,32 @@ def cast(items: Array, source: str, out: Array, target: str) -> int:
     return overflowed
 
 
+def look_up(numbers: Array, table: Array) -> Array:
+    """What numbers stand for, as float32 in scratch memory: the two or four elements of each side by side along the last axis.
+
+    Args:
+        numbers: unsigned integers; with what they stand for a piece.
+        table: for each number its elements as one item.
+    """
+    *outer, last = numbers.shape
+    values = _scratch.of(0, (*outer, last * table.itemsize // 4), np.float32)
+    np.take(table, as_indices(numbers), out=values.view(table.dtype), mode="clip")
+    return values
+
+
+def as_indices(numbers: Array) -> Array:
+    """Numbers as indices, in scratch memory that is also where `narrow` has its own: half as many as a piece has elements."""
+    indices = _scratch.of(1, numbers.shape, np.intp)
+    np.copyto(indices, numbers)
+    return indices
+
+
 def widen(items: Array, dtype: str) -> Array:
     """The floats of a piece as float32, exactly, in scratch memory; those that are wide enough as they are."""
     if dtype in {"float64", "float32"}:
         return items.view(dtype)
+    if items.itemsize == 1 and items.ndim and items.strides[-1] == 1 and items.shape[-1] % 2 == 0 and items.size:
+        return look_up(items.view(np.uint16), _pairs(dtype))
     values = _scratch(0, items)
     words = values.view(np.uint32)
     if dtype == "bfloat16":
@@ -89,16 +118,34 @@ def widen(items: Array, dtype: str) -> Array:
     return values
 
 
-def narrow(values: Array, out: Array, dtype: str, operand: Array | None = None) -> int:
+@cache
+def _pairs(dtype: str) -> Array:
+    """For two floats of a byte each, as one number, both as float32, as one item."""
+    floats = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float32)
+    second, first = np.divmod(np.arange(1 << 16), 256)
+    return np.stack([floats[first], floats[second]], -1).view(np.uint64).reshape(-1)
+
+
+def narrow(values: Array, out: Array, dtype: str, operand: Array | None = None, *, bound: float = math.inf) -> int:
     """Rounds a piece of float32 or float64 to nearest, ties to even, into ``out``, the items of a type of `CASTABLE`.
+
+    Args:
+        values: in one shape with ``out``.
+        out: where they go.
+        dtype: of ``out``.
+        operand: what they are made of.
+        bound: what no magnitude exceeds; if it is finite, none is NaN either.
 
     Returns:
         How many are infinite there and finite as ``operand``, from which the values come: by default the values themselves.
     """
     if not values.size:
         return 0
-    low, high, largest = values.min(), values.max(), _LARGEST[dtype]
-    is_plain = -largest <= low and high <= largest  # which NaNs are not
+    largest = _LARGEST[dtype]
+    is_plain = bound <= largest
+    if not is_plain:
+        low = values.min()
+        is_plain = -largest <= low and values.max() <= largest  # which NaNs are not
     single = values
     if values.dtype == np.float64 and dtype != "float64":
         single = _scratch(0, values)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamconv.graph import casts
 from streamconv.graph.arrays import numpy_dtype
 
 if TYPE_CHECKING:
@@ -60,9 +61,13 @@ def _unpack_rows(octets: Array, bits: int) -> Array:
 
 
 def look_up(octets: Array, values: tuple[float, ...], *, high_first: bool = False) -> Array:
-    """What the two codes of four bits in each byte stand for, as float32, side by side along the last axis."""
-    numbers: Array = _pairs(values, high_first)[octets].view(np.float32)
-    return numbers
+    """What the two codes of four bits in each byte stand for, as float32 in scratch memory, side by side along the last axis."""
+    return casts.look_up(octets, _pairs(values, high_first))
+
+
+def look_up_integers(octets: Array, bits: int, offset: int) -> Array:
+    """The same of two or four integers in each byte, the first in the lowest bits, less ``offset``."""
+    return casts.look_up(octets, _integers(bits, offset))
 
 
 @cache
@@ -74,6 +79,27 @@ def _pairs(values: tuple[float, ...], high_first: bool) -> Array:
         first, second = second, first
     listed = np.array(values, np.float32)
     return np.ascontiguousarray(np.stack([listed[first], listed[second]], -1)).view(np.uint64).reshape(-1)
+
+
+@cache
+def _integers(bits: int, offset: int) -> Array:
+    """For each byte all its integers, less the offset, as one item."""
+    shifts = np.arange(0, 8, bits)
+    numbers = (np.arange(256)[:, None] >> shifts & (1 << bits) - 1) - offset
+    return numbers.astype(np.float32).view({4: np.uint64, 2: np.complex128}[bits]).reshape(-1)
+
+
+def multiply(values: Array, factors: Array, columns: range, count: int) -> Array:
+    """Numbers, in place, times what each ``count`` of them along the last axis share: ``factors`` from the one of the first column on."""
+    matrices, rows, width = values.shape
+    if count > 1 < factors.shape[2] and columns.step == 1 and columns.start % count == width % count == 0 and values.flags.c_contiguous:
+        shared = factors[..., : width // count]
+        blocks = values.reshape(matrices, rows, -1, count)
+        np.multiply(blocks, shared[..., None], out=blocks)
+        return values
+    if count > 1:
+        factors = spread(factors, 2, columns, count, columns.start // count)
+    return np.multiply(values, factors, out=values)
 
 
 def reorder_awq(nibbles: Array) -> Array:
@@ -97,6 +123,12 @@ def factors(scales: Array, dtype: str) -> Array:
     powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
     powers[scales == 255] = np.inf if dtype == "uint8" else np.nan
     return powers
+
+
+def largest(scales: Array) -> float:
+    """The largest magnitude of some scales; infinite if one is NaN."""
+    magnitude = float(np.abs(scales).max(initial=0))
+    return math.inf if math.isnan(magnitude) else magnitude
 
 
 def spread(values: Array, axis: int, elements: range, count: int = 1, first: int = 0) -> Array:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import streamconv
+from streamconv import memory
 from streamconv.cli.command import main
 from streamconv.errors import FormatError, StreamconvError
 from streamconv.planning.plan import Plan
@@ -352,7 +353,7 @@ def test_the_collector_looks_rarely_while_a_plan_is_made_and_goes_on(tmp_path, m
     compile_plan = pipeline.compile_plan
     monkeypatch.setattr(pipeline, "compile_plan", lambda *given, **more: seen.append(gc.get_threshold()) or compile_plan(*given, **more))
     streamconv.plan(source, tmp_path / "out", max_memory="4GB")
-    assert (seen[0][0], gc.get_threshold()) == (50_000, usual)
+    assert (seen[0][0], gc.get_threshold()) == (memory.RARELY, usual)
     with pytest.raises(StreamconvError):
         streamconv.plan(tmp_path / "none", tmp_path / "out", max_memory="4GB")
     assert gc.get_threshold() == usual

@@ -110,15 +110,15 @@ class _Piece:
             axes.append(range(first, first + sum(advances) + 1, step))
         return axes
 
-    def halves(self) -> list[_Piece]:
-        """The piece in two, along what it takes most matrices of, else rows, else columns."""
+    def parts(self, count: int) -> list[_Piece]:
+        """The piece in so many, or as many as can be, along what it takes most matrices of, else rows, else columns."""
         for _, steps in self.places:
             advances = [(n - 1) * step for n, step in zip(self.sizes, steps, strict=True)]
             if max(advances, default=0) > 0:
                 break
         axis = advances.index(max(advances))
-        middle = self.sizes[axis] // 2
-        return [self._part(axis, 0, middle), self._part(axis, middle, self.sizes[axis] - middle)]
+        size = max(1, self.sizes[axis] // count)
+        return [self._part(axis, start, min(size, self.sizes[axis] - start)) for start in range(0, self.sizes[axis], size)]
 
     def _part(self, axis: int, start: int, size: int) -> _Piece:
         sizes = (*self.sizes[:axis], size, *self.sizes[axis + 1 :])
@@ -143,8 +143,13 @@ class Boxed(Rounding):
         """The inputs."""
 
     @abstractmethod
-    def decode(self, items: Sequence[Values], box: Box) -> Array:
-        """The numbers of a box as float32, in its sizes; ``items``: those of each input that `Grid.items_of` says."""
+    def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:
+        """The numbers of a box as float32, in its sizes, and what no magnitude exceeds, infinite if they may be that, or NaN.
+
+        Args:
+            items: those of each input that `Grid.items_of` says.
+            box: which of the matrices' elements.
+        """
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         numels = [math.prod(grid.sizes) for grid in self.grids]
@@ -192,21 +197,23 @@ class Boxed(Rounding):
 
         lying = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
         pieces = list(self._pieces(lying))
-        around, overflowed = self._around(pieces), 0
+        around, grids, overflowed = self._around(pieces), self.grids, 0
+        wholes = [grid.items_of(around) for grid in grids]
         while pieces:
             piece = pieces.pop()
             box = self._around([piece])
             if box.numel > PIECE and math.prod(piece.sizes) > 1:
-                pieces += piece.halves()
+                pieces += piece.parts(-(-box.numel // PIECE))
                 continue
             items = []
-            for part, grid in zip(parts, self.grids, strict=True):
-                where = grid.items_of(box).within(grid.items_of(around))
+            for part, grid, whole in zip(parts, grids, wholes, strict=True):
+                where = grid.items_of(box).within(whole)
                 items.append(Values(part.items[where], part.dtype))
-            numbers = np.ascontiguousarray(self.decode(items, box)).reshape(-1)
+            decoded, bound = self.decode(items, box)
+            numbers = np.ascontiguousarray(decoded).reshape(-1)
             strides, start = _places_in(piece, box)
             target = view(out.items, piece.sizes, piece.dst_strides, piece.dst)
-            overflowed += narrow(view(numbers, piece.sizes, strides, start), target, out.dtype.name)
+            overflowed += narrow(view(numbers, piece.sizes, strides, start), target, out.dtype.name, bound=bound)
         return overflowed
 
     def _pieces(self, region: Move) -> Iterator[_Piece]:

@@ -23,6 +23,7 @@ ROWS, COLUMNS, AWQ, BYTES = "rows", "columns", "awq", "bytes"
 """How integers lie: in words filled along rows or columns, in words as AWQ fills them, signed in a byte each."""
 
 _FLOATS = (*(name for name in DTYPES if name.startswith("float8")), "float4_e2m1fn", "float6_e2m3fn", "int8")
+_LARGEST = {"float4_e2m1fn": 6.0, "float6_e2m3fn": 7.5, "int8": 128.0}
 DIVIDES, MULTIPLIES = "divides", "multiplies"
 NONE: Mapping[int, int] = MappingProxyType({})
 
@@ -120,22 +121,40 @@ class DequantizeIntegers(Boxed):
             return Grid((count, -(-down * self.bits // WORD), across), _in_words(rows, per, words), columns)
         return Grid((count, down, -(-across * self.bits // WORD)), rows, _in_words(columns, per, words))
 
-    def decode(self, items: Sequence[Values], box: Box) -> Array:
+    def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:
         import numpy as np
 
         from streamconv.graph import codes
 
         groups = items[-1] if self.index else None
-        numbers = self._integers(items[0], self.along, Grid(stack_of(self.shape)), box)
-        scales = self._of_elements(codes.factors(items[1].items, items[1].dtype.name), self._scales, box, groups)
+        values = self._numbers(items, box, groups)
+        name = items[1].dtype.name
+        scales = codes.factors(items[1].items, name)
+        bound = codes.largest(scales) * 2 ** (self.bits + 1)  # less a zero point, and rounded up
+        if groups is None:
+            if self.block[0] > 1:
+                scales = codes.spread(scales, 1, box.rows, self.block[0], box.rows.start // self.block[0])
+            values = codes.multiply(values, scales, box.columns, self.block[1])
+        else:
+            np.multiply(values, self._of_elements(scales, self._scales, box, groups), out=values)
+        return values if name == self.dtype else codes.round_to(values, name), bound
+
+    def _numbers(self, items: Sequence[Values], box: Box, groups: Values | None) -> Array:
+        """The codes of a box less their zero points, as float32."""
+        import numpy as np
+
+        from streamconv.graph import codes
+
+        if self.along == COLUMNS and self.bits in {2, 4} and not self.zeros and box.columns.step == 1:
+            per = WORD // self.bits
+            numbers = codes.look_up_integers(items[0].items.view(np.uint8), self.bits, self.offset)
+            return numbers[..., box.columns.start % per :][..., : len(box.columns)]
+        integers = self._integers(items[0], self.along, Grid(stack_of(self.shape)), box)
         if self.zeros:
-            numbers = numbers - self._integers(items[2], self.zeros, self._scales, box, groups, self.plus)
+            integers = integers - self._integers(items[2], self.zeros, self._scales, box, groups, self.plus)
         elif self.along != BYTES:
-            numbers = numbers - np.int16(self.offset)
-        values = numbers.astype(np.float32)
-        np.multiply(values, scales, out=values)
-        scale = items[1].dtype.name
-        return values if scale == self.dtype else codes.round_to(values, scale)
+            integers = integers - np.int16(self.offset)
+        return integers.astype(np.float32)
 
     def _integers(self, values: Values, along: str, grid: Grid, box: Box, groups: Values | None = None, plus: int = 0) -> Array:
         """Integers, for each element of a box, of words that lie so in a grid."""
@@ -231,7 +250,7 @@ class DequantizeFloats(Boxed):
         shared = Grid((1, 1, 1), Step(stack[1]), Step(stack[2]))
         return (lying, blocks_of(self.shape, self.block), *([shared] if self.shared else []))
 
-    def decode(self, items: Sequence[Values], box: Box) -> Array:
+    def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:
         import numpy as np
 
         from streamconv.graph import codes
@@ -242,18 +261,18 @@ class DequantizeFloats(Boxed):
         if self.shared:
             whole = codes.factors(items[2].items, items[2].dtype.name)
             scales = scales / whole if self.shared == DIVIDES else scales * whole
-        for axis, step, elements in ((1, grid.rows, box.rows), (2, grid.columns, box.columns)):
-            if step.count > 1:
-                scales = codes.spread(scales, axis, elements, step.count, elements.start // step.count)
+        # Of those types no code is NaN or infinite.
+        bound = 2 * codes.largest(scales) * self.factor * _LARGEST[self.codes] if self.codes in _LARGEST else math.inf
+        if grid.rows.count > 1:
+            scales = codes.spread(scales, 1, box.rows, grid.rows.count, box.rows.start // grid.rows.count)
         if self.powers and np.isinf(scales).any():  # which half of a value may not be
-            np.multiply(values, np.minimum(scales, np.float32(2.0**127)), out=values)
-            np.multiply(values, np.where(np.isinf(scales), np.float32(2), np.float32(1)), out=values)
-        else:
-            np.multiply(values, scales, out=values)
+            values = codes.multiply(values, np.minimum(scales, np.float32(2.0**127)), box.columns, grid.columns.count)
+            scales = np.where(np.isinf(scales), np.float32(2), np.float32(1))
+        values = codes.multiply(values, scales, box.columns, grid.columns.count)
         if self.factor != 1:
             np.multiply(values, np.float32(self.factor), out=values)
         through = self.through or items[1].dtype.name
-        return values if through == self.dtype else codes.round_to(values, through)
+        return values if through == self.dtype else codes.round_to(values, through), bound
 
     def _numbers(self, octets: Array, box: Box) -> Array:
         """The numbers of codes, as float32."""
@@ -314,7 +333,7 @@ class DequantizeQuantiles(Boxed):
             grids.append(Grid((1, 1, 256), columns=Step(numel, 256)))
         return tuple(grids)
 
-    def decode(self, items: Sequence[Values], box: Box) -> Array:
+    def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:
         import numpy as np
 
         from streamconv.graph import codes
@@ -328,7 +347,7 @@ class DequantizeQuantiles(Boxed):
             largest = items[3].items.view(np.float32).reshape(-1)[largest.view(np.uint8)] * beside + np.float32(self.offset)
         largest = codes.spread(largest.view(np.float32), 2, columns, self.block, columns.start // self.block)
         np.multiply(values, largest, out=values)
-        return values if self.through == self.dtype else codes.round_to(values, self.through)
+        return values if self.through == self.dtype else codes.round_to(values, self.through), math.inf
 
 
 @dataclass(frozen=True)
@@ -359,7 +378,7 @@ class DequantizeBlocks(Boxed):
         blocks = BLOCK_TYPES[self.codes]
         return (Grid((count, rows, columns // blocks.block * blocks.nbytes), columns=Step(blocks.block, blocks.nbytes)),)
 
-    def decode(self, items: Sequence[Values], box: Box) -> Array:
+    def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:
         import numpy as np
 
         from streamconv.graph import codes
@@ -368,4 +387,4 @@ class DequantizeBlocks(Boxed):
         nbytes, block = BLOCK_TYPES[self.codes].nbytes, BLOCK_TYPES[self.codes].block
         octets = np.ascontiguousarray(items[0].items).view(np.uint8)
         values = DECODERS[self.codes](octets.reshape(-1, nbytes)).reshape(*octets.shape[:2], -1)
-        return codes.spread(values, 2, box.columns, 1, box.columns.start // block * block)
+        return codes.spread(values, 2, box.columns, 1, box.columns.start // block * block), math.inf
