@@ -26,7 +26,7 @@ PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
     "storage": 1_630,  # where files are; most of it is what servers need, and parts of one file on their way at the same time
-    "graph": 1_760,  # nodes, ops, how a region of one is made and read ahead, numbers by numpy, codes of quantized weights as numbers, at once
+    "graph": 1_760,  # nodes, ops, how a region of one is made and read ahead, numbers by numpy, and of codes
     "formats": 2_280,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 730,  # quantizations, a module for each, and the list of them that others add to
