@@ -16,7 +16,7 @@ from streamconv.checkpoint.opening import CONFIG, Checkpoint, detect_format, fin
 from streamconv.diagnose.contradictions import Stated, check_config, check_layers, check_types
 from streamconv.diagnose.findings import Finding
 from streamconv.diagnose.matching import match_recipes, suggest_merging
-from streamconv.diagnose.quantized import check_quantization
+from streamconv.diagnose.quantized import PIECE, check_quantization, check_scales
 from streamconv.diagnose.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError, StreamconvError
@@ -34,7 +34,6 @@ from streamconv.text import join_lines
 from streamconv.units import format_size
 
 FIRST_LINE = 1 << 20  # bytes of a log in which its advice stands
-PIECE = 8 << 20  # bytes of a tensor that are looked at together
 _OTHER_CONFIGS = ("params.json", "model_config.json", "adapter_config.json")
 _TRANSFORMERS = {"model_type", "architectures", "transformers_version", "auto_map"}  # keys of its configs
 _MODELOPT = "hf_quant_config.json"  # where ModelOpt says how tensors are quantized
@@ -178,7 +177,7 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
     by_rank = ranks is not None
     examination.findings += _check_quantities(path.folder, specs, checkpoint, is_component=is_component, by_rank=by_rank)
     if data and checkpoint:
-        examination.findings += _check_data(checkpoint)
+        examination.findings += [*_check_data(checkpoint), *check_scales(checkpoint)]
     return examination
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
+from streamconv.checkpoint.entries import TensorEntry
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, read_config
 from streamconv.diagnose.findings import Finding
 from streamconv.dtypes import TensorSpec
@@ -13,34 +16,37 @@ from streamconv.errors import StreamconvError
 from streamconv.graph.node import AnyNode, Node
 from streamconv.graph.ops import Dequantize, DequantizeBlocks, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
 from streamconv.schemes.configs import FILES, model_dtype, quantizations, with_files
-from streamconv.schemes.detection import Quantization, find_quantization
-from streamconv.units import format_size
+from streamconv.schemes.detection import Quantization, codes_in, find_quantization
+from streamconv.schemes.scheme import Match
 
 _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "modules_to_not_quantize")
 """Keys under which configs list modules that are not quantized."""
+_SCALES = re.compile(r"scale|absmax|SCB$", re.IGNORECASE)
+PIECE = 8 << 20  # bytes of a tensor that are looked at together
 _USUAL = ("lm_head", "embed_tokens", "norm")  # which such lists name whether a model has them or not
 _SHORT = {"float8_e4m3fn": "fp8", "float8_e5m2": "fp8 e5m2", "float4_e2m1fn": "fp4", "float6_e2m3fn": "fp6"}
 
 
-def list_quantized(checkpoint: Checkpoint) -> Iterator[str]:
-    """A line on each way in which weights are quantized, and what all tensors would take as numbers; none where none is."""
+def describe_quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """How weights are quantized, how many in each way, and the bytes that all tensors would take with these as numbers.
+
+    None: they are not, or it cannot be told, which doctor does then.
+    """
     config, quantization = _quantization_of(checkpoint)
     if quantization is None or quantization.scheme is None:
-        return
+        return None
     nodes = checkpoint.components.get("", checkpoint.contents).entries
     try:
         dtype = model_dtype(config, "")
         match = quantization.scheme.match(config, {name: node.spec for name, node in nodes.items()}, "")
         decoded = [(group, group.decode(nodes, dtype)) for group in match.groups]
-    except StreamconvError:  # which doctor tells of
-        return
+    except StreamconvError:
+        return None
     ways = Counter(describe_way(node) for _, node in decoded)
     gone = {name for group, _ in decoded for name in group.tensors} | match.dropped.keys()
     nbytes = sum(node.spec.nbytes for _, node in decoded) + sum(node.spec.nbytes for name, node in nodes.items() if name not in gone)
-    for way, count in ways.most_common():
-        yield f"quantized: {count} weights by {quantization.method}, {way}"
-    if ways:
-        yield f"with --dequantize: {format_size(nbytes)}, these weights in {dtype}"
+    description = {"method": quantization.method, "weights": dict(ways.most_common()), "dtype": dtype, "dequantized_size": nbytes}
+    return description if ways else None
 
 
 def describe_way(node: AnyNode) -> str:
@@ -76,19 +82,59 @@ def _share(block: tuple[int, int], shape: tuple[int, ...]) -> str:
 def check_quantization(checkpoint: Checkpoint) -> Iterator[Finding]:
     """What a config says of quantization against the tensors."""
     config, quantization = _quantization_of(checkpoint)
-    if quantization is None or quantization.scheme is None:
+    if quantization is None:
         return
     specs = {name: node.spec for name, node in checkpoint.components.get("", checkpoint.contents).entries.items()}
+    if not codes_in(specs):
+        if quantization.method != "fp8":  # which `contradictions` tells of
+            what = f"it says that weights are quantized by {quantization.method}, and none is"
+            yield Finding(what, CONFIG, "loaders would look for scales", "remove quantization_config")
+        return
     try:
-        match = quantization.scheme.match(config, specs, CONFIG)
+        match = quantization.scheme.match(config, specs, CONFIG) if quantization.scheme else Match()
     except StreamconvError as error:
         text = str(error).removeprefix(f"{CONFIG}: ").removesuffix(": mend the source")
         yield Finding(text, CONFIG, "its weights cannot be told", "get the file with what is missing, or the config that belongs to it")
         return
-    if not match.groups and quantization.method != "fp8":
+    if not match.groups and quantization.scheme:
         what = f"it says that weights are quantized by {quantization.method}, and none is"
         yield Finding(what, CONFIG, "loaders would look for scales", "remove quantization_config")
     yield from _check_lists(config, specs)
+
+
+def check_scales(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Scales that are zero, NaN or infinite, from one pass over them."""
+    config, quantization = _quantization_of(checkpoint)
+    if quantization is None or quantization.scheme is None:
+        return
+    entries = checkpoint.components.get("", checkpoint.contents).entries
+    with suppress(StreamconvError):  # which is told from names and shapes
+        for group in quantization.scheme.match(config, {name: node.spec for name, node in entries.items()}, CONFIG).groups:
+            for name in group.tensors[1:]:
+                if _SCALES.search(name) and name in checkpoint:
+                    yield from _check_numbers(name, checkpoint[name], group.target)
+
+
+def _check_numbers(name: str, entry: TensorEntry, target: str) -> Iterator[Finding]:
+    """What of the scales of a weight cannot be one."""
+    import numpy as np
+
+    from streamconv.graph.codes import factors
+
+    dtype = entry.spec.dtype
+    if not (dtype.floating or dtype.name == "uint8") or dtype.is_packed:
+        return
+    bad = zeros = 0
+    for piece in entry.pieces(PIECE):
+        with np.errstate(all="ignore"):  # what is infinite is counted
+            values = factors(piece.reshape(-1).view(f"u{dtype.nbytes}"), dtype.name)
+        bad += int(np.count_nonzero(~np.isfinite(values)))
+        zeros += int(np.count_nonzero(values == 0))
+    if bad and not (dtype.floating and dtype.name != "float8_e8m0fnu"):  # of others that is told of as of all tensors
+        yield Finding(f"{bad} of {entry.spec.numel} scales are NaN or infinite", name, f"so are weights of {target}", "get it again")
+    if zeros:
+        what = f"{zeros} of {entry.spec.numel} scales are zero"
+        yield Finding(what, name, f"so are all weights of {target} that they scale", "compare it with its source, or get it again")
 
 
 def _check_lists(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Iterator[Finding]:

@@ -65,6 +65,7 @@ def describe_checkpoint(checkpoint: Checkpoint, *, stats: bool = False) -> dict[
         "tensors": tensors(),
         "metadata": contents.metadata,
         "sidecars": checkpoint.sidecars,
+        "quantization": _find_quantization(checkpoint),
     }
 
 
@@ -141,6 +142,7 @@ def measure(entry: TensorEntry) -> Statistics | None:
 def list_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool = False) -> Iterator[str]:
     """Lines of ``inspect``: a tree with repeated names folded, or ``flat`` one each; ``stats`` from the data; sums at the end."""
     description = describe_checkpoint(checkpoint)
+    quantization = description["quantization"]
     bytes_by_dtype: Counter[str] = Counter()
     for entry in checkpoint.values():
         bytes_by_dtype[entry.dtype] += entry.nbytes
@@ -151,7 +153,7 @@ def list_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool =
             yield f"{name}  {row['dtype']}{list(row['shape'])}  {format_size(row['nbytes'])}  {file}{statistics}"
     else:
         yield from _draw_tree(checkpoint, stats=stats)
-    for note in [*checkpoint.contents.notes, *_list_quantized(checkpoint)]:
+    for note in [*checkpoint.contents.notes, *(_list_quantized(quantization) if quantization else ())]:
         yield one_line(f"note: {note}")
     dtypes = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in bytes_by_dtype.most_common())
     yield one_line(
@@ -160,13 +162,20 @@ def list_checkpoint(checkpoint: Checkpoint, *, flat: bool = False, stats: bool =
     )
 
 
-def _list_quantized(checkpoint: Checkpoint) -> Iterator[str]:
-    """Lines on what is quantized; what tells it is loaded where something may be."""
-    if {spec.dtype.name for spec in _specs(checkpoint)} <= _NUMBERS:
-        return
-    from streamconv.diagnose.quantized import list_quantized
+def _list_quantized(quantization: dict[str, Any]) -> Iterator[str]:
+    """A line on each way in which weights are quantized, and one on what they would be as numbers."""
+    for way, count in quantization["weights"].items():
+        yield f"quantized: {count} weights by {quantization['method']}, {way}"
+    yield f"with --dequantize: {format_size(quantization['dequantized_size'])}, these weights in {quantization['dtype']}"
 
-    yield from list_quantized(checkpoint)
+
+def _find_quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """How weights are quantized; what tells it is loaded where something may be."""
+    if {spec.dtype.name for spec in _specs(checkpoint)} <= _NUMBERS:
+        return None
+    from streamconv.diagnose.quantized import describe_quantization
+
+    return describe_quantization(checkpoint)
 
 
 def _specs(checkpoint: Checkpoint) -> Iterator[TensorSpec]:

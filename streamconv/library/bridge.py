@@ -7,35 +7,26 @@ one: the way there, applied to it, must give every tensor back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain, product
+from itertools import chain
 from typing import Any
 
-from streamconv.dtypes import DTYPES, TensorSpec
-from streamconv.errors import CoverageError, UsageError
+from streamconv.errors import CoverageError
 from streamconv.graph.moves import identity
 from streamconv.graph.node import AnyNode, sources, trace
 from streamconv.library.foreign import make_foreign
 from streamconv.library.model import LibraryModel, Nodes
-from streamconv.recipe import Model, Recipe
+from streamconv.recipe import Recipe
 from streamconv.recipe.application import Conversion, Recast, Replica
-from streamconv.recipe.facts import Option, Side
+from streamconv.recipe.facts import Option
 from streamconv.recipe.steps import cast
 from streamconv.rows import Row
-from streamconv.schemes.configs import model_dtype, without_quantization
-from streamconv.schemes.decoding import Decoded, decode
-from streamconv.schemes.detection import find_quantization
-from streamconv.schemes.registry import schemes
 
 TO_NATIVE, TO_HUB = "transformers-hub2native", "transformers-native2hub"
 _OPTIONS = {
     "allow_missing": Option("patterns of the model's tensors that the source need not have, such as 'score.*', with commas", default=""),
     "tied": Option("copy: tied tensors are stored under each name, as in a state dict; keep: once", "copy", ("copy", "keep")),
-    "fp8": Option(
-        "keep: fp8 matrices and their scales; dequantize: numbers of the dtype that config.json gives", "keep", ("keep", "dequantize")
-    ),
 }
 
 
@@ -47,7 +38,7 @@ class Bridge(Recipe):
     def lost(self) -> list[str]:
         """See `Recipe.lost`."""
         passed_over = "tensors that transformers passes over when it loads, such as layers that predict more tokens: not made again"
-        return [passed_over, "fp8=dequantize of the other direction is not undone"] if self.name == TO_HUB else []
+        return [passed_over] if self.name == TO_HUB else []
 
     def make(
         self, nodes: Nodes, rows: Mapping[str, Row], scope: Mapping[str, Any], values: Mapping[str, Any], recast: Recast
@@ -60,44 +51,24 @@ class Bridge(Recipe):
         """
         title = f"recipe {self.name}"
         config = scope["config"] or scope["sidecar"]
-        if values["fp8"] == "keep":
-            return self._map(Decoded(dict(nodes)), LibraryModel(config, title), rows, values, recast)
-        quantization = find_quantization(config, {}, {name: node.spec for name, node in nodes.items()})
-        scheme = quantization.scheme if quantization else None
-        if quantization and not scheme:
-            raise UsageError(f"{title}: quantized by {quantization.method!r}: known are {', '.join(schemes())}")
-        model = LibraryModel(without_quantization(config), title)
-        usual = model_dtype(config, title)
-        target_of = model.placing() if self.name == TO_NATIVE else str
-
-        @cache
-        def dtype_of(name: str) -> str:
-            return recast(target_of(name), TensorSpec(DTYPES[usual], nodes[name].spec.shape)) or usual
-
-        decoded = decode(scheme, nodes, config, dtype_of, title) if scheme else Decoded(dict(nodes))
-        return self._map(decoded, model, rows, values, recast)
-
-    def _map(self, decoded: Decoded, model: LibraryModel, rows: Mapping[str, Row], values: Mapping[str, Any], recast: Recast) -> Conversion:
-        """What the library's mapping makes of tensors."""
-        nodes = decoded.nodes
+        model, nodes = LibraryModel(config, title), dict(nodes)
         if self.name == TO_NATIVE:
             targets, how, passed_over = model.load(nodes, make_foreign, recast)
             model.check(targets, values["allow_missing"])
-            dropped = passed_over | decoded.dropped
             ties = {name: original for name, original in model.ties.items() if original in targets}
             replicas: list[Replica] = [(targets[name], targets[other], (name, other)) for name, other in ties.items() if name in targets]
             if values["tied"] == "copy":
                 targets |= {name: targets[original] for name, original in ties.items()}
             else:
                 targets = {name: node for name, node in targets.items() if name not in ties}
-            return conclude(nodes, rows, targets, how, recast, dropped=dropped, tied=list(ties), replicas=replicas)
+            return conclude(nodes, rows, targets, how, recast, dropped=passed_over, tied=list(ties), replicas=replicas)
         model.check(nodes, values["allow_missing"])
         ties = {name: original for name, original in model.ties.items() if name in nodes and original in nodes}
         once = {name: node for name, node in nodes.items() if name not in ties}
         targets, how = model.save(once)
         _prove(model, targets, once)
         replicas = [(nodes[name], nodes[original], (name, original)) for name, original in ties.items()]
-        return conclude(nodes, rows, targets, how, recast, dropped=decoded.dropped, tied=list(ties), replicas=replicas)
+        return conclude(nodes, rows, targets, how, recast, tied=list(ties), replicas=replicas)
 
 
 def conclude(
@@ -149,24 +120,6 @@ def conclude(
     )
 
 
-def plain_config(model: Model) -> dict[str, Any]:
-    """config.json of a checkpoint whose fp8 matrices became numbers: without what says that they are fp8, and with the dtype they have."""
-    if model.options["fp8"] == "keep" or not model.config:
-        return {}
-    config = without_quantization(model.config)
-    if not any(isinstance(part.get(key), str) for part, key in product(_configs(config), ("dtype", "torch_dtype"))):
-        config["dtype"] = model_dtype(config, "config.json")
-    return {"config.json": config} if config != model.config else {}
-
-
-def _configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A config and that of the text model in it."""
-    yield config
-    text = config.get("text_config")
-    if isinstance(text, Mapping):
-        yield text
-
-
 def _prove(model: LibraryModel, targets: Nodes, nodes: Nodes) -> None:
     """Raises CoverageError unless loading what was made gives every tensor of the source back, element by element."""
     again, _, _ = model.load(targets, make_foreign)
@@ -186,7 +139,6 @@ BRIDGES = (
         "any model of transformers: the layout on the Hub to the one that the installed version keeps in memory",
         (),
         options=_OPTIONS,
-        right=Side(writes=plain_config),
         reference="the installed transformers: core_model_loading, conversion_mapping",
     ),
     Bridge(
@@ -194,7 +146,6 @@ BRIDGES = (
         "any model of transformers: the layout that the installed version keeps in memory to the one on the Hub",
         (),
         options=_OPTIONS,
-        right=Side(writes=plain_config),
         reference="the installed transformers: core_model_loading, conversion_mapping",
     ),
 )

@@ -340,7 +340,7 @@ def test_fp8_matrices_and_scales_go_to_the_experts_together_and_come_back(transf
 
 def test_fp8_matrices_become_bfloat16_where_asked(transformers, tmp_path):
     quantized(transformers, tmp_path)
-    assert run("convert", tmp_path / "fp8", tmp_path / "native", "--recipe", TO_NATIVE, "--set", "fp8=dequantize", "--quiet") == 0
+    assert run("convert", tmp_path / "fp8", tmp_path / "native", "--recipe", TO_NATIVE, "--dequantize", "--quiet") == 0
     assert run("convert", tmp_path / "bf16", tmp_path / "wanted", "--recipe", TO_NATIVE, "--quiet") == 0
     assert_same(read(tmp_path / "native"), read(tmp_path / "wanted"))
     assert "quantization_config" not in json.loads((tmp_path / "native" / "config.json").read_text())
@@ -357,7 +357,7 @@ def test_fp8_matrices_become_what_the_library_makes_of_them(transformers, tmp_pa
     monkeypatch.setattr(quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer, "validate_environment", validate)
     model = tiny_models.build(transformers, "deepseek_v3")
     wanted = loaded(model, tmp_path / "fp8")
-    assert run("convert", tmp_path / "fp8", tmp_path / "native", "--recipe", TO_NATIVE, "--set", "fp8=dequantize", "--quiet") == 0
+    assert run("convert", tmp_path / "fp8", tmp_path / "native", "--recipe", TO_NATIVE, "--dequantize", "--quiet") == 0
     # It keeps some modules in float32 in memory; files hold them in the dtype that they were stored in.
     wide = {name for name, tensor in wanted.items() if tensor.dtype == torch.float32 and "correction_bias" not in name}
     assert wide <= {"model.layers.1.mlp.gate.weight"}
@@ -396,7 +396,7 @@ def with_576_rows(transformers, folder, block=(128, 128), scale_dtype=torch.floa
     return stored, plain
 
 
-DEQUANTIZE = ("--recipe", TO_NATIVE, "--set", "fp8=dequantize", "--quiet")
+DEQUANTIZE = ("--recipe", TO_NATIVE, "--dequantize", "--quiet")
 
 
 @pytest.mark.parametrize(("block", "scale_dtype"), [((128, 128), torch.float32), ((100, 7), torch.bfloat16)])

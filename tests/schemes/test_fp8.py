@@ -11,8 +11,6 @@ from checkpoint_files import assert_same, random_tensor, read, write
 
 import streamconv
 from streamconv.errors import CoverageError
-from streamconv.library.bridge import plain_config
-from streamconv.recipe import Model
 
 FP8_CONFIG = {"quantization_config": {"quant_method": "fp8"}}
 FP8, BF16, E8M0 = torch.float8_e4m3fn, torch.bfloat16, torch.float8_e8m0fnu
@@ -198,15 +196,3 @@ def test_scales_of_what_takes_none_are_refused(tmp_path, dtype):
     src = write(tmp_path / "x", {"a.weight": torch.ones(4, 4, dtype=dtype), "a.weight_scale_inv": torch.ones(1, 1)}, config=FP8_CONFIG)
     with pytest.raises(CoverageError, match=r"a.weight_scale_inv is the scale of a.weight, which is \w+\[4, 4\] and takes none"):
         dequantize(src, tmp_path / "out")
-
-
-def test_the_config_says_what_was_made():
-    nested = {"quantization_config": {"weight_block_size": [128, 128]}, "torch_dtype": "float16", "hidden_size": 4}
-    config = {"architectures": ["A"], "text_config": nested, "compression_config": {"format": "x"}}
-
-    def made(config):
-        return plain_config(Model(config, {}, {"fp8": "dequantize"}, {}, {})).get("config.json")
-
-    assert made(config) == {"architectures": ["A"], "text_config": {"torch_dtype": "float16", "hidden_size": 4}}
-    assert made({"quantization_config": {"quant_method": "fp8"}}) == {"dtype": "bfloat16"}
-    assert made({"dtype": "float32", "quantization_config": {"quant_method": "fp8"}}) == {"dtype": "float32"}
