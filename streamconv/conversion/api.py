@@ -7,10 +7,11 @@ from pathlib import Path
 
 from streamconv import memory
 from streamconv.conversion.casting import Casting
-from streamconv.conversion.dequantizing import dequantize
+from streamconv.conversion.dequantizing import dequantize_as_asked
 from streamconv.conversion.opening import check_backend, find_beside, find_recipe, local_files, open_both, split_root
 from streamconv.conversion.options import ConvertOptions, PlanOptions, VerifyOptions, arguments_of
 from streamconv.conversion.pipeline import make_plan
+from streamconv.conversion.quantizing import quantize_as_asked
 from streamconv.conversion.recovery import find_begun, find_finished, overwrite_noted
 from streamconv.conversion.sides import open_other
 from streamconv.conversion.targets import all_tensors, convert_tensors
@@ -135,10 +136,12 @@ def verify(options: VerifyOptions) -> Comparison:
     root, settings = split_root(options, recipe)
     left, right = open_both(options, recipe, root)
     casting = Casting(options.dtype, options.keep_dtype)
-    dequantization = dequantize(left, casting, renames=recipe is not None) if options.dequantize else None
+    dequantization = dequantize_as_asked(options, left, casting, renames=recipe is not None)
     if dequantization is not None:
         left = dequantization.checkpoint
-    expected = convert_tensors(left, recipe, settings, casting, find_beside(options), dequantization).outputs
+    conversion = convert_tensors(left, recipe, settings, casting, find_beside(options), dequantization)
+    conversion, _ = quantize_as_asked(options, conversion, left)
+    expected = conversion.outputs
     actual = right.contents.entries if recipe else all_tensors(right)
     total = sum(entry.spec.nbytes for entry in actual.values())
     with bar(total, "comparing", show=options.progress) as tell:

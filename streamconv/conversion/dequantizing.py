@@ -8,6 +8,7 @@ from typing import Any
 
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, prefixed, read_config
 from streamconv.conversion.casting import Casting
+from streamconv.conversion.options import Options
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
 from streamconv.recipe import Conversion
@@ -65,6 +66,23 @@ class Dequantization:
         """Whether a file beside the weights says how they were quantized, and nothing else."""
         folder, _, file = name.rpartition("/")
         return file in FILES and folder in self.quantized
+
+
+def is_quantized(checkpoint: Checkpoint) -> bool:
+    """Whether any component is, in a way that is known or not."""
+    for folder, contents in checkpoint.components.items():
+        where = checkpoint.folder.folder(folder) if folder else checkpoint.folder
+        config = with_files(checkpoint.config_of(folder), {name: read_config(where, name) for name in FILES})
+        if find_quantization(config, {}, {name: node.spec for name, node in contents.entries.items()}) is not None:
+            return True
+    return False
+
+
+def dequantize_as_asked(options: Options, checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> Dequantization | None:
+    """`dequantize`, where that is asked for, or where what is quantized is to be quantized in another way."""
+    if options.dequantize or (options.quantize and is_quantized(checkpoint)):
+        return dequantize(checkpoint, casting, renames=renames)
+    return None
 
 
 def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> Dequantization:

@@ -133,6 +133,25 @@ class Options:
             decides=True,
         ),
     )
+    quantize: str | None = field(
+        default=None,
+        metadata=about(
+            "weights of linear modules are quantized by rounding: fp8, FP8_BLOCK, FP8_DYNAMIC, W8A8, W8A16, W4A16, NVFP4A16, ...",
+            metavar="SCHEME",
+            commands=COMPARING,
+            decides=True,
+        ),
+    )
+    ignore: Iterable[str] = field(
+        default=(),
+        metadata=about(
+            "modules that --quantize leaves alone: a name, or re: and what names begin with (repeatable)",
+            metavar="PATTERN",
+            repeatable=True,
+            commands=COMPARING,
+            decides=True,
+        ),
+    )
     sidecars_from: AnyPath | None = field(
         default=None,
         metadata=about(

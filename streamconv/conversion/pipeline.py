@@ -8,10 +8,11 @@ from pathlib import Path
 from streamconv import memory
 from streamconv.checkpoint.opening import Checkpoint
 from streamconv.conversion.casting import Casting
-from streamconv.conversion.dequantizing import dequantize
+from streamconv.conversion.dequantizing import dequantize_as_asked
 from streamconv.conversion.notes import note_layouts, note_ties
 from streamconv.conversion.opening import check_backend, find_beside, find_recipe, local_files, open_source, split_root
 from streamconv.conversion.options import PlanOptions
+from streamconv.conversion.quantizing import quantize_as_asked
 from streamconv.conversion.sidecars import make_sidecars
 from streamconv.conversion.sides import TargetSettings, lay_out_components
 from streamconv.conversion.targets import convert_tensors, find_ties, store_once
@@ -57,10 +58,11 @@ def make_plan(options: PlanOptions) -> Plan:
     _check_target(target, checkpoint, options)
     beside = find_beside(options)
 
-    dequantization = dequantize(checkpoint, casting, renames=recipe is not None) if options.dequantize else None
+    dequantization = dequantize_as_asked(options, checkpoint, casting, renames=recipe is not None)
     if dequantization is not None:
         checkpoint = dequantization.checkpoint
     conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, dequantization)
+    conversion, quantization = quantize_as_asked(options, conversion, checkpoint)
     container = containers()[target.format]
     ties = find_ties(checkpoint.others if recipe else checkpoint, conversion) if container.ties != "copied" and keeps_ties else {}
     if options.align and "align" not in container.takes:
@@ -72,7 +74,9 @@ def make_plan(options: PlanOptions) -> Plan:
     metadata = {"format": "pt", **sampling(conversion.outputs.values())}
     target_settings = TargetSettings(target, limit, ties, metadata, BLOCK if options.align else None)
     layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, target_settings)
-    sidecars, sidecar_notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, casting, dequantization)
+    sidecars, sidecar_notes = (
+        ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, casting, (dequantization, quantization))
+    )
     notes = [*checkpoint.contents.notes, *left_behind, *note_ties(ties), *conversion.notes, *sidecar_notes]
     notes += note_layouts(checkpoint, target, layouts, limit)
     plan = compile_plan(

@@ -11,7 +11,8 @@ from streamconv.checkpoint.components import find_components, find_pointers, loo
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, read_config
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import PARAMS, Dequantization
-from streamconv.errors import RecipeError
+from streamconv.conversion.quantizing import Quantization
+from streamconv.errors import RecipeError, UsageError
 from streamconv.formats.unrelated import is_known
 from streamconv.recipe import Conversion, Model, Recipe, Writer
 from streamconv.recipes import find_writer
@@ -31,7 +32,7 @@ def make_sidecars(
     recipe: Recipe | None,
     conversion: Conversion,
     casting: Casting,
-    dequantization: Dequantization | None = None,
+    quantizations: tuple[Dequantization | None, Quantization | None] = (None, None),
 ) -> tuple[Sidecars, list[str]]:
     """The files beside the target's weights, and notes about them.
 
@@ -41,8 +42,9 @@ def make_sidecars(
         recipe: may make files of its own, or None.
         conversion: what it made.
         casting: says what floating tensors are cast to.
-        dequantization: what was made of a quantized source, or None.
+        quantizations: what was made of a quantized source, and what weights are quantized by.
     """
+    dequantization, quantization = quantizations
     root = beside or checkpoint.folder
     listing = checkpoint.beside if beside is None else look_beside(beside, components=find_components(beside))
     sidecars: Sidecars = {name: root.address(name) for name in listing.files if not (dequantization and dequantization.is_left(name))}
@@ -73,10 +75,13 @@ def make_sidecars(
     if CONFIG in sidecars or CONFIG in contents_of:
         before = contents_of.get(CONFIG, config)
         after = _change(revise(CONFIG, before), casting.dtype, conversion.config)
+        after = quantization.revise(CONFIG, after) if quantization else after
         if CONFIG in contents_of or after != before:
             contents_of[CONFIG] = after
     configs = [*(f"{folder}/{CONFIG}" for folder in checkpoint.components if folder), *([PARAMS] if dequantization else [])]
     contents_of.update(_changed(root, [name for name in configs if name in sidecars], revise, casting.dtype))
+    if quantization and CONFIG not in contents_of:
+        raise UsageError(f"--quantize: there is no {CONFIG} beside SRC, without which no library knows: --sidecars-from brings one")
     for name, contents in contents_of.items():
         if name not in sidecars or contents != (config if name == CONFIG else None):
             sidecars[name] = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()

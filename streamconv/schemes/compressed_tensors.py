@@ -16,6 +16,7 @@ from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import DequantizeFloats, DequantizeIntegers
 from streamconv.schemes.beside import Companions, read
+from streamconv.schemes.compressed_presets import PRESETS
 from streamconv.schemes.configs import quantizations
 from streamconv.schemes.scheme import Group, Match, Scheme
 
@@ -116,6 +117,7 @@ class CompressedTensors(Scheme):
     """Whatever of compressed-tensors' formats a checkpoint holds."""
 
     methods = ("compressed-tensors",)
+    presets = PRESETS
 
     def match(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], title: str) -> Match:
         """See `Scheme.match`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import Dequantize, DequantizeFloats, Reshape
 from streamconv.schemes.configs import quantizations
+from streamconv.schemes.preset import Preset
 from streamconv.schemes.scheme import Group, Match, Scheme
 
 Block = tuple[int, int]
@@ -54,11 +55,28 @@ class Nibbles(Group):
         return apply(DequantizeFloats((*stack, rows, 2 * nbytes), dtype, "float4_e2m1fn", (1, _NIBBLES)), codes, scales)
 
 
+def _config_of(left: Sequence[str]) -> dict[str, Any]:
+    """``quantization_config`` of what `Fp8.presets` make."""
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [_USUAL, _USUAL],
+        "modules_to_not_convert": list(left),
+    }
+
+
 class Fp8(Scheme):
     """One-byte floats beside the scales of their blocks, as transformers has them."""
 
     methods = ("fp8", "mxfp8", "fbgemm_fp8")
     codes = (*_CODES, "float8_e8m0fnu")
+    presets = (
+        # As transformers' `Fp8Quantize`, which passes over other sizes, and would read short blocks wrongly.
+        Preset(
+            "fp8", "fp8", "fp8", (_USUAL, _USUAL), ("", "float8_e4m3fn"), ("_scale_inv", "float32"), _config_of, rows=_USUAL,
+            columns=_USUAL, leaves=True, keeps_stacks=True,
+        ),
+    )  # fmt: skip
 
     def match(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], title: str) -> Match:
         """See `Scheme.match`."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from streamconv.errors import UsageError
 from streamconv.extensions import extensions
+from streamconv.schemes.preset import Preset
 from streamconv.schemes.scheme import Scheme
 
 MODULES = ("awq", "bitsandbytes", "compressed_tensors", "fp8", "gguf", "gptq", "modelopt", "mxfp4")  # of this package
@@ -29,6 +30,11 @@ def schemes() -> Mapping[str, Scheme]:
             _add(listed, extension.load(), extension.origin)
         _known.update(listed)
     return _known
+
+
+def presets() -> Mapping[str, Preset]:
+    """All ways of quantizing, by name."""
+    return {preset.name: preset for scheme in dict.fromkeys(schemes().values()) for preset in scheme.presets}
 
 
 def register(scheme: Scheme) -> None:

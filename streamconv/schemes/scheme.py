@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from streamconv.dtypes import TensorSpec
 from streamconv.graph.node import AnyNode
 from streamconv.schemes.configs import with_dtype, without_quantization
+from streamconv.schemes.preset import Preset
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Scheme(ABC):
     """What ``quant_method`` of a config calls it."""
     codes: ClassVar[tuple[str, ...]] = ()
     """Dtypes of codes that are its own where nothing names a method."""
+    presets: ClassVar[tuple[Preset, ...]] = ()
+    """How weights are quantized that it reads; none: it is only read."""
 
     @abstractmethod
     def match(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], title: str) -> Match:
@@ -61,10 +64,6 @@ class Scheme(ABC):
         Raises:
             CoverageError: a weight without its scales or scales without their weight, or what cannot be told.
         """
-
-    def encode(self, name: str, node: AnyNode) -> dict[str, AnyNode]:  # noqa: ARG002
-        """The tensors that a floating weight becomes, by name; none: the scheme leaves it, or is only read."""
-        return {}
 
     def config(self, before: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         """A config of what `Group.decode` made: it speaks of no quantization, and gives that dtype."""

@@ -14,21 +14,23 @@ if TYPE_CHECKING:
     from streamconv.graph.ops.arithmetic import Add, Scale
     from streamconv.graph.ops.blocks import Blocks, Dequantize
     from streamconv.graph.ops.cast import Cast
-    from streamconv.graph.ops.constants import InvFreq, Zeros
+    from streamconv.graph.ops.constants import Constant, InvFreq, Zeros
     from streamconv.graph.ops.lora import MergeLora
     from streamconv.graph.ops.quantized import DequantizeBlocks, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
+    from streamconv.graph.ops.quantizing import Quantize, SharedScale
     from streamconv.graph.ops.sampled import SampleRows
 
 __all__ = [
-    "Add", "Blocks", "Cast", "Compute", "Dequantize", "DequantizeBlocks", "DequantizeFloats", "DequantizeIntegers", "DequantizeQuantiles",
-    "Elementwise", "InvFreq", "Layout", "MergeLora", "Op", "Rearrange", "Reduce", "Reshape", "Rows", "SampleRows", "Scale",
-    "Strided", "Values", "Zeros", "as_torch", "from_json",
+    "Add", "Blocks", "Cast", "Compute", "Constant", "Dequantize", "DequantizeBlocks", "DequantizeFloats", "DequantizeIntegers",
+    "DequantizeQuantiles", "Elementwise", "InvFreq", "Layout", "MergeLora", "Op", "Quantize", "Rearrange", "Reduce", "Reshape",
+    "Rows", "SampleRows", "Scale", "SharedScale", "Strided", "Values", "Zeros", "as_torch", "from_json",
 ]  # fmt: skip
 
 _HOMES = {
-    "Add": "arithmetic", "Blocks": "blocks", "Cast": "cast", "Dequantize": "blocks", "DequantizeBlocks": "quantized",
-    "DequantizeFloats": "quantized", "DequantizeIntegers": "quantized", "DequantizeQuantiles": "quantized", "InvFreq": "constants",
-    "MergeLora": "lora", "SampleRows": "sampled", "Scale": "arithmetic", "Zeros": "constants",
+    "Add": "arithmetic", "Blocks": "blocks", "Cast": "cast", "Constant": "constants", "Dequantize": "blocks",
+    "DequantizeBlocks": "quantized", "DequantizeFloats": "quantized", "DequantizeIntegers": "quantized",
+    "DequantizeQuantiles": "quantized", "InvFreq": "constants", "MergeLora": "lora", "Quantize": "quantizing",
+    "SampleRows": "sampled", "Scale": "arithmetic", "SharedScale": "quantizing", "Zeros": "constants",
 }  # fmt: skip
 
 

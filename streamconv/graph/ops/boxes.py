@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
@@ -110,15 +111,22 @@ class _Piece:
             axes.append(range(first, first + sum(advances) + 1, step))
         return axes
 
-    def parts(self, count: int) -> list[_Piece]:
-        """The piece in so many, or as many as can be, along what it takes most matrices of, else rows, else columns."""
-        for _, steps in self.places:
+    def parts(self, count: int, units: Sizes) -> list[_Piece]:
+        """The piece in so many, or as many as can be, along matrices, else rows, else columns, between whole ``units`` of these.
+
+        One part is left where all of it is in one unit of each.
+        """
+        for (first, steps), unit in zip(self.places, units, strict=True):
             advances = [(n - 1) * step for n, step in zip(self.sizes, steps, strict=True)]
-            if max(advances, default=0) > 0:
-                break
-        axis = advances.index(max(advances))
-        size = max(1, self.sizes[axis] // count)
-        return [self._part(axis, start, min(size, self.sizes[axis] - start)) for start in range(0, self.sizes[axis], size)]
+            if max(advances, default=0) <= 0:
+                continue
+            axis = advances.index(max(advances))
+            length, unit = self.sizes[axis], unit if steps[axis] == 1 else 1  # noqa: PLW2901
+            size = -(-max(1, length // count) // unit) * unit
+            starts = [0, *range(size - first % unit, length, size)]
+            if len(starts) > 1:
+                return [self._part(axis, start, end - start) for start, end in pairwise([*starts, length])]
+        return [self]
 
     def _part(self, axis: int, start: int, size: int) -> _Piece:
         sizes = (*self.sizes[:axis], size, *self.sizes[axis + 1 :])
@@ -150,6 +158,12 @@ class Boxed(Rounding):
             items: those of each input that `Grid.items_of` says.
             box: which of the matrices' elements.
         """
+
+    def store(self, numbers: Array, target: Array, bound: float) -> int:
+        """Has numbers that `decode` made in ``target``, the output's items; gives how many became infinite."""
+        from streamconv.graph.casts import narrow
+
+        return narrow(numbers, target, self.dtype, bound=bound)
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         numels = [math.prod(grid.sizes) for grid in self.grids]
@@ -193,27 +207,29 @@ class Boxed(Rounding):
         import numpy as np
 
         from streamconv.graph.arrays import view
-        from streamconv.graph.casts import PIECE, narrow
+        from streamconv.graph.casts import PIECE
 
         lying = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
         pieces = list(self._pieces(lying))
         around, grids, overflowed = self._around(pieces), self.grids, 0
         wholes = [grid.items_of(around) for grid in grids]
+        units = _units(grids)
         while pieces:
             piece = pieces.pop()
             box = self._around([piece])
-            if box.numel > PIECE and math.prod(piece.sizes) > 1:
-                pieces += piece.parts(-(-box.numel // PIECE))
+            around_items = [grid.items_of(box) for grid in grids]
+            numel = max(box.numel, *(items.numel for items in around_items))
+            if numel > PIECE and len(smaller := piece.parts(-(-numel // PIECE), units)) > 1:
+                pieces += smaller
                 continue
             items = []
-            for part, grid, whole in zip(parts, grids, wholes, strict=True):
-                where = grid.items_of(box).within(whole)
-                items.append(Values(part.items[where], part.dtype))
+            for part, one, whole in zip(parts, around_items, wholes, strict=True):
+                items.append(Values(part.items[one.within(whole)], part.dtype))
             decoded, bound = self.decode(items, box)
             numbers = np.ascontiguousarray(decoded).reshape(-1)
             strides, start = _places_in(piece, box)
             target = view(out.items, piece.sizes, piece.dst_strides, piece.dst)
-            overflowed += narrow(view(numbers, piece.sizes, strides, start), target, out.dtype.name, bound=bound)
+            overflowed += self.store(view(numbers, piece.sizes, strides, start), target, bound)
         return overflowed
 
     def _pieces(self, region: Move) -> Iterator[_Piece]:
@@ -228,6 +244,13 @@ class Boxed(Rounding):
     def _around(self, pieces: Sequence[_Piece]) -> Box:
         """The smallest box that holds some pieces."""
         return Box(*(_join(axes) for axes in zip(*(piece.progressions() for piece in pieces), strict=True)))
+
+
+def _units(grids: Sequence[Grid]) -> Sizes:
+    """Matrices, rows and columns whose items no others share, as far as that is little."""
+    rows = math.lcm(*(grid.rows.count for grid in grids if grid.rows.items > 1))
+    columns = math.lcm(*(grid.columns.count for grid in grids if grid.columns.items > 1))
+    return 1, rows, columns
 
 
 def _join(axes: Sequence[range]) -> range:

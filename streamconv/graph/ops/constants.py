@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from streamconv.dtypes import DTYPES, TensorSpec
+from streamconv.errors import CoverageError
 from streamconv.extras import require
 from streamconv.graph.moves import Move
 from streamconv.graph.ops.op import Compute, Values
@@ -14,7 +15,7 @@ from streamconv.graph.ops.op import Compute, Values
 _MAKING = "making the frequencies of a rotary embedding"
 
 
-class Constant(Compute):
+class Made(Compute):
     """An op without inputs."""
 
     def needs(self, region: Move, inputs: Sequence[TensorSpec]) -> list[Move]:  # noqa: ARG002
@@ -23,7 +24,7 @@ class Constant(Compute):
 
 
 @dataclass(frozen=True)
-class Zeros(Constant):
+class Zeros(Made):
     """A tensor of zeros."""
 
     kind: ClassVar[str] = "zeros"
@@ -41,7 +42,33 @@ class Zeros(Constant):
 
 
 @dataclass(frozen=True)
-class InvFreq(Constant):
+class Constant(Made):
+    """A tensor of a few whole numbers that are known."""
+
+    kind: ClassVar[str] = "constant"
+
+    dtype: str
+    shape: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:  # noqa: ARG002
+        spec = TensorSpec(DTYPES[self.dtype], self.shape)
+        if not self.dtype.startswith("int") or spec.numel != len(self.numbers):
+            raise CoverageError(f"{self.kind}: {len(self.numbers)} whole numbers are no {spec}")
+        return spec
+
+    def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:  # noqa: ARG002
+        import numpy as np
+
+        from streamconv.graph.arrays import view
+
+        items = np.array(self.numbers, f"i{out.items.itemsize}").view(out.items.dtype)
+        out.items[...] = view(items, region.sizes, region.src_strides, region.src)
+        return 0
+
+
+@dataclass(frozen=True)
+class InvFreq(Made):
     """The frequencies of a rotary embedding: float32 base^(-2j/dim) for j < dim / 2, with torch's last bits."""
 
     kind: ClassVar[str] = "inv_freq"

@@ -1,0 +1,248 @@
+"""``--quantize``: weights of linear modules become codes and scales, after a recipe and casts, and config.json says so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from streamconv.checkpoint.opening import CONFIG, Checkpoint
+from streamconv.conversion.options import Options
+from streamconv.errors import CoverageError, UsageError
+from streamconv.graph.node import AnyNode, apply
+from streamconv.graph.ops import SharedScale
+from streamconv.graph.views import select
+from streamconv.notation.names import nearest
+from streamconv.recipe import Conversion
+from streamconv.rows import Row
+from streamconv.schemes.configs import KEYS
+from streamconv.schemes.preset import Preset
+from streamconv.schemes.registry import presets
+from streamconv.text import did_you_mean
+
+OPTION, IGNORE = "--quantize", "--ignore"
+HEAD = "lm_head"  # listed as left alone, whether it is there or tied
+_DTYPES = ("float32", "float16", "bfloat16")
+_LEFT = re.compile(r"embed|norm|bias|router|head$|^(?:wte|wpe|gate|shared_expert_gate|score|classifier|output)$", re.IGNORECASE)
+"""Of the last part of a module's name: embeddings, norms, routers and heads, which the formats' own tools leave alone."""
+_STACK = re.compile(r"(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)")
+_TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")  # model types whose stacks have inputs before outputs
+_SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
+"""Modules that loaders fuse, and that share a scale of all scales."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear weight among the targets.
+
+    Attributes:
+        target: which of the targets it is, or is a part of.
+        name: its own.
+        node: what it is made of.
+    """
+
+    target: str
+    name: str
+    node: AnyNode
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What `quantize` made.
+
+    Attributes:
+        preset: by which.
+        left: modules that it left alone.
+    """
+
+    preset: Preset
+    left: Sequence[str] = field(default=())
+
+    def revise(self, name: str, before: Mapping[str, Any]) -> dict[str, Any]:
+        """What a file of JSON beside the weights says afterwards."""
+        if name != CONFIG:
+            return dict(before)
+        rest = {key: value for key, value in before.items() if key not in KEYS}
+        return {**rest, KEYS[0]: self.preset.config(self.left)}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = presets()
+    if name not in known:
+        near = did_you_mean(name, known)
+        raise UsageError(f"{OPTION} {name}: there is no such scheme{near}; known are {', '.join(known)}")
+    return known[name]
+
+
+def quantize_as_asked(options: Options, conversion: Conversion, checkpoint: Checkpoint) -> tuple[Conversion, Quantization | None]:
+    """`quantize`, where that is asked for."""
+    if options.quantize is None:
+        if list(options.ignore):
+            raise UsageError(f"{IGNORE} names what {OPTION} leaves alone: give that, too, or leave it out")
+        return conversion, None
+    others = [folder for folder in checkpoint.components if folder]
+    return quantize(conversion, find_preset(options.quantize), options.ignore, checkpoint.config, others)
+
+
+def quantize(
+    conversion: Conversion, preset: Preset, ignore: Iterable[str], config: Mapping[str, Any], others: Sequence[str]
+) -> tuple[Conversion, Quantization]:
+    """A conversion whose linear weights are quantized.
+
+    Args:
+        conversion: what it makes so far.
+        preset: how.
+        ignore: modules that are left alone: their names, or ``re:`` and a regular expression that their names begin with.
+        config: of the target model.
+        others: the folders of other components, which stay as they are.
+
+    Raises:
+        UsageError: a pattern that no module has, or nothing to quantize.
+        CoverageError: a weight whose shape does not fit.
+    """
+    weights = list(_weights(conversion.outputs, preset, config, others))
+    patterns = _Patterns(ignore)
+    chosen, left = [], [HEAD]
+    for weight in weights:
+        is_left = _LEFT.search(weight.module.rpartition(".")[2]) is not None
+        if patterns.match(weight.module) or is_left or (preset.leaves and not preset.fits(weight.node.spec.shape)):
+            left += [weight.module] if weight.module not in left else []
+        else:
+            chosen.append(_checked(weight, config))
+    patterns.check([weight.module for weight in weights])
+    if not chosen:
+        raise UsageError(f"{OPTION} {preset.name}: there is no weight of a linear module that it takes: leave it out")
+    shared = _share(chosen, preset) if preset.shared else {}
+    made: dict[str, dict[str, AnyNode]] = {}
+    kept: dict[str, set[str]] = {}
+    for weight in weights:
+        kept.setdefault(weight.target, set()).add(weight.name)
+    for weight in chosen:
+        encoded = preset.encode(weight.name, weight.node, shared.get(weight.module))
+        made.setdefault(weight.target, {}).update(encoded)
+        kept[weight.target].discard(weight.name)
+    parts = {weight.name: weight for weight in weights}
+    for target, names in kept.items():
+        if target in made:  # of a stack some experts only are quantized
+            made[target].update({name: parts[name].node for name in names})
+    return _replaced(conversion, made, preset), Quantization(preset, left)
+
+
+def _weights(outputs: Mapping[str, AnyNode], preset: Preset, config: Mapping[str, Any], others: Sequence[str]) -> Iterator[Weight]:
+    """All weights of linear modules; of experts in one tensor each, but where the preset keeps them so."""
+    folders = tuple(f"{folder}/" for folder in others)
+    for name, node in outputs.items():
+        if node.spec.dtype.name not in _DTYPES or (folders and name.startswith(folders)):
+            continue
+        stack = _STACK.fullmatch(name)
+        if stack and len(node.spec.shape) == 3:
+            if preset.keeps_stacks or _is_transposed(config):
+                yield Weight(name, name, node)
+            else:
+                yield from _experts(name, stack, node)
+        elif name.endswith(".weight") and len(node.spec.shape) == 2:
+            yield Weight(name, name, node)
+
+
+def _experts(target: str, stack: re.Match[str], node: AnyNode) -> Iterator[Weight]:
+    """The experts of a stack as modules of their own, gate and up apart."""
+    count, rows, _ = node.spec.shape
+    names = ("gate_proj", "up_proj") if stack[2] == "gate_up_proj" else (stack[2],)
+    height = rows // len(names)
+    for expert in range(count):
+        for number, name in enumerate(names):
+            part = slice(number * height, (number + 1) * height)
+            view, _, _ = select(node.spec.shape, (expert, part), target)
+            yield Weight(target, f"{stack[1]}.{expert}.{name}.weight", apply(view, node))
+
+
+def _is_transposed(config: Mapping[str, Any]) -> bool:
+    text = config.get("text_config")
+    types = [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
+    return any(kind in _TRANSPOSED for kind in types)
+
+
+def _checked(weight: Weight, config: Mapping[str, Any]) -> Weight:
+    """A weight that is no stack whose scales would lie along the wrong axis."""
+    if len(weight.node.spec.shape) == 3 and _is_transposed(config):
+        what = f"{weight.name} {weight.node.spec} has inputs before outputs, and its scales would lie along the wrong axis"
+        raise CoverageError(f"{OPTION}: {what}: leave it alone with {IGNORE}")
+    return weight
+
+
+class _Patterns:
+    """What ``--ignore`` names."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = dict.fromkeys(texts, 0)
+        self._expressions: dict[str, re.Pattern[str]] = {}
+        for text in self._texts:
+            if text.startswith("re:"):
+                try:
+                    self._expressions[text] = re.compile(text[3:])
+                except re.error as error:
+                    raise UsageError(f"{IGNORE} {text}: not a regular expression ({error})") from error
+
+    def match(self, module: str) -> bool:
+        matching = [text for text in self._texts if self._is_for(text, module)]
+        for text in matching:
+            self._texts[text] += 1
+        return bool(matching)
+
+    def _is_for(self, text: str, module: str) -> bool:
+        expression = self._expressions.get(text)
+        return text == module if expression is None else expression.match(module) is not None
+
+    def check(self, modules: Sequence[str]) -> None:
+        """Raises UsageError where one is for no module."""
+        for text, count in self._texts.items():
+            if not count and text != HEAD:
+                near = nearest(text.removeprefix("re:"), modules)
+                raise UsageError(f"{IGNORE} {text}: no linear module is called so{f'; the nearest is {near[0]}' if near else ''}")
+
+
+def _share(weights: Sequence[Weight], preset: Preset) -> dict[str, AnyNode]:
+    """The scale of all scales of each module: that of all modules that loaders fuse with it."""
+    groups: dict[tuple[str, Sequence[str]], list[Weight]] = {}
+    for weight in weights:
+        parent, _, name = weight.module.rpartition(".")
+        fused = next((names for names in _SHARING if name in names), (name,))
+        groups.setdefault((parent, fused), []).append(weight)
+    scales: dict[str, AnyNode] = {}
+    for members in groups.values():
+        try:
+            scale = apply(SharedScale(), *(weight.node for weight in members))
+        except CoverageError as error:
+            raise CoverageError(f"{OPTION} {preset.name}: {members[0].name}: {error}: cast them with --dtype") from error
+        scales.update(dict.fromkeys((weight.module for weight in members), scale))
+    return scales
+
+
+def _replaced(conversion: Conversion, made: Mapping[str, Mapping[str, AnyNode]], preset: Preset) -> Conversion:
+    """A conversion with codes and scales in the places of the weights that they stand for."""
+    outputs: dict[str, AnyNode] = {}
+    rows: list[Row] = []
+    row_of = {row.target: row for row in conversion.rows}
+    for target, node in conversion.outputs.items():
+        row = row_of[target]
+        if target not in made:
+            outputs[target] = node
+            rows.append(row)
+            continue
+        for name, part in made[target].items():
+            if name in outputs or (name in conversion.outputs and name not in made):
+                raise CoverageError(f"{OPTION} {preset.name}: {target} would become {name}, which there is already")
+            outputs[name] = part
+            layout = ", then ".join(filter(None, (row.layout, f"quantize {preset.name}")))
+            rows.append(Row(name, row.sources, layout, part.spec))
+    return replace(conversion, outputs=outputs, rows=rows)

@@ -1,0 +1,241 @@
+"""Weights as codes and scales by rounding alone, with the arithmetic of the libraries that define how.
+
+What compressed-tensors computes in the weight's own dtype is computed in float32 here and rounded to that dtype after each step, which
+comes to the same: sums, products and quotients of two narrower floats are exact enough in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from streamconv.graph.arrays import numpy_dtype
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+    Round = Callable[[Array], Array]
+
+_E4M3 = 448.0  # the largest of float8_e4m3fn
+_E2M1 = 6.0  # the largest of float4_e2m1fn
+_TIES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
+"""Between two values of float4_e2m1fn what lies in the middle, and whether that goes up."""
+_SMALLEST_SCALE = 0.125  # what a scale of NVFP4 that is 0 becomes
+
+
+_MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}  # bits
+_SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}  # of normal numbers
+
+
+def rounding(dtype: str) -> Round:
+    """Rounds float32 to a type, widened again."""
+    if dtype == "float32":
+        return lambda values: values
+    narrow = numpy_dtype(dtype)
+
+    def rounded(values: Array) -> Array:
+        result: Array = values.astype(narrow).astype(np.float32)
+        return result
+
+    return rounded
+
+
+def blocks_of(values: Array, block: tuple[int, int]) -> Array:
+    """A matrix in blocks, as (down, across, rows, columns), with zeros where it ends within one."""
+    down, across = (-(-size // step) for size, step in zip(values.shape, block, strict=True))
+    missing = down * block[0] - values.shape[0], across * block[1] - values.shape[1]
+    if any(missing):
+        values = np.pad(values, ((0, missing[0]), (0, missing[1])))
+    return values.reshape(down, block[0], across, block[1]).swapaxes(1, 2)
+
+
+def matrix_of(blocks: Array, shape: tuple[int, int]) -> Array:
+    """What `blocks_of` has taken apart."""
+    down, across, rows, columns = blocks.shape
+    return blocks.swapaxes(1, 2).reshape(down * rows, across * columns)[: shape[0], : shape[1]]
+
+
+def largest(blocks: Array) -> Array:
+    """The largest magnitude of each block; NaN where one is."""
+    magnitudes: Array = np.maximum(np.maximum(blocks.max((2, 3)), -blocks.min((2, 3))), np.float32(0))
+    return magnitudes
+
+
+def widened(items: Array, dtype: str) -> Array:
+    """The numbers of a type as float32, in memory of their own."""
+    if dtype == "bfloat16":
+        words = items.astype(np.uint32)
+        np.left_shift(words, 16, out=words)
+        items, dtype = words, "float32"
+    numbers: Array = items.view(numpy_dtype(dtype)).astype(np.float32, copy=False)
+    return numbers
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Blocks as codes, (down, across, rows, columns) as bytes, and what each of them shares, as it is stored."""
+
+    codes: Array
+    scales: Array
+    zeros: Array | None = None
+
+
+def fp8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
+    """float8_e4m3fn times a float32, as transformers' `Fp8Quantize`: all in float32, quotients by way of reciprocals."""
+    most = largest(blocks)
+    factors = np.reciprocal(most) * np.float32(_E4M3)
+    factors[(most == 0) | np.isnan(most)] = 1
+    values = np.clip(blocks * factors[..., None, None], -_E4M3, _E4M3)
+    return Encoded(_to_e4m3(values), np.reciprocal(factors).view(np.uint32))
+
+
+def float8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
+    """float8_e4m3fn times a scale of the weight's dtype."""
+    rounded = rounding(dtype)
+    scales = _not_zero(rounded(largest(blocks) / np.float32(_E4M3)), dtype)
+    values = np.clip(rounded(blocks / scales[..., None, None]), -_E4M3, _E4M3)
+    return Encoded(_to_e4m3(values), _stored(scales, dtype))
+
+
+def integers(bits: int) -> Callable[[Array, str, float], Encoded]:
+    """Signed integers of so many bits times a scale of the weight's dtype."""
+    half = 1 << bits - 1
+
+    def encode(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
+        rounded = rounding(dtype)
+        scales = _not_zero(rounded(largest(blocks) / np.float32(half - 0.5)), dtype)
+        values = np.clip(rounded(blocks / scales[..., None, None]), -half, half - 1)
+        return Encoded(_to_integers(values), _stored(scales, dtype))
+
+    return encode
+
+
+def asymmetric(bits: int) -> Callable[[Array, str, float], Encoded]:
+    """Signed integers less a zero point, times a scale of the weight's dtype."""
+    half = 1 << bits - 1
+
+    def encode(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
+        rounded = rounding(dtype)
+        low = np.minimum(blocks.min((2, 3)), np.float32(0))
+        high = np.maximum(blocks.max((2, 3)), np.float32(0))
+        scales = rounded(rounded(high - low) / np.float32(2 * half - 1))
+        zeros = np.clip(rounded(np.float32(-half) - rounded(low / scales)), -half, half - 1)
+        zeros = np.rint(np.nan_to_num(zeros, nan=0.0))
+        scales = _not_zero(scales, dtype)
+        values = rounded(rounded(blocks / scales[..., None, None]) + zeros[..., None, None])
+        return Encoded(_to_integers(np.clip(values, -half, half - 1)), _stored(scales, dtype), zeros.astype(np.int8).view(np.uint8))
+
+    return encode
+
+
+def nvfp4(blocks: Array, dtype: str, whole: float) -> Encoded:
+    """float4_e2m1fn times a float8_e4m3fn less the scale of all of these, ``whole``."""
+    shared = np.float32(whole)
+    scales = np.clip(shared * rounding(dtype)(largest(blocks) / np.float32(_E2M1)), -_E4M3, _E4M3)
+    octets = _to_e4m3(scales)
+    scales = octets.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    scales[scales == 0] = _SMALLEST_SCALE
+    octets = scales.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return Encoded(_to_e2m1(blocks / (scales / shared)[..., None, None]), octets)
+
+
+def shared_scale(most: float, dtype: str) -> float:
+    """The scale of all scales of NVFP4, for weights with that largest magnitude."""
+    rounded = rounding(dtype)
+    most = max(most, _SMALLEST[dtype])
+    reciprocal = rounded(np.reciprocal(np.array([most], np.float32)))
+    scale = float(rounded(reciprocal * np.float32(_E4M3 * _E2M1))[0])
+    return scale if math.isfinite(scale) else 1.0
+
+
+def mxfp4(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
+    """float4_e2m1fn times a power of two, its exponent in a byte."""
+    octets, powers = _exponents(largest(blocks), dtype, 2)
+    return Encoded(_to_e2m1(rounding(dtype)(blocks / powers[..., None, None])), octets)
+
+
+def mxfp8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
+    """float8_e4m3fn times a power of two, its exponent in a byte."""
+    octets, powers = _exponents(largest(blocks), dtype, 8)
+    values = np.clip(rounding(dtype)(blocks / powers[..., None, None]), -_E4M3, _E4M3)
+    return Encoded(_to_e4m3(values), octets)
+
+
+ENCODERS: dict[str, Callable[[Array, str, float], Encoded]] = {
+    "fp8": fp8,
+    "float8": float8,
+    "int8": integers(8),
+    "int4": integers(4),
+    "int4_asymmetric": asymmetric(4),
+    "nvfp4": nvfp4,
+    "mxfp4": mxfp4,
+    "mxfp8": mxfp8,
+}
+"""What makes codes and scales of blocks, their dtype, and what all scales share."""
+
+
+def pack(codes: Array, bits: int, axis: int) -> Array:
+    """Signed integers of 4 or 8 bits as words, plus half of their range, the first in the lowest bits; zeros where a word ends later."""
+    per = 32 // bits
+    numbers = (codes + np.uint8(1 << bits - 1)) & np.uint8((1 << bits) - 1)
+    numbers = np.moveaxis(numbers, axis, -1)
+    if missing := -numbers.shape[-1] % per:
+        numbers = np.pad(numbers, ((0, 0), (0, missing)))
+    words = np.zeros((numbers.shape[0], numbers.shape[1] // per), np.uint32)
+    for number in range(per):
+        words |= numbers[:, number::per].astype(np.uint32) << np.uint32(bits * number)
+    return np.moveaxis(words, -1, axis)
+
+
+def pack_pairs(codes: Array) -> Array:
+    """Codes of four bits, two in a byte, the first in the low ones."""
+    pairs: Array = codes[:, ::2] | codes[:, 1::2] << 4
+    return pairs
+
+
+def _not_zero(scales: Array, dtype: str) -> Array:
+    scales[scales == 0] = 2.0 ** -_MANTISSA[dtype]  # the distance from 1 to the next number
+    return scales
+
+
+def _stored(scales: Array, dtype: str) -> Array:
+    """Scales as the items of a type that holds them."""
+    narrow = scales.astype(numpy_dtype(dtype))
+    return narrow.view(f"u{narrow.itemsize}")
+
+
+def _to_e4m3(values: Array) -> Array:
+    codes: Array = values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    return codes
+
+
+def _to_integers(values: Array) -> Array:
+    """Whole numbers as signed bytes; NaN is 0."""
+    return np.nan_to_num(np.rint(values), nan=0.0).astype(np.int8).view(np.uint8)
+
+
+def _to_e2m1(values: Array) -> Array:
+    """Codes of float4_e2m1fn, ties to the even one; a negative number that is rounded to zero is -0, and -0 itself 0."""
+    magnitudes = np.abs(values)
+    codes = (values < 0).view(np.uint8) << 3
+    for middle, goes_up in _TIES:
+        codes += (magnitudes >= middle if goes_up else magnitudes > middle).view(np.uint8)
+    return codes
+
+
+def _exponents(most: Array, dtype: str, less: int) -> tuple[Array, Array]:
+    """Powers of two near the largest magnitudes, as bytes of exponents, and as numbers: from 1.75 times one on the next one."""
+    narrow = numpy_dtype(dtype)
+    bits = most.astype(narrow).view(f"u{narrow.itemsize}")
+    mantissa = _MANTISSA[dtype]
+    bits = bits + bits.dtype.type(1 << mantissa - 2) & ~bits.dtype.type((1 << mantissa) - 1)
+    powers = bits.view(narrow).astype(np.float32)
+    exponents = np.where(powers == 0, 0, np.clip(127 + np.frexp(powers)[1] - 1 - less, 0, 255))
+    scales = np.ldexp(np.float32(1), exponents - 127).astype(narrow).astype(np.float32)
+    exponents[scales == 0] = 127
+    scales[scales == 0] = 1
+    return exponents.astype(np.uint8), scales
