@@ -15,7 +15,7 @@ from streamconv.engine.readers import BACKENDS, known_urls, make_reader
 from streamconv.engine.writers import Writer
 from streamconv.errors import Interrupted
 from streamconv.graph.moves import Move, region
-from streamconv.memory import BLOCK
+from streamconv.memory import BLOCK, keep_freed
 from streamconv.planning.plan import Compute, Copy, Plan
 from streamconv.storage import Version, is_url
 from streamconv.threads import Item, run_threads
@@ -144,6 +144,8 @@ class Workers:
     """
 
     def __init__(self, plan: Plan, urls: Mapping[str, Version] | None = None) -> None:
+        if plan.nodes:
+            keep_freed()
         self._plan = plan
         self.count, self._descriptors = share_descriptors(plan.workers)
         self.urls = {**known_urls(plan), **(urls or {})}

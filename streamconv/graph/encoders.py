@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -45,24 +46,29 @@ def rounding(dtype: str) -> Round:
 
 
 def blocks_of(values: Array, block: tuple[int, int]) -> Array:
-    """A matrix in blocks, as (down, across, rows, columns), with zeros where it ends within one."""
+    """A matrix in blocks, as (down, rows, across, columns), with zeros where it ends within one."""
     down, across = (-(-size // step) for size, step in zip(values.shape, block, strict=True))
     missing = down * block[0] - values.shape[0], across * block[1] - values.shape[1]
     if any(missing):
         values = np.pad(values, ((0, missing[0]), (0, missing[1])))
-    return values.reshape(down, block[0], across, block[1]).swapaxes(1, 2)
+    return values.reshape(down, block[0], across, block[1])
 
 
 def matrix_of(blocks: Array, shape: tuple[int, int]) -> Array:
     """What `blocks_of` has taken apart."""
-    down, across, rows, columns = blocks.shape
-    return blocks.swapaxes(1, 2).reshape(down * rows, across * columns)[: shape[0], : shape[1]]
+    down, rows, across, columns = blocks.shape
+    return blocks.reshape(down * rows, across * columns)[: shape[0], : shape[1]]
 
 
 def largest(blocks: Array) -> Array:
     """The largest magnitude of each block; NaN where one is."""
-    magnitudes: Array = np.maximum(np.maximum(blocks.max((2, 3)), -blocks.min((2, 3))), np.float32(0))
+    magnitudes: Array = np.maximum(np.maximum(blocks.max((1, 3)), -blocks.min((1, 3))), np.float32(0))
     return magnitudes
+
+
+def spread(shared: Array) -> Array:
+    """What blocks share, as it goes with their elements."""
+    return shared[:, None, :, None]
 
 
 def widened(items: Array, dtype: str) -> Array:
@@ -77,7 +83,7 @@ def widened(items: Array, dtype: str) -> Array:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Blocks as codes, (down, across, rows, columns) as bytes, and what each of them shares, as it is stored."""
+    """Blocks as codes, a byte each, and what each of them shares, as it is stored."""
 
     codes: Array
     scales: Array
@@ -89,16 +95,13 @@ def fp8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     most = largest(blocks)
     factors = np.reciprocal(most) * np.float32(_E4M3)
     factors[(most == 0) | np.isnan(most)] = 1
-    values = np.clip(blocks * factors[..., None, None], -_E4M3, _E4M3)
-    return Encoded(_to_e4m3(values), np.reciprocal(factors).view(np.uint32))
+    return Encoded(_to_e4m3(np.multiply(blocks, spread(factors), out=blocks)), np.reciprocal(factors).view(np.uint32))
 
 
 def float8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     """float8_e4m3fn times a scale of the weight's dtype."""
-    rounded = rounding(dtype)
-    scales = _not_zero(rounded(largest(blocks) / np.float32(_E4M3)), dtype)
-    values = np.clip(rounded(blocks / scales[..., None, None]), -_E4M3, _E4M3)
-    return Encoded(_to_e4m3(values), _stored(scales, dtype))
+    scales = _not_zero(rounding(dtype)(largest(blocks) / np.float32(_E4M3)), dtype)
+    return Encoded(_finish(np.divide(blocks, spread(scales), out=blocks), dtype, _to_e4m3), _stored(scales, dtype))
 
 
 def integers(bits: int) -> Callable[[Array, str, float], Encoded]:
@@ -106,10 +109,9 @@ def integers(bits: int) -> Callable[[Array, str, float], Encoded]:
     half = 1 << bits - 1
 
     def encode(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
-        rounded = rounding(dtype)
-        scales = _not_zero(rounded(largest(blocks) / np.float32(half - 0.5)), dtype)
-        values = np.clip(rounded(blocks / scales[..., None, None]), -half, half - 1)
-        return Encoded(_to_integers(values), _stored(scales, dtype))
+        scales = _not_zero(rounding(dtype)(largest(blocks) / np.float32(half - 0.5)), dtype)
+        codes = _finish(np.divide(blocks, spread(scales), out=blocks), dtype, _TO_INTEGERS[bits])
+        return Encoded(codes, _stored(scales, dtype))
 
     return encode
 
@@ -120,14 +122,15 @@ def asymmetric(bits: int) -> Callable[[Array, str, float], Encoded]:
 
     def encode(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
         rounded = rounding(dtype)
-        low = np.minimum(blocks.min((2, 3)), np.float32(0))
-        high = np.maximum(blocks.max((2, 3)), np.float32(0))
+        low = np.minimum(blocks.min((1, 3)), np.float32(0))
+        high = np.maximum(blocks.max((1, 3)), np.float32(0))
         scales = rounded(rounded(high - low) / np.float32(2 * half - 1))
         zeros = np.clip(rounded(np.float32(-half) - rounded(low / scales)), -half, half - 1)
         zeros = np.rint(np.nan_to_num(zeros, nan=0.0))
         scales = _not_zero(scales, dtype)
-        values = rounded(rounded(blocks / scales[..., None, None]) + zeros[..., None, None])
-        return Encoded(_to_integers(np.clip(values, -half, half - 1)), _stored(scales, dtype), zeros.astype(np.int8).view(np.uint8))
+        values = rounded(np.divide(blocks, spread(scales), out=blocks))
+        codes = _finish(np.add(values, spread(zeros), out=values), dtype, _TO_INTEGERS[bits])
+        return Encoded(codes, _stored(scales, dtype), zeros.astype(np.int8).view(np.uint8))
 
     return encode
 
@@ -135,12 +138,9 @@ def asymmetric(bits: int) -> Callable[[Array, str, float], Encoded]:
 def nvfp4(blocks: Array, dtype: str, whole: float) -> Encoded:
     """float4_e2m1fn times a float8_e4m3fn less the scale of all of these, ``whole``."""
     shared = np.float32(whole)
-    scales = np.clip(shared * rounding(dtype)(largest(blocks) / np.float32(_E2M1)), -_E4M3, _E4M3)
-    octets = _to_e4m3(scales)
-    scales = octets.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    scales = _to_e4m3(shared * rounding(dtype)(largest(blocks) / np.float32(_E2M1))).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     scales[scales == 0] = _SMALLEST_SCALE
-    octets = scales.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
-    return Encoded(_to_e2m1(blocks / (scales / shared)[..., None, None]), octets)
+    return Encoded(_to_e2m1(np.divide(blocks, spread(scales / shared), out=blocks)), _to_e4m3(scales))
 
 
 def shared_scale(most: float, dtype: str) -> float:
@@ -155,14 +155,13 @@ def shared_scale(most: float, dtype: str) -> float:
 def mxfp4(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     """float4_e2m1fn times a power of two, its exponent in a byte."""
     octets, powers = _exponents(largest(blocks), dtype, 2)
-    return Encoded(_to_e2m1(rounding(dtype)(blocks / powers[..., None, None])), octets)
+    return Encoded(_finish(np.divide(blocks, spread(powers), out=blocks), dtype, _to_e2m1), octets)
 
 
 def mxfp8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     """float8_e4m3fn times a power of two, its exponent in a byte."""
     octets, powers = _exponents(largest(blocks), dtype, 8)
-    values = np.clip(rounding(dtype)(blocks / powers[..., None, None]), -_E4M3, _E4M3)
-    return Encoded(_to_e4m3(values), octets)
+    return Encoded(_finish(np.divide(blocks, spread(powers), out=blocks), dtype, _to_e4m3), octets)
 
 
 ENCODERS: dict[str, Callable[[Array, str, float], Encoded]] = {
@@ -208,14 +207,34 @@ def _stored(scales: Array, dtype: str) -> Array:
     return narrow.view(f"u{narrow.itemsize}")
 
 
+def _finish(quotients: Array, dtype: str, encode: Callable[[Array], Array]) -> Array:
+    """Quotients rounded to a type, as codes: those of 16 bits are looked up."""
+    if dtype == "float32":
+        return encode(quotients)
+    numbers = quotients.astype(numpy_dtype(dtype)).view(np.uint16)
+    return np.take(_codes_of(dtype, encode), numbers, mode="clip")
+
+
+@cache
+def _codes_of(dtype: str, encode: Callable[[Array], Array]) -> Array:
+    """The code of each number of 16 bits."""
+    with np.errstate(all="ignore"):
+        return encode(np.arange(1 << 16, dtype=np.uint16).view(numpy_dtype(dtype)).astype(np.float32))
+
+
 def _to_e4m3(values: Array) -> Array:
-    codes: Array = values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    codes: Array = np.clip(values, -_E4M3, _E4M3, out=values).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     return codes
 
 
-def _to_integers(values: Array) -> Array:
-    """Whole numbers as signed bytes; NaN is 0."""
-    return np.nan_to_num(np.rint(values), nan=0.0).astype(np.int8).view(np.uint8)
+def _to_integers(bits: int, values: Array) -> Array:
+    """Whole numbers of so many bits, as signed bytes; NaN is 0."""
+    half = 1 << bits - 1
+    codes: Array = np.nan_to_num(np.rint(np.clip(values, -half, half - 1)), nan=0.0).astype(np.int8).view(np.uint8)
+    return codes
+
+
+_TO_INTEGERS = {bits: partial(_to_integers, bits) for bits in (4, 8)}
 
 
 def _to_e2m1(values: Array) -> Array:

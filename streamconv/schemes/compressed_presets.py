@@ -40,6 +40,7 @@ def _says(name: str, layout: str, weights: dict[str, Any], activations: dict[str
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "transform_config": {},
+            "moe_sparsity_config": None,
             "version": VERSION,
         }
 

@@ -90,6 +90,14 @@ class Quantize(Boxed):
         shared = Grid((1, 1, 1), Step(self.shape[-2]), Step(self.shape[-1]))
         return (weight, shared) if self.shared else (weight,)
 
+    def reach(self, numel: int, inputs: Sequence[TensorSpec]) -> list[int]:
+        """See `Compute.reach`: what as many elements side by side take, and whole blocks before and after them; large regions are cut."""
+        weight = self.grids[0]
+        rows, columns = weight.rows, weight.columns
+        dense = -(-numel * rows.items * columns.items // (rows.count * columns.count))
+        beside = 2 * rows.items * self.matrix[1]
+        return [min(inputs[0].numel, 2 * dense + beside, max(_CUT, beside)), *(spec.numel for spec in inputs[1:])]
+
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:
         return super().scratch(inputs) + 40 * max(0, math.prod(map(min, self.block, self.matrix)) - _LEAST)
 
@@ -126,6 +134,7 @@ class Quantize(Boxed):
         return 0
 
 
+_CUT = 1 << 22  # elements of a weight that are taken at once, or a row of blocks, if that has more
 _LEAST = 1 << 18  # elements of a block that `Boxed.scratch` has counted already
 
 

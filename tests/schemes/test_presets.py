@@ -1,0 +1,258 @@
+"""``--quantize``: what a library that defines a preset makes of a model, bit for bit, and says of it in config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import ROOMY, assert_same, read, refusal, run, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from preset_models import CONFIG, PRESETS, STORED, by_library, write_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import streamconv
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "presets"
+CASES = [(preset, dtype) for dtype, presets in STORED.items() for preset in presets]
+BF16 = torch.bfloat16
+LAYER = "model.layers.0"
+
+
+def source(folder: Path, dtype: torch.dtype = BF16) -> Path:
+    return write_model(folder / "src", load_file(GOLDEN / f"{str(dtype).removeprefix('torch.')}.safetensors"))
+
+
+def quantize(src: Path, dst: Path, preset: str, *more: object) -> dict[str, torch.Tensor]:
+    assert run("convert", src, dst, "--quantize", preset, *more, "--quiet", "--max-memory", ROOMY) == 0
+    return read(dst)
+
+
+def bits(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same as bytes, which NaNs and negative zeros are told apart by."""
+    return {name: tensor.contiguous().reshape(-1).view(torch.uint8) for name, tensor in tensors.items()}
+
+
+def check(folder: Path, dtype: torch.dtype, preset: str, expected: dict[str, torch.Tensor], config: dict[str, object]) -> None:
+    src = source(folder, dtype)
+    made = quantize(src, folder / "out", preset, "--verify")
+    kept = {name: tensor for name, tensor in load_file(src / "model.safetensors").items() if "_proj" not in name}
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in made.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in {**kept, **expected}.items()
+    }
+    assert_same(bits(made), bits({**kept, **expected}))
+    said = json.loads((folder / "out" / "config.json").read_text())
+    left = ["lm_head", "model.embed_tokens"]
+    if config:
+        assert {**said["quantization_config"], "ignore": sorted(said["quantization_config"]["ignore"])} == {**config, "ignore": left}
+    assert {key: value for key, value in said.items() if key != "quantization_config"} == json.loads((src / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("preset", "dtype"), CASES, ids=str)
+def test_what_a_library_once_made(preset: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    path = GOLDEN / f"{str(dtype).removeprefix('torch.')}.{preset}.safetensors"
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    check(tmp_path, dtype, preset, load_file(path), config)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("preset", ["fp8", *PRESETS])
+def test_what_a_library_makes(preset: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    try:
+        expected, config = by_library(preset, dtype)
+    except ImportError as error:
+        pytest.skip(str(error))
+    expected = {name: tensor for name, tensor in expected.items() if "_proj" in name}
+    check(tmp_path, dtype, preset, expected, config)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("preset", ["fp8", *PRESETS])
+def test_transformers_loads_it(preset: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    quantize(source(tmp_path), tmp_path / "out", preset)
+    if preset == "W4A16_ASYM":  # transformers 5.24 wants zero points that are not packed, which compressed-tensors 0.20 does not write
+        pytest.xfail("what the library itself makes of it, which is the same, is not loaded either")
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    assert model is not None
+
+
+@pytest.mark.parametrize("preset", ["fp8", *PRESETS])
+def test_numbers_come_back_near_what_they_were(preset: str, tmp_path: Path) -> None:
+    src = source(tmp_path, torch.float32)
+    plain = back(quantize_to(src, tmp_path / "a", preset), tmp_path / "plain")
+    original = read(src)
+    assert plain.keys() == original.keys()
+    for name, tensor in plain.items():
+        assert (tensor - original[name]).abs().max() <= 0.2 * original[name].abs().max(), name
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def test_numbers_that_mxfp4_holds_are_a_fixed_point(tmp_path: Path) -> None:
+    """Its largest magnitudes are 1 or 1.5 times a power of two, whose scale holds all smaller ones; those of others may need another."""
+    once = back(quantize_to(source(tmp_path, torch.float32), tmp_path / "a", "MXFP4A16"), tmp_path / "once")
+    twice = back(quantize_to(tmp_path / "once", tmp_path / "b", "MXFP4A16"), tmp_path / "twice")
+    for name, tensor in once.items():
+        assert torch.equal(twice[name], tensor), name  # -0 has become 0
+
+
+def quantize_to(src: Path, dst: Path, preset: str) -> Path:
+    quantize(src, dst, preset)
+    return dst
+
+
+def back(src: Path, dst: Path) -> dict[str, torch.Tensor]:
+    assert run("convert", src, dst, "--dequantize", "--dtype", "float32", "--quiet", "--max-memory", ROOMY) == 0
+    return read(dst)
+
+
+@pytest.mark.parametrize("preset", ["W4A16", "NVFP4A16", "FP8_BLOCK"])
+def test_a_quantized_source_is_quantized_in_another_way_in_one_pass(preset: str, tmp_path: Path) -> None:
+    src = source(tmp_path)
+    quantize(src, tmp_path / "fp8", "fp8")
+    once = quantize(tmp_path / "fp8", tmp_path / "once", preset)
+    assert run("convert", tmp_path / "fp8", tmp_path / "plain", "--dequantize", "--quiet", "--max-memory", ROOMY) == 0
+    assert_same(bits(once), bits(quantize(tmp_path / "plain", tmp_path / "twice", preset)))
+    assert (tmp_path / "once" / "config.json").read_text() == (tmp_path / "twice" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("preset", ["fp8", *PRESETS])
+def test_any_shards_and_a_stream_of_bytes_are_the_same(preset: str, tmp_path: Path) -> None:
+    src = source(tmp_path)
+    whole = quantize(src, tmp_path / "whole", preset)
+    assert_same(bits(quantize(src, tmp_path / "shards", preset, "--max-shard-size", "20kB", "--workers", "1")), bits(whole))
+    streamconv.convert(src, "memory://presets/out", quantize=preset, max_memory=ROOMY, overwrite=True)
+    found = streamconv.open("memory://presets/out")
+    assert_same(bits({name: found[name].torch() for name in found}), bits(whole))
+    assert run("verify", src, tmp_path / "whole", "--quantize", preset, "--quiet") == 0
+
+
+def test_modules_that_are_named_are_left_alone(tmp_path: Path) -> None:
+    src = source(tmp_path)
+    made = quantize(src, tmp_path / "out", "W4A16", "--ignore", f"{LAYER}.self_attn.o_proj", "--ignore", r"re:.*\.mlp\.")
+    assert {name for name in made if name.endswith("_packed")} == {f"{LAYER}.self_attn.{name}_proj.weight_packed" for name in "qkv"}
+    left = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert set(left) == {
+        "lm_head", "model.embed_tokens", f"{LAYER}.self_attn.o_proj", *(f"{LAYER}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+    }  # fmt: skip
+
+
+def test_what_a_preset_passes_over_is_named_in_the_config(tmp_path: Path) -> None:
+    """fp8 takes whole blocks only: matrices of other sizes stay as they are."""
+    made = quantize(source(tmp_path), tmp_path / "out", "fp8")
+    assert {name for name in made if name.endswith("_scale_inv")} == {
+        f"{LAYER}.{name}_proj.weight_scale_inv" for name in ("self_attn.q", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    }
+    left = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert left == ["lm_head", f"{LAYER}.self_attn.k_proj", f"{LAYER}.self_attn.v_proj", "model.embed_tokens"] or set(left) == {
+        "lm_head", f"{LAYER}.self_attn.k_proj", f"{LAYER}.self_attn.v_proj", "model.embed_tokens"
+    }  # fmt: skip
+
+
+STACK = "model.layers.0.mlp.experts"
+
+
+def test_stacked_experts_are_written_one_by_one_and_share_their_scales(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stacks = {f"{STACK}.gate_up_proj": torch.randn(3, 64, 128).to(BF16), f"{STACK}.down_proj": torch.randn(3, 128, 32).to(BF16)}
+    src = write(tmp_path / "stacked", stacks, config={"model_type": "qwen3_moe", "dtype": "bfloat16"})
+    apart = {}
+    for expert in range(3):
+        gate, up = stacks[f"{STACK}.gate_up_proj"][expert].chunk(2)
+        names = {"gate_proj": gate, "up_proj": up, "down_proj": stacks[f"{STACK}.down_proj"][expert]}
+        apart |= {f"{STACK}.{expert}.{name}.weight": tensor.contiguous() for name, tensor in names.items()}
+    other = write(tmp_path / "apart", apart, config={"model_type": "qwen3_moe", "dtype": "bfloat16"})
+    made = quantize(src, tmp_path / "a", "NVFP4A16", "--verify")
+    assert_same(bits(made), bits(quantize(other, tmp_path / "b", "NVFP4A16")))
+    assert torch.equal(made[f"{STACK}.1.gate_proj.weight_global_scale"], made[f"{STACK}.1.up_proj.weight_global_scale"])
+
+
+def test_stacks_stay_stacks_in_fp8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stack = torch.randn(3, 256, 128).to(BF16)
+    src = write(tmp_path / "x", {f"{STACK}.gate_up_proj": stack}, config={"model_type": "qwen3_moe"})
+    made = quantize(src, tmp_path / "out", "fp8")
+    for expert in range(3):
+        alone = write(tmp_path / f"x{expert}", {"a.weight": stack[expert].contiguous()}, config={"model_type": "qwen3_moe"})
+        one = quantize(alone, tmp_path / f"out{expert}", "fp8")
+        assert torch.equal(made[f"{STACK}.gate_up_proj"][expert].view(torch.uint8), one["a.weight"].view(torch.uint8))
+        assert torch.equal(made[f"{STACK}.gate_up_proj_scale_inv"][expert], one["a.weight_scale_inv"])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "options", "told"),
+    [
+        ({"a.weight": torch.ones(8, 100)}, CONFIG, ("W4A16",), "a.weight has 100 columns, W4A16 takes them in groups of 128"),
+        ({"a.weight": torch.ones(8, 20)}, CONFIG, ("NVFP4A16",), "a.weight has 20 columns, NVFP4A16 takes them in groups of 16"),
+        ({"a.weight": torch.ones(8, 128)}, CONFIG, ("W4A17",), "--quantize W4A17: there is no such scheme"),
+        ({"a.weight": torch.ones(8, 128)}, CONFIG, ("W4A16", "--ignore", "b"), "--ignore b: no linear module is called so"),
+        ({"a.weight": torch.ones(8, 128)}, CONFIG, ("W4A16", "--ignore", "re:("), "--ignore re:(: not a regular expression"),
+        ({"a.norm.weight": torch.ones(8, 128)}, CONFIG, ("W4A16",), "there is no weight of a linear module that it takes"),
+        ({"a.weight": torch.ones(8, 128)}, None, ("W4A16",), "there is no config.json beside SRC"),
+        (
+            {f"{STACK}.down_proj": torch.ones(2, 128, 128)}, {"model_type": "gpt_oss"}, ("W4A16",), "has inputs before outputs",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], config: dict[str, object] | None, options: tuple[str, ...], told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    src = write(tmp_path / "x", tensors, config=config)
+    assert told in refusal(capsys, "convert", src, tmp_path / "out", "--quantize", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ignore_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--ignore names what --quantize leaves alone" in refusal(capsys, "convert", source(tmp_path), tmp_path / "out", "--ignore", "a")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_tile_gives_the_codes_of_the_whole(data: st.DataObject) -> None:
+    """Regions of codes, scales and zero points, each made alone, are those of all at once."""
+    import numpy as np
+
+    from streamconv.dtypes import DTYPES, TensorSpec
+    from streamconv.graph.moves import Move, identity
+    from streamconv.graph.node import Source, apply
+    from streamconv.graph.ops.op import Values
+    from streamconv.schemes.registry import presets
+
+    preset = presets()[data.draw(st.sampled_from(["fp8", *PRESETS]))]
+    rows = preset.rows * data.draw(st.integers(1, 3)) if preset.rows > 1 else data.draw(st.integers(1, 150))
+    columns = preset.columns * data.draw(st.integers(1, 3)) if preset.columns > 1 else data.draw(st.integers(1, 150))
+    weight = Source(TensorSpec(DTYPES["bfloat16"], (rows, columns)), ())
+    numbers = np.random.default_rng(data.draw(st.integers(0, 9))).standard_normal((rows, columns)).astype(np.float32)
+    stored = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    shared = Source(TensorSpec(DTYPES["float32"], (1,)), ()) if preset.shared else None
+    whole = np.array([37.5], np.float32).view(np.uint32)
+
+    def make(node: object, region: Move) -> object:
+        needs = node.op.needs(region, [child.spec for child in node.inputs])  # type: ignore[attr-defined]
+        parts = []
+        for child, need, flat in zip(node.inputs, needs, (stored.reshape(-1), whole), strict=False):  # type: ignore[attr-defined]
+            axes = [np.arange(size) * stride for size, stride in zip(need.sizes, need.src_strides, strict=True)]
+            places = need.src + sum(np.ix_(*axes)) if axes else np.array(need.src)
+            parts.append(Values(flat[places], child.spec.dtype))
+        out = np.zeros(region.sizes, f"u{node.spec.dtype.itemsize}")  # type: ignore[attr-defined]
+        node.op.values(region, parts, Values(out, node.spec.dtype))  # type: ignore[attr-defined]
+        return out
+
+    for node in preset.encode("w", weight, shared).values():
+        if getattr(node, "op", None) is None or node.op.kind != "quantize":
+            continue
+        height, width = node.spec.shape
+        every = make(node, identity(height * width)).reshape(height, width)
+        top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+        down, across = data.draw(st.integers(1, height - top)), data.draw(st.integers(1, width - left))
+        part = make(node, Move((down, across), 0, (across, 1), top * width + left, (width, 1)))
+        assert (part == every[top : top + down, left : left + across]).all()
+        assert apply(node.op, *node.inputs).spec == node.spec
