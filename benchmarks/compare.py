@@ -11,7 +11,8 @@ same rounds: with the time that cp would take for as many bytes as the operation
 page cache, and computes nothing. ``cgroup`` compares a re-shard inside a memory cgroup with the same outside of it; ``reflink-...`` a
 re-shard on a file system that shares blocks, mounted from an image (which takes root), with ``cp --reflink=never``.
 ``llama-hf2ms`` converts about 2 GB at most to MindSpore's container, beside MindSpore Transformers (``pip install mindformers``, in an
-environment of its own). ``dequantize-...`` makes as much quantized by a format bfloat16, in 150 MB, beside compressed-tensors.
+environment of its own). ``dequantize-...`` makes as much quantized by a format bfloat16, in 150 MB, beside compressed-tensors;
+``quantize-...`` goes the other way, beside llm-compressor.
 
 Prints a table in Markdown; writes ``results.json``, ``table.md``, ``time.png`` and ``memory.png`` (the pictures take matplotlib).
 """
@@ -60,6 +61,9 @@ OPERATIONS = {
     "dequantize-fp8": "Block fp8 to bf16",
     "dequantize-int4": "int4 in groups to bf16",
     "dequantize-mxfp4": "mxfp4 to bf16",
+    "quantize-fp8-block": "bf16 to FP8_BLOCK",
+    "quantize-w4a16": "bf16 to W4A16",
+    "quantize-nvfp4a16": "bf16 to NVFP4A16",
     "cgroup": f"Re-shard in {GROUP_LIMIT}",
     "reflink-xfs": "Re-shard one file on XFS",
     "reflink-btrfs": "Re-shard one file on btrfs",
@@ -73,6 +77,7 @@ LAYOUTS = ("fuse", "rotary", "transpose")
 MINDSPORE = "llama-hf2ms"
 SMALL_SIZE = 2_000_000_000  # bytes of the source of that, and of quantized ones; other tools hold it several times
 DEQUANTIZED = {f"dequantize-{kind}": f"llama-2-7b-{kind}" for kind in ("fp8", "int4", "mxfp4")}  # operation -> model
+QUANTIZED = {f"quantize-{name.lower().replace('_', '-')}": name for name in ("FP8_BLOCK", "W4A16", "NVFP4A16")}  # operation -> scheme
 DEQUANTIZED_MEMORY = "150MB"
 RECIPES = {
     "llama": {MINDSPORE: MINDSPORE, **{name: str(HERE / "recipes" / f"llama-{name}.yaml") for name in LAYOUTS}},
@@ -105,10 +110,11 @@ class Job:
     mergekit_python: str
     mindspore_python: str
     compressed_python: str
+    compressor_python: str
     recipe: str | None = None
     other: Path | None = None
     image: Path | None = None
-    dequantized_bytes: int | None = None
+    made_bytes: int | None = None
 
     @property
     def dtype(self) -> str | None:
@@ -116,7 +122,7 @@ class Job:
 
     @property
     def output_bytes(self) -> int:
-        return self.dequantized_bytes or round(self.source_bytes * GROWTH.get(self.operation, 1.0))
+        return self.made_bytes or round(self.source_bytes * GROWTH.get(self.operation, 1.0))
 
     @property
     def makes_files(self) -> bool:
@@ -150,7 +156,7 @@ def _device(job: Job) -> list[str] | None:
 
 def _streamconv(job: Job) -> list[str]:
     command = [sys.executable, "-m", "streamconv"]
-    limits = {"cgroup": GROUP_MEMORY} | dict.fromkeys(DEQUANTIZED, DEQUANTIZED_MEMORY)
+    limits = {"cgroup": GROUP_MEMORY} | dict.fromkeys((*DEQUANTIZED, *QUANTIZED), DEQUANTIZED_MEMORY)
     memory = ["--max-memory", limits.get(job.operation, job.max_memory)]
     if job.operation == "verify":
         return [*command, "verify", str(job.source), str(job.other), *memory, "--no-progress"]
@@ -160,7 +166,9 @@ def _streamconv(job: Job) -> list[str]:
 
 def _recipe(job: Job) -> list[str]:
     recipe = ["--recipe", job.recipe] if job.recipe else []
-    return [*recipe, *(["--dtype", job.dtype] if job.dtype else []), *(["--dequantize"] if job.operation in DEQUANTIZED else [])]
+    quantization = ["--dequantize"] if job.operation in DEQUANTIZED else []
+    quantization += ["--quantize", QUANTIZED[job.operation]] if job.operation in QUANTIZED else []
+    return [*recipe, *(["--dtype", job.dtype] if job.dtype else []), *quantization]
 
 
 def _streamconv_in_group(job: Job) -> list[str] | None:
@@ -168,7 +176,7 @@ def _streamconv_in_group(job: Job) -> list[str] | None:
 
 
 def _safetensors(job: Job) -> list[str] | None:
-    if job.operation in ("cgroup", MINDSPORE, *DEQUANTIZED) or job.image:
+    if job.operation in ("cgroup", MINDSPORE, *DEQUANTIZED, *QUANTIZED) or job.image:
         return None
     _needs("safetensors", "huggingface_hub")
     if job.operation == "verify":
@@ -222,6 +230,15 @@ def _compressed_tensors(job: Job) -> list[str] | None:
     return [job.compressed_python, str(COMPETITORS / "compressed.py"), str(job.source), str(job.target)]
 
 
+def _llm_compressor(job: Job) -> list[str] | None:
+    if job.operation not in QUANTIZED:
+        return None
+    if subprocess.run([job.compressor_python, "-c", "import llmcompressor"], capture_output=True, check=False).returncode:
+        raise NotRunError("llmcompressor not installed (--compressor-python gives the interpreter of another environment)")
+    scheme = ["--scheme", QUANTIZED[job.operation]]
+    return [job.compressor_python, str(COMPETITORS / "model_free.py"), str(job.source), str(job.target), *scheme]
+
+
 def _dcp(job: Job) -> list[str] | None:
     if job.operation != "reshard":
         return None
@@ -239,6 +256,7 @@ TOOLS: dict[str, tuple[str, Callable[[Job], list[str] | None]]] = {
     "mergekit": ("mergekit passthrough", _mergekit),
     "dcp": ("torch DCP consolidation", _dcp),
     "mindformers": ("mindformers convert_weight", _mindformers),
+    "llm-compressor": ("llm-compressor model_free_ptq", _llm_compressor),
     "compressed-tensors": ("compressed-tensors convert_checkpoint", _compressed_tensors),
 }
 WHOLE_MODEL = ("safetensors", "huggingface_hub", "transformers", "mindformers")
@@ -491,11 +509,14 @@ def _job(operation: str, sources: Sources, options: argparse.Namespace) -> Itera
     recipe = RECIPES.get(MODELS[options.model].config["model_type"], {}).get(operation)
     if operation in (*LAYOUTS, MINDSPORE) and recipe is None:
         raise NotRunError(f"there is no recipe for {options.model}")
-    size = min(options.size, SMALL_SIZE) if operation in (MINDSPORE, *DEQUANTIZED) else options.size
-    source = sources.get("float32" if operation == "to-bf16" else "bfloat16", size, DEQUANTIZED.get(operation))
+    size = min(options.size, SMALL_SIZE) if operation in (MINDSPORE, *DEQUANTIZED, *QUANTIZED) else options.size
+    model = DEQUANTIZED.get(operation, "llama-2-7b" if operation in QUANTIZED else None)
+    source = sources.get("float32" if operation == "to-bf16" else "bfloat16", size, model)
     job = replace(_make_job(operation, source, options.work / "target", options, shard_size=options.shard_size), recipe=recipe)
     if operation in DEQUANTIZED:
-        job = replace(job, dequantized_bytes=_dequantized_bytes(source))
+        job = replace(job, made_bytes=_dequantized_bytes(source))
+    if operation in QUANTIZED:
+        job = replace(job, made_bytes=_quantized_bytes(job))
     _check_room(options.work, max(job.output_bytes, job.source_bytes))
     with prepared(job, options.tools) as job:
         yield job
@@ -503,8 +524,15 @@ def _job(operation: str, sources: Sources, options: argparse.Namespace) -> Itera
 
 def _make_job(operation: str, source: Path, target: Path, options: argparse.Namespace, *, shard_size: int) -> Job:
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    pythons = (options.mergekit_python, options.mindspore_python, options.compressed_python)
+    pythons = (options.mergekit_python, options.mindspore_python, options.compressed_python, options.compressor_python)
     return Job(operation, source, target, total, shard_size, options.max_memory, *pythons)
+
+
+def _quantized_bytes(job: Job) -> int:
+    """What the tensors take afterwards, as streamconv plans it."""
+    command = [sys.executable, "-m", "streamconv", "plan", str(job.source), str(job.target), *_recipe(job), "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return int(found["bytes_written"])
 
 
 def _dequantized_bytes(source: Path) -> int:
@@ -649,10 +677,12 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             continue
         if name in TIMES and mine.ratio is not None:
             found.append(Goal(f"{title}: time / cp", mine.ratio, TIMES[name]))
-        if mine.device is not None:
+        if mine.device is not None and name not in QUANTIZED:
             found.append(Goal(f"{title}: time / device", mine.device, DEQUANTIZED_DEVICE if name in DEQUANTIZED else DEVICE))
         source, output = operation["source_bytes"], operation["output_bytes"]
-        found.append(Goal(f"{title}: bytes read / input", mine.read / (source * (2 if name == "verify" else 1)), 1.05))
+        passes = 2 if name == "verify" else 1
+        if name not in QUANTIZED:  # which read weights once for each tensor that is made of them
+            found.append(Goal(f"{title}: bytes read / input", mine.read / (source * passes), 1.05))
         if output:
             found.append(Goal(f"{title}: bytes written / output", mine.written / output, 1.05))
         if name == "reshard":
@@ -663,8 +693,9 @@ def goals(results: dict[str, Any]) -> list[Goal]:
                 found.append(Goal(f"{title}: peak memory of transformers / streamconv", tools["transformers"].peak / mine.peak, 20, True))  # noqa: FBT003
         if "mindformers" in tools:
             found.append(Goal(f"{title}: time of mindformers / streamconv", tools["mindformers"].median / mine.median, 1.0, at_least=True))
-        if "compressed-tensors" in tools:
-            found.append(Goal(f"{title}: time / compressed-tensors", mine.median / tools["compressed-tensors"].median, 0.5))
+        for peer in ("compressed-tensors", "llm-compressor"):
+            if peer in tools:
+                found.append(Goal(f"{title}: time / {peer}", mine.median / tools[peer].median, 0.5))
         runs = next(tool["runs"] for tool in operation["tools"] if tool["name"] == "streamconv")
         if name in SHARING:
             found.append(Goal(f"{title}: new blocks / output", statistics.median(run["new_bytes"] for run in runs) / output, 0.1))
@@ -871,6 +902,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mergekit-python", default=sys.executable, metavar="PATH", help="an interpreter that has mergekit")
     parser.add_argument("--mindspore-python", default=sys.executable, metavar="PATH", help="an interpreter that has mindformers")
     parser.add_argument("--compressed-python", default=sys.executable, metavar="PATH", help="an interpreter that has compressed-tensors")
+    parser.add_argument("--compressor-python", default=sys.executable, metavar="PATH", help="an interpreter that has llmcompressor")
     parser.add_argument("--render", type=Path, metavar="results.json", help="print and draw these results, run nothing")
     return parser
 

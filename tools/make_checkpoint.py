@@ -350,6 +350,7 @@ MODELS = {
         bert_shapes,
     ),
     "llama-3-8b": Model(_llama(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_hidden_layers=32), llama_shapes),
+    "llama-2-7b": Model(_LLAMA_7B, llama_shapes),
     "llama-2-7b-fp8": Model(_LLAMA_7B | {"quantization_config": _FP8}, quantized_llama_shapes),
     "llama-2-7b-int4": Model(
         _LLAMA_7B | {"quantization_config": _packed("pack-quantized", group_size=128, type="int")}, quantized_llama_shapes
