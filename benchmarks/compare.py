@@ -693,9 +693,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
                 found.append(Goal(f"{title}: peak memory of transformers / streamconv", tools["transformers"].peak / mine.peak, 20, True))  # noqa: FBT003
         if "mindformers" in tools:
             found.append(Goal(f"{title}: time of mindformers / streamconv", tools["mindformers"].median / mine.median, 1.0, at_least=True))
-        for peer in ("compressed-tensors", "llm-compressor"):
-            if peer in tools:
-                found.append(Goal(f"{title}: time / {peer}", mine.median / tools[peer].median, 0.5))
+        peers = [peer for peer in ("compressed-tensors", "llm-compressor") if peer in tools]
+        found += [Goal(f"{title}: time / {peer}", mine.median / tools[peer].median, 0.5) for peer in peers]
         runs = next(tool["runs"] for tool in operation["tools"] if tool["name"] == "streamconv")
         if name in SHARING:
             found.append(Goal(f"{title}: new blocks / output", statistics.median(run["new_bytes"] for run in runs) / output, 0.1))
