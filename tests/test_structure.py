@@ -26,7 +26,7 @@ PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
     "storage": 1_630,  # where files are; most of it is what servers need, and parts of one file on their way at the same time
-    "graph": 2_010,  # nodes, ops, how a region of one is made and read ahead, numbers, codes and back
+    "graph": 2_030,  # nodes, ops, how a region of one is made and read ahead, numbers, codes and back
     "formats": 2_280,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 780,  # quantizations, a module for each, and the list of them that others add to

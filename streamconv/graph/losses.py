@@ -1,0 +1,115 @@
+"""What a change of values costs: how many were rounded, became infinite or zero, and how far they are from what they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    Array = ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of some values, finite ones but for ``overflowed``.
+
+    Attributes:
+        overflowed: how many were finite and are infinite.
+        source: the dtype that they had, if they were measured.
+        target: what they became: a dtype, or a preset's rule.
+        rounded: how many are others than they were.
+        underflowed: how many of these are zero now.
+        most: the largest difference.
+        squares: of all differences, added up.
+        norm: the squares of what they were, added up.
+    """
+
+    overflowed: int = 0
+    source: str = ""
+    target: str = ""
+    rounded: int = 0
+    underflowed: int = 0
+    most: float = 0.0
+    squares: float = 0.0
+    norm: float = 0.0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(
+            self.overflowed + other.overflowed,
+            self.source or other.source,
+            other.target or self.target,
+            self.rounded + other.rounded,
+            self.underflowed + other.underflowed,
+            max(self.most, other.most),
+            self.squares + other.squares,
+            self.norm + other.norm,
+        )
+
+    @property
+    def relative(self) -> float:
+        """The L2 norm of all differences, as a part of that of what the values were."""
+        return math.sqrt(self.squares / self.norm) if self.norm else 0.0
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """What ``convert --json`` says of a tensor."""
+        return {
+            "target": name,
+            "from": self.source,
+            "to": self.target,
+            "rounded": self.rounded,
+            "overflowed": self.overflowed,
+            "underflowed": self.underflowed,
+            "max_abs": self.most,
+            "relative_l2": self.relative,
+        }
+
+
+class Losses(dict[str, Loss]):
+    """Losses by the names of targets; those of one target add up."""
+
+    def add(self, name: str, loss: Loss) -> None:
+        self[name] = self.get(name, Loss()) + loss
+
+    def __iadd__(self, other: Mapping[str, Loss]) -> Losses:  # type: ignore[misc]
+        for name, loss in other.items():
+            self.add(name, loss)
+        return self
+
+    def copy(self) -> Losses:
+        return Losses(self)
+
+    @property
+    def overflowed(self) -> dict[str, int]:
+        """How many values overflowed, of the targets of which any did."""
+        return {name: loss.overflowed for name, loss in self.items() if loss.overflowed}
+
+    def plain(self) -> dict[str, tuple[Any, ...]]:
+        """As values that any process can read; `from_plain` reads them back."""
+        return {name: astuple(loss) for name, loss in self.items()}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, tuple[Any, ...]]) -> Losses:
+        return cls({name: Loss(*fields) for name, fields in values.items()})
+
+
+def measure(before: Array, after: Array, source: str, target: str) -> Loss:
+    """The loss of floats, as numpy has them, that became others, ``after``, of the same shape.
+
+    A value and what it was rounded to are so near that their difference is exact in the wider of the two types; sums are of float64.
+    """
+    import numpy as np
+
+    difference = np.subtract(before, after)
+    finite = np.isfinite(difference)
+    if not finite.all():  # of what is infinite or NaN no distance is told
+        before, after, difference = before[finite], after[finite], difference[finite]
+    rounded = int(np.count_nonzero(difference))
+    zeros = int(np.count_nonzero(before)) - int(np.count_nonzero(after)) if rounded else 0
+    magnitude = max(float(difference.max()), -float(difference.min())) if difference.size else 0.0
+    norm = float(np.square(before, dtype=np.float64).sum())
+    squares = float(np.square(difference, dtype=np.float64).sum()) if rounded else 0.0
+    return Loss(0, source, target, rounded, zeros, magnitude, squares, norm)
