@@ -59,7 +59,7 @@ def keep_freed() -> None:
     It does so by itself for pieces below 128 kB only. Elsewhere than with glibc nothing changes.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
+    if library is not None and hasattr(library, "gnu_get_libc_version"):
         library.mallopt(_TRIM_THRESHOLD, KEPT)
         library.mallopt(_MMAP_THRESHOLD, KEPT // 2)
 

@@ -15,6 +15,7 @@ from streamconv.formats.catalog import locate
 from streamconv.formats.registry import containers
 from streamconv.recipe import Recipe, Side
 from streamconv.running.destination import RemoteTarget, Target
+from streamconv.storage import is_url
 from streamconv.storage.folder import Folder
 from streamconv.units import parse_size
 
@@ -23,6 +24,18 @@ def check_backend(options: Options) -> None:
     """Raises UsageError: there is no such read backend."""
     if options.read_backend not in BACKENDS:
         raise UsageError(f"unknown read backend {options.read_backend!r}: known are {', '.join(BACKENDS)}")
+
+
+def check_strict(options: PlanOptions) -> None:
+    """Raises UsageError where values that overflow would be known too late, or never."""
+    if not options.strict_values:
+        return
+    if is_url(options.dst):
+        raise UsageError(f"--strict-values: {options.dst} takes files as they are made, before all values are known: give a DST here")
+    if options.resume:
+        raise UsageError("--strict-values: values of an earlier run are not looked at again: give --overwrite instead of --resume")
+    if options.reclaim_source:
+        raise UsageError("--strict-values: the source's space would be given back before all values are known: leave out --reclaim-source")
 
 
 def find_recipe(options: Options) -> Recipe | None:

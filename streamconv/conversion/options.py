@@ -232,6 +232,16 @@ class PlanOptions(Options):
         metadata=about("a file if it ends in the container's suffix, else a directory; or a URL (hf, s3, gs)", metavar="DST")
     )
     _: KW_ONLY
+    losses: bool = field(
+        default=False,
+        metadata=about("measure what casts and quantization change, and say so", commands=PLANNING),
+    )
+    strict_values: bool = field(
+        default=False,
+        metadata=about(
+            "fail, and commit nothing, if a finite value becomes infinite, being too large for its new dtype", commands=PLANNING
+        ),
+    )
     format: str | None = field(
         default=None,
         metadata=about("container of DST (by its suffix, else the recipe's, else safetensors)", metavar="NAME", decides=True),

@@ -10,7 +10,7 @@ from streamconv.checkpoint.opening import Checkpoint
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
 from streamconv.conversion.notes import note_layouts, note_ties
-from streamconv.conversion.opening import check_backend, find_beside, find_recipe, local_files, open_source, split_root
+from streamconv.conversion.opening import check_backend, check_strict, find_beside, find_recipe, local_files, open_source, split_root
 from streamconv.conversion.options import PlanOptions
 from streamconv.conversion.quantizing import quantize_as_asked
 from streamconv.conversion.sidecars import make_sidecars
@@ -50,6 +50,7 @@ def make_plan(options: PlanOptions) -> Plan:
     shard_bytes = parse_size(options.max_shard_size)
     casting = Casting(options.dtype, options.keep_dtype)
     check_backend(options)
+    check_strict(options)
     recipe = find_recipe(options)
     target = target_of(options.dst, options.format, recipe.target.format if recipe else DEFAULT, create_pr=options.create_pr)
     root, settings = split_root(options, recipe)
@@ -94,6 +95,8 @@ def make_plan(options: PlanOptions) -> Plan:
         read_backend=options.read_backend,
         reasons=conversion.reasons,
         tied=len(conversion.tied) + len(ties),
+        measures=options.losses,
+        strict=options.strict_values,
     )
     check_sources_stay(plan, _read_files(checkpoint, beside, plan), overwrite=options.overwrite)
     return _check_room(plan, target, options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from streamconv.engine.order import tile_pieces
 from streamconv.engine.readers import BACKENDS, known_urls, make_reader
 from streamconv.engine.writers import Writer
 from streamconv.errors import Interrupted
+from streamconv.graph.losses import Loss, Losses
 from streamconv.graph.moves import Move, region
 from streamconv.memory import BLOCK, keep_freed
 from streamconv.planning.plan import Compute, Copy, Plan
@@ -42,8 +42,8 @@ class Worker:
         self._arena: Arena | None = None
         self._ahead: ThreadPoolExecutor | None = None
         self._is_sparse = cache(is_sparse)
-        self.overflowed: Counter[str] = Counter()
-        """The target whose values were too large for their dtype -> how many of those that this worker has evaluated."""
+        self.losses = Losses()
+        """Of the values that this worker has evaluated, by target."""
 
     def close(self) -> None:
         if self._ahead:
@@ -68,15 +68,15 @@ class Worker:
         from streamconv.graph.evaluate import evaluate, reads
 
         node = self._plan.nodes[segment.node]
-        arena = self._arena = self._arena or Arena(self._plan.arena, self._begin)
+        arena = self._arena = self._arena or Arena(self._plan.arena, self._begin, measures=self._plan.measures)
         arena.release(0)
         itemsize = node.spec.dtype.itemsize
         out = arena.take(tile.numel, itemsize, segment.dst + tile.dst * itemsize)
         self.reader.expect(reads(node, region(tile)))
         evaluate(node, region(tile), out, arena, self._read)
-        if arena.overflowed:
-            self.overflowed[self._plan.target_of(segment)] += arena.overflowed
-            arena.overflowed = 0
+        if arena.overflowed or arena.loss:
+            self.losses.add(self._plan.target_of(segment), Loss(overflowed=arena.overflowed) + (arena.loss or Loss()))
+            arena.overflowed, arena.loss = 0, None
         return out.data.cast("B")
 
     def digest(self, path: str, nbytes: int, kind: Callable[[], Any] = hashlib.sha256) -> str:
@@ -140,7 +140,7 @@ class Workers:
         count: how many there may be.
         urls: all that they read.
         stop: is set to have them end.
-        overflowed: of those that have ended; see `Worker.overflowed`.
+        losses: of those that have ended; see `Worker.losses`.
     """
 
     def __init__(self, plan: Plan, urls: Mapping[str, Version] | None = None) -> None:
@@ -149,7 +149,7 @@ class Workers:
         self._plan = plan
         self.count, self._descriptors = share_descriptors(plan.workers)
         self.urls = {**known_urls(plan), **(urls or {})}
-        self.stop, self.overflowed = threading.Event(), Counter[str]()
+        self.stop, self.losses = threading.Event(), Losses()
         self._lock, self._local = threading.Lock(), threading.local()
 
     @property
@@ -176,5 +176,5 @@ class Workers:
         if hasattr(self._local, "worker"):
             self.own.close()
             with self._lock:
-                self.overflowed += self.own.overflowed
+                self.losses += self.own.losses
             del self._local.worker

@@ -10,6 +10,8 @@ import numpy as np
 from streamconv.memory import BLOCK, allocate_pages
 
 if TYPE_CHECKING:
+    from streamconv.graph.losses import Loss
+
     Array = np.ndarray[Any, Any]
 
 ALIGN = 64  # bytes
@@ -34,13 +36,16 @@ class Arena:
     Args:
         nbytes: how much it gives out at most.
         begin: has another thread read while this one computes.
+        measures: whether what values lose is measured, too.
 
     Attributes:
         overflowed: values evaluated here that were finite, and are too large for what they were cast to.
+        loss: what values evaluated here have lost, if that is measured.
     """
 
-    def __init__(self, nbytes: int, begin: Begin = do_now) -> None:
-        self.begin, self.overflowed = begin, 0
+    def __init__(self, nbytes: int, begin: Begin = do_now, *, measures: bool = False) -> None:
+        self.begin, self.overflowed, self.measures = begin, 0, measures
+        self.loss: Loss | None = None
         memory = allocate_pages(nbytes, end_at_huge_page=True)  # where what is read into most lies: scratch is given out last
         self._array: Array = np.frombuffer(memory, dtype=np.uint8)
         self._used = 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from streamconv.graph.arrays import numpy_dtype
+from streamconv.graph.losses import Loss, measure
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -72,6 +73,15 @@ def cast(items: Array, source: str, out: Array, target: str) -> int:
         values = widen(piece, source)
         overflowed += narrow(values, part, target)
     return overflowed
+
+
+def measure_cast(items: Array, source: str, out: Array, target: str) -> Loss:
+    """What `cast` has lost, of the same arguments afterwards."""
+    loss = Loss()
+    for piece, part in pieces(items, out):
+        before = piece.view(source) if source == "float64" else np.array(widen(piece, source), np.float32)
+        loss += measure(before, widen(part, target), source, target)
+    return loss
 
 
 def look_up(numbers: Array, table: Array) -> Array:

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from streamconv.graph.arrays import numpy_dtype
+from streamconv.graph.codes import E2M1
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -72,12 +73,12 @@ def spread(shared: Array) -> Array:
 
 
 def widened(items: Array, dtype: str) -> Array:
-    """The numbers of a type as float32, in memory of their own."""
+    """The numbers of a type as float32, in memory of their own, which encoders compute in."""
     if dtype == "bfloat16":
         words = items.astype(np.uint32)
         np.left_shift(words, 16, out=words)
-        items, dtype = words, "float32"
-    numbers: Array = items.view(numpy_dtype(dtype)).astype(np.float32, copy=False)
+        return words.view("f4")
+    numbers: Array = items.view(numpy_dtype(dtype)).astype(np.float32)
     return numbers
 
 
@@ -175,6 +176,27 @@ ENCODERS: dict[str, Callable[[Array, str, float], Encoded]] = {
     "mxfp8": mxfp8,
 }
 """What makes codes and scales of blocks, their dtype, and what all scales share."""
+
+
+def numbers_of(made: Encoded, rule: str, dtype: str, whole: float) -> Array:
+    """What codes and scales that a rule has made of blocks of a dtype stand for, as its library reads them, as float32."""
+    scales = made.scales
+    if rule == "fp8":
+        return rounding(dtype)(made.codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * spread(scales.view(np.float32)))
+    if rule in {"mxfp4", "mxfp8"}:
+        factors, through = np.ldexp(np.float32(1), scales.astype(np.int32) - 127), "bfloat16"
+    elif rule == "nvfp4":
+        factors, through = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32) / np.float32(whole), "bfloat16"
+    else:
+        factors, through = scales.view(numpy_dtype(dtype)).astype(np.float32), dtype
+    if rule in {"nvfp4", "mxfp4"}:
+        values = np.take(np.array(E2M1, np.float32), made.codes)
+    elif rule in {"float8", "mxfp8"}:
+        values = made.codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    else:
+        values = made.codes.view(np.int8).astype(np.float32)
+        values = values - spread(made.zeros.view(np.int8)) if made.zeros is not None else values
+    return rounding(through)(values * spread(factors))
 
 
 def pack(codes: Array, bits: int, axis: int) -> Array:

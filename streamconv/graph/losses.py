@@ -74,7 +74,7 @@ class Losses(dict[str, Loss]):
     def add(self, name: str, loss: Loss) -> None:
         self[name] = self.get(name, Loss()) + loss
 
-    def __iadd__(self, other: Mapping[str, Loss]) -> Losses:  # type: ignore[misc]
+    def __iadd__(self, other: Mapping[str, Loss]) -> Losses:
         for name, loss in other.items():
             self.add(name, loss)
         return self

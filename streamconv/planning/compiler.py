@@ -22,6 +22,7 @@ from streamconv.storage.ranges import Fingerprint, fingerprints
 from streamconv.storage.stores import opened
 
 COPY_RUN = 256 << 10  # bytes: runs of at least this on average are copied, shorter ones go through tiles ...
+MEASURING = 12 << 20  # bytes that measuring what values lose takes a worker
 REMOTE_COPY_RUN = 2 << 20  # bytes: ... and where each copy is a request
 
 
@@ -41,6 +42,8 @@ def compile_plan(
     read_backend: str = "auto",
     reasons: Mapping[str, str] | None = None,
     tied: int = 0,
+    measures: bool = False,
+    strict: bool = False,
 ) -> Plan:
     """Compiles target nodes and the layout of their files into a plan.
 
@@ -59,6 +62,8 @@ def compile_plan(
         read_backend: how tiles are read.
         reasons: source names left out -> by which rule.
         tied: how many tensors repeat another.
+        measures: see `Plan`.
+        strict: see `Plan`.
 
     Raises:
         BudgetError: the memory limit cannot be kept.
@@ -73,7 +78,7 @@ def compile_plan(
     proof = Proof(compiler.sources, compiler.nodes)
     proof.check_nodes()
     proof.check_files(files)  # before memory is measured: this takes some, too
-    fit = compiler.fitting.fit(budget, files, checks)
+    fit = compiler.fitting.fit(budget, files, checks, MEASURING if measures else 0)
     rows = tuple(mapping)
     names = {id(items_of(node)): name for name, node in outputs.items()}
     return Plan(
@@ -95,6 +100,8 @@ def compile_plan(
         account=compiler.account(files, outputs, rows, reasons or {}, tied),
         names=tuple(names.get(id(node), "") for node in compiler.nodes),
         sidecars=tuple(sorted(sidecars or ())),
+        measures=measures,
+        strict=strict,
     )
 
 

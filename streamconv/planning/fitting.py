@@ -99,7 +99,7 @@ class Fitting:
         self._nodes, self._sources, self._stream = nodes, sources, stream
         self.in_order: set[int] = set()
 
-    def fit(self, budget: Budget, files: Sequence[FilePlan], checks: Sequence[Check]) -> Fit:
+    def fit(self, budget: Budget, files: Sequence[FilePlan], checks: Sequence[Check], beside: int = 0) -> Fit:
         """The largest tiles that leave room for two workers (four where sources are remote), else what fits.
 
         For the sake of more workers tiles are not made smaller than `SMALL_TILE`.
@@ -124,6 +124,7 @@ class Fitting:
         wish, first = min(wish, budget.workers), True
         while True:
             arena, what = self._find_arena(computes, checks, tile, scattered)
+            arena += beside if arena else 0  # which is not touched, but as much elsewhere
             each = _bytes_each(arena, self._sources, self._stream)
             workers = min(budget.workers, (budget.limit - base - RESERVE) // each)
             if workers >= wish:

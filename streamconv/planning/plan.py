@@ -67,6 +67,8 @@ class Plan:
         account: what becomes of the tensors.
         names: of the target that each node makes; "" of those that are compared only.
         sidecars: paths of those of the files that go along with the weights, sorted.
+        measures: whether a run measures what values lose.
+        strict: whether it fails, and commits nothing, where values overflow.
     """
 
     root: str
@@ -87,6 +89,8 @@ class Plan:
     account: Account = field(default_factory=Account)
     names: tuple[str, ...] = ()
     sidecars: tuple[str, ...] = ()
+    measures: bool = False
+    strict: bool = False
 
     def __repr__(self) -> str:
         return f"<Plan {one_line(self._title)}>"
@@ -309,7 +313,7 @@ class Plan:
 
 _AS_THEY_ARE = (
     "root", "single", "format", "workers", "arena", "read_backend", "peak_memory", "sources", "checks", "dropped", "notes", "totals",
-    "account", "names", "sidecars",
+    "account", "names", "sidecars", "measures", "strict",
 )  # fmt: skip
 
 

@@ -124,6 +124,8 @@ class Document(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     account: Account
     names: tuple[str, ...] = ()
     sidecars: tuple[str, ...] = ()
+    measures: bool = False
+    strict: bool = False
 
 
 FIELDS = Document.__struct_fields__[1:]  # after its version

@@ -13,7 +13,6 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -35,6 +34,7 @@ from streamconv.engine.order import Task, place_of, tasks_in_order
 from streamconv.engine.worker import Workers
 from streamconv.engine.writers import LocalFiles, Writer
 from streamconv.errors import DestinationError, RunError, SourceChanged, UsageError, unforeseen, writing
+from streamconv.graph.losses import Losses
 from streamconv.graph.moves import Move
 from streamconv.planning.plan import Compute, Copy, Plan, Segment, SourceFile
 from streamconv.running.directory import PARTIAL, holds, partial
@@ -118,9 +118,9 @@ class LocalEngine:
         self._save_bytes = min(SAVE_BYTES, max((file.size for file in plan.files), default=0) // 2)
 
     @property
-    def overflowed(self) -> Counter[str]:
-        """See `Worker.overflowed`; of all workers of this run."""
-        return self._workers.overflowed
+    def losses(self) -> Losses:
+        """See `Worker.losses`; of all workers of this run."""
+        return self._workers.losses
 
     def run(self) -> None:
         """Runs the plan to its commit.
@@ -140,12 +140,23 @@ class LocalEngine:
                         self._make([number])
                 else:
                     self._make(range(len(self._plan.files)))
+                self._check_values()
                 self._commit()
         except OSError as error:
             raise describe_os_error(error, str(self._root)) from error
         finally:
             self._workers.close()
             self._targets.close()
+
+    def _check_values(self) -> None:
+        """Raises RunError where values have overflowed, and none may."""
+        overflowed = self.losses.overflowed
+        if self._plan.strict and overflowed:
+            name = max(overflowed, key=lambda name: overflowed[name])
+            raise RunError(
+                f"--strict-values: {sum(overflowed.values())} values of {len(overflowed)} tensors are too large for their new dtype, "
+                f"most of {name}: nothing is committed; give another --dtype, or --keep-dtype, with --overwrite"
+            )
 
     def _make(self, numbers: Iterable[int]) -> None:
         """Makes these files and, unless it is the commit, finishes them."""

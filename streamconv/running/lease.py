@@ -7,11 +7,11 @@ DST is incomplete, and what stands under its final name is done.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from streamconv import codec
 from streamconv.errors import DestinationError
+from streamconv.graph.losses import Losses
 from streamconv.planning.plan import VERSION, Plan
 from streamconv.running.directory import new_suffix
 from streamconv.running.log import Line, read_head
@@ -120,8 +120,8 @@ class Lease:
             )
         return head
 
-    def make(self, plan: Plan, numbers: Iterable[int], tell: Callable[[int], None]) -> Counter[str]:
-        """Makes these files of the plan, each by itself; what has overflowed in them."""
+    def make(self, plan: Plan, numbers: Iterable[int], tell: Callable[[int], None]) -> Losses:
+        """Makes these files of the plan, each by itself; what their values have lost."""
         return make_files(plan, numbers, tell, self.check, self.output.sink)
 
     def find_missing(self, find_altered: Callable[[Sequence[int]], set[int]] | None) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from streamconv.engine import order
 from streamconv.engine.io import sync_directory
 from streamconv.errors import DestinationError, writing
+from streamconv.graph.losses import Losses
 from streamconv.planning.plan import Plan, SourceFile
 from streamconv.running.difference import find_difference
 from streamconv.running.directory import PARTIAL, Directory, new_suffix, partial, write_durably
@@ -116,11 +116,11 @@ class Lock:
             self.leave()
             raise
 
-    def make(self, plan: Plan, numbers: Iterable[int], tell: Callable[[int], None]) -> Counter[str]:  # noqa: ARG002 - it makes all
-        """Makes the plan's files, the commit last; what has overflowed in them."""
+    def make(self, plan: Plan, numbers: Iterable[int], tell: Callable[[int], None]) -> Losses:  # noqa: ARG002 - it makes all
+        """Makes the plan's files, the commit last; what their values have lost."""
         engine = LocalEngine(plan, self.log, tell, checksum=self._checksum, reclaim=self._reclaim)
         engine.run()
-        return engine.overflowed
+        return engine.losses
 
     def leave(self) -> None:
         """The output is complete: nothing of the state stays."""

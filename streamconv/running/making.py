@@ -6,11 +6,11 @@ changes nothing. Behind a URL it is sent (`streams`).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from streamconv.errors import DestinationError, RunError
+from streamconv.graph.losses import Losses
 from streamconv.planning.plan import Plan
 from streamconv.running.directory import ATTEMPTS, holds, new_suffix, partial, remove_unfinished
 from streamconv.running.filling import SAVE_BYTES, LocalEngine, Progress
@@ -28,8 +28,8 @@ def make_files(
     tell: Progress = lambda _: None,
     check: Callable[[], object] = lambda: None,
     sink: Sink | None = None,
-) -> Counter[str]:
-    """Makes these files, each complete and durable under its name, or not at all; what has overflowed in them.
+) -> Losses:
+    """Makes these files, each complete and durable under its name, or not at all; what their values have lost.
 
     Below a path they go in groups of at most `SAVE_BYTES` unless one is larger: what a killed process loses is a group.
 
@@ -48,13 +48,13 @@ def make_files(
     """
     if is_url(plan.root):
         return send_files(plan, numbers, tell, check, sink or open_sink(plan.root))
-    overflowed: Counter[str] = Counter()
+    losses = Losses()
     for group in _group(plan, numbers):
-        overflowed += _make_group(plan.for_files(group), tell, check)
-    return overflowed
+        losses += _make_group(plan.for_files(group), tell, check)
+    return losses
 
 
-def _make_group(mine: Plan, tell: Progress, check: Callable[[], object], attempts: int = ATTEMPTS) -> Counter[str]:
+def _make_group(mine: Plan, tell: Progress, check: Callable[[], object], attempts: int = ATTEMPTS) -> Losses:
     suffix = new_suffix()
     try:
         check()
@@ -63,12 +63,12 @@ def _make_group(mine: Plan, tell: Progress, check: Callable[[], object], attempt
         engine.run()
     except (RunError, DestinationError) as error:
         if all(holds(Path(mine.root) / file.path, file.size) for file in mine.files):
-            return Counter()  # others were quicker, and have finished
+            return Losses()  # others were quicker, and have finished
         if attempts == 1 or not isinstance(error.__cause__, FileNotFoundError):
             raise
         return _make_group(mine, tell, check, attempts - 1)  # others that finish took away what was begun: they have to find it made
     else:
-        return engine.overflowed
+        return engine.losses
     finally:
         for file in mine.files:
             partial(Path(mine.root) / file.path, suffix).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from streamconv.engine.check import OutputCheck
 from streamconv.engine.comparison import Comparison
 from streamconv.engine.io import describe_os_error
 from streamconv.errors import DestinationError, RunError
+from streamconv.graph.losses import Loss
 from streamconv.notebook import table
 from streamconv.planning.plan import Plan
 from streamconv.running.progress import Progress, bar
@@ -21,6 +22,7 @@ from streamconv.threads import looking
 from streamconv.units import format_size
 
 SHOWN = 5  # tensors that a note names
+WORST = 10  # tensors of which a line says what they have lost
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,47 @@ class Overflow:
 
 
 @dataclass(frozen=True)
+class Changes:
+    """What casts and quantization have changed.
+
+    Attributes:
+        losses: by target; of what this run computed.
+        complete: see `Overflow`.
+    """
+
+    losses: Mapping[str, Loss] = field(default_factory=dict)
+    complete: bool = True
+
+    def summary(self) -> list[dict[str, Any]]:
+        """What ``--json`` prints: the tensors whose values changed, the worst first."""
+        return [loss.summary(name) for name, loss in self._worst() if loss.source]
+
+    def _worst(self) -> list[tuple[str, Loss]]:
+        return sorted(self.losses.items(), key=lambda item: (-item[1].relative, item[0]))
+
+    def lines(self) -> Iterator[str]:
+        """In words: the totals, and the worst."""
+        measured = {name: loss for name, loss in self.losses.items() if loss.source}
+        if not measured:
+            yield "no values were rounded" + self._scope
+            return
+        total = sum(measured.values(), Loss())
+        yield (
+            f"{len(measured)} tensors changed: {total.rounded} values rounded, {total.overflowed} overflowed, {total.underflowed} became "
+            f"zero, by {total.most:.3g} at most, {total.relative:.3g} of their norm{self._scope}; the worst:"
+        )
+        yield from (
+            f"  {name}: {loss.source} to {loss.target}, {loss.relative:.3g} of its norm, {loss.most:.3g} at most, {loss.rounded} rounded"
+            for name, loss in self._worst()[:WORST]
+            if loss.source
+        )
+
+    @property
+    def _scope(self) -> str:
+        return "" if self.complete else " (of what this run computed)"
+
+
+@dataclass(frozen=True)
 class Result:
     """What a run took, of a part that part's share. Memory in bytes, of the whole process. ``place``: where to read it, if not at DST."""
 
@@ -95,6 +138,7 @@ class Result:
     part: Part | None = None
     place: Path | str = ""
     overflow: Overflow = field(default_factory=Overflow)
+    losses: Changes | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -119,6 +163,7 @@ class Result:
         summary: dict[str, Any] = {key: plan[key] for key in figures}
         summary |= {"seconds": self.seconds, "peak_rss": self.peak_rss, "peak_anonymous": self.peak_anonymous}
         summary |= {"outputs": plan["outputs"], "verified": self.verified, "notes": list(self.notes), "overflowed": self.overflow.summary()}
+        summary |= {"losses": self.losses.summary()} if self.losses else {}
         summary |= {"comparison": self.comparison.summary()} if self.comparison else {}
         return summary | ({"part": asdict(self.part)} if self.part else {})
 
@@ -138,7 +183,8 @@ class Result:
         checked = ", verified" if self.verified else ""
         took = f"in {self.seconds:.2f} s ({rate}/s); {moved}" if not self.part or self.part.name else f"checked in {self.seconds:.2f} s"
         first = f"{self.plan.destination}: {len(self.plan.mapping)} tensors, {format_size(totals.bytes_written)} {took}{checked}; "
-        return join_lines([f"{first}peak memory {format_size(self.peak_rss)}", self.part or self.plan.account])
+        lines = [f"{first}peak memory {format_size(self.peak_rss)}", self.part or self.plan.account]
+        return join_lines([*lines, *(self.losses.lines() if self.losses else [])])
 
 
 @contextmanager

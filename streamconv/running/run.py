@@ -7,7 +7,6 @@ URL, a run holds a lease, and each file is made by itself.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +21,7 @@ from streamconv.engine.order import tasks_in_order
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import DestinationError, FormatError, Interrupted, RunError, UsageError, writing
 from streamconv.formats.registry import containers
+from streamconv.graph.losses import Losses
 from streamconv.interrupts import Unwinding
 from streamconv.planning.plan import Plan
 from streamconv.running.bucket import Bucket
@@ -34,7 +34,7 @@ from streamconv.running.lock import Lock
 from streamconv.running.output import LOG, Output, check_earlier, check_free, finished_files, tidy
 from streamconv.running.progress import Progress, Shown, bar, how_to_show
 from streamconv.running.reclaim import Reclaim
-from streamconv.running.results import Overflow, Part, Result, check_outputs, watch
+from streamconv.running.results import Changes, Overflow, Part, Result, check_outputs, watch
 from streamconv.running.stale import find_stale_beside, list_stale
 from streamconv.running.sums import SUMS, write_sums
 from streamconv.storage import is_url
@@ -181,7 +181,7 @@ class _Run:
         self._numbers = hold.list_numbers()
         self._mine = plan.for_files(self._numbers) if terms.part else plan
         self._missing: list[int] = []
-        self._overflowed: Counter[str] = Counter()
+        self._losses = Losses()
         self._made = 0
 
     def run(self, executor: Executor, address: str | None) -> Result:
@@ -270,7 +270,7 @@ class _Run:
     def _write(self, make: MakeFiles, numbers: Sequence[int], progress: bool | Progress) -> None:
         self._made += len(numbers) - self._hold.count_finished()
         with writing(), bar(sum(self._plan.files[k].size for k in numbers), "converting", show=progress) as tell:
-            self._overflowed += make(self._plan, numbers, tell)
+            self._losses += make(self._plan, numbers, tell)
 
     def _find_altered(self, numbers: Sequence[int]) -> set[int]:
         """Those of these files that do not hold what the plan makes of the sources."""
@@ -324,8 +324,10 @@ class _Run:
         if self._output.sink and self._output.sink.pull_request:
             plan = replace(plan, notes=(*plan.notes, f"pull request: {self._output.sink.pull_request}"))
         verified = True if self._terms.verify or is_done else None
-        overflow = Overflow(self._overflowed, complete=self._made == len(self._plan.files))
-        return Result(plan, seconds, memory.peak(), anonymous, verified, part=part, place=place, overflow=overflow)
+        complete = self._made == len(self._plan.files)
+        overflow = Overflow(self._losses.overflowed, complete=complete)
+        losses = Changes(self._losses, complete=complete) if plan.measures else None
+        return Result(plan, seconds, memory.peak(), anonymous, verified, part=part, place=place, overflow=overflow, losses=losses)
 
     def _describe_part(self, lease: Lease) -> Part:
         every, names = files_to_make(self._plan), tuple(self._plan.files[number].path for number in self._missing)

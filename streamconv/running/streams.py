@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from streamconv.engine.io import describe_os_error
 from streamconv.engine.worker import Worker, Workers
 from streamconv.engine.writers import Stream
 from streamconv.errors import unforeseen
+from streamconv.graph.losses import Losses
 from streamconv.planning.plan import Copy, FilePlan, Plan
 from streamconv.running.filling import LocalEngine, Progress, check_files
 from streamconv.running.log import Log
@@ -36,14 +36,15 @@ _log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds after Ctrl-C in which threads may take back what they have begun to send
 
 
-def send_files(plan: Plan, numbers: Iterable[int], tell: Progress, check: Callable[[], object], sink: Sink) -> Counter[str]:
+def send_files(plan: Plan, numbers: Iterable[int], tell: Progress, check: Callable[[], object], sink: Sink) -> Losses:
     """Makes these files of a plan in a sink, as `making.make_files` says."""
     wanted = list(numbers)
     streamed = [number for number in wanted if isinstance(sink, ObjectSink) and in_order(plan, plan.files[number])]
-    overflowed: Counter[str] = Counter()
+    losses = Losses()
     if isinstance(sink, ObjectSink) and streamed:
-        overflowed += _Streams(plan, sink, tell, check).run(streamed)
-    return overflowed + _make_staged(plan, [number for number in wanted if number not in streamed], tell, check, sink)
+        losses += _Streams(plan, sink, tell, check).run(streamed)
+    losses += _make_staged(plan, [number for number in wanted if number not in streamed], tell, check, sink)
+    return losses
 
 
 def staged_bytes(plan: Plan) -> int:
@@ -70,8 +71,8 @@ class _Streams:
         self._workers, self._lock = Workers(plan), threading.Lock()
         self._uploads: dict[int, Upload] = {}
 
-    def run(self, numbers: list[int]) -> Counter[str]:
-        """Makes these files; what has overflowed in them."""
+    def run(self, numbers: list[int]) -> Losses:
+        """Makes these files; what their values have lost."""
         where = str(self._plan.destination)
         try:
             with unforeseen(where):
@@ -86,7 +87,7 @@ class _Streams:
         finally:
             self._workers.stop.set()
             self._sink.discard(PATIENCE)
-        return self._workers.overflowed
+        return self._workers.losses
 
     # Parts
 
@@ -148,7 +149,7 @@ class _Streams:
 
     def _send_file(self, number: int, worker: Worker, room: int) -> None:
         """Makes a file, by a stream that may take ``room`` bytes of memory; from its beginning again where the sink fails."""
-        file, overflowed = self._plan.files[number], worker.overflowed.copy()
+        file, losses = self._plan.files[number], worker.losses.copy()
 
         def attempt() -> None:
             told = 0
@@ -160,7 +161,7 @@ class _Streams:
                 told += len(piece)
                 self._report(len(piece))
 
-            worker.overflowed = overflowed.copy()
+            worker.losses = losses.copy()
             try:
                 with self._sink.stream(file.path, file.size, room) as write:
                     stream = Stream(hand_on)
@@ -196,9 +197,9 @@ def _set_size(filling: io.BytesIO, nbytes: int) -> None:
 # Staging -----------------------------------------------------------------------------------------------------------
 
 
-def _make_staged(plan: Plan, numbers: list[int], tell: Progress, check: Callable[[], object], sink: Sink) -> Counter[str]:
-    """Makes files on this machine, uploads each and deletes it; what has overflowed in them."""
-    overflowed: Counter[str] = Counter()
+def _make_staged(plan: Plan, numbers: list[int], tell: Progress, check: Callable[[], object], sink: Sink) -> Losses:
+    """Makes files on this machine, uploads each and deletes it; what their values have lost."""
+    losses = Losses()
     for group in _group(plan, numbers):
         check()
         with staging() as folder:
@@ -206,8 +207,8 @@ def _make_staged(plan: Plan, numbers: list[int], tell: Progress, check: Callable
             engine = LocalEngine(mine, Log(), tell)
             engine.run()
             sink.put({file.path: folder / file.path for file in mine.files})
-            overflowed += engine.overflowed
-    return overflowed
+            losses += engine.losses
+    return losses
 
 
 def _group(plan: Plan, numbers: Iterable[int]) -> Iterator[list[int]]:

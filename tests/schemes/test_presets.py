@@ -229,9 +229,11 @@ def test_any_tile_gives_the_codes_of_the_whole(data: st.DataObject) -> None:
     preset = presets()[data.draw(st.sampled_from(["fp8", *PRESETS]))]
     rows = preset.rows * data.draw(st.integers(1, 3)) if preset.rows > 1 else data.draw(st.integers(1, 150))
     columns = preset.columns * data.draw(st.integers(1, 3)) if preset.columns > 1 else data.draw(st.integers(1, 150))
-    weight = Source(TensorSpec(DTYPES["bfloat16"], (rows, columns)), ())
+    dtype = data.draw(st.sampled_from(["bfloat16", "float32"]))
+    weight = Source(TensorSpec(DTYPES[dtype], (rows, columns)), ())
     numbers = np.random.default_rng(data.draw(st.integers(0, 9))).standard_normal((rows, columns)).astype(np.float32)
-    stored = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    stored = (numbers.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bfloat16" else numbers.view(np.uint32)
+    before = stored.copy()
     shared = Source(TensorSpec(DTYPES["float32"], (1,)), ()) if preset.shared else None
     whole = np.array([37.5], np.float32).view(np.uint32)
 
@@ -256,3 +258,4 @@ def test_any_tile_gives_the_codes_of_the_whole(data: st.DataObject) -> None:
         part = make(node, Move((down, across), 0, (across, 1), top * width + left, (width, 1)))
         assert (part == every[top : top + down, left : left + across]).all()
         assert apply(node.op, *node.inputs).spec == node.spec
+    assert (stored == before).all()

@@ -207,11 +207,23 @@ class Boxed(Rounding):
         import numpy as np
 
         from streamconv.graph.arrays import view
-        from streamconv.graph.casts import PIECE
 
         lying = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
-        pieces = list(self._pieces(lying))
-        around, grids, overflowed = self._around(pieces), self.grids, 0
+        overflowed = 0
+        for piece, box, items in self._boxes(lying, parts):
+            decoded, bound = self.decode(items, box)
+            numbers = np.ascontiguousarray(decoded).reshape(-1)
+            strides, start = _places_in(piece, box)
+            target = view(out.items, piece.sizes, piece.dst_strides, piece.dst)
+            overflowed += self.store(view(numbers, piece.sizes, strides, start), target, bound)
+        return overflowed
+
+    def _boxes(self, region: Move, parts: Sequence[Values]) -> Iterator[tuple[_Piece, Box, list[Values]]]:
+        """A region piece by piece: each with its box, and the items of each input that the box takes."""
+        from streamconv.graph.casts import PIECE
+
+        pieces = list(self._pieces(region))
+        around, grids = self._around(pieces), self.grids
         wholes = [grid.items_of(around) for grid in grids]
         units = _units(grids)
         while pieces:
@@ -225,12 +237,7 @@ class Boxed(Rounding):
             items = []
             for part, one, whole in zip(parts, around_items, wholes, strict=True):
                 items.append(Values(part.items[one.within(whole)], part.dtype))
-            decoded, bound = self.decode(items, box)
-            numbers = np.ascontiguousarray(decoded).reshape(-1)
-            strides, start = _places_in(piece, box)
-            target = view(out.items, piece.sizes, piece.dst_strides, piece.dst)
-            overflowed += self.store(view(numbers, piece.sizes, strides, start), target, bound)
-        return overflowed
+            yield piece, box, items
 
     def _pieces(self, region: Move) -> Iterator[_Piece]:
         for _, move, digits in pull(self._tree, region):

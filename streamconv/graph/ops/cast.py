@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.moves import Move
 from streamconv.graph.ops.op import Compute, Elementwise, Values
+
+if TYPE_CHECKING:
+    from streamconv.graph.losses import Loss
 
 
 class Rounding(Compute):
@@ -47,3 +50,13 @@ class Cast(Rounding, Elementwise):
             out.items[...] = parts[0].items
             return 0
         return cast(parts[0].items, parts[0].dtype.name, out.items, out.dtype.name)
+
+    def loss(self, region: Move, parts: Sequence[Values], out: Values) -> Loss | None:  # noqa: ARG002
+        """See `Compute.loss`: of a type that the other one holds nothing is lost."""
+        from streamconv.graph.casts import measure_cast
+
+        source, target = parts[0].dtype.name, out.dtype.name
+        return None if (source, target) in _HELD or source == target else measure_cast(parts[0].items, source, out.items, target)
+
+
+_HELD = {(narrow, wide) for narrow in ("float16", "bfloat16", "float32") for wide in ("float32", "float64")}

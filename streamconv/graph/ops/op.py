@@ -25,6 +25,8 @@ from streamconv.graph.moves import Move
 if TYPE_CHECKING:
     from numpy import ndarray
 
+    from streamconv.graph.losses import Loss
+
     Array = ndarray[Any, Any]
 
 GROUP = "streamconv.ops"
@@ -120,6 +122,10 @@ class Compute(Op):
         Returns:
             How many of the values were made of finite ones and are infinite, being too large for their dtype.
         """
+
+    def loss(self, region: Move, parts: Sequence[Values], out: Values) -> Loss | None:  # noqa: ARG002
+        """What `values` has lost, of the same arguments afterwards; None where an op does not round, or nobody asks how much."""
+        return None
 
 
 class Elementwise(Compute):

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import CoverageError
+from streamconv.graph.moves import Move
 from streamconv.graph.ops.boxes import Box, Boxed, Grid, Step
 from streamconv.graph.ops.op import Fetch, Reduce, Values
 
 if TYPE_CHECKING:
     from numpy import ndarray
+
+    from streamconv.graph.losses import Loss
 
     Array = ndarray[Any, Any]
 
@@ -109,13 +112,39 @@ class Quantize(Boxed):
         matrices = [self._encode(weight, items[0].dtype.name, whole, box) for weight in items[0].items]
         return np.stack(matrices), math.inf
 
+    def loss(self, region: Move, parts: Sequence[Values], out: Values) -> Loss | None:  # noqa: ARG002
+        """See `Compute.loss`: of codes, what they stand for beside the weight; scales and zero points lose nothing by themselves."""
+        if self.part != CODES:
+            return None
+        import numpy as np
+
+        from streamconv.graph import encoders
+        from streamconv.graph.losses import Loss, measure
+
+        total, per = Loss(), self._per
+        for _, box, items in self._boxes(region, parts):
+            around, dtype = self.grids[0].items_of(box), items[0].dtype.name
+            whole = float(items[1].items.view(np.float32).reshape(-1)[0]) if self.shared else 1.0
+            rows = slice(box.rows.start - around.rows.start, box.rows[-1] + 1 - around.rows.start)
+            columns = slice(box.columns.start * per - around.columns.start, (box.columns[-1] + 1) * per - around.columns.start)
+            for weight in items[0].items:
+                values = encoders.widened(weight, dtype)
+                made = encoders.ENCODERS[self.rule](self._blocks(values.copy()), dtype, whole)
+                numbers = encoders.matrix_of(encoders.numbers_of(made, self.rule, dtype, whole), weight.shape)
+                total += measure(values[rows, columns], numbers[rows, columns], dtype, self.rule)
+        return total
+
+    def _blocks(self, values: Array) -> Array:
+        from streamconv.graph import encoders
+
+        return encoders.blocks_of(values, (min(self.block[0], self.matrix[0]), min(self.block[1], self.matrix[1])))
+
     def _encode(self, weight: Array, dtype: str, whole: float, box: Box) -> Array:
         """The items of a box, of one matrix."""
         from streamconv.graph import encoders
 
         values = encoders.widened(weight, dtype)
-        blocks = encoders.blocks_of(values, (min(self.block[0], self.matrix[0]), min(self.block[1], self.matrix[1])))
-        made = encoders.ENCODERS[self.rule](blocks, dtype, whole)
+        made = encoders.ENCODERS[self.rule](self._blocks(values), dtype, whole)
         around = self.grids[0].items_of(box)
         if self.part == SCALES:
             return made.scales

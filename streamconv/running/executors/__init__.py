@@ -7,7 +7,7 @@ A module has an `Executor` as ``EXECUTOR``; it is imported when it is chosen. An
 from __future__ import annotations
 
 import importlib
-from collections import Counter, UserDict
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from streamconv.errors import UsageError
 from streamconv.extensions import Extension, extensions
+from streamconv.graph.losses import Losses
 
 if TYPE_CHECKING:
     from streamconv.planning.plan import Plan
 
 GROUP = "streamconv.executors"
 LOCAL = "local"
-MakeFiles = Callable[["Plan", Iterable[int], Callable[[int], None]], Counter[str]]
+MakeFiles = Callable[["Plan", Iterable[int], Callable[[int], None]], Losses]
 """Makes files of a plan, by number, each complete under its name or not at all, and tells how many bytes have come; gives how many values
-overflowed, by target. What it raises is a StreamconvError, and finished files stay."""
+lost, by target. What it raises is a StreamconvError, and finished files stay."""
 
 
 @runtime_checkable

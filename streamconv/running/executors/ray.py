@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from streamconv import errors, memory
 from streamconv.engine.io import describe_os_error
 from streamconv.errors import BudgetError, DestinationError, Interrupted, RunError, StreamconvError, UsageError
+from streamconv.graph.losses import Losses
 from streamconv.planning.fitting import MARGIN, Budget, base_of, refit
 from streamconv.planning.plan import Plan
 from streamconv.running import making
@@ -58,7 +59,7 @@ class _Failure(NamedTuple):
     nbytes: int = 0
 
 
-_Said = str | int | dict[str, int] | _Failure
+_Said = str | int | dict[str, tuple[Any, ...]] | _Failure
 """What a task says, see `_make`."""
 
 
@@ -198,7 +199,7 @@ class _Cluster:
         self._ray, self._plan = ray, plan
         self._mark, self._word = f"{state_name(plan.single)}/{LOG}", plan.digest()
         self._base = self._bound = 0
-        self._overflowed: Counter[str] = Counter()
+        self._losses = Losses()
         self._task = ray.remote(max_calls=TASKS, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")(_make)
 
     def check(self) -> None:
@@ -291,15 +292,15 @@ class _Cluster:
         declared = max(fitted.peak_memory, min(attempt.memory, room))
         return _Terms(fitted.workers, declared, fitted.peak_memory, self._mark, self._word)
 
-    def make_files(self, plan: Plan, numbers: Iterable[int], tell: Progress) -> Counter[str]:
-        """Makes these files of the plan, as `making.make_files` does; what has overflowed in them.
+    def make_files(self, plan: Plan, numbers: Iterable[int], tell: Progress) -> Losses:
+        """Makes these files of the plan, as `making.make_files` does; what their values have lost.
 
         Raises:
             StreamconvError: what the first task that failed for good raised; others are cancelled, and finished files stay.
         """
         waiting = deque(_Attempt(number, plan.workers) for number in numbers)
         running: dict[Any, _Attempt] = {}
-        self._overflowed.clear()
+        self._losses.clear()
         try:
             while waiting or running:
                 ahead = 4 + 2 * sum(int(node["Resources"]["CPU"]) for node in self._nodes())
@@ -317,7 +318,7 @@ class _Cluster:
                             waiting.appendleft(following)
         finally:
             self._cancel(running)
-        return self._overflowed
+        return self._losses
 
     def _start(self, attempt: _Attempt) -> Any:
         terms = self._agree(attempt)
@@ -357,7 +358,7 @@ class _Cluster:
 
     def _take(self, heard: _Said, attempt: _Attempt, tell: Progress) -> _Attempt:
         if isinstance(heard, dict):
-            self._overflowed.update(heard)
+            self._losses += Losses.from_plain(heard)
         elif isinstance(heard, str):
             attempt.node = next((_name(node) for node in self._nodes() if node["NodeID"] == heard), heard)
         elif isinstance(heard, int):
@@ -484,10 +485,10 @@ def _find_fault(plan: Plan, mark: str, word: str) -> str:
 def _make(text: str, terms: _Terms) -> Iterator[_Said]:
     """A task: makes a plan's one file.
 
-    Says at which node it runs, then how many bytes have come, and at last how many values overflowed, by target, or what went wrong.
+    Says at which node it runs, then how many bytes have come, and at last what values have lost, or what went wrong.
     """
     plan, failures, stop = Plan.from_json(text), list[_Failure](), threading.Event()
-    overflowed: dict[str, int] = {}
+    losses = Losses()
     over = threading.Event()  # an interrupted join() would take the thread for dead
     done = excess = 0
 
@@ -499,7 +500,7 @@ def _make(text: str, terms: _Terms) -> Iterator[_Said]:
 
     def work() -> None:
         try:
-            failures.extend(_try_to_make(plan, terms, tell, overflowed))
+            failures.extend(_try_to_make(plan, terms, tell, losses))
         finally:
             over.set()
 
@@ -522,12 +523,12 @@ def _make(text: str, terms: _Terms) -> Iterator[_Said]:
         yield _Failure(SHORT, f"its task took {format_size(excess)} of memory", excess)
     elif failures:
         yield failures[0]
-    elif overflowed:
-        yield overflowed
+    elif losses:
+        yield losses.plain()
 
 
-def _try_to_make(plan: Plan, terms: _Terms, tell: Progress, overflowed: dict[str, int]) -> Iterator[_Failure]:
-    """Makes a plan's one file, and notes what has ``overflowed`` in it; yields why it could not."""
+def _try_to_make(plan: Plan, terms: _Terms, tell: Progress, losses: Losses) -> Iterator[_Failure]:
+    """Makes a plan's one file, and adds to ``losses`` what its values have lost; yields why it could not."""
     memory.trim()
     path, overhang = plan.files[0].path, max(0, memory.resident() - _BASE[0]) if _BASE[0] else 0
     try:
@@ -536,7 +537,7 @@ def _try_to_make(plan: Plan, terms: _Terms, tell: Progress, overflowed: dict[str
             return
         fitted = refit(plan, Budget(terms.limit, terms.workers, lambda: memory.resident() - overhang + LEFT))
         _BASE[0] = base_of(fitted) - LEFT
-        overflowed |= making.make_files(fitted, [0], tell)
+        losses += making.make_files(fitted, [0], tell)
     except BudgetError as error:
         yield _Failure(SHORT, "its process takes more before it begins than was planned", error.needed)
     except StreamconvError as error:
