@@ -63,7 +63,7 @@ def make_plan(options: PlanOptions) -> Plan:
     if dequantization is not None:
         checkpoint = dequantization.checkpoint
     conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, dequantization)
-    conversion, quantization = quantize_as_asked(options, conversion, checkpoint)
+    conversion, quantization = quantize_as_asked(options, conversion, checkpoint, target.format)
     container = containers()[target.format]
     ties = find_ties(checkpoint.others if recipe else checkpoint, conversion) if container.ties != "copied" and keeps_ties else {}
     if options.align and "align" not in container.takes:

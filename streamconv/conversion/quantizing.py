@@ -24,10 +24,12 @@ from streamconv.text import did_you_mean
 OPTION, IGNORE = "--quantize", "--ignore"
 HEAD = "lm_head"  # listed as left alone, whether it is there or tied
 _DTYPES = ("float32", "float16", "bfloat16")
-_LEFT = re.compile(r"embed|norm|bias|router|head$|^(?:wte|wpe|gate|shared_expert_gate|score|classifier|output)$", re.IGNORECASE)
+_LEFT = re.compile(r"embed|norm|bias|router|head$|^(?:wte|wpe|gate|shared_expert_gate|score|classifier|output|shared)$", re.IGNORECASE)
 """Of the last part of a module's name: embeddings, norms, routers and heads, which the formats' own tools leave alone."""
 _STACK = re.compile(r"(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)")
 _TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")  # model types whose stacks have inputs before outputs
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose matrices are no linear modules
+_READ = ("safetensors", "torch")  # containers that the libraries read which read what is quantized
 _SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Modules that loaders fuse, and that share a scale of all scales."""
 
@@ -84,12 +86,16 @@ def find_preset(name: str) -> Preset:
     return known[name]
 
 
-def quantize_as_asked(options: Options, conversion: Conversion, checkpoint: Checkpoint) -> tuple[Conversion, Quantization | None]:
-    """`quantize`, where that is asked for."""
+def quantize_as_asked(
+    options: Options, conversion: Conversion, checkpoint: Checkpoint, container: str | None = None
+) -> tuple[Conversion, Quantization | None]:
+    """`quantize`, where that is asked for; ``container``: what is written."""
     if options.quantize is None:
         if list(options.ignore):
             raise UsageError(f"{IGNORE} names what {OPTION} leaves alone: give that, too, or leave it out")
         return conversion, None
+    if container not in (None, *_READ):
+        raise UsageError(f"{OPTION}: {container} files are read by no library that knows {options.quantize}: leave out one of them")
     others = [folder for folder in checkpoint.components if folder]
     return quantize(conversion, find_preset(options.quantize), options.ignore, checkpoint.config, others)
 
@@ -167,13 +173,20 @@ def _experts(target: str, stack: re.Match[str], node: AnyNode) -> Iterator[Weigh
 
 
 def _is_transposed(config: Mapping[str, Any]) -> bool:
+    return any(kind in _TRANSPOSED for kind in _types(config))
+
+
+def _types(config: Mapping[str, Any]) -> list[object]:
+    """The model types of a config, and of its text model."""
     text = config.get("text_config")
-    types = [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
-    return any(kind in _TRANSPOSED for kind in types)
+    return [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
 
 
 def _checked(weight: Weight, config: Mapping[str, Any]) -> Weight:
-    """A weight that is no stack whose scales would lie along the wrong axis."""
+    """A weight whose scales lie along its inputs."""
+    if any(kind in _CONV1D for kind in _types(config)):
+        what = f"{weight.name} of {config.get('model_type')} is of a Conv1D, which has inputs before outputs and is no linear module"
+        raise CoverageError(f"{OPTION}: {what}: no library would read it")
     if len(weight.node.spec.shape) == 3 and _is_transposed(config):
         what = f"{weight.name} {weight.node.spec} has inputs before outputs, and its scales would lie along the wrong axis"
         raise CoverageError(f"{OPTION}: {what}: leave it alone with {IGNORE}")
