@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from checkpoint_files import ROOMY, random_tensor, refusal, run, write
 
 from streamconv.conversion import api
 from streamconv.errors import RunError, UsageError
+from streamconv.graph.losses import Losses
 from streamconv.planning.plan import Plan
 from streamconv.running.executors import EXECUTORS, MakeFiles
 from streamconv.running.filling import Progress
@@ -27,7 +27,7 @@ MAKE = """
 import json, sys
 from streamconv.planning.plan import Plan
 from streamconv.running.making import make_files
-print(json.dumps(make_files(Plan.from_json(sys.stdin.read()), [0])))
+print(json.dumps(make_files(Plan.from_json(sys.stdin.read()), [0]).plain()))
 """
 
 
@@ -48,17 +48,17 @@ class Toy:
     def open(self, plan: Plan, here: MakeFiles, address: str | None) -> Iterator[MakeFiles]:  # noqa: ARG002
         assert not Path(plan.root).exists()
 
-        def make_files(plan: Plan, numbers: Iterable[int], tell: Progress) -> Counter[str]:
-            overflowed: Counter[str] = Counter()
+        def make_files(plan: Plan, numbers: Iterable[int], tell: Progress) -> Losses:
+            losses = Losses()
             for number in numbers:
                 alone = plan.for_files([number])
                 made = subprocess.run([sys.executable, "-c", MAKE], input=alone.to_json(), capture_output=True, text=True, check=False)
                 if made.returncode:
                     raise RunError(f"{alone.files[0].path}: {made.stderr.splitlines()[-1]}")
-                overflowed.update(json.loads(made.stdout))
+                losses += Losses.from_plain(json.loads(made.stdout))
                 tell(alone.files[0].size)
                 self.made.append(alone.files[0].path)
-            return overflowed
+            return losses
 
         yield make_files
 

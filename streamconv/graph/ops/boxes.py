@@ -201,7 +201,7 @@ class Boxed(Rounding):
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:
         from streamconv.graph.casts import PIECE
 
-        return super().scratch(inputs) + 40 * PIECE  # codes, scales and numbers of a piece, and what they are on the way
+        return super().scratch(inputs) + 24 * PIECE  # codes, scales and numbers of a piece, and what they are on the way
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
         import numpy as np

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from streamconv.errors import UsageError
 from streamconv.extensions import Extension, extensions
-from streamconv.graph.losses import Losses
 
 if TYPE_CHECKING:
+    from streamconv.graph.losses import Losses
     from streamconv.planning.plan import Plan
 
 GROUP = "streamconv.executors"
 LOCAL = "local"
-MakeFiles = Callable[["Plan", Iterable[int], Callable[[int], None]], Losses]
-"""Makes files of a plan, by number, each complete under its name or not at all, and tells how many bytes have come; gives how many values
-lost, by target. What it raises is a StreamconvError, and finished files stay."""
+MakeFiles = Callable[["Plan", Iterable[int], Callable[[int], None]], "Losses"]
+"""Makes files of a plan, by number, each complete under its name or not at all, and tells how many bytes have come; gives what their values
+have lost, by target. What it raises is a StreamconvError, and finished files stay."""
 
 
 @runtime_checkable
