@@ -152,7 +152,7 @@ def _match(recipe: Recipe, checkpoint: Checkpoint, kinds: Mapping[str, int]) -> 
             fits = True
     except Exception:  # noqa: BLE001, S110 - whatever keeps it from being applied, it does not fit
         pass
-    return Match(recipe, tensors, rules, fits, recipes.is_named(recipe, checkpoint.config))
+    return Match(recipe, tensors, rules, fits, recipes.is_named(recipe.name, checkpoint.config))
 
 
 def _match_library(recipe: Recipe, checkpoint: Checkpoint) -> Match:
@@ -178,6 +178,6 @@ def suggest_recipes(src: AnyPath, names: Iterable[str]) -> list[str]:
     config = read_config(location.folder)
     if not config.get("model_type"):
         return []
-    candidates = [recipe for recipe in recipes.registry().values() if recipes.is_named(recipe, config)]
+    candidates = recipes.select(lambda name: recipes.is_named(name, config))
     kinds = _count_kinds(name for name in names if "/" not in name) if candidates else {}
     return [recipe.name for recipe in candidates if recipe.coverage(kinds) == (1, 1)]

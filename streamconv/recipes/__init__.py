@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from streamconv.recipe import Recipe
 from streamconv.recipe.registry import Registry
 
-__all__ = ["REGISTRY", "find_writer", "get", "is_named", "load", "match", "registry"]
+__all__ = ["REGISTRY", "find_writer", "get", "is_named", "load", "match", "registry", "select"]
 
 REGISTRY = Registry(
     __name__,
@@ -64,6 +63,7 @@ get = REGISTRY.get
 load = REGISTRY.load
 find_writer = REGISTRY.find_writer
 registry = REGISTRY.all
+select = REGISTRY.select
 
 
 def match(src: str | os.PathLike[str]) -> list[str]:
@@ -73,8 +73,8 @@ def match(src: str | os.PathLike[str]) -> list[str]:
     return names
 
 
-def is_named(recipe: Recipe, config: Mapping[str, Any]) -> bool:
-    """Whether a recipe's family is the model type of a config.json, or what that begins with: ``internvl`` of ``internvl_chat``."""
+def is_named(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a name's family is the model type of a config.json, or what that begins with: ``internvl`` of ``internvl_chat``."""
     kind = str(config.get("model_type") or "").replace("_", "-")
-    family = recipe.name.rpartition("-")[0]
+    family = name.rpartition("-")[0]
     return bool(family) and (kind == family or kind.startswith(f"{family}-"))
