@@ -13,8 +13,6 @@ from streamconv.notation.names import nearest
 from streamconv.notation.names import parse as parse_names
 from streamconv.schemes.detection import find_quantization, quantized_tensors
 
-"""What makes numbers of weights that are quantized by a method, where this package does not."""
-
 
 class Casting:
     """Which dtype a target shall have; None: its own. It knows what it was asked for, and by which names.
