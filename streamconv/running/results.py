@@ -98,26 +98,26 @@ class Changes:
 
     def summary(self) -> list[dict[str, Any]]:
         """What ``--json`` prints: the tensors whose values changed, the worst first."""
-        return [loss.summary(name) for name, loss in self._worst() if loss.source]
+        return [loss.summary(name) for name, loss in self._worst()]
 
     def _worst(self) -> list[tuple[str, Loss]]:
-        return sorted(self.losses.items(), key=lambda item: (-item[1].relative, item[0]))
+        changed = [(name, loss) for name, loss in self.losses.items() if loss.rounded or loss.overflowed]
+        return sorted(changed, key=lambda item: (-item[1].relative, item[0]))
 
     def lines(self) -> Iterator[str]:
         """In words: the totals, and the worst."""
-        measured = {name: loss for name, loss in self.losses.items() if loss.source}
-        if not measured:
+        worst = self._worst()
+        if not worst:
             yield "no values were rounded" + self._scope
             return
-        total = sum(measured.values(), Loss())
+        total = sum((loss for _, loss in worst), Loss())
         yield (
-            f"{len(measured)} tensors changed: {total.rounded} values rounded, {total.overflowed} overflowed, {total.underflowed} became "
+            f"{len(worst)} tensors changed: {total.rounded} values rounded, {total.overflowed} overflowed, {total.underflowed} became "
             f"zero, by {total.most:.3g} at most, {total.relative:.3g} of their norm{self._scope}; the worst:"
         )
         yield from (
             f"  {name}: {loss.source} to {loss.target}, {loss.relative:.3g} of its norm, {loss.most:.3g} at most, {loss.rounded} rounded"
-            for name, loss in self._worst()[:WORST]
-            if loss.source
+            for name, loss in worst[:WORST]
         )
 
     @property

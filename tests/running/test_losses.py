@@ -77,7 +77,7 @@ def test_in_words_the_worst_come_first(tmp_path: Path, capsys: pytest.CaptureFix
     src = write_model(tmp_path / "src", load_file(GOLDEN / "bfloat16.safetensors"))
     assert run("convert", src, tmp_path / "out", "--quantize", "W4A16", "--losses", "--max-memory", ROOMY) == 0
     said = capsys.readouterr().out
-    assert "7 tensors changed: " in said
+    assert "6 tensors changed: " in said  # the seventh is of zeros
     assert "weight_packed: bfloat16 to int4, " in said
     assert run("convert", src, tmp_path / "silent", "--quantize", "W4A16", "--max-memory", ROOMY) == 0
     assert "tensors changed" not in capsys.readouterr().out
