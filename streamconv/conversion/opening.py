@@ -32,8 +32,6 @@ def check_strict(options: PlanOptions) -> None:
         return
     if is_url(options.dst):
         raise UsageError(f"--strict-values: {options.dst} takes files as they are made, before all values are known: give a DST here")
-    if options.resume:
-        raise UsageError("--strict-values: values of an earlier run are not looked at again: give --overwrite instead of --resume")
     if options.reclaim_source:
         raise UsageError("--strict-values: the source's space would be given back before all values are known: leave out --reclaim-source")
 

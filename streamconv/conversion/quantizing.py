@@ -164,7 +164,9 @@ def _experts(target: str, stack: re.Match[str], node: AnyNode) -> Iterator[Weigh
     """The experts of a stack as modules of their own, gate and up apart."""
     count, rows, _ = node.spec.shape
     names = ("gate_proj", "up_proj") if stack[2] == "gate_up_proj" else (stack[2],)
-    height = rows // len(names)
+    height, rest = divmod(rows, len(names))
+    if rest:
+        raise CoverageError(f"{OPTION}: {target} {node.spec} has {rows} rows, which are no gate and up of one height: mend the source")
     for expert in range(count):
         for number, name in enumerate(names):
             part = slice(number * height, (number + 1) * height)

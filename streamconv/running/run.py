@@ -189,6 +189,8 @@ class _Run:
         started, plan = time.perf_counter(), self._plan
         finished = finished_files(self._output.load(LOG)) if self._reclaim and self._terms.resume else {}
         check_earlier(self._output, overwrite=self._terms.overwrite)
+        if plan.strict and self._terms.resume:
+            raise UsageError("--strict-values: values of an earlier run are not looked at again: give --overwrite instead of --resume")
         check_sources_stay(plan, overwrite=self._terms.overwrite)
         check_sources(self._mine, given_back=self._reclaim.touched(finished) if self._reclaim else ())
         with Unwinding(), watch() as figures, self._failing_in_words():

@@ -92,6 +92,7 @@ def test_strict_values_commit_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "1 values of 1 tensors are too large for their new dtype, most of a.weight: nothing is committed" in line
         assert not list(out.glob("*.index.json"))
         assert not (out / "model.safetensors").exists()
+        assert "instead of --resume" in refusal(capsys, "run", out, "--resume")
         again = ("--dtype", "bfloat16", "--strict-values", "--overwrite", *more, "--quiet", "--max-memory", ROOMY)
         assert run("convert", src, out, *again) == 0
         assert read(out)["a.weight"][0, 1] == torch.tensor(1e6).to(torch.bfloat16)

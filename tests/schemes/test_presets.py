@@ -196,6 +196,7 @@ def test_stacks_stay_stacks_in_fp8(tmp_path: Path) -> None:
         ({"a.weight": torch.ones(8, 128)}, CONFIG, ("W4A16", "--ignore", "re:("), "--ignore re:(: not a regular expression"),
         ({"a.norm.weight": torch.ones(8, 128)}, CONFIG, ("W4A16",), "there is no weight of a linear module that it takes"),
         ({"a.weight": torch.ones(8, 128)}, None, ("W4A16",), "there is no config.json beside SRC"),
+        ({f"{STACK}.gate_up_proj": torch.ones(2, 7, 128)}, {"model_type": "any"}, ("W4A16",), "no gate and up of one height"),
         ({"h.0.attn.c_attn.weight": torch.ones(128, 128)}, {"model_type": "gpt2"}, ("W4A16",), "is of a Conv1D"),
         ({"a.weight": torch.ones(8, 128)}, CONFIG, ("W4A16", "--format", "mindspore"), "mindspore files are read by no library"),
         (
