@@ -117,6 +117,8 @@ def quantize(
         CoverageError: a weight whose shape does not fit.
     """
     weights = list(_weights(conversion.outputs, preset, config, others))
+    if ranked := next((weight.name for weight in weights if "/" in weight.name), None):
+        raise UsageError(f"{OPTION}: {ranked} is of one rank, and no config names its modules: quantize the whole model, and split that")
     patterns = _Patterns(ignore)
     chosen, left = [], [HEAD]
     for weight in weights:

@@ -213,6 +213,13 @@ def test_what_cannot_be_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_files_of_ranks_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--recipe", "tp-split", "--set", "model_parallel=2", "--set", f"plan={tmp_path / 'plan.json'}")
+    (tmp_path / "plan.json").write_text(json.dumps({"a.weight": "colwise"}))
+    src = write(tmp_path / "x", {"a.weight": torch.ones(16, 256)}, config={"model_type": "any"})
+    assert "is of one rank" in refusal(capsys, "convert", src, tmp_path / "out", "--quantize", "W4A16", *options)
+
+
 def test_ignore_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--ignore names what --quantize leaves alone" in refusal(capsys, "convert", source(tmp_path), tmp_path / "out", "--ignore", "a")
 
