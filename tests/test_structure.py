@@ -29,14 +29,14 @@ PACKAGES = {
     "graph": 2_130,  # nodes, ops, how a region of one is made and read ahead, numbers, codes and back, what that loses
     "formats": 2_280,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "checkpoint": 620,  # finding out what a path holds
-    "schemes": 780,  # quantizations, a module for each, and the list of them that others add to
+    "schemes": 830,  # quantizations, a module for each, and the list of them that others add to
     "recipe": 1_450,  # the mechanism of recipes
     "library": 760,  # what other libraries know, and the op that runs their code
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_110,  # nodes to plans
     "engine": 840,  # bytes of one machine
     "running": 2_370,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
-    "conversion": 850,  # options and the calls that take them; from them to a plan, numbers of quantized weights on the way
+    "conversion": 870,  # options and the calls that take them; from them to a plan, numbers of quantized weights on the way
     "diagnose": 1_340,  # what is said of checkpoints
     "front": 520,  # what people meet: the command, the demo
 }

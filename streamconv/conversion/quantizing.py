@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from streamconv.recipe import Conversion
 from streamconv.rows import Row
 from streamconv.schemes.configs import KEYS
 from streamconv.schemes.preset import Preset
-from streamconv.schemes.registry import presets
+from streamconv.schemes.registry import presets, schemes
+from streamconv.schemes.repacking import repack
 from streamconv.text import did_you_mean
 
 OPTION, IGNORE = "--quantize", "--ignore"
@@ -130,20 +131,30 @@ def quantize(
     patterns.check([weight.module for weight in weights])
     if not chosen:
         raise UsageError(f"{OPTION} {preset.name}: there is no weight of a linear module that it takes: leave it out")
+    scheme = schemes()[preset.method]
     shared = _share(chosen, preset) if preset.shared else {}
     made: dict[str, dict[str, AnyNode]] = {}
     kept: dict[str, set[str]] = {}
     for weight in weights:
         kept.setdefault(weight.target, set()).add(weight.name)
+    repacked: dict[str, Collection[str]] = {}
     for weight in chosen:
-        encoded = preset.encode(weight.name, weight.node, shared.get(weight.module))
+        encoded = repack(preset, scheme, weight.name, weight.node)
+        if encoded is None:
+            encoded = preset.encode(weight.name, weight.node, shared.get(weight.module))
+        else:
+            repacked[weight.name] = encoded
         made.setdefault(weight.target, {}).update(encoded)
         kept[weight.target].discard(weight.name)
     parts = {weight.name: weight for weight in weights}
     for target, names in kept.items():
         if target in made:  # of a stack some experts only are quantized
             made[target].update({name: parts[name].node for name in names})
-    return _replaced(conversion, made, preset), Quantization(preset, left)
+    conversion = _replaced(conversion, made, preset, {name for names in repacked.values() for name in names})
+    if repacked:
+        note = f"codes and scales of {len(repacked)} of {len(chosen)} quantized weights are those of the source: nothing is rounded"
+        conversion = replace(conversion, notes=[*conversion.notes, note])
+    return conversion, Quantization(preset, left)
 
 
 def _weights(outputs: Mapping[str, AnyNode], preset: Preset, config: Mapping[str, Any], others: Sequence[str]) -> Iterator[Weight]:
@@ -245,8 +256,8 @@ def _share(weights: Sequence[Weight], preset: Preset) -> dict[str, AnyNode]:
     return scales
 
 
-def _replaced(conversion: Conversion, made: Mapping[str, Mapping[str, AnyNode]], preset: Preset) -> Conversion:
-    """A conversion with codes and scales in the places of the weights that they stand for."""
+def _replaced(conversion: Conversion, made: Mapping[str, Mapping[str, AnyNode]], preset: Preset, repacked: Collection[str]) -> Conversion:
+    """A conversion with codes and scales in the places of the weights that they stand for, ``repacked`` ones as they are stored."""
     outputs: dict[str, AnyNode] = {}
     rows: list[Row] = []
     row_of = {row.target: row for row in conversion.rows}
@@ -260,6 +271,6 @@ def _replaced(conversion: Conversion, made: Mapping[str, Mapping[str, AnyNode]],
             if name in outputs or (name in conversion.outputs and name not in made):
                 raise CoverageError(f"{OPTION} {preset.name}: {target} would become {name}, which there is already")
             outputs[name] = part
-            layout = ", then ".join(filter(None, (row.layout, f"quantize {preset.name}")))
+            layout = ", then ".join(filter(None, (row.layout, f"quantize {preset.name}"))) if name not in repacked else "repack"
             rows.append(Row(name, row.sources, layout, part.spec))
     return replace(conversion, outputs=outputs, rows=rows)

@@ -80,7 +80,7 @@ def make_sidecars(
             contents_of[CONFIG] = after
     configs = [*(f"{folder}/{CONFIG}" for folder in checkpoint.components if folder), *([PARAMS] if dequantization else [])]
     contents_of.update(_changed(root, [name for name in configs if name in sidecars], revise, casting.dtype))
-    if quantization and CONFIG not in contents_of:
+    if quantization and CONFIG not in {*sidecars, *contents_of}:
         raise UsageError(f"--quantize: there is no {CONFIG} beside SRC, without which no library knows: --sidecars-from brings one")
     for name, contents in contents_of.items():
         if name not in sidecars or contents != (config if name == CONFIG else None):

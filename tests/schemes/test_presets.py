@@ -113,7 +113,7 @@ def back(src: Path, dst: Path) -> dict[str, torch.Tensor]:
     return read(dst)
 
 
-@pytest.mark.parametrize("preset", ["W4A16", "NVFP4A16", "FP8_BLOCK"])
+@pytest.mark.parametrize("preset", ["W4A16", "NVFP4A16", "FP8_DYNAMIC"])
 def test_a_quantized_source_is_quantized_in_another_way_in_one_pass(preset: str, tmp_path: Path) -> None:
     src = source(tmp_path)
     quantize(src, tmp_path / "fp8", "fp8")
@@ -121,6 +121,36 @@ def test_a_quantized_source_is_quantized_in_another_way_in_one_pass(preset: str,
     assert run("convert", tmp_path / "fp8", tmp_path / "plain", "--dequantize", "--quiet", "--max-memory", ROOMY) == 0
     assert_same(bits(once), bits(quantize(tmp_path / "plain", tmp_path / "twice", preset)))
     assert (tmp_path / "once" / "config.json").read_text() == (tmp_path / "twice" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_a_preset_has_made_it_stores_as_it_is(preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = source(tmp_path)
+    quantize(src, tmp_path / "once", preset)
+    twice = quantize(tmp_path / "once", tmp_path / "twice", preset, "--verify")
+    assert_same(bits(twice), bits(read(tmp_path / "once")))
+    assert (tmp_path / "once" / "config.json").read_text() == (tmp_path / "twice" / "config.json").read_text()
+    assert run("plan", tmp_path / "once", tmp_path / "again", "--quantize", preset, "--max-memory", ROOMY) == 0
+    assert "nothing is rounded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("first", "second"), [("fp8", "FP8_BLOCK"), ("FP8_BLOCK", "fp8")])
+def test_blocks_of_one_byte_floats_go_from_one_library_to_another_without_rounding(first: str, second: str, tmp_path: Path) -> None:
+    src = source(tmp_path)
+    before = quantize(src, tmp_path / "before", first, "--ignore", r"re:.*down_proj")
+    after = quantize(tmp_path / "before", tmp_path / "after", second, "--ignore", r"re:.*down_proj", "--verify")
+    codes = [name for name, tensor in before.items() if tensor.dtype == after.get(name, tensor.float()).dtype == torch.float8_e4m3fn]  # fp8 leaves short blocks
+    assert codes
+    assert_same(bits({name: after[name] for name in codes}), bits({name: before[name] for name in codes}))
+    old, new = (f"{codes[0]}{'_scale_inv' if preset == 'fp8' else '_scale'}" for preset in (first, second))
+    assert torch.equal(after[new].float(), before[old].float())
+    plain, again = numbers(tmp_path / "before", tmp_path / "a"), numbers(tmp_path / "after", tmp_path / "b")
+    assert_same(bits({name: again[name] for name in codes}), bits({name: plain[name] for name in codes}))
+
+
+def numbers(src: Path, dst: Path) -> dict[str, torch.Tensor]:
+    assert run("convert", src, dst, "--dequantize", "--quiet", "--max-memory", ROOMY) == 0
+    return read(dst)
 
 
 @pytest.mark.parametrize("preset", ["fp8", *PRESETS])

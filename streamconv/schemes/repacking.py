@@ -1,0 +1,85 @@
+"""Codes and scales that a preset stores as they are: what was dequantized on the way is handed on, and nothing is rounded.
+
+The proof is the preset's own scheme: what it decodes of the tensors handed on must be the numbers that the weight is, by the same products
+and roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import replace
+
+from streamconv.dtypes import CASTABLE
+from streamconv.errors import StreamconvError
+from streamconv.graph.node import AnyNode, Node, apply, made_of
+from streamconv.graph.ops import Cast, Constant, Dequantize, DequantizeFloats, DequantizeIntegers, Reshape
+from streamconv.schemes.configs import KEYS
+from streamconv.schemes.preset import Preset
+from streamconv.schemes.scheme import Scheme
+
+_EXACT = {"float32": 24, "bfloat16": 8, "float16": 11}  # bits of a significand
+
+
+def repack(preset: Preset, scheme: Scheme, name: str, weight: AnyNode) -> dict[str, AnyNode] | None:
+    """The stored tensors that a weight is decoded from, under the names and in the types of a preset, if it decodes them to the same.
+
+    Args:
+        preset: what is to be written.
+        scheme: the one that reads it.
+        name: the weight's.
+        weight: what it is made of.
+    """
+    if not isinstance(weight, Node) or not isinstance(weight.op, Dequantize | DequantizeFloats | DequantizeIntegers):
+        return None
+    names = [preset.codes[0], preset.scales[0], *filter(None, (preset.zeros, preset.shared))]
+    if len(names) != len(weight.inputs) or weight.inputs[0].spec.dtype.name != preset.codes[1]:
+        return None
+    scales = _scales(weight.inputs[1], preset.scales[1])
+    if scales is None:
+        return None
+    made = {names[0]: weight.inputs[0], names[1]: scales, **dict(zip(names[2:], weight.inputs[2:], strict=True))}
+    if preset.shape:
+        rows, columns = weight.spec.shape[-2:]
+        made[preset.shape] = apply(Constant("int64", (2,), (rows, columns)))
+    tensors = {f"{name}{suffix}": node for suffix, node in made.items()}
+    try:
+        (group,) = scheme.match({KEYS[0]: preset.config([])}, {key: node.spec for key, node in tensors.items()}, preset.name).groups
+        decoded = group.decode(tensors, weight.spec.dtype.name)
+    except (StreamconvError, ValueError):
+        return None
+    return tensors if _numbers(decoded) == _numbers(weight) else None
+
+
+def _scales(node: AnyNode, dtype: str) -> AnyNode | None:
+    """Scales in a type that holds them; None: they do not fit into the one that is wanted. Empty: any floating type of the weights."""
+    found = node.spec.dtype.name
+    if found == dtype or (not dtype and found in _EXACT):
+        return node
+    return apply(Cast(dtype), node) if dtype == "float32" and found in _EXACT else None
+
+
+def _numbers(node: AnyNode) -> Hashable:
+    """What two decoded weights have in common that are the same numbers: products and roundings that change nothing are left out."""
+    if not isinstance(node, Node):
+        return made_of(node)
+    op, (codes, scales, *others) = node.op, node.inputs
+    if isinstance(op, Dequantize):
+        op = DequantizeFloats(op.shape, op.dtype, codes.spec.dtype.name, op.block, "float32")
+    if isinstance(op, DequantizeFloats | DequantizeIntegers):
+        rows, columns = op.shape[-2:]
+        op = replace(op, block=(min(op.block[0], rows), min(op.block[1], columns)))
+    if isinstance(op, DequantizeFloats):
+        through = op.through or scales.spec.dtype.name
+        op = replace(op, through="float32" if through == op.dtype else through)
+    return op, made_of(codes), made_of(_bare(scales)), tuple(map(made_of, others))
+
+
+def _bare(scales: AnyNode) -> AnyNode:
+    """Scales before they were given another shape, or a wider type."""
+    while isinstance(scales, Node) and (isinstance(scales.op, Reshape) or _is_widened(scales)):
+        (scales,) = scales.inputs
+    return scales
+
+
+def _is_widened(node: Node) -> bool:
+    return isinstance(node.op, Cast) and node.op.dtype == "float32" and node.inputs[0].spec.dtype.name in CASTABLE
