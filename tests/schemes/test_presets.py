@@ -139,7 +139,7 @@ def test_blocks_of_one_byte_floats_go_from_one_library_to_another_without_roundi
     src = source(tmp_path)
     before = quantize(src, tmp_path / "before", first, "--ignore", r"re:.*down_proj")
     after = quantize(tmp_path / "before", tmp_path / "after", second, "--ignore", r"re:.*down_proj", "--verify")
-    codes = [name for name, tensor in before.items() if tensor.dtype == after.get(name, tensor.float()).dtype == torch.float8_e4m3fn]  # fp8 leaves short blocks
+    codes = [name for name, tensor in before.items() if tensor.dtype == after.get(name, tensor.float()).dtype == torch.float8_e4m3fn]
     assert codes
     assert_same(bits({name: after[name] for name in codes}), bits({name: before[name] for name in codes}))
     old, new = (f"{codes[0]}{'_scale_inv' if preset == 'fp8' else '_scale'}" for preset in (first, second))
