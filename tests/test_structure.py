@@ -27,7 +27,8 @@ PACKAGES = {
     "notation": 960,  # strings and integers
     "storage": 1_630,  # where files are; most of it is what servers need, and parts of one file on their way at the same time
     "graph": 2_130,  # nodes, ops, how a region of one is made and read ahead, numbers, codes and back, what that loses
-    "formats": 2_280,  # containers and all that is known of their names, the machine for pickles, and what files of others are
+    "formats": 2_360,  # containers and all that is known of their names, the machine for pickles, and what files of others are
+    "trainers": 1_100,  # checkpoints of trainers, a module for each kind, and tensors that lie cut into boxes
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 830,  # quantizations, a module for each, and the list of them that others add to
     "recipe": 1_450,  # the mechanism of recipes
@@ -36,7 +37,7 @@ PACKAGES = {
     "planning": 1_110,  # nodes to plans
     "engine": 840,  # bytes of one machine
     "running": 2_370,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
-    "conversion": 870,  # options and the calls that take them; from them to a plan, numbers of quantized weights on the way
+    "conversion": 970,  # options and the calls that take them; from them to a plan, numbers of quantized weights on the way
     "diagnose": 1_340,  # what is said of checkpoints
     "front": 520,  # what people meet: the command, the demo
 }

@@ -231,6 +231,7 @@ def open_checkpoint(
     config: str = CONFIG,
     components: bool = True,
     variant: str | None = None,
+    settings: Mapping[str, bool] | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint: one file, or a directory with or without index, with its components in folders. No tensor data is read.
 
@@ -243,6 +244,7 @@ def open_checkpoint(
         config: the name of the file with the model's config.
         components: whether folders that a list names as such are read, too; their tensors are ``<folder>/<name>``.
         variant: which variant of the weights is read (``model.VARIANT.safetensors``); of components without it, those of none.
+        settings: what a container can be told beside, by name (see `Container.settings`).
 
     Raises:
         FormatError: damaged or not a checkpoint.
@@ -275,7 +277,9 @@ def open_checkpoint(
     container = containers()[name]
     if root is not None and not container.nests:
         raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(settings or {})
+    if unknown := next((key for key in options if key not in container.settings), None):
+        raise UsageError(f"--set {unknown}: {path} is a {name} checkpoint, of which that cannot be chosen: leave it out")
     if root is not None:
         options["root"] = root
     if selection is not None:
@@ -349,7 +353,7 @@ def _choose(path: Location, chosen: Sequence[str], *, by_rank: bool, variant: st
     if not path.is_folder and not is_index(path.name):
         return container_of(path), Selection({path.name: path})
     name = detect_format(path, variant)
-    if not chosen and path.is_folder and containers()[name].by_rank:
+    if not chosen and path.is_folder and (containers()[name].by_rank or containers()[name].holds):
         return name, None
     kind = containers()[name].names
     if chosen:
@@ -407,9 +411,13 @@ def detect_format(path: Location, variant: str | None = None) -> str:
     if not path.is_folder:
         return _format_of_index(path) if is_index(path.name) else container_of(path)
     try:
-        names = [name for name in path.folder.list() if not name.startswith(".")]
+        everything = path.folder.list()
     except OSError as error:
         raise unreadable(path, error, "a checkpoint") from error
+    for name, container in containers().items():
+        if container.holds and container.holds(path.folder, everything):
+            return name
+    names = [name for name in everything if not name.startswith(".")]
     for wanted in dict.fromkeys((variant, None)):
         parts = {name: _parts(names, container.names, wanted) for name, container in containers().items()}
         if any(parts.values()):

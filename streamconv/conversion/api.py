@@ -8,7 +8,7 @@ from pathlib import Path
 from streamconv import memory
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
-from streamconv.conversion.opening import check_backend, find_beside, find_recipe, local_files, open_both, split_root
+from streamconv.conversion.opening import check_backend, find_own_beside, find_recipe, local_files, open_both, split_settings
 from streamconv.conversion.options import ConvertOptions, PlanOptions, VerifyOptions, arguments_of
 from streamconv.conversion.pipeline import make_plan
 from streamconv.conversion.quantizing import quantize_as_asked
@@ -133,13 +133,13 @@ def verify(options: VerifyOptions) -> Comparison:
     """
     check_backend(options)
     recipe = find_recipe(options)
-    root, settings = split_root(options, recipe)
-    left, right = open_both(options, recipe, root)
+    reading, settings = split_settings(options, recipe)
+    left, right = open_both(options, recipe, reading)
     casting = Casting(options.dtype, options.keep_dtype)
     dequantization = dequantize_as_asked(options, left, casting, renames=recipe is not None)
     if dequantization is not None:
         left = dequantization.checkpoint
-    conversion = convert_tensors(left, recipe, settings, casting, find_beside(options), dequantization)
+    conversion = convert_tensors(left, recipe, settings, casting, find_own_beside(options, left), dequantization)
     conversion, _ = quantize_as_asked(options, conversion, left)
     expected = conversion.outputs
     actual = right.contents.entries if recipe else all_tensors(right)

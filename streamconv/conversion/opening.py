@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from streamconv import memory, recipes
 from streamconv.checkpoint.opening import Checkpoint, detect_format, find_checkpoint
+from streamconv.conversion.naming import name_as_model
 from streamconv.conversion.options import Options, PlanOptions, VerifyOptions
-from streamconv.conversion.sides import open_other, open_side
+from streamconv.conversion.sides import Reading, open_other, open_side
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import UsageError
 from streamconv.formats.catalog import locate
@@ -41,15 +43,25 @@ def find_recipe(options: Options) -> Recipe | None:
     return recipes.get(options.recipe) if isinstance(options.recipe, str) else options.recipe
 
 
-def split_root(options: Options, recipe: Recipe | None) -> tuple[str | None, dict[str, object]]:
-    """Where the tensors are in a file that torch.save wrote, which can be said with any recipe, and the recipe's own options."""
+def split_settings(options: Options, recipe: Recipe | None) -> tuple[Reading, dict[str, object]]:
+    """How the source is read, which can be said with any recipe, and the recipe's own options. Raises UsageError for no true or false."""
     settings = dict(options.options or {})
-    root = None if recipe is not None and "root" in recipe.options else settings.pop("root", None)
-    return None if root is None else str(root), settings
+    taken = recipe.options if recipe is not None else ()
+    root, prefix = (None if key in taken else settings.pop(key, None) for key in ("root", "prefix"))
+    known = {key for container in containers().values() for key in container.settings}
+    own = {key: _read_flag(key, settings.pop(key)) for key in sorted(known) if key in settings and key not in taken}
+    return Reading(None if root is None else str(root), None if prefix is None else str(prefix), own), settings
+
+
+def _read_flag(key: str, value: object) -> bool:
+    text = str(value).lower()
+    if text not in ("true", "false"):
+        raise UsageError(f"--set {key}={value}: expected true or false")
+    return text == "true"
 
 
 def open_source(
-    options: PlanOptions, recipe: Recipe | None, root: str | None, target: Target | RemoteTarget
+    options: PlanOptions, recipe: Recipe | None, reading: Reading, target: Target | RemoteTarget
 ) -> tuple[Checkpoint, list[str]]:
     """The checkpoint at SRC, and notes on what of it has no place in DST.
 
@@ -58,7 +70,8 @@ def open_source(
         UsageError: it consists of components, and a recipe, or a DST that is one file, takes one model.
     """
     with memory.bounded(parse_size(options.max_memory)):
-        checkpoint = open_side(options.src, recipe.source if recipe else Side(), root, options.variant)
+        checkpoint = open_side(options.src, recipe.source if recipe else Side(), reading, options.variant)
+    checkpoint = name_as_model(checkpoint, reading.prefix, find_beside(options))
     if not (target.file or recipe):
         return checkpoint, []
     others = ", ".join(filter(None, checkpoint.components))
@@ -70,19 +83,30 @@ def open_source(
     return checkpoint.select([""]), [f"{others}: left behind, as DST is one file; a directory holds them too"]
 
 
-def open_both(options: VerifyOptions, recipe: Recipe | None, root: str | None) -> tuple[Checkpoint, Checkpoint]:
+def open_both(options: VerifyOptions, recipe: Recipe | None, reading: Reading) -> tuple[Checkpoint, Checkpoint]:
     """Two checkpoints to compare; the root is that of the first, and of the second if it has one or the first cannot have any."""
+    left, right = _open_both(options, recipe, reading)
+    return name_as_model(left, reading.prefix, find_beside(options)), name_as_model(right, None, None)
+
+
+def _open_both(options: VerifyOptions, recipe: Recipe | None, reading: Reading) -> tuple[Checkpoint, Checkpoint]:
     first, second = (recipe.source, recipe.target) if recipe else (Side(), Side())
-    a, b, variant = options.a, options.b, options.variant
+    a, b, variant, root = options.a, options.b, options.variant, reading.root
     with memory.bounded(parse_size(options.max_memory)):
         nests = [containers()[detect_format(find_checkpoint(path)[0])].nests for path in (a, b)] if root is not None else []
         if nests == [False, True]:
-            return open_side(a, first, None, variant), open_other(b, second, variant, root)
-        left = open_side(a, first, root, variant)
+            return open_side(a, first, replace(reading, root=None), variant), open_other(b, second, variant, root)
+        left = open_side(a, first, reading, variant)
         if nests == [True, True]:
             with suppress(UsageError):
                 return left, open_other(b, second, variant, root)
         return left, open_other(b, second, variant)
+
+
+def find_own_beside(options: Options, checkpoint: Checkpoint) -> Folder | None:
+    """`find_beside`, else the folder in SRC that has them, where its container says so."""
+    own = checkpoint.contents.beside
+    return find_beside(options) or (checkpoint.folder.folder(own) if own else None)
 
 
 def find_beside(options: Options) -> Folder | None:

@@ -236,6 +236,10 @@ class PlanOptions(Options):
         default=False,
         metadata=about("measure what casts and quantization change, and say so", commands=PLANNING),
     )
+    check_replicas: bool = field(
+        default=False,
+        metadata=about("compare what several ranks hold of the same tensor before anything is written", commands=PLANNING),
+    )
     strict_values: bool = field(
         default=False,
         metadata=about(

@@ -10,7 +10,15 @@ from streamconv.checkpoint.opening import Checkpoint
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
 from streamconv.conversion.notes import note_layouts, note_ties
-from streamconv.conversion.opening import check_backend, check_strict, find_beside, find_recipe, local_files, open_source, split_root
+from streamconv.conversion.opening import (
+    check_backend,
+    check_strict,
+    find_own_beside,
+    find_recipe,
+    local_files,
+    open_source,
+    split_settings,
+)
 from streamconv.conversion.options import PlanOptions
 from streamconv.conversion.quantizing import quantize_as_asked
 from streamconv.conversion.sidecars import make_sidecars
@@ -53,11 +61,12 @@ def make_plan(options: PlanOptions) -> Plan:
     check_strict(options)
     recipe = find_recipe(options)
     target = target_of(options.dst, options.format, recipe.target.format if recipe else DEFAULT, create_pr=options.create_pr)
-    root, settings = split_root(options, recipe)
+    reading, settings = split_settings(options, recipe)
     keeps_ties = recipe is not None or read_identity_options(settings)["tied"] == "keep"
-    checkpoint, left_behind = open_source(options, recipe, root, target)
+    checkpoint, left_behind = open_source(options, recipe, reading, target)
+    replicas = [(one, other, (name, name)) for one, other, name in checkpoint.contents.replicas if options.check_replicas]
     _check_target(target, checkpoint, options)
-    beside = find_beside(options)
+    beside = find_own_beside(options, checkpoint)
 
     dequantization = dequantize_as_asked(options, checkpoint, casting, renames=recipe is not None)
     if dequantization is not None:
@@ -91,7 +100,7 @@ def make_plan(options: PlanOptions) -> Plan:
         mapping=conversion.rows,
         dropped=conversion.dropped,
         notes=notes,
-        replicas=conversion.replicas,
+        replicas=[*conversion.replicas, *replicas],
         read_backend=options.read_backend,
         reasons=conversion.reasons,
         tied=len(conversion.tied) + len(ties),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,42 @@ from streamconv.running.destination import RemoteTarget, Target
 from streamconv.storage.folder import AnyPath
 
 
-def open_side(path: AnyPath, side: Side, root: str | None = None, variant: str | None = None) -> Checkpoint:
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read, as ``--set`` says it with any recipe.
+
+    Attributes:
+        root: the key below which its files hold tensors; None: found by what is there.
+        prefix: what its names begin with that goes; None: found by what they are; "": nothing.
+        settings: what its container can be told beside.
+    """
+
+    root: str | None = None
+    prefix: str | None = None
+    settings: Mapping[str, bool] = field(default_factory=dict)
+
+
+def open_side(path: AnyPath, side: Side, reading: Reading = Reading(), variant: str | None = None) -> Checkpoint:
     """A checkpoint as one side of a recipe has them."""
-    return open_checkpoint(path, root=root, ranks=side.ranks, files=side.files, config=side.config, variant=variant)
+    return open_checkpoint(
+        path,
+        root=reading.root,
+        ranks=side.ranks,
+        files=side.files,
+        config=side.config,
+        variant=variant,
+        settings=reading.settings,
+    )
 
 
 def open_other(path: AnyPath, side: Side, variant: str | None, root: str | None = None) -> Checkpoint:
     """A checkpoint to compare with, in that variant if it has it."""
     try:
-        return open_side(path, side, root, variant)
+        return open_side(path, side, Reading(root), variant)
     except UsageError:
         if variant is None:
             raise
-        return open_side(path, side, root)
+        return open_side(path, side, Reading(root))
 
 
 @dataclass(frozen=True)

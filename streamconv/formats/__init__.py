@@ -24,7 +24,9 @@ class Contents:
     ``entries`` is in tensor order: the index's file order (else file-name order), within a file by offset. What is not stored row by
     row in one piece is a layout of what is: a node whose ops move items and compute nothing.
     ``files`` are the weight files, ``others`` the files that belong to the container but hold no tensor (its index); ``notes`` say what
-    else a user should know of them; ``config`` is what files say of their model, where that stands in them.
+    else a user should know of them; ``config`` is what files say of their model, where that stands in them. ``beside`` is the folder, below
+    that of the weights, with config and tokenizer, if it is another one. ``replicas`` are nodes that should hold the same bytes, and of
+    which tensor they are; the first of each pair is read.
     """
 
     format: str
@@ -34,6 +36,8 @@ class Contents:
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    beside: str = ""
+    replicas: list[tuple[AnyNode, AnyNode, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import product
 from typing import Literal
 
 from streamconv.formats import Contents, FileLayout
-from streamconv.storage.folder import File, Location
+from streamconv.storage.folder import File, Folder, Location
 
 HEAD = 512  # bytes at the beginning of a file by which it is told
 
@@ -150,6 +150,10 @@ class Container:
             and ``variant`` (what its files are called), ``index`` (what its index is called).
         has_own_metadata: what files say of themselves is of this container's own kind, and goes into no file of another one.
         nests: a file may hold its tensors below a key, the ``root`` of `read` and `lay_out`.
+        holds: whether a folder, with files and folders of such names in it, is a checkpoint, where single names do not tell; `read` then
+            finds its files itself.
+        is_trained: it is what a trainer leaves, whose names may be those of what was around the model.
+        settings: further keywords of `read` that ``--set`` gives, true or false, with what they mean.
         by_rank: a checkpoint is a folder with a file for each rank, which `read` finds, and tensors are always ``<file>/<name>``.
     """
 
@@ -163,4 +167,7 @@ class Container:
     takes: frozenset[str] = frozenset()
     has_own_metadata: bool = False
     nests: bool = False
+    holds: Callable[[Folder, Sequence[str]], bool] | None = None
+    is_trained: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
     by_rank: bool = False

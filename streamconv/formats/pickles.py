@@ -29,6 +29,12 @@ _FROM_TYPE = {"torch._tensor._rebuild_from_type", "torch._tensor._rebuild_from_t
 _FROM_CPU = f"{_UTILS}device_tensor_from_cpu_tensor"
 _ODD = "qtensor sparse_tensor sparse_csr_tensor meta_tensor_no_storage nested_tensor wrapper_subclass device_tensor_from_numpy xla_tensor"
 _ODD_TENSORS = {_UTILS + name for name in _ODD.split()}
+_WRAPPER = f"{_UTILS}wrapper_subclass"
+_SHARDED = {
+    "torch.distributed._tensor.api.DTensor", "torch.distributed.tensor.DTensor", "torch.distributed.tensor._api.DTensor",
+    "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
+}  # fmt: skip
+_INDEX = "torch.distributed.checkpoint.metadata.MetadataIndex"  # whose dict says where each piece of a tensor lies
 _NEW_OBJECT = {"copyreg.__newobj__", "copyreg.__newobj_ex__"}
 _RECONSTRUCTOR = "copyreg._reconstructor"  # of protocols 0 and 1
 _ENCODE = "_codecs.encode"  # bytes in protocol 2
@@ -62,6 +68,31 @@ class Tensor:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     lazy: bool  # conjugated or negated when it is read, not in the file
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """A value of a dict whose key is an object that says what the value is of."""
+
+    key: Inert
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """A tensor of which a rank's file has a part, or none.
+
+    Attributes:
+        kind: its class.
+        dtype: of the whole.
+        shape: of the whole.
+        state: what its attributes would have been set from.
+    """
+
+    kind: str
+    dtype: DType
+    shape: tuple[int, ...]
+    state: Any
 
 
 Storages = dict[str, tuple[int, DType]]  # key -> elements, and of which type
@@ -122,8 +153,25 @@ class _Maker:
         function, kind, inner = args[:3]
         if type(function) is not Global or type(inner) is not tuple:
             raise Refused(f"it describes a tensor as {short.repr(args)}")
+        if function.name == _WRAPPER and type(kind) is Global and kind.name in _SHARDED:
+            return self._sharded(kind.name, inner, args[3] if len(args) > 3 else None)
         tensor = self.call(function, inner)
         return tensor if type(tensor) is Tensor else Odd(kind.name if type(kind) is Global else function.name)
+
+    def _sharded(self, kind: str, inner: tuple[Any, ...], state: Any) -> Sharded:
+        _, dtype, shape = inner[:3]
+        numbers = tuple(shape)
+        known = _TYPES.get(dtype.name.removeprefix("torch.")) if type(dtype) is Global else None
+        if known is None or not all(type(size) is int and size >= 0 for size in numbers):
+            raise Refused(f"it describes a tensor as {short.repr(inner)}")
+        self._spend(200)
+        return Sharded(kind, known, numbers, state)
+
+    def value(self, key: Inert, value: Any) -> Any:
+        if key.kind != _INDEX:
+            return value
+        self._spend(64)
+        return Keyed(key, value)
 
     def _dict(self, pairs: Any) -> dict[str, Any]:
         table: dict[str, Any] = {}

@@ -12,7 +12,10 @@ from streamconv.extensions import extensions
 from streamconv.formats.container import Container
 from streamconv.text import did_you_mean
 
-MODULES = ("safetensors", "torch", "mindspore", "sat", "gguf")  # of this package, in the order in which they are looked for in a directory
+MODULES = (
+    *(f"formats.{name}" for name in ("safetensors", "torch", "mindspore", "sat", "gguf")),
+    *(f"trainers.{name}" for name in ("dcp", "fsdp", "zero")),
+)  # of this package, in the order in which they are looked for in a directory
 GROUP = "streamconv.containers"
 DEFAULT = "safetensors"  # what is written where nothing says otherwise
 
@@ -28,7 +31,7 @@ def containers() -> Mapping[str, Container]:
     if not _known:
         by_name: dict[str, Container] = {}
         for name in MODULES:
-            _add(by_name, importlib.import_module(f"streamconv.formats.{name}").CONTAINER, name)
+            _add(by_name, importlib.import_module(f"streamconv.{name}").CONTAINER, name)
         for extension in extensions(GROUP):
             _add(by_name, extension.load(), extension.origin)
         _known.update(by_name)

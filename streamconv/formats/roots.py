@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import ItemsView, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats.files import damaged, short, show
-from streamconv.formats.pickles import Odd, Storage, Tensor, unpickle
+from streamconv.formats.pickles import Odd, Sharded, Storage, Tensor, unpickle
 from streamconv.formats.unpickling import ATOMS, Budget, Global, Inert
 from streamconv.formats.zips import open_section
 from streamconv.storage.folder import File, Location
@@ -29,7 +30,8 @@ _PLAIN_KINDS |= {"_codecs.encode", "collections.Counter", "torch.device", "torch
 # Names of what is beside weights in checkpoints of trainers; never weights.
 _TRAINING = re.compile(
     r"opts?|opt_.*|.*optim.*|.*sched.*|.*scaler.*|(.*[_.-])?rng([_.-].*)?|(.*_)?random(_.*)?states?"
-    r"|callbacks|loops|hyper_?parameters|hparams.*|(\w+_)?args|extra_state|.*_history",
+    r"|callbacks|loops|hyper_?parameters|hparams.*|(\w+_)?args|extra_state|.*_history|data_?loader.*|train(er|ing)?_?state.*|chained_\d+"
+    r"|rerun_state_machine_state",
     re.IGNORECASE | re.DOTALL,
 )
 # Names of what optimizers keep for each parameter.
@@ -173,6 +175,12 @@ def count_tensors(nodes: Iterable[Any]) -> int:
     return sum(_is_tensor(node) for node in _all_below(nodes))
 
 
+def measure_tensors(nodes: Iterable[Any]) -> tuple[int, int]:
+    """How many tensors there are in parts of a tree, and their bytes; not all, if there are very many."""
+    tensors = [node for node in _all_below(nodes) if type(node) in (Tensor, Sharded)]
+    return len(tensors), sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+
+
 def _all_below(nodes: Iterable[Any]) -> Iterator[Any]:
     """Everything in parts of a tree, what objects were made of too, each once; so much of it as can be looked at for a message."""
     ids: set[int] = set()
@@ -193,6 +201,41 @@ def _all_below(nodes: Iterable[Any]) -> Iterator[Any]:
 
 
 # Where the weights are -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The part of a tree that is taken for the weights.
+
+    Attributes:
+        keys: where it is.
+        tree: what it is.
+        named: its leaves by dotted names, in order.
+        left_out: what is beside it, by dotted names.
+    """
+
+    keys: tuple[str, ...]
+    tree: Any
+    named: list[tuple[str, Any]]
+    left_out: list[tuple[str, Any]]
+
+    @property
+    def root(self) -> str:
+        return ".".join(self.keys)
+
+
+def find_weights(path: Location, whole: Any, root: str | None) -> Weights:
+    """What lies below a root, or where the weights are.
+
+    Raises:
+        FormatError: there is no tensor, or a tree that contains itself.
+        UsageError: there is no such root, or several parts may be the weights.
+    """
+    keys = find(path, whole).keys if root is None else keys_of(path, whole, root)
+    tree, beside = follow(whole, keys)
+    trained = training_parts(tree, by_name=not keys) if root is None else []
+    named = list(leaves(path, tree, [name for name, _ in trained]))
+    return Weights(keys, tree, named, [*beside, *((".".join([*keys, name]), part) for name, part in trained)])
 
 
 def keys_of(path: Location, tree: Any, root: str) -> tuple[str, ...]:
@@ -305,12 +348,12 @@ def _candidates(node: Any, keys: tuple[str, ...], *, objects: bool, seen: set[in
         return []
     tensors = [(name, value) for name, value in below if _is_tensor(value)]
     whole = Candidate(keys, node, named, real=any("." in name for name, _ in tensors), flat=bool(tensors))
-    holds = any(not _is_scalar(value) and not _is_trainers(name) for name, value in tensors)
+    holds = any(not _is_scalar(value) and not is_trainers(name) for name, value in tensors)
     if whole.real or (holds and named):
         return [whole]
     inner: list[Candidate] = []
     for name, value in below:
-        if type(value) not in ATOMS and not _is_trainers(name):
+        if type(value) not in ATOMS and not is_trainers(name):
             inner += _candidates(value, (*keys, name), objects=objects, seen=seen)
     if holds:  # what else could be the weights, if it does not say that it is
         return [one for one in inner if one.named and one.real] or [whole]
@@ -336,18 +379,21 @@ def _is_named(key: str) -> bool:
     return len(key) <= _MAX_KEY and ("state_dict" in key.lower() or not _WEIGHTS.isdisjoint(word.lower() for word in _WORDS.split(key)))
 
 
-def _is_trainers(key: str) -> bool:
+def is_trainers(key: str) -> bool:
+    """Whether a key is what trainers call something that is no model's."""
     return len(key) <= _MAX_KEY and _TRAINING.fullmatch(key) is not None
 
 
 def _is_tensor(value: Any) -> bool:
-    return type(value) in (Tensor, Odd)
+    return type(value) in (Tensor, Odd, Sharded)
 
 
 def maker_of(leaf: Any) -> str | None:
     """What would have made a tensor that is not plain bytes; None for all else."""
     if type(leaf) is Odd:
         return leaf.maker
+    if type(leaf) is Sharded:
+        return leaf.kind
     holds_tensor = type(leaf) is Inert and any(type(value) is Tensor for value in leaf.args)
     return leaf.kind if holds_tensor else None
 
@@ -379,5 +425,5 @@ def training_parts(node: Any, *, by_name: bool) -> list[tuple[str, Any]]:
 
 def _is_called_so(name: str, value: Any) -> bool:
     if type(value) is Tensor:
-        return value.dtype.name == "uint8" and "." not in name and _is_trainers(name)
-    return _is_trainers(name) and children(value) is not None and not is_module(value)
+        return value.dtype.name == "uint8" and "." not in name and is_trainers(name)
+    return is_trainers(name) and children(value) is not None and not is_module(value)

@@ -22,7 +22,7 @@ LATEST = "latest"
 ROOT = "module"
 ITERATION = "1"  # that of new checkpoints, as SAT's own scripts have it
 _RANK = re.compile(r"mp_rank_(\d{2,})_model_states\.pt")
-_ITERATION = re.compile(r"[0-9]*[1-9][0-9]*(-ema)?|release")
+ITERATION_NAME = re.compile(r"[0-9]*[1-9][0-9]*(-ema)?|release")
 KIND = Names(
     "a SwissArmyTransformer checkpoint",
     (),
@@ -33,7 +33,7 @@ KIND = Names(
     marker=LATEST,
     asked_for=(LATEST,),
     nested_series=(("mp_rank_", "_model_states.pt"),),
-    nested=f"(?:{_ITERATION.pattern})/{_RANK.pattern}",
+    nested=f"(?:{ITERATION_NAME.pattern})/{_RANK.pattern}",
     replaced=f"{ITERATION}/mp_rank_*",
 )
 
@@ -56,7 +56,7 @@ def _iteration(path: Location) -> str:
     latest = path.folder.file(LATEST)
     raw, _ = read_bytes(latest, 0, 64, KIND.noun)
     name = raw.decode("utf-8", "replace").strip()
-    if not _ITERATION.fullmatch(name):
+    if not ITERATION_NAME.fullmatch(name):
         raise FormatError(f"{show(latest)}: expected the number of an iteration, or release, found {short.repr(name)}: mend it")
     name = name if not name.isdigit() else str(int(name))
     if not path.folder.has_folder(name):

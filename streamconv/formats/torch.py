@@ -41,21 +41,21 @@ from streamconv.formats.files import (
 from streamconv.formats.foreign import foreign, reads
 from streamconv.formats.indexes import Explain, check_index, unexplained
 from streamconv.formats.pickles import MAGIC, NAMES, Storages, Tensor, is_legacy, unpickle
-from streamconv.formats.roots import (
-    count_tensors,
-    describe,
-    describe_pickle,
-    find,
-    follow,
-    keys_of,
-    kinds,
-    leaves,
-    maker_of,
-    training_parts,
-)
+from streamconv.formats.roots import count_tensors, describe, describe_pickle, find_weights, kinds, maker_of
 from streamconv.formats.selection import Selection, find_files
 from streamconv.formats.unpickling import Budget
-from streamconv.formats.zips import MAX_DIRECTORY, Archive, find_program, first_entry, is_zip, names, open_section, read_archive, rezip
+from streamconv.formats.zips import (
+    MAX_DIRECTORY,
+    Archive,
+    FileRange,
+    find_program,
+    first_entry,
+    is_zip,
+    names,
+    open_section,
+    read_archive,
+    rezip,
+)
 from streamconv.graph.node import extents
 from streamconv.graph.views import span, stored_view
 from streamconv.interrupts import Unwinding
@@ -144,10 +144,17 @@ def _is_ours(path: Location, first: str) -> bool:
         return True  # such as one that ends early
 
 
-_Places = dict[str, tuple[int, int]]  # key of a storage -> start, nbytes
+Places = dict[str, tuple[int, int]]
+"""Of each storage of a file, by its key, where it starts and how many bytes it has."""
 
 
-def _open_zip(path: Location, file: File) -> tuple[Any, _Places]:
+def open_item(path: Location, file: File, start: int, nbytes: int) -> tuple[Any, Places]:
+    """`open_tree` of a zip that lies in a range of an open file."""
+    tree, places = _open_zip(path, FileRange(file, start, nbytes))
+    return tree, {key: (start + first, size) for key, (first, size) in places.items()}
+
+
+def _open_zip(path: Location, file: File) -> tuple[Any, Places]:
     """What the pickle describes, and where each storage lies."""
     archive = read_archive(path, file)
     storages: Storages = {}
@@ -167,7 +174,7 @@ def _open_zip(path: Location, file: File) -> tuple[Any, _Places]:
     return (torchscript.as_module(archive, tree) if scripted else tree), places
 
 
-def _open_legacy(path: Location, file: File, size: int) -> tuple[Any, _Places]:
+def _open_legacy(path: Location, file: File, size: int) -> tuple[Any, Places]:
     """The same of a file from before torch 1.6: five pickles, then for each storage its count of elements and its bytes."""
     reader = open_section(file, 0, size)
     storages: Storages = {}
@@ -191,7 +198,13 @@ def _open_legacy(path: Location, file: File, size: int) -> tuple[Any, _Places]:
     return tree, places
 
 
-def _open(path: Location) -> tuple[Any, _Places]:
+def open_tree(path: Location) -> tuple[Any, Places]:
+    """What a file's pickle describes, and where each of its storages lies.
+
+    Raises:
+        FormatError: it is damaged, or no file that torch.save wrote.
+        UsageError: it cannot be read.
+    """
     with opened(path, KIND.noun) as file:
         head, size = file.pread(512, 0), file.size
         if is_zip(head):
@@ -211,9 +224,13 @@ def _open(path: Location) -> tuple[Any, _Places]:
 # Tensors ---------------------------------------------------------------------------------------------------------
 
 
-def _source(path: Location, name: str, tensor: Tensor, place: tuple[int, int]) -> AnyNode:
-    """Where a tensor's elements lie."""
-    dtype, (start, nbytes) = tensor.dtype, place
+def locate_tensor(path: Location, name: str, tensor: Tensor, places: Places) -> AnyNode:
+    """Where a tensor's elements lie, by the places of the file's storages.
+
+    Raises:
+        FormatError: not in its storage, or it is of a kind that is not read.
+    """
+    dtype, (start, nbytes) = tensor.dtype, places[tensor.storage.key]
     if dtype.name not in DTYPES or tensor.lazy:
         what = "conjugated or negated lazily" if dtype.name in DTYPES else f"of type {dtype.name}"
         raise FormatError(f"{show(path)}: tensor {short.repr(name)}: it is {what}, which is not read: write the file without it")
@@ -244,29 +261,27 @@ class _Read:
 
 def _read_file(path: Location, root: str | None) -> _Read:
     """The tensors of one file: those under a root, or where the weights are."""
-    whole, places = _open(path)
-    keys = find(path, whole).keys if root is None else keys_of(path, whole, root)
-    tree, beside = follow(whole, keys)
-    trained = training_parts(tree, by_name=not keys) if root is None else []
+    whole, places = open_tree(path)
+    weights = find_weights(path, whole, root)
     entries: Table = {}
     skipped: list[tuple[str, Any]] = []
-    for name, leaf in leaves(path, tree, [name for name, _ in trained]):
+    for name, leaf in weights.named:
         if (maker := maker_of(leaf)) is not None:
             raise FormatError(f"{show(path)}: tensor {short.repr(name)}: made by {maker}, not plain data: write the file without it")
         if type(leaf) is not Tensor:
-            skipped.append((".".join([*keys, name]), leaf))
+            skipped.append((".".join([*weights.keys, name]), leaf))
             continue
         if not name or name in entries:
             problem = f"two tensors are named {short.repr(name)}" if name else "it holds one tensor without a name"
             raise FormatError(f"{show(path)}: {problem}: save a dict of differently named tensors")
-        entries[name] = _source(path, name, leaf, places[leaf.storage.key])
+        entries[name] = locate_tensor(path, name, leaf, places)
     if not entries:
-        raise FormatError(f"{show(path)}: no tensor below root {'.'.join(keys)!r}, found {describe(tree)}: give another file or root")
+        raise FormatError(f"{show(path)}: no tensor below root {weights.root!r}, found {describe(weights.tree)}: give another file or root")
     check_unicode(path, entries)
     entries = dict(sorted(entries.items(), key=lambda item: next(extents(item[1])).offset))
-    left_out = [*beside, *((".".join([*keys, name]), part) for name, part in trained), *skipped]
+    left_out = [*weights.left_out, *skipped]
     parts = [part for _, part in left_out]
-    return _Read(entries, ".".join(keys), [name for name, _ in left_out], kinds(parts), count_tensors(parts))
+    return _Read(entries, weights.root, [name for name, _ in left_out], kinds(parts), count_tensors(parts))
 
 
 # Directories -----------------------------------------------------------------------------------------------------

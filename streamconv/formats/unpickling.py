@@ -81,6 +81,9 @@ class Maker(Protocol):
     def persistent(self, pid: Any) -> Any:
         """What stands for something that is stored elsewhere under this id."""
 
+    def value(self, key: Inert, value: Any) -> Any:
+        """What stands for a value whose key in a dict is an object, which itself becomes a text."""
+
 
 class Budget:
     """Bytes that the objects of a file's pickles may still take."""
@@ -266,7 +269,8 @@ class Machine:
             target = target.items
         if type(target) is not dict:
             raise Refused(f"it puts items into {short.repr(target)}")
-        fill(target, zip(keys, values, strict=True))
+        kept = [self._maker.value(key, value) if type(key) is Inert else value for key, value in zip(keys, values, strict=True)]
+        fill(target, zip(keys, kept, strict=True))
 
     def _append(self) -> None:
         value = self._stack.pop()

@@ -16,7 +16,9 @@ KINDS = {  # patterns of names of files and, with a slash, of folders; capitals 
     "training state": (
         "optimizer*.pt", "optimizer*.bin", "optimizer*.safetensors", "scheduler*.pt", "scheduler*.bin", "scaler*.pt", "rng_state*.pth",
         "random_states*.pkl", "sampler*.bin", "dl_state_dict*.bin", "custom_checkpoint_*.pkl", "training_args.bin", "trainer_state.json",
-        "zero_to_fp32.py", "*_optim_states.pt", "pytorch_model_fsdp*/", "optimizer_*/",
+        "zero_to_fp32.py", "zero_to_torch.py", "*_optim_states.pt", "pytorch_model_fsdp*/", "optimizer_*/", "optim_world_size_*_rank_*.pt",
+        "extra_state_world_size_*_rank_*.pt", "fsdp_config.json", "lora_train_meta.json", "latest_universal",
+        "latest_checkpointed_iteration.txt", "common.pt", "iteration_*/",
     ),
     "other checkpoints": (
         "checkpoint-*/", "checkpoint_*/", "last-checkpoint/", "tmp-checkpoint-*/", "global_step*/", "step_*/", "step-*/", "epoch_*/",

@@ -142,6 +142,35 @@ class _Section(io.RawIOBase):
         return self._at
 
 
+class FileRange:
+    """A range of an open file, as an open file of its own; see `storage.folder.File`."""
+
+    def __init__(self, file: File, start: int, nbytes: int) -> None:
+        self._file, self._start, self._at = file, start, 0
+        self.size, self.is_remote = nbytes, file.is_remote
+
+    def pread(self, nbytes: int, offset: int) -> bytes:
+        return self._file.pread(max(0, min(nbytes, self.size - offset)), self._start + offset)
+
+    def read(self, nbytes: int = -1, /) -> bytes:
+        data = self.pread(self.size if nbytes < 0 else nbytes, self._at)
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        if base + offset < 0:
+            raise ValueError("before the beginning")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        """Leaves the whole file open."""
+
+
 class _Inflated(io.RawIOBase):
     """A deflated stream's contents, of which no more is made than is asked for and than was declared."""
 

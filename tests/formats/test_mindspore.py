@@ -413,7 +413,7 @@ def test_detection_order(tmp_path):
     write(folder, {"s": torch.ones(2)})
     assert list(open_checkpoint(folder)) == ["s"]
     assert open_checkpoint(folder).sidecars == []
-    with pytest.raises(FormatError, match=r"\*\.safetensors, .*\.ckpt, \*\.gguf file in it"):
+    with pytest.raises(FormatError, match=r"\*\.safetensors, .*\.ckpt, \*\.gguf, \*\.distcp file in it"):
         open_checkpoint(FOLDER.parent)
 
 

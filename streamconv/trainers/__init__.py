@@ -1,0 +1,1 @@
+"""Checkpoints that trainers leave: cut over ranks, in flat partitions, among the state of optimizers."""

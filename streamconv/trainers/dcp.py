@@ -1,0 +1,314 @@
+"""torch's distributed checkpoints (DCP): ``.metadata`` says in which ranges of ``__RANK_N.distcp`` the boxes of each tensor lie.
+
+Each box is a file of its own that torch.save wrote, one behind the other; where their elements lie is read of each, since strides are kept.
+torchtitan, Accelerate, Megatron Core and others write such folders, with the state of their optimizers in the same files. Facts:
+torch/distributed/checkpoint of torch 2.4 to 2.14. Nothing of a pickle is run (see `unpickling`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from streamconv.dtypes import DTYPES, DType, TensorSpec
+from streamconv.errors import FormatError
+from streamconv.formats import AnyNode, Contents
+from streamconv.formats.container import Container, Names
+from streamconv.formats.files import check_unicode, countable, damaged, opened, short, show
+from streamconv.formats.indexes import Explain, unexplained
+from streamconv.formats.pickles import Keyed, Storage, Tensor, unpickle
+from streamconv.formats.roots import find_weights, is_trainers
+from streamconv.formats.selection import Selection
+from streamconv.formats.torch import locate_tensor, open_item
+from streamconv.formats.unpickling import Budget, Global, Inert
+from streamconv.formats.zips import open_section
+from streamconv.graph.moves import packed_strides
+from streamconv.storage.filenames import find_fault
+from streamconv.storage.folder import Folder, Location
+from streamconv.trainers.leftovers import note_left_out
+from streamconv.trainers.pieces import Piece, assemble
+
+METADATA = ".metadata"
+_ITERATION = "latest_checkpointed_iteration.txt"  # Megatron's, above the folders of iterations
+_INNER = "pytorch_model_fsdp_0"  # Accelerate's, in the folder of a checkpoint
+_SPLIT = re.compile(r"(optimizer|optim|chained_\d+|rng_state|rerun_state_machine_state)[./](.*)", re.DOTALL)
+_EXTRA = re.compile(r"(?:.*\.)?_extra_state(?:/.*)?", re.DOTALL)
+KIND = Names(
+    "a distributed checkpoint of torch",
+    (".distcp",),
+    "__0_0",
+    (r".*\.distcp",),
+    weights=("*.distcp", METADATA),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """Where a box lies: a file of the folder, and a range of it."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class _Stored:
+    """A tensor by the table of contents: what it is, and where each of its boxes begins and how large it is."""
+
+    spec: TensorSpec
+    chunks: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+
+# Folders ---------------------------------------------------------------------------------------------------------
+
+
+def holds(folder: Folder, names: Sequence[str]) -> bool:
+    """Whether a folder is such a checkpoint, or names the folder in it that is one."""
+    if any(name in (METADATA, f"{METADATA}.tmp") or name.endswith(".distcp") for name in names):
+        return True
+    return _inner(folder, names) is not None
+
+
+def _inner(folder: Folder, names: Sequence[str]) -> Folder | None:
+    """The folder of the checkpoint, where it is one of the given one."""
+    for name in (_INNER, *_iteration(folder, names)):
+        if name in names and folder.folder(name).has(METADATA):
+            return folder.folder(name)
+    return None
+
+
+def _iteration(folder: Folder, names: Sequence[str]) -> Iterator[str]:
+    """The folder that Megatron's file names."""
+    if _ITERATION not in names:
+        return
+    with opened(folder.file(_ITERATION), KIND.noun) as file:
+        text = file.pread(64, 0).decode("utf-8", "replace").strip()
+    yield f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
+
+
+# The table of contents -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Table:
+    """What ``.metadata`` says.
+
+    Attributes:
+        tensors: by name.
+        objects: names of what is no tensor.
+        paths: the keys of the dicts that a name is made of, where they are known.
+        items: where each box lies, by the name and its offsets.
+    """
+
+    tensors: dict[str, _Stored]
+    objects: list[str]
+    paths: Mapping[str, Any]
+    items: dict[tuple[str, tuple[int, ...]], _Item]
+
+
+def _read_table(path: Location) -> _Table:
+    with opened(path, KIND.noun) as file:
+        tree = unpickle(path, open_section(file, 0, file.size), {}, Budget())
+    state, storage = _attribute(path, tree, "state_dict_metadata", dict), _attribute(path, tree, "storage_data", dict)
+    tensors: dict[str, _Stored] = {}
+    objects: list[str] = []
+    for name, entry in state.items():
+        if type(entry) is Inert and entry.kind.endswith(".TensorStorageMetadata"):
+            tensors[name] = _stored(path, name, entry)
+        else:
+            objects.append(name)
+    items: dict[tuple[str, tuple[int, ...]], _Item] = {}
+    for value in storage.values():
+        if type(value) is not Keyed:
+            raise damaged(path, "its table of storage has keys that are no indexes")
+        name, offsets = value.key.attribute("fqn"), value.key.attribute("offset")
+        if name in tensors:
+            places = _numbers(offsets) if offsets is not None else (0,) * len(tensors[name].spec.shape)
+            items[name, places] = _item(path, name, value.value)
+    planner = tree.attribute("planner_data")
+    return _Table(tensors, objects, planner if type(planner) is dict else {}, items)
+
+
+def _attribute(path: Location, node: Any, name: str, kind: type[Any]) -> Any:
+    value = node.attribute(name) if type(node) is Inert else None
+    if type(value) is not kind:
+        raise damaged(path, f"its {name} is {short.repr(value)}")
+    return value
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    """Sizes or offsets. Raises ValueError."""
+    if type(value) not in (tuple, list) or not all(type(one) is int and 0 <= one < 1 << 62 for one in value):
+        raise ValueError(f"{short.repr(value)} are no sizes")
+    return tuple(value)
+
+
+def _stored(path: Location, name: str, entry: Inert) -> _Stored:
+    properties, chunks = entry.attribute("properties"), _attribute(path, entry, "chunks", list)
+    first = properties.state[0] if type(properties) is Inert and type(properties.state) is tuple and properties.state else None
+    if first is None and type(properties) is Inert:
+        first = properties.attribute("dtype")
+    dtype = DTYPES.get(first.name.removeprefix("torch.")) if type(first) is Global else None
+    if dtype is None:
+        raise FormatError(f"{show(path)}: tensor {short.repr(name)} is of type {short.repr(first)}, which is not read: leave it out")
+    try:
+        shape = _numbers(entry.attribute("size"))
+        boxes = [(_numbers(one.attribute("offsets")), _numbers(one.attribute("sizes"))) for one in chunks]
+    except (ValueError, AttributeError) as error:
+        raise damaged(path, f"its boxes: {error}", name) from error
+    if not countable([*shape, dtype.itemsize]):
+        raise damaged(path, f"its shape {short.repr(shape)} has 2**63 bytes or more", name)
+    return _Stored(TensorSpec(dtype, shape), boxes)
+
+
+def _item(path: Location, name: str, info: Any) -> _Item:
+    file, offset, nbytes = (info.attribute(key) if type(info) is Inert else None for key in ("relative_path", "offset", "length"))
+    if type(file) is not str or type(offset) is not int or type(nbytes) is not int or min(offset, nbytes) < 0:
+        raise damaged(path, f"where a box of it lies: {short.repr(info)}", name)
+    if find_fault(file):
+        raise FormatError(
+            f"{show(path)}: {short.repr(name)} lies in {short.repr(file)}, which is not below its folder: do not trust this file"
+        )
+    transforms = info.attribute("transform_descriptors")
+    if transforms:
+        what = f"{short.repr(name)} is stored by way of {short.repr(transforms)}"
+        raise FormatError(f"{show(path)}: {what}, which is not read: save the checkpoint without it")
+    return _Item(file, offset, nbytes)
+
+
+# Tensors ---------------------------------------------------------------------------------------------------------
+
+
+def read(
+    path: Location,
+    *,
+    root: str | None = None,
+    by_rank: bool = False,  # noqa: ARG001 - boxes of all ranks are one tensor
+    files: Sequence[str] | Selection | None = None,  # noqa: ARG001 - the table of contents names them
+    explain: Explain = unexplained,  # noqa: ARG001 - the same
+) -> Contents:
+    """The model's tensors of a folder; of what its table says is a trainer's the bytes are noted.
+
+    Args:
+        path: the folder, or one that holds it as Accelerate and Megatron have it.
+        root: the key of the dict of tensors, dotted if it lies deeper; '' for all; by default where the weights are (see `roots`).
+        by_rank: of no effect.
+        files: of no effect.
+        explain: of no effect.
+
+    Raises:
+        FormatError: an unfinished save, a missing file, boxes that leave holes, overlap or are not what the table says.
+        UsageError: the folder or the root is not there, or cannot be read.
+    """
+    names = path.folder.list()
+    folder = path.folder if METADATA in names else _inner(path.folder, names) or path.folder
+    table_file = folder.file(METADATA)
+    if not folder.has(METADATA):
+        what = f"no {METADATA}, which is written last: the save was not finished, or the file was not fetched"
+        own = " (each rank has a table of its own, which no reader joins)" if any(name.endswith(METADATA) for name in names) else ""
+        raise FormatError(f"{show(folder.file(''))}: {what}{own}: fetch it, or take an earlier checkpoint")
+    table = _read_table(table_file)
+    weights = find_weights(table_file, _tree(table), root)
+    chosen = {
+        name: leaf.storage.key for name, leaf in weights.named if type(leaf) is Tensor and not (root is None and _EXTRA.fullmatch(name))
+    }
+    left = [stored.spec.nbytes for name, stored in table.tensors.items() if name not in set(chosen.values())]
+    pieces = _read_pieces(folder, table_file, table, set(chosen.values()))
+    entries: dict[str, AnyNode] = {}
+    for name, stored_name in chosen.items():
+        entries[name], _ = assemble(table_file, name, table.tensors[stored_name].spec, pieces[stored_name])
+    if not entries:
+        raise FormatError(f"{show(table_file)}: no tensor below root {weights.root!r}: give another root")
+    check_unicode(table_file, entries)
+    listed = dict.fromkeys(item.file for item in table.items.values())
+    contents = Contents("dcp", entries, [folder.file(name) for name in sorted(listed)], [table_file])
+    if weights.root:
+        contents.notes.append(f"the tensors are those below {weights.root!r} (--set root=KEY takes others, --set root= all)")
+    contents.notes += note_left_out(len(left), sum(left), table.objects)
+    return contents
+
+
+def _tree(table: _Table) -> dict[str, Any]:
+    """The dicts that names are made of, with a tensor for each that is one."""
+    tree: dict[str, Any] = {}
+    for name, stored in table.tensors.items():
+        leaf = Tensor(
+            Storage(name, stored.spec.dtype), stored.spec.dtype, 0, stored.spec.shape, packed_strides(stored.spec.shape), lazy=False
+        )
+        _insert(tree, _keys(name, table.paths), leaf)
+    for name in table.objects:
+        _insert(tree, _keys(name, table.paths), Inert("an object"))
+    return tree
+
+
+def _keys(name: str, paths: Mapping[str, Any]) -> list[str]:
+    """The keys of dicts that a name is made of; where nothing says them, a trainer's own are told from the rest."""
+    path = paths.get(name)
+    if type(path) is tuple and path and all(type(key) in (str, int) for key in path):
+        keys = [str(key) for key in path]
+        if len(keys) > 1:
+            return keys
+    split = _SPLIT.fullmatch(name)
+    if split:
+        return [split[1], split[2]]
+    first, _, rest = name.partition(".")
+    return [first, rest] if rest and is_trainers(first) else [name]
+
+
+def _insert(tree: dict[str, Any], keys: Sequence[str], leaf: Any) -> None:
+    for key in keys[:-1]:
+        inner = tree.setdefault(key, {})
+        if type(inner) is not dict:
+            tree[".".join(keys)] = leaf
+            return
+        tree = inner
+    tree[keys[-1]] = leaf
+
+
+def _read_pieces(folder: Folder, path: Location, table: _Table, names: set[str]) -> dict[str, list[Piece]]:
+    """The boxes of some tensors, each file opened once."""
+    wanted: dict[str, list[tuple[int, int, str, tuple[int, ...], tuple[int, ...]]]] = {}
+    pieces: dict[str, list[Piece]] = {name: [] for name in names}
+    for name in table.tensors:
+        if name not in names:
+            continue
+        for offsets, sizes in table.tensors[name].chunks:
+            if 0 in sizes:
+                continue
+            item = table.items.get((name, offsets))
+            if item is None:
+                raise damaged(path, f"its box at {list(offsets)} lies in no file", name)
+            wanted.setdefault(item.file, []).append((item.offset, item.nbytes, name, offsets, sizes))
+    for file_name, items in sorted(wanted.items()):
+        where = folder.file(file_name)
+        if not folder.has(file_name):
+            raise FormatError(f"{show(where)}: not there, and {short.repr(items[0][2])} lies in it: fetch the files of all ranks")
+        with opened(where, KIND.noun) as file:
+            size = file.size
+            for offset, nbytes, name, offsets, sizes in sorted(items):
+                if offset + nbytes > size:
+                    raise damaged(where, f"it has {size} bytes, and {nbytes} at {offset} are to be a box of it", name)
+                tensor, places = open_item(where, file, offset, nbytes)
+                spec = table.tensors[name].spec
+                if type(tensor) is not Tensor or tensor.shape != sizes or tensor.dtype != spec.dtype:
+                    found = f"{tensor.dtype.name}{list(tensor.shape)}" if type(tensor) is Tensor else short.repr(tensor)
+                    raise damaged(where, f"its box at {list(offsets)} is {_named(spec.dtype, sizes)} by {METADATA}, found {found}", name)
+                pieces[name].append(Piece(offsets, locate_tensor(where, name, tensor, places)))
+    return pieces
+
+
+def _named(dtype: DType, sizes: Sequence[int]) -> str:
+    return f"{dtype.name}{list(sizes)}"
+
+
+CONTAINER = Container(
+    name="dcp",
+    summary="torch's distributed checkpoints",
+    names=KIND,
+    read=read,
+    holds=holds,
+    is_trained=True,
+    nests=True,
+)

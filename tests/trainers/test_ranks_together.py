@@ -1,0 +1,255 @@
+"""What trainers have left over ranks, in flat partitions and in universal checkpoints: the tensors that their own mergers make of it."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import ROOMY, assert_same, read, refusal, run, write
+from safetensors.torch import load_file
+from trainer_models import DEEPSPEED, TORCH, UNIVERSAL, make
+
+import streamconv
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "trainers"
+KINDS = {
+    **{f"{kind}.{form}": f"{kind}.expected" for kind in TORCH for form in ("dcp", "ranks")},
+    **{kind: f"{kind}.expected" for kind in DEEPSPEED},
+    **{f"{kind}.universal": f"{kind}.universal.expected" for kind in UNIVERSAL},
+}
+FROZEN = {"frozen.weight", "frozen.bias"}  # DeepSpeed's script leaves them out in some versions
+
+
+def copied(kind: str, folder: Path) -> Path:
+    return Path(shutil.copytree(GOLDEN / kind, folder / kind))
+
+
+def expected(kind: str, folder: Path = GOLDEN) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{KINDS[kind]}.safetensors")
+
+
+def check(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """``found`` has it all, but for a head that is the embedding, where that is told elsewhere."""
+    assert found.keys() - wanted.keys() <= FROZEN
+    assert wanted.keys() - found.keys() <= {"head.weight"}
+    wanted = {name: tensor for name, tensor in wanted.items() if name in found}
+    assert_same({name: found[name] for name in found if name in wanted}, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_are_put_together(kind: str, tmp_path: Path) -> None:
+    assert run("convert", GOLDEN / kind, tmp_path / "out", "--verify", "--quiet", "--check-replicas", "--max-memory", ROOMY) == 0
+    check(read(tmp_path / "out"), expected(kind))
+    assert run("verify", GOLDEN / kind, tmp_path / "out", "--quiet", "--max-memory", ROOMY) == 0
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", [*TORCH, *DEEPSPEED])
+def test_what_a_library_makes_here(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed" if kind in DEEPSPEED else "torch")
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "made", [kind])
+    for name in (name for name in KINDS if name.startswith(kind)):
+        check(dict(streamconv_tensors(tmp_path / "made" / name)), expected(name, tmp_path / "made"))
+
+
+def streamconv_tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: entry.torch() for name, entry in streamconv.open(path).items()}
+
+
+def test_the_module_of_its_own_dtype(tmp_path: Path) -> None:
+    assert run("convert", GOLDEN / "z2_bf16_shuffled", tmp_path / "out", "--set", "master=false", "--quiet", "--max-memory", ROOMY) == 0
+    model = torch.load(GOLDEN / "z2_bf16_shuffled/global_step2/mp_rank_00_model_states.pt", weights_only=False)["module"]
+    assert_same(read(tmp_path / "out"), {name: tensor for name, tensor in model.items() if name != "head.weight"})  # tied
+    assert read(tmp_path / "out")["a.weight"].dtype == torch.bfloat16
+
+
+def test_the_folder_of_a_step_is_its_checkpoint(tmp_path: Path) -> None:
+    assert list(streamconv.open(GOLDEN / "z3_bf16" / "global_step2")) == list(streamconv.open(GOLDEN / "z3_bf16"))
+    assert streamconv.open(GOLDEN / "z2_fp32").format == "zero"
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", GOLDEN / "fsdp2.dcp", tmp_path / "out", "--max-memory", ROOMY) == 0
+    out = capsys.readouterr().out
+    assert "left out, a trainer's and not the model's: 6 tensors of 916 B" in out
+    assert run("convert", GOLDEN / "fsdp2.dcp", tmp_path / "all", "--set", "root=", "--quiet", "--max-memory", ROOMY) == 0
+    assert "optimizer.state.a.weight.exp_avg" in read(tmp_path / "all")
+
+
+def test_interrupted_and_in_parts(tmp_path: Path) -> None:
+    src = GOLDEN / "tp2d.dcp"
+    assert run("convert", src, tmp_path / "out", "--max-shard-size", "300B", "--quiet", "--max-memory", ROOMY) == 0
+    (tmp_path / "out" / "model.safetensors.index.json").unlink()
+    assert run("convert", src, tmp_path / "new", "--max-shard-size", "300B", "--quiet", "--resume", "--max-memory", ROOMY) == 0
+    assert run("convert", src, tmp_path / "new", "--max-shard-size", "300B", "--quiet", "--resume", "--max-memory", ROOMY) == 0
+    assert_same(read(tmp_path / "new"), expected("tp2d.dcp"))
+    streamconv.convert(src, "memory://trainers/out", max_memory=ROOMY, overwrite=True)
+    assert_same(streamconv_tensors("memory://trainers/out"), expected("tp2d.dcp"))  # type: ignore[arg-type]
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "gone", "told"),
+    [
+        ("fsdp2.dcp", ".metadata", "no .metadata, which is written last: the save was not finished"),
+        ("fsdp2.dcp", "__1_0.distcp", "__1_0.distcp: not there, and "),
+        ("hsdp.ranks", "model_world_size_4_rank_2.pt", "the file of rank 2 is not there, of 4 ranks"),
+        ("z2_fp32", "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt", "1 files of an optimizer's state, of 2 ranks"),
+        ("z3_bf16", "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "the file of rank 1 beside"),
+        ("z3_bf16", "global_step2/zero_pp_rank_2_mp_rank_00_model_states.pt", "2 files of the model, and 3 of the optimizer"),
+        ("z2_fp32", "global_step2/mp_rank_00_model_states.pt", "no *_model_states.pt"),
+        ("z3_bf16.universal", "global_step2_universal/zero/a.bias/fp32.pt", "no a.bias/fp32.pt"),
+    ],
+)
+def test_what_is_missing_is_named(kind: str, gone: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = copied(kind, tmp_path)
+    (src / gone).unlink()
+    assert told in refusal(capsys, "convert", src, tmp_path / "out")
+
+
+def test_stage_3_has_no_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "leave out --set master=false" in refusal(capsys, "convert", GOLDEN / "z3_bf16", tmp_path / "out", "--set", "master=false")
+    assert "of which that cannot be chosen" in refusal(capsys, "convert", GOLDEN / "tp2d.dcp", tmp_path / "out", "--set", "master=false")
+
+
+def test_files_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = copied("fsdp2.ranks", tmp_path)
+    shutil.copy(GOLDEN / "hsdp.ranks" / "model_world_size_4_rank_1.pt", src)
+    assert "files of several runs" in refusal(capsys, "convert", src, tmp_path / "out")
+    (src / "model_world_size_4_rank_1.pt").rename(src / "model_world_size_3_rank_1.pt")
+    told = refusal(capsys, "convert", src, tmp_path / "out")
+    assert "is of a mesh in which" in told or "should have" in told or "is in no file" in told
+
+
+def test_replicas_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = copied("hsdp.ranks", tmp_path)
+    path = src / "model_world_size_4_rank_2.pt"
+    data = bytearray(path.read_bytes())
+    whole = expected("hsdp.ranks")["emb.weight"][:7].contiguous().view(torch.uint8).numpy().tobytes()
+    at = bytes(data).index(whole)
+    data[at] ^= 1
+    path.write_bytes(data)
+    assert run("convert", src, tmp_path / "out", "--quiet", "--max-memory", ROOMY) == 0
+    assert "emb.weight" in refusal(capsys, "convert", src, tmp_path / "again", "--check-replicas", "--max-memory", ROOMY)
+
+
+def test_boxes_that_leave_a_hole_or_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    for number, change in enumerate(("hole", "overlap")):
+        src = copied("fsdp2.dcp", tmp_path / change)
+        with (src / ".metadata").open("rb") as file:
+            table: Metadata = pickle.load(file)
+        entry = table.state_dict_metadata["model.emb.weight"]
+        if number == 0:
+            entry.chunks.pop(1)
+        else:
+            entry.size = torch.Size((12, 8))
+        with (src / ".metadata").open("wb") as file:
+            pickle.dump(table, file)
+        told = refusal(capsys, "convert", src, tmp_path / "out")
+        assert "'emb.weight'" in told
+        assert ("is in no file" if number == 0 else "ends beyond it") in told
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("it ran",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("fsdp2.dcp", ".metadata"),
+        ("fsdp2.ranks", "model_world_size_3_rank_1.pt"),
+        ("z2_fp32", "global_step2/mp_rank_00_model_states.pt"),
+        ("z2_fp32", "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+    ],
+)
+def test_a_hostile_pickle_runs_nothing(kind: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = copied(kind, tmp_path)
+    if file == ".metadata":
+        (src / file).write_bytes(pickle.dumps(Hostile()))
+    else:
+        torch.save({"module": Hostile(), "optimizer_state_dict": Hostile()}, src / file)
+    assert run("convert", src, tmp_path / "out") == 2
+    assert "it ran" not in "".join(capsys.readouterr())
+    assert not (tmp_path / "out").exists()
+
+
+# What tensors are called ----------------------------------------------------------------------------------------------
+
+LLAMA = {
+    "model.embed_tokens.weight": torch.ones(4, 2),
+    "model.layers.0.mlp.up_proj.weight": torch.zeros(3, 2),
+    "lm_head.weight": torch.full((4, 2), 2.0),
+}
+
+
+def saved_as(folder: Path, names: dict[str, str], *, flat: bool = False) -> Path:
+    """A DCP of the tensors of LLAMA under other names."""
+    import warnings
+
+    import torch.distributed.checkpoint as dcp
+
+    state = {names[name]: tensor for name, tensor in LLAMA.items() if name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state if flat else {"model": state}, checkpoint_id=folder)
+    return folder
+
+
+@pytest.mark.parametrize("before", ["", "module.", "model.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_names_are_those_of_the_model(before: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = saved_as(tmp_path / "src", {name: f"{before}{name}" for name in LLAMA}, flat=True)
+    assert run("convert", src, tmp_path / "out", "--max-memory", ROOMY) == 0
+    assert_same(read(tmp_path / "out"), LLAMA)
+    told = "".join(capsys.readouterr())
+    assert ("names as the model has them" in told) == bool(before)
+    assert run("convert", src, tmp_path / "kept", "--set", "prefix=", "--quiet", "--max-memory", ROOMY) == 0
+    assert sorted(read(tmp_path / "kept")) == sorted(f"{before}{name}" for name in LLAMA)
+
+
+def test_names_by_a_model_beside(tmp_path: Path) -> None:
+    headless = {name: name for name in LLAMA if name != "lm_head.weight"}
+    src = saved_as(tmp_path / "src", headless, flat=True)
+    assert run("convert", src, tmp_path / "kept", "--quiet", "--max-memory", ROOMY) == 0
+    assert sorted(read(tmp_path / "kept")) == sorted(headless)
+    write(tmp_path / "bare", {name.removeprefix("model."): LLAMA[name] for name in headless}, config={"architectures": ["LlamaModel"]})
+    assert run("convert", src, tmp_path / "out", "--sidecars-from", tmp_path / "bare", "--quiet", "--max-memory", ROOMY) == 0
+    assert sorted(read(tmp_path / "out")) == sorted(read(tmp_path / "bare"))
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_prefix_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = saved_as(tmp_path / "src", {name: f"policy.{name}" for name in LLAMA})
+    assert run("convert", src, tmp_path / "out", "--set", "prefix=policy.", "--quiet", "--max-memory", ROOMY) == 0
+    assert_same(read(tmp_path / "out"), LLAMA)
+    assert "does not begin so" in refusal(capsys, "convert", src, tmp_path / "no", "--set", "prefix=critic.")
+
+
+def test_an_adapter_is_not_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {
+        "model.embed_tokens.weight": "base_model.q.base_layer.weight",
+        "lm_head.weight": "base_model.q.lora_A.default.weight",
+    }
+    src = saved_as(tmp_path / "src", names)
+    assert "is of an adapter that is not merged" in refusal(capsys, "convert", src, tmp_path / "out")
+    assert run("convert", src, tmp_path / "out", "--set", "prefix=", "--quiet", "--max-memory", ROOMY) == 0
+    assert sorted(read(tmp_path / "out")) == sorted(names.values())
+
+
+def test_a_config_that_the_trainer_keeps_beside(tmp_path: Path) -> None:
+    src = copied("fsdp2.ranks", tmp_path)
+    (src / "huggingface").mkdir()
+    (src / "huggingface" / "config.json").write_text('{"architectures": ["Toy"]}')
+    (src / "huggingface" / "tokenizer.json").write_text("{}")
+    (src / "fsdp_config.json").write_text("{}")
+    assert run("convert", src, tmp_path / "out", "--quiet", "--max-memory", ROOMY) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
