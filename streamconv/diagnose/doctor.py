@@ -19,6 +19,7 @@ from streamconv.diagnose.matching import match_recipes, suggest_merging
 from streamconv.diagnose.quantized import PIECE, check_quantization, check_scales
 from streamconv.diagnose.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
 from streamconv.dtypes import TensorSpec
+from streamconv.engine.comparison import compare
 from streamconv.errors import FormatError, StreamconvError
 from streamconv.formats.container import Names
 from streamconv.formats.files import read_bytes
@@ -150,7 +151,8 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
     examination = Examination(str(path), name)
     tables: dict[str, Mapping[str, AnyNode]] = {}
     checkpoint: Checkpoint | None = None
-    if path.is_folder:
+    is_by_file = path.is_folder and not containers()[name].holds  # else no file is a checkpoint by itself
+    if is_by_file:
         tables = _read_files(path, name, root, rank_sets, examination, variant)
     ranks = next((one for one in rank_sets if one.holds(tables)), None)
     entries: dict[str, AnyNode] = {}
@@ -167,7 +169,7 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
             tables = dict(by_file(entries, own_ranks)) if own_ranks else {path.name: entries}
     examination.dtypes = dict(Counter(entry.spec.dtype.name for entry in entries.values()).most_common())
     examination.tensors, examination.nbytes = len(entries), sum(entry.spec.nbytes for entry in entries.values())
-    examination.findings += _check_files(path, tables, examination.format, ranks.files if ranks else (), variant) if path.is_folder else []
+    examination.findings += _check_files(path, tables, examination.format, ranks.files if ranks else (), variant) if is_by_file else []
     if ranks is not None:
         rank_tables = {file: tables[file] for file in ranks.files if file in tables}
         examination.findings += check_ranks(rank_tables, ranks, partial(suggest_merging, path))
@@ -177,7 +179,7 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
     by_rank = ranks is not None
     examination.findings += _check_quantities(path.folder, specs, checkpoint, is_component=is_component, by_rank=by_rank)
     if data and checkpoint:
-        examination.findings += [*_check_data(checkpoint), *check_scales(checkpoint)]
+        examination.findings += [*_check_data(checkpoint), *check_scales(checkpoint), *_check_replicas(checkpoint)]
     return examination
 
 
@@ -412,6 +414,16 @@ def _check_data(checkpoint: Checkpoint) -> Iterator[Finding]:
         elif least == most and len(entry.shape) > 1 and entry.spec.numel > 1:
             what = "all values are zero" if least == 0 else f"all values are {least:g}"
             yield Finding(what, name, "a matrix of one value has not been trained, or was lost", "compare it with its source")
+
+
+def _check_replicas(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Tensors that several ranks hold, and not alike."""
+    pairs = {f"{name} #{number}": (one, other) for number, (one, other, name) in enumerate(checkpoint.contents.replicas)}
+    if not pairs:
+        return
+    difference = compare({key: one for key, (one, _) in pairs.items()}, {key: other for key, (_, other) in pairs.items()}, norms=False)
+    for name in dict.fromkeys(row.name.rpartition(" #")[0] for row in difference.tensors):
+        yield Finding("ranks hold other values of the same part", name, "the first of them is read", "take an earlier checkpoint")
 
 
 def _more(names: list[str]) -> str:

@@ -27,6 +27,7 @@ from streamconv.formats.zips import open_section
 from streamconv.graph.moves import packed_strides
 from streamconv.storage.filenames import find_fault
 from streamconv.storage.folder import Folder, Location
+from streamconv.trainers.dcp_files import lay_out
 from streamconv.trainers.leftovers import note_left_out
 from streamconv.trainers.pieces import Piece, assemble
 
@@ -308,6 +309,7 @@ CONTAINER = Container(
     summary="torch's distributed checkpoints",
     names=KIND,
     read=read,
+    lay_out=lay_out,
     holds=holds,
     is_trained=True,
     nests=True,

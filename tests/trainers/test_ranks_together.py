@@ -52,7 +52,7 @@ def test_what_a_library_makes_here(kind: str, tmp_path: Path, monkeypatch: pytes
     pytest.importorskip("deepspeed" if kind in DEEPSPEED else "torch")
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "made", [kind])
-    for name in (name for name in KINDS if name.startswith(kind)):
+    for name in (name for name in KINDS if name.partition(".")[0] == kind):
         check(dict(streamconv_tensors(tmp_path / "made" / name)), expected(name, tmp_path / "made"))
 
 
@@ -137,6 +137,14 @@ def test_replicas_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path.write_bytes(data)
     assert run("convert", src, tmp_path / "out", "--quiet", "--max-memory", ROOMY) == 0
     assert "emb.weight" in refusal(capsys, "convert", src, tmp_path / "again", "--check-replicas", "--max-memory", ROOMY)
+    assert run("doctor", src) == 0
+    assert run("doctor", src, "--data") == 1
+    assert "ranks hold other values of the same part" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_healthy(kind: str) -> None:
+    assert run("doctor", GOLDEN / kind, "--data") == 0
 
 
 def test_boxes_that_leave_a_hole_or_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
