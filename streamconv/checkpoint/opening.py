@@ -395,6 +395,8 @@ def container_of(path: Location) -> str:
         UsageError: it cannot be read.
     """
     by_name = by_suffix().get(path.suffix)
+    if by_name and by_name.holds:  # a file of such a folder stands for it
+        return by_name.name
     name = recognize(path) or (by_name.name if by_name else None)
     if name is None:
         raise FormatError(f"{show(path)}: neither its first bytes nor its name say what it is; {reads()}: give another file")

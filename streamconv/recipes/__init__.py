@@ -42,6 +42,7 @@ REGISTRY = Registry(
         "originals.gguf": "gguf-gguf2hf",
         "originals.internvl": "internvl-hf2custom internvl-custom2hf",
         "originals.llama_meta": "llama-hf2meta llama-meta2hf",
+        "originals.mcore": "mcore-hf2gpt mcore-gpt2hf",
         "originals.mistral": "mistral-hf2original mistral-original2hf",
         "originals.mixtral": "mixtral-hf2original mixtral-original2hf",
         "originals.vipllava": "vipllava-original2hf vipllava-hf2original",

@@ -1,0 +1,72 @@
+"""Megatron Core's GPT models and Hugging Face's, both ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_files import ROOMY, assert_same, random_tensor, read, read_any, run, write
+from megatron_models import KINDS, shapes_of
+from safetensors.torch import load_file
+from trainer_models import CONFIGS, MEGATRON, make
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "trainers"
+TO, BACK = "mcore-hf2gpt", "mcore-gpt2hf"
+
+
+def convert(src: Path, dst: Path, recipe: str, *more: object) -> Path:
+    assert run("convert", src, dst, "--recipe", recipe, "--quiet", "--verify", "--max-memory", ROOMY, *more) == 0
+    return dst
+
+
+def config_in(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def check(made: Path, kind: str, folder: Path) -> None:
+    """What Megatron wrote in ``made`` becomes what its own ranks hold, and comes back."""
+    expected = load_file(made / f"{kind}.expected.safetensors")
+    there = convert(made / kind, folder / "hf", BACK, "--sidecars-from", config_in(folder / "config", CONFIGS[kind]))
+    assert_same(read(there), expected)
+    again = convert(there, folder / "again", TO, "--set", "pad_vocab=48")
+    stored, written = read_any(made / kind), read_any(again)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):  # their last rows are no words
+        assert not written[name][45:].any()
+        stored[name], written[name] = stored[name][:45], written[name][:45]
+    assert_same(written, stored)
+
+
+@pytest.mark.parametrize("kind", MEGATRON)
+def test_what_megatron_wrote(kind: str, tmp_path: Path) -> None:
+    check(GOLDEN, kind, tmp_path)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", MEGATRON)
+def test_what_megatron_writes_here(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("megatron.core")
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "made", [kind])
+    check(tmp_path / "made", kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [(), ("--set", "pad_vocab=16"), ("--set", "stacked=false"), ("--set", "norms=apart", "--set", "latent_norms=fused")], ids=str
+)
+def test_there_and_back(kind: str, options: tuple[str, ...], tmp_path: Path) -> None:
+    shapes, config = shapes_of(kind)
+    tensors = {name: random_tensor(*shape, seed=number) for number, (name, shape) in enumerate(shapes.items())}
+    src = write(tmp_path / "src", tensors, config=config)
+    there = convert(src, tmp_path / "there", TO, *options)
+    assert_same(read(convert(there, tmp_path / "back", BACK, "--sidecars-from", src)), tensors)
+    names = set(read_any(there))
+    is_stacked = kind != "deepseek_v3" and "stacked=false" not in options
+    assert ("decoder.layers.self_attention.linear_proj.weight" in names) == is_stacked
+    if kind == "deepseek_v3":
+        assert {"decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "decoder.layers.1.pre_mlp_layernorm.weight"} <= names
+        assert ("decoder.layers.0.self_attention.linear_kv_up_proj.layer_norm_weight" in names) == ("latent_norms=fused" in options)
