@@ -69,11 +69,13 @@ def holds(folder: Folder, names: Sequence[str]) -> bool:
     """Whether a folder is such a checkpoint, or names the folder in it that is one."""
     if any(name in (METADATA, f"{METADATA}.tmp") or name.endswith(".distcp") for name in names):
         return True
-    return _inner(folder, names) is not None
+    return find_folder(folder, names) is not None
 
 
-def _inner(folder: Folder, names: Sequence[str]) -> Folder | None:
-    """The folder of the checkpoint, where it is one of the given one."""
+def find_folder(folder: Folder, names: Sequence[str]) -> Folder | None:
+    """The folder with the table of contents: the given one, of such names, or one that it names; None: neither has it."""
+    if METADATA in names:
+        return folder
     for name in (_INNER, *_iteration(folder, names)):
         if name in names and folder.folder(name).has(METADATA):
             return folder.folder(name)
@@ -204,7 +206,7 @@ def read(
         UsageError: the folder or the root is not there, or cannot be read.
     """
     names = path.folder.list()
-    folder = path.folder if METADATA in names else _inner(path.folder, names) or path.folder
+    folder = find_folder(path.folder, names) or path.folder
     table_file = folder.file(METADATA)
     if not folder.has(METADATA):
         what = f"no {METADATA}, which is written last: the save was not finished, or the file was not fetched"

@@ -125,6 +125,17 @@ def _wrap(spec: TensorSpec) -> _Zip:
     return _Zip(before, directory + _end(len(entries) + 1, len(directory), at), places)
 
 
+def zip_of_dict() -> bytes:
+    """What torch.save makes of an empty dict."""
+    entries = [("data.pkl", _pickle(b"}")), ("byteorder", b"little"), ("version", b"3\n")]
+    data = directory = b""
+    for name, content in entries:
+        crc = zlib.crc32(content)
+        directory += _directory_entry(name, crc, len(content), len(data))
+        data += _header(name, crc, len(content), b"") + content
+    return data + directory + _end(len(entries), len(directory), len(data))
+
+
 def _header(name: str, crc: int, nbytes: int, extra: bytes) -> bytes:
     raw = f"archive/{name}".encode()
     wide = nbytes >= _WIDE

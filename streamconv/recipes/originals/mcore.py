@@ -137,7 +137,7 @@ _MCORE = Recipe(
     },
     reference="megatron-core 0.16.1",
     left=Side(expects=("tokenizer_config.json",)),
-    right=Side(format="dcp"),
+    right=Side(format="torch_dist"),
 )
 
 RECIPES = (
