@@ -229,7 +229,7 @@ def read(
     contents = Contents("dcp", entries, [folder.file(name) for name in sorted(listed)], [table_file])
     if weights.root:
         contents.notes.append(f"the tensors are those below {weights.root!r} (--set root=KEY takes others, --set root= all)")
-    contents.notes += note_left_out(len(left), sum(left), table.objects)
+    contents.notes += note_left_out(len(left), sum(left), table.objects, nests=True)
     return contents
 
 

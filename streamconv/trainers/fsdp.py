@@ -165,7 +165,7 @@ def read(
     contents.notes.append(f"{len(ranks)} ranks: parts of {len(entries)} tensors are put together")
     left_out = sum(one.left_out for one in read_ranks.values())
     if left_out:
-        contents.notes += note_left_out(left_out, None, ())
+        contents.notes += note_left_out(left_out, None, (), nests=True)
     return contents
 
 
