@@ -15,6 +15,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -30,6 +31,7 @@ from streamconv.errors import StreamconvError
 from streamconv.formats import mindspore, safetensors
 from streamconv.formats import torch as torch_files
 from streamconv.storage.locations import locate
+from streamconv.trainers import dcp, fsdp, mindspore2, torch_dist, zero
 
 NUMBERS = [0, 1, 7, 8, 127, 128, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 TEXTS = [b"9" * 30, b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b"[" * 300, b'"\\ud800"', b"../../x", b"/etc/passwd"]
@@ -110,6 +112,31 @@ def read_index(path: Path) -> object:
     return safetensors.read(locate(path.parent))
 
 
+TRAINERS = Path(__file__).parent.parent / "tests" / "golden" / "trainers"
+FOLDERS = {  # of a trainer's checkpoint: the folder, the file that is mutated, and the module that reads the folder
+    "dcp": ("fsdp2.dcp", ".metadata", dcp),
+    "dcp-items": ("tp2d.dcp", "__1_0.distcp", dcp),
+    "torch_dist": ("mcore_llama", ".metadata", torch_dist),
+    "fsdp": ("tp2d.ranks", "model_world_size_4_rank_1.pt", fsdp),
+    "zero": ("z2_bf16_shuffled/global_step2", "mp_rank_00_model_states.pt", zero),
+    "zero-optimizer": ("z3_bf16_groups/global_step2", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", zero),
+    "zero-universal": ("z2_bf16_shuffled.universal/global_step2_universal", "mp_rank_00_model_states.pt", zero),
+    "mindspore2": ("mindspore2", "metadata.json", mindspore2),
+}
+
+
+def folder_seeds(reader: str) -> Callable[[], list[bytes]]:
+    """The file of a trainer's checkpoint that is mutated."""
+    folder, name, _ = FOLDERS[reader]
+    return lambda: [(TRAINERS / folder / name).read_bytes()]
+
+
+def folder_reader(reader: str) -> Callable[[Path], object]:
+    """Reads the folder that the file lies in."""
+    _, _, module = FOLDERS[reader]
+    return lambda path: module.read(locate(path.parent))
+
+
 READERS: dict[str, tuple[Callable[[], list[bytes]], str, Callable[[Path], object]]] = {
     "safetensors": (safetensors_seeds, "model.safetensors", lambda path: safetensors.read(locate(path))),
     "index": (index_seeds, "model.safetensors.index.json", read_index),
@@ -117,6 +144,7 @@ READERS: dict[str, tuple[Callable[[], list[bytes]], str, Callable[[Path], object
     "torch": (torch_seeds, "model.bin", lambda path: torch_files.read(locate(path))),
     "recipe": (recipe_seeds, "recipe.json", recipes.load),
     "recipe-yaml": (yaml_seeds, "recipe.yaml", recipes.load),
+    **{reader: (folder_seeds(reader), name, folder_reader(reader)) for reader, (_, name, _) in FOLDERS.items()},
 }
 
 
@@ -167,6 +195,8 @@ class Fuzzer:
             (tensor,) = safetensors_seeds()[1:2]
             for file, called in (("model-00001-of-00002.safetensors", b"a"), ("model-00002-of-00002.safetensors", b"b")):
                 (folder / file).write_bytes(tensor.replace(b'"a"', b'"' + called + b'"'))
+        if reader in FOLDERS:
+            shutil.copytree(TRAINERS / FOLDERS[reader][0], folder, dirs_exist_ok=True)
         self._limit, self._keep, self.most = limit, keep, sys.maxsize
         self.outcomes: Counter[str] = Counter()
         self.failures = 0

@@ -128,7 +128,10 @@ def _read_table(path: Location) -> _Table:
             raise damaged(path, "its table of storage has keys that are no indexes")
         name, offsets = value.key.attribute("fqn"), value.key.attribute("offset")
         if name in tensors:
-            places = _numbers(offsets) if offsets is not None else (0,) * len(tensors[name].spec.shape)
+            try:
+                places = _numbers(offsets) if offsets is not None else (0,) * len(tensors[name].spec.shape)
+            except ValueError as error:
+                raise damaged(path, f"where a box of it begins: {error}", name) from error
             items[name, places] = _item(path, name, value.value)
     planner = tree.attribute("planner_data")
     return _Table(tensors, objects, planner if type(planner) is dict else {}, items)
