@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import ROOMY, assert_same, read, refusal, run, write
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file
 from trainer_models import DEEPSPEED, TORCH, UNIVERSAL, make
 
 import streamconv
+from streamconv.errors import RunError
+from streamconv.running.filling import LocalEngine
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "trainers"
 KINDS = {
@@ -80,15 +83,70 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "optimizer.state.a.weight.exp_avg" in read(tmp_path / "all")
 
 
-def test_interrupted_and_in_parts(tmp_path: Path) -> None:
-    src = GOLDEN / "tp2d.dcp"
-    assert run("convert", src, tmp_path / "out", "--max-shard-size", "300B", "--quiet", "--max-memory", ROOMY) == 0
-    (tmp_path / "out" / "model.safetensors.index.json").unlink()
-    assert run("convert", src, tmp_path / "new", "--max-shard-size", "300B", "--quiet", "--resume", "--max-memory", ROOMY) == 0
-    assert run("convert", src, tmp_path / "new", "--max-shard-size", "300B", "--quiet", "--resume", "--max-memory", ROOMY) == 0
-    assert_same(read(tmp_path / "new"), expected("tp2d.dcp"))
-    streamconv.convert(src, "memory://trainers/out", max_memory=ROOMY, overwrite=True)
-    assert_same(streamconv_tensors("memory://trainers/out"), expected("tp2d.dcp"))  # type: ignore[arg-type]
+ONE_OF_EACH = ("tp2d.dcp", "hsdp.ranks", "z2_bf16_shuffled", "z3_bf16.universal", "mcore_llama", "mindspore2")
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_from_a_store_into_a_store(kind: str) -> None:
+    files = MemoryFileSystem()
+    try:
+        for path in (path for path in (GOLDEN / kind).rglob("*") if path.is_file()):
+            files.pipe_file(f"/trained/{path.relative_to(GOLDEN).as_posix()}", path.read_bytes())
+        here = streamconv_tensors(GOLDEN / kind)
+        assert_same(streamconv_tensors(f"memory://trained/{kind}"), here)
+        streamconv.convert(f"memory://trained/{kind}", "memory://trained/out", max_shard_size="300B", max_memory=ROOMY, verify=True)
+        there = streamconv_tensors("memory://trained/out")
+        assert_same(there, {name: tensor for name, tensor in here.items() if name in there})
+    finally:
+        files.store.clear()
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_an_interrupted_run_is_gone_on_with(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def give_up(self: LocalEngine, number: int) -> None:
+        if number == 1:
+            raise RunError("killed")
+        finish(self, number)
+
+    finish, options = LocalEngine._finish, {"max_shard_size": "100B", "max_memory": ROOMY}
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "_finish", give_up)
+        with pytest.raises(RunError):
+            streamconv.convert(GOLDEN / kind, tmp_path / "out", **options)
+    streamconv.convert(GOLDEN / kind, tmp_path / "out", resume=True, **options)
+    streamconv.convert(GOLDEN / kind, tmp_path / "whole", **options)
+    assert_same(read(tmp_path / "out"), read(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_made_by_ray(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    streamconv.convert(GOLDEN / kind, tmp_path / "out", engine="ray", max_shard_size="300B", max_memory=ROOMY)
+    streamconv.convert(GOLDEN / kind, tmp_path / "whole", max_shard_size="300B", max_memory=ROOMY)
+    assert_same(read(tmp_path / "out"), read(tmp_path / "whole"))
+
+
+def test_folders_that_have_a_checkpoint_in_them(tmp_path: Path) -> None:
+    inner = tmp_path / "accelerate" / "pytorch_model_fsdp_0"
+    shutil.copytree(GOLDEN / "fsdp2.dcp", inner)
+    (tmp_path / "accelerate" / "config.json").write_text("{}")
+    assert run("convert", tmp_path / "accelerate", tmp_path / "out", "--quiet", "--max-memory", ROOMY) == 0
+    check(read(tmp_path / "out"), expected("fsdp2.dcp"))
+    assert (tmp_path / "out" / "config.json").exists()
+    shutil.copytree(GOLDEN / "mcore_llama", tmp_path / "megatron" / "iter_0000100")
+    (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("100")
+    assert list(streamconv.open(tmp_path / "megatron")) == list(streamconv.open(GOLDEN / "mcore_llama"))
+    assert streamconv.open(tmp_path / "megatron").format == "torch_dist"
+
+
+def test_lightning_by_the_model_beside(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", LLAMA, config={"architectures": ["LlamaForCausalLM"]})
+    trained = {f"model.{name}": tensor + 1 for name, tensor in LLAMA.items()}
+    state = {"state_dict": trained, "pytorch-lightning_version": "2.6", "optimizer_states": [{"state": {}, "param_groups": []}]}
+    torch.save(state, tmp_path / "last.ckpt")
+    assert run("convert", tmp_path / "last.ckpt", tmp_path / "out", "--sidecars-from", model, "--quiet", "--max-memory", ROOMY) == 0
+    assert_same(read(tmp_path / "out"), {name: tensor + 1 for name, tensor in LLAMA.items()})
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
