@@ -12,7 +12,8 @@ page cache, and computes nothing. ``cgroup`` compares a re-shard inside a memory
 re-shard on a file system that shares blocks, mounted from an image (which takes root), with ``cp --reflink=never``.
 ``llama-hf2ms`` converts about 2 GB at most to MindSpore's container, beside MindSpore Transformers (``pip install mindformers``, in an
 environment of its own). ``dequantize-...`` makes as much quantized by a format bfloat16, in 150 MB, beside compressed-tensors;
-``quantize-...`` goes the other way, beside llm-compressor.
+``quantize-...`` goes the other way, beside llm-compressor. ``merge-...`` puts together what trainers leave of a model over four ranks, in
+100 MB, beside their own mergers (``--trainers-python``: an interpreter that has verl and DeepSpeed).
 
 Prints a table in Markdown; writes ``results.json``, ``table.md``, ``time.png`` and ``memory.png`` (the pictures take matplotlib).
 """
@@ -64,6 +65,9 @@ OPERATIONS = {
     "quantize-fp8-block": "bf16 to FP8_BLOCK",
     "quantize-w4a16": "bf16 to W4A16",
     "quantize-nvfp4a16": "bf16 to NVFP4A16",
+    "merge-dcp": "DCP of 4 ranks to whole tensors",
+    "merge-verl": "verl's 4 ranks to whole tensors",
+    "merge-zero3": "ZeRO-3 of 4 ranks to float32",
     "cgroup": f"Re-shard in {GROUP_LIMIT}",
     "reflink-xfs": "Re-shard one file on XFS",
     "reflink-btrfs": "Re-shard one file on btrfs",
@@ -79,6 +83,8 @@ SMALL_SIZE = 2_000_000_000  # bytes of the source of that, and of quantized ones
 DEQUANTIZED = {f"dequantize-{kind}": f"llama-2-7b-{kind}" for kind in ("fp8", "int4", "mxfp4")}  # operation -> model
 QUANTIZED = {f"quantize-{name.lower().replace('_', '-')}": name for name in ("FP8_BLOCK", "W4A16", "NVFP4A16")}  # operation -> scheme
 DEQUANTIZED_MEMORY = "150MB"
+MERGED = {f"merge-{kind}": kind for kind in ("dcp", "verl", "zero3")}  # operation -> kind of `competitors.trained`
+MERGED_SIZE, MERGED_MEMORY = 1_500_000_000, "100MB"
 RECIPES = {
     "llama": {MINDSPORE: MINDSPORE, **{name: str(HERE / "recipes" / f"llama-{name}.yaml") for name in LAYOUTS}},
     "internvl": {"fuse": "internvl-hf2custom"},
@@ -111,6 +117,7 @@ class Job:
     mindspore_python: str
     compressed_python: str
     compressor_python: str
+    trainers_python: str
     recipe: str | None = None
     other: Path | None = None
     image: Path | None = None
@@ -147,7 +154,7 @@ def _cp(job: Job) -> list[str] | None:
 
 
 def _device(job: Job) -> list[str] | None:
-    if job.operation == "cgroup" or job.image:
+    if job.operation in ("cgroup", *MERGED) or job.image:
         return None
     sources = [str(path) for path in (job.source, job.other) if path and (path == job.source or not job.makes_files)]
     target = ["--target", str(job.target), "--bytes", str(job.output_bytes)] if job.makes_files else []
@@ -157,6 +164,7 @@ def _device(job: Job) -> list[str] | None:
 def _streamconv(job: Job) -> list[str]:
     command = [sys.executable, "-m", "streamconv"]
     limits = {"cgroup": GROUP_MEMORY} | dict.fromkeys((*DEQUANTIZED, *QUANTIZED), DEQUANTIZED_MEMORY)
+    limits |= dict.fromkeys(MERGED, MERGED_MEMORY)
     memory = ["--max-memory", limits.get(job.operation, job.max_memory)]
     if job.operation == "verify":
         return [*command, "verify", str(job.source), str(job.other), *memory, "--no-progress"]
@@ -176,7 +184,7 @@ def _streamconv_in_group(job: Job) -> list[str] | None:
 
 
 def _safetensors(job: Job) -> list[str] | None:
-    if job.operation in ("cgroup", MINDSPORE, *DEQUANTIZED, *QUANTIZED) or job.image:
+    if job.operation in ("cgroup", MINDSPORE, *DEQUANTIZED, *QUANTIZED, *MERGED) or job.image:
         return None
     _needs("safetensors", "huggingface_hub")
     if job.operation == "verify":
@@ -239,6 +247,16 @@ def _llm_compressor(job: Job) -> list[str] | None:
     return [job.compressor_python, str(COMPETITORS / "model_free.py"), str(job.source), str(job.target), *scheme]
 
 
+def _trainer(job: Job) -> list[str] | None:
+    if job.operation not in MERGED:
+        return None
+    return [job.trainers_python, *_trained("merge", job.operation), str(job.source), str(job.target)]
+
+
+def _trained(action: str, operation: str) -> list[str]:
+    return ["-W", "ignore", str(COMPETITORS / "trained.py"), action, MERGED[operation]]
+
+
 def _dcp(job: Job) -> list[str] | None:
     if job.operation != "reshard":
         return None
@@ -258,6 +276,7 @@ TOOLS: dict[str, tuple[str, Callable[[Job], list[str] | None]]] = {
     "mindformers": ("mindformers convert_weight", _mindformers),
     "llm-compressor": ("llm-compressor model_free_ptq", _llm_compressor),
     "compressed-tensors": ("compressed-tensors convert_checkpoint", _compressed_tensors),
+    "trainer": ("the trainer's own merger", _trainer),
 }
 WHOLE_MODEL = ("safetensors", "huggingface_hub", "transformers", "mindformers")
 
@@ -441,6 +460,8 @@ def prepared(job: Job, names: Sequence[str]) -> Iterator[Job]:
     other = job.target.with_name("other")
     if job.operation == "verify":
         command = _streamconv(replace(job, operation="reshard", target=other))
+    elif job.operation in MERGED:
+        command = [job.trainers_python, *_trained("make", job.operation), str(job.source), str(other)]
     elif job.operation == "reshard" and "dcp" in names:
         command = [*_script("consolidate", replace(job, target=other)), "--prepare"]
     else:
@@ -448,8 +469,12 @@ def prepared(job: Job, names: Sequence[str]) -> Iterator[Job]:
         return
     try:
         _check_room(job.target.parent, job.source_bytes * 2)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        yield replace(job, other=other)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if job.operation in MERGED else None)
+        if job.operation in MERGED:
+            made = job.source_bytes * (2 if job.operation == "merge-zero3" else 1)
+            yield replace(job, source=other, source_bytes=_size_of(other), made_bytes=made)
+        else:
+            yield replace(job, other=other)
     finally:
         _remove(other)
 
@@ -510,7 +535,8 @@ def _job(operation: str, sources: Sources, options: argparse.Namespace) -> Itera
     if operation in (*LAYOUTS, MINDSPORE) and recipe is None:
         raise NotRunError(f"there is no recipe for {options.model}")
     size = min(options.size, SMALL_SIZE) if operation in (MINDSPORE, *DEQUANTIZED, *QUANTIZED) else options.size
-    model = DEQUANTIZED.get(operation, "llama-2-7b" if operation in QUANTIZED else None)
+    size = min(size, MERGED_SIZE) if operation in MERGED else size
+    model = DEQUANTIZED.get(operation, "llama-2-7b" if operation in (*QUANTIZED, *MERGED) else None)
     source = sources.get("float32" if operation == "to-bf16" else "bfloat16", size, model)
     job = replace(_make_job(operation, source, options.work / "target", options, shard_size=options.shard_size), recipe=recipe)
     if operation in DEQUANTIZED:
@@ -525,6 +551,7 @@ def _job(operation: str, sources: Sources, options: argparse.Namespace) -> Itera
 def _make_job(operation: str, source: Path, target: Path, options: argparse.Namespace, *, shard_size: int) -> Job:
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     pythons = (options.mergekit_python, options.mindspore_python, options.compressed_python, options.compressor_python)
+    pythons = (*pythons, options.trainers_python)
     return Job(operation, source, target, total, shard_size, options.max_memory, *pythons)
 
 
@@ -695,6 +722,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             found.append(Goal(f"{title}: time of mindformers / streamconv", tools["mindformers"].median / mine.median, 1.0, at_least=True))
         peers = [peer for peer in ("compressed-tensors", "llm-compressor") if peer in tools]
         found += [Goal(f"{title}: time / {peer}", mine.median / tools[peer].median, 0.5) for peer in peers]
+        if "trainer" in tools:
+            found.append(Goal(f"{title}: time / the trainer's merger", mine.median / tools["trainer"].median, 0.6))
         runs = next(tool["runs"] for tool in operation["tools"] if tool["name"] == "streamconv")
         if name in SHARING:
             found.append(Goal(f"{title}: new blocks / output", statistics.median(run["new_bytes"] for run in runs) / output, 0.1))
@@ -900,6 +929,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="compare what each tool makes in the first round, byte for byte")
     parser.add_argument("--mergekit-python", default=sys.executable, metavar="PATH", help="an interpreter that has mergekit")
     parser.add_argument("--mindspore-python", default=sys.executable, metavar="PATH", help="an interpreter that has mindformers")
+    parser.add_argument("--trainers-python", default=sys.executable, metavar="PATH", help="an interpreter that has verl and DeepSpeed")
     parser.add_argument("--compressed-python", default=sys.executable, metavar="PATH", help="an interpreter that has compressed-tensors")
     parser.add_argument("--compressor-python", default=sys.executable, metavar="PATH", help="an interpreter that has llmcompressor")
     parser.add_argument("--render", type=Path, metavar="results.json", help="print and draw these results, run nothing")

@@ -9,15 +9,28 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
+from streamconv.checkpoint.entries import TensorEntry
 from streamconv.dtypes import CASTABLE
 from streamconv.errors import StreamconvError
 from streamconv.graph.node import AnyNode, Node, apply, made_of
-from streamconv.graph.ops import Cast, Constant, Dequantize, DequantizeFloats, DequantizeIntegers, Reshape
+from streamconv.graph.ops import (
+    Cast,
+    Constant,
+    Dequantize,
+    DequantizeFloats,
+    DequantizeIntegers,
+    PackIntegers,
+    Reshape,
+    Strided,
+    UnpackIntegers,
+)
+from streamconv.schemes.beside import transpose
 from streamconv.schemes.configs import KEYS
 from streamconv.schemes.preset import Preset
 from streamconv.schemes.scheme import Scheme
 
-_EXACT = {"float32": 24, "bfloat16": 8, "float16": 11}  # bits of a significand
+_WORD = 32  # bits
+_EXACT = ("float32", "bfloat16", "float16")  # of scales
 
 
 def repack(preset: Preset, scheme: Scheme, name: str, weight: AnyNode) -> dict[str, AnyNode] | None:
@@ -29,6 +42,9 @@ def repack(preset: Preset, scheme: Scheme, name: str, weight: AnyNode) -> dict[s
         name: the weight's.
         weight: what it is made of.
     """
+    transposed = _of_words(preset, name, weight)
+    if transposed is not None:
+        return transposed
     if not isinstance(weight, Node) or not isinstance(weight.op, Dequantize | DequantizeFloats | DequantizeIntegers):
         return None
     names = [preset.codes[0], preset.scales[0], *filter(None, (preset.zeros, preset.shared))]
@@ -48,6 +64,38 @@ def repack(preset: Preset, scheme: Scheme, name: str, weight: AnyNode) -> dict[s
     except (StreamconvError, ValueError):
         return None
     return tensors if _numbers(decoded) == _numbers(weight) else None
+
+
+def _of_words(preset: Preset, name: str, weight: AnyNode) -> dict[str, AnyNode] | None:
+    """The same of GPTQ's and AWQ's words, whose inputs are rows: their integers, in the words of a preset that has them in columns."""
+    if not isinstance(weight, Node) or not isinstance(weight.op, Strided) or preset.codes[1] != "int32":
+        return None
+    (inner,) = weight.inputs
+    if not isinstance(inner, Node) or not isinstance(inner.op, DequantizeIntegers) or transpose(inner).op != weight.op:
+        return None
+    op = inner.op
+    if op.along == "columns" or not op.zeros or op.index:
+        return None
+    codes, scales, zeros = inner.inputs
+    inputs, outputs = op.shape
+    size = min(preset.block[1], inputs)
+    if op.bits != preset.bits or op.block != (size, 1) or op.offset or scales.spec.dtype.name not in _EXACT:
+        return None
+    points = apply(UnpackIntegers(scales.spec.shape, "uint8", op.bits, op.zeros, (1, 1), plus=op.plus), zeros)
+    if not preset.zeros and not bool((TensorEntry(name, points).numpy() == 1 << op.bits - 1).all()):
+        return None
+    per = _WORD // op.bits
+    integers = transpose(apply(UnpackIntegers(op.shape, "uint8", op.bits, op.along, (1, 1)), codes))
+    groups = scales.spec.shape[0]
+    made = {
+        preset.codes[0]: apply(PackIntegers((outputs, -(-inputs // per)), "int32", op.bits, 2, (outputs, inputs)), integers),
+        preset.scales[0]: transpose(scales),
+        preset.shape: apply(Constant("int64", (2,), (outputs, inputs))),
+    }
+    if preset.zeros:
+        packed = PackIntegers((-(-outputs // per), groups), "int32", op.bits, 1, (outputs, groups))
+        made[preset.zeros] = apply(packed, transpose(points))
+    return {f"{name}{suffix}": node for suffix, node in made.items()}
 
 
 def _scales(node: AnyNode, dtype: str) -> AnyNode | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import ROOMY, read, write
+from checkpoint_files import ROOMY, assert_same, read, write
 
 import streamconv
 from streamconv.dtypes import DTYPES, TensorSpec
@@ -63,6 +63,50 @@ def test_gptq(tmp_path: Path, bits: int, version: str, moved: bool) -> None:
     made = dequantize(tmp_path, stored, {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "checkpoint_format": version})
     steps = torch.from_numpy((codes - (zeros + plus)[groups]).astype(np.float32)).half()
     assert torch.equal(made["m.weight"], (steps * scales[torch.from_numpy(groups)]).t().bfloat16())
+
+
+def check_repacked(folder: Path, stored: dict[str, torch.Tensor], section: dict[str, object], preset: str, told: str) -> None:
+    """What a preset makes of words of integers stands for the same numbers, and has the same integers."""
+    src = write(folder / "src", stored, config={"dtype": "float16", "quantization_config": section})
+    result = streamconv.convert(src, folder / "packed", quantize=preset, verify=True, max_memory=ROOMY)
+    assert told in "\n".join(result.plan.notes)
+    for name in ("src", "packed"):
+        streamconv.convert(folder / name, folder / f"{name}-plain", dequantize=True, dtype="float16", max_memory=ROOMY)
+    assert_same(read(folder / "packed-plain"), read(folder / "src-plain"))
+
+
+@pytest.mark.parametrize(("bits", "preset"), [(4, "W4A16"), (8, "W8A16"), (4, "W4A16_ASYM")])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq_in_words_of_compressed_tensors(tmp_path: Path, bits: int, preset: str, version: str) -> None:
+    plus = 0 if version == "gptq_v2" else 1
+    codes = RNG.integers(0, 1 << bits, (INPUTS, OUTPUTS))
+    points = RNG.integers(1, 1 << bits, (INPUTS // GROUP, OUTPUTS)) if preset.endswith("ASYM") else np.full((2, OUTPUTS), 1 << bits - 1)
+    stored = {
+        "m.qweight": in_words(codes.T, bits).t().contiguous(),
+        "m.qzeros": in_words(points - plus, bits),
+        "m.scales": torch.rand(INPUTS // GROUP, OUTPUTS).half() / 10,
+        "m.g_idx": torch.from_numpy((np.arange(INPUTS) // GROUP).astype(np.int32)),
+    }
+    section = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "checkpoint_format": version}
+    check_repacked(tmp_path, stored, section, preset, "1 of 1 quantized weights are those of the source")
+    made = read(tmp_path / "packed")
+    assert torch.equal(made["m.weight_packed"], in_words(codes.T, bits))
+    assert torch.equal(made["m.weight_scale"], stored["m.scales"].t())
+    assert ("m.weight_zero_point" in made) == preset.endswith("ASYM")
+
+
+def test_awq_in_words_of_compressed_tensors(tmp_path: Path) -> None:
+    codes, points = RNG.integers(0, 16, (INPUTS, OUTPUTS)), RNG.integers(0, 16, (INPUTS // GROUP, OUTPUTS))
+    stored = {
+        "m.qweight": awq_words(codes),
+        "m.qzeros": awq_words(points),
+        "m.scales": torch.rand(INPUTS // GROUP, OUTPUTS).half() / 10,
+    }
+    section = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}
+    check_repacked(tmp_path / "a", stored, section, "W4A16_ASYM", "1 of 1 quantized weights are those of the source")
+    src = write(tmp_path / "b", stored, config={"dtype": "float16", "quantization_config": section})
+    plan = streamconv.plan(src, tmp_path / "out", quantize="W4A16", max_memory=ROOMY)  # which has no zero points
+    assert "nothing is rounded" not in "\n".join(plan.notes)
 
 
 def test_awq(tmp_path: Path) -> None:
