@@ -31,7 +31,7 @@ from streamconv.errors import StreamconvError
 from streamconv.formats import mindspore, safetensors
 from streamconv.formats import torch as torch_files
 from streamconv.storage.locations import locate
-from streamconv.trainers import dcp, fsdp, mindspore2, torch_dist, zero
+from streamconv.trainers import dcp, fsdp, hf_shards, mindspore2, torch_dist, zero
 
 NUMBERS = [0, 1, 7, 8, 127, 128, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 TEXTS = [b"9" * 30, b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b"[" * 300, b'"\\ud800"', b"../../x", b"/etc/passwd"]
@@ -118,6 +118,7 @@ FOLDERS = {  # of a trainer's checkpoint: the folder, the file that is mutated, 
     "dcp-items": ("tp2d.dcp", "__1_0.distcp", dcp),
     "torch_dist": ("mcore_llama", ".metadata", torch_dist),
     "fsdp": ("tp2d.ranks", "model_world_size_4_rank_1.pt", fsdp),
+    "hf_shards": ("tp2d.shards", "shard-00001-model-00001-of-00001.safetensors", hf_shards),
     "zero": ("z2_bf16_shuffled/global_step2", "mp_rank_00_model_states.pt", zero),
     "zero-optimizer": ("z3_bf16_groups/global_step2", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", zero),
     "zero-universal": ("z2_bf16_shuffled.universal/global_step2_universal", "mp_rank_00_model_states.pt", zero),

@@ -14,7 +14,7 @@ from streamconv.text import did_you_mean
 
 MODULES = (
     *(f"formats.{name}" for name in ("safetensors", "torch", "mindspore", "sat", "gguf")),
-    *(f"trainers.{name}" for name in ("torch_dist", "dcp", "fsdp", "zero", "mindspore2")),
+    *(f"trainers.{name}" for name in ("torch_dist", "dcp", "fsdp", "hf_shards", "zero", "mindspore2")),
 )  # of this package, in the order in which they are looked for in a directory
 GROUP = "streamconv.containers"
 DEFAULT = "safetensors"  # what is written where nothing says otherwise

@@ -71,7 +71,7 @@ def _of_words(preset: Preset, name: str, weight: AnyNode) -> dict[str, AnyNode] 
     if not isinstance(weight, Node) or not isinstance(weight.op, Strided) or preset.codes[1] != "int32":
         return None
     (inner,) = weight.inputs
-    if not isinstance(inner, Node) or not isinstance(inner.op, DequantizeIntegers) or transpose(inner).op != weight.op:
+    if not isinstance(inner, Node) or not isinstance(inner.op, DequantizeIntegers) or made_of(transpose(inner)) != made_of(weight):
         return None
     op = inner.op
     if op.along == "columns" or not op.zeros or op.index:

@@ -1,0 +1,100 @@
+"""safetensors files of ranks, as torch's `HuggingFaceStorageWriter` saves them before they are consolidated.
+
+``shard-RANK-model-....safetensors`` hold boxes of tensors under their names; ``DCP_SHARDING_INFO`` of each file says where
+these begin. How large the whole is follows from all of them. Facts: torch/distributed/checkpoint/hf_storage.py of torch 2.13.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from streamconv.dtypes import TensorSpec
+from streamconv.errors import FormatError
+from streamconv.formats import AnyNode, Contents
+from streamconv.formats import safetensors as safetensors_files
+from streamconv.formats.container import Container, Names
+from streamconv.formats.files import check_unicode, damaged, short, show
+from streamconv.formats.indexes import Explain, unexplained
+from streamconv.formats.selection import Selection
+from streamconv.storage.folder import Folder, Location, read_each
+from streamconv.trainers.pieces import Piece, assemble
+
+_FILE = re.compile(r"shard-(?P<rank>\d{5,})-.+\.safetensors", re.DOTALL)
+_INFO = "DCP_SHARDING_INFO"
+KIND = Names("a rank's file of torch's writer for Hugging Face", (), "shard", (), weights=("shard-*-*.safetensors",))
+
+
+def holds(folder: Folder, names: Sequence[str]) -> bool:
+    """Whether a folder has files of ranks, and none that is consolidated."""
+    shards = sorted(filter(_FILE.fullmatch, names))
+    if not shards or any(name.endswith(".safetensors") and not _FILE.fullmatch(name) for name in names):
+        return False
+    try:
+        return _INFO in safetensors_files.read_file(folder.file(shards[0]))[1]
+    except FormatError:
+        return True  # reading it says what is wrong
+
+
+def read(
+    path: Location,
+    *,
+    by_rank: bool = False,  # noqa: ARG001 - boxes of all ranks are one tensor
+    files: Sequence[str] | Selection | None = None,  # noqa: ARG001 - found by their names
+    explain: Explain = unexplained,  # noqa: ARG001 - there is no index
+) -> Contents:
+    """The whole tensors of a folder of ranks.
+
+    Args:
+        path: the folder.
+        by_rank: of no effect.
+        files: of no effect.
+        explain: of no effect.
+
+    Raises:
+        FormatError: a rank is missing, or boxes do not make a whole.
+    """
+    names = sorted(filter(_FILE.fullmatch, path.folder.list()))
+    ranks = {int(name.split("-")[1]) for name in names}
+    missing = sorted(set(range(1, max(ranks) + 1)) - ranks)
+    if missing:
+        raise FormatError(f"{show(path)}: no shard-{missing[0]:05d}-*.safetensors: fetch the files of all ranks")
+    locations = [path.folder.file(name) for name in names]
+    pieces: dict[str, list[Piece]] = {}
+    for location, (table, metadata) in zip(locations, read_each(locations, KIND.noun, safetensors_files.read_file), strict=True):
+        offsets = _offsets(location, metadata.get(_INFO))
+        for name, node in table.items():
+            if len(offsets.get(name, ())) != len(node.spec.shape):
+                raise damaged(location, f"its {_INFO} does not say where it begins", name)
+            pieces.setdefault(name, []).append(Piece(offsets[name], node))
+    entries: dict[str, AnyNode] = {}
+    replicas: list[tuple[AnyNode, AnyNode, str]] = []
+    for name, boxes in pieces.items():
+        ends = [[stop for _, stop in piece.box] for piece in boxes]
+        spec = TensorSpec(boxes[0].node.spec.dtype, tuple(max(axis) for axis in zip(*ends, strict=True)))
+        entries[name], same = assemble(path, name, spec, boxes)
+        replicas += [(one, other, name) for one, other in same]
+    check_unicode(path, entries)
+    contents = Contents(CONTAINER.name, entries, locations, replicas=replicas)
+    contents.notes.append(
+        f"{len(ranks)} ranks: parts of {len(entries)} tensors are put together; that the last rows are there nothing says"
+    )
+    return contents
+
+
+def _offsets(path: Location, text: str | None) -> dict[str, tuple[int, ...]]:
+    """Where each box of a file begins."""
+    try:
+        said: Any = msgspec.json.decode(text or "{}")
+        table = {name: tuple(info["saved_offsets"]) for name, info in said.items()}
+    except (msgspec.DecodeError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(path, f"its {_INFO} is {short.repr(text)}") from error
+    if not all(type(offset) is int and 0 <= offset < 1 << 62 for offsets in table.values() for offset in offsets):
+        raise damaged(path, f"its {_INFO} has offsets that are none: {short.repr(text)}")
+    return table
+
+
+CONTAINER = Container(name="hf_shards", summary="torch's shards for Hugging Face", names=KIND, read=read, holds=holds, is_trained=True)
