@@ -136,6 +136,7 @@ def verify(options: VerifyOptions) -> Comparison:
     reading, settings = split_settings(options, recipe)
     left, right = open_both(options, recipe, reading)
     casting = Casting(options.dtype, options.keep_dtype)
+    casting.ask_class(left.config)
     dequantization = dequantize_as_asked(options, left, casting, renames=recipe is not None)
     if dequantization is not None:
         left = dequantization.checkpoint

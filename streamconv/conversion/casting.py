@@ -9,9 +9,12 @@ from typing import Any
 
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec, parse_dtype
 from streamconv.errors import UsageError
+from streamconv.library.model import kept_modules
 from streamconv.notation.names import nearest
 from streamconv.notation.names import parse as parse_names
 from streamconv.schemes.detection import find_quantization, quantized_tensors
+
+AUTO = "auto"
 
 
 class Casting:
@@ -19,7 +22,7 @@ class Casting:
 
     Args:
         dtype: of ``--dtype``, or None.
-        keep: the patterns of ``--keep-dtype``: name patterns, or globs.
+        keep: the patterns of ``--keep-dtype``: name patterns, or globs; ``auto`` for what the model's own class keeps.
     """
 
     def __init__(self, dtype: object, keep: Iterable[str]) -> None:
@@ -27,7 +30,8 @@ class Casting:
         if self._wanted not in (None, *CASTABLE):
             raise UsageError(f"--dtype {dtype}: tensors can be cast to {', '.join(CASTABLE)}")
         self._dtype = dtype
-        self._keep = {text: parse_names(text) if "{" in text else None for text in keep}
+        self._keep = {text: parse_names(text) if "{" in text else None for text in keep if text != AUTO}
+        self._wants_own, self._modules = AUTO in keep, re.compile(r"(?!)")
         self._cast: set[str] = set()
         self._same = False
 
@@ -40,6 +44,22 @@ class Casting:
             self._cast.add(name)
         return self._wanted
 
+    def ask_class(self, config: Mapping[str, Any]) -> str | None:
+        """Keeps what the model's class keeps, where that is asked for; which modules that are, in a note.
+
+        Args:
+            config: of the model that is written.
+
+        Raises:
+            UsageError: transformers is not installed, or has no such class.
+        """
+        if not self._wants_own or self._wanted is None:
+            return None
+        modules = kept_modules(config, self._wanted, f"--keep-dtype {AUTO}")
+        if modules:
+            self._modules = re.compile(rf"(?:.*\.)?(?:{'|'.join(map(re.escape, modules))})(?:\..*)?", re.DOTALL)
+        return f"--keep-dtype {AUTO}: its class keeps {', '.join(modules) or 'nothing'}"
+
     @property
     def dtype(self) -> str | None:
         """What is asked for, None: nothing."""
@@ -48,10 +68,10 @@ class Casting:
     @property
     def keeps_some(self) -> bool:
         """Whether it is asked to cast, and to leave some alone."""
-        return self._wanted is not None and bool(self._keep)
+        return self._wanted is not None and (bool(self._keep) or self._wants_own)
 
     def _is_kept(self, name: str) -> bool:
-        return any(self._fits(text, name) for text in self._keep)
+        return self._modules.fullmatch(name) is not None or any(self._fits(text, name) for text in self._keep)
 
     def _fits(self, text: str, name: str) -> bool:
         pattern = self._keep[text]

@@ -118,7 +118,7 @@ class Options:
     keep_dtype: Iterable[str] = field(
         default=(),
         metadata=about(
-            "tensors that --dtype leaves alone (repeatable)",
+            "tensors that --dtype leaves alone (repeatable); auto: those that the model's class in transformers keeps in float32",
             metavar="PATTERN",
             repeatable=True,
             commands=COMPARING,

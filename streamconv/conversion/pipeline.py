@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamconv import memory
-from streamconv.checkpoint.opening import Checkpoint
+from streamconv.checkpoint.opening import Checkpoint, read_config
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
 from streamconv.conversion.notes import note_layouts, note_ties
@@ -67,6 +67,7 @@ def make_plan(options: PlanOptions) -> Plan:
     replicas = [(one, other, (name, name)) for one, other, name in checkpoint.contents.replicas if options.check_replicas]
     _check_target(target, checkpoint, options)
     beside = find_own_beside(options, checkpoint)
+    kept = casting.ask_class(read_config(beside) if beside else checkpoint.config)
 
     dequantization = dequantize_as_asked(options, checkpoint, casting, renames=recipe is not None)
     if dequantization is not None:
@@ -87,7 +88,7 @@ def make_plan(options: PlanOptions) -> Plan:
     sidecars, sidecar_notes = (
         ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, casting, (dequantization, quantization))
     )
-    notes = [*checkpoint.contents.notes, *left_behind, *note_ties(ties), *conversion.notes, *sidecar_notes]
+    notes = [*checkpoint.contents.notes, *left_behind, *filter(None, [kept]), *note_ties(ties), *conversion.notes, *sidecar_notes]
     notes += note_layouts(checkpoint, target, layouts, limit)
     plan = compile_plan(
         conversion.outputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,13 +29,15 @@ from streamconv.planning.plan import Compute, Copy, FilePlan, Plan
 from streamconv.recipe import Side
 from streamconv.recipes import get
 from streamconv.running.progress import Progress
-from streamconv.running.results import Result
+from streamconv.running.results import Changes, Result
 from streamconv.storage.folder import AnyPath
 from streamconv.text import one_line, without_secrets
 from streamconv.units import format_size
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 DIFFERING = 300  # rows of tensors that differ; of more, those with the largest differences
+KINDS = 24  # of tensors whose losses are drawn
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert
 PARTS = 200  # pieces of a file in the map
 
 
@@ -100,6 +103,7 @@ def describe_conversion(result: Result, options: ConvertOptions, progress: Progr
         "files": _describe_files(plan),
         "checks": list(_describe_checks(specs, comparison)) if result.verified or comparison else [],
         "checked": check,
+        "losses": _describe_losses(result.losses),
         "notes": list(result.notes),
     }
 
@@ -184,6 +188,18 @@ def _describe_environment(workers: int | None) -> list[tuple[str, str]]:
     rows += [("processor", f"{platform.machine()}, {os.cpu_count()} cores"), ("memory", format_size(psutil.virtual_memory().total))]
     rows += [(name, sys.modules[name].__version__) for name in ("numpy", "torch", "transformers") if sys.modules.get(name)]
     return rows + ([("workers", str(workers))] if workers else [])
+
+
+def _describe_losses(changes: Changes | None) -> dict[str, Any]:
+    """What casts and quantization changed: in words, and of each kind of tensor the relative L2 error by layer, the worst kinds first."""
+    if changes is None:
+        return {"lines": [], "kinds": []}
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in changes.summary():
+        numbers = NUMBER.findall(row["target"])
+        points.setdefault(NUMBER.sub("*", row["target"]), []).append((int(numbers[0]) if numbers else 0, row["relative_l2"]))
+    kinds = sorted(points, key=lambda kind: (-max(error for _, error in points[kind]), kind))
+    return {"lines": list(changes.lines()), "kinds": [{"kind": kind, "points": sorted(points[kind])} for kind in kinds[:KINDS]]}
 
 
 def _describe_account(plan: Plan) -> list[tuple[str, int, str]]:

@@ -31,6 +31,22 @@ Foreign = Callable[["LibraryModel", Any, str, Group, Nodes], dict[str, AnyNode]]
 """Nodes that run a converter of a model, for a target and a group, on the group's tensors."""
 
 
+def kept_modules(config: Mapping[str, Any], dtype: str, title: str) -> list[str]:
+    """Modules that the class of a model has in float32, whatever dtype it is loaded in.
+
+    Args:
+        config: config.json, with model_type and architectures.
+        dtype: in which the model would be loaded: some are kept of float16 only.
+        title: what messages begin with.
+
+    Raises:
+        UsageError: transformers is not installed, or has no such class.
+    """
+    model = LibraryModel({key: value for key, value in config.items() if key != "quantization_config"}, title).model
+    names = ["_keep_in_fp32_modules_strict", *(["_keep_in_fp32_modules"] if dtype == "float16" else [])]
+    return sorted({module for name in names for module in getattr(model, name, None) or ()})
+
+
 class LibraryModel:
     """A model's class without data, and what the library does to names and tensors when it loads or saves it."""
 

@@ -212,6 +212,22 @@ def test_a_page_of_a_conversion(source, recipe, tmp_path, monkeypatch):
     assert dict(found["settings"])["recipe"] == "~/toy.json"
 
 
+def test_a_page_of_what_values_lost(tmp_path):
+    tensors = {f"model.layers.{layer}.{part}.weight": torch.rand(4, 4) + layer for layer in range(3) for part in ("up", "down")}
+    src = write(tmp_path / "src", {**tensors, "head.weight": torch.ones(2, 2)})
+    page = tmp_path / "page.html"
+    assert run("convert", src, tmp_path / "out", "--dtype", "bfloat16", "--losses", "--report", page, "--quiet", "--max-memory", "4GB") == 0
+    losses = data_of(page)["losses"]
+    assert {kind["kind"]: [layer for layer, _ in kind["points"]] for kind in losses["kinds"]} == {
+        "model.layers.*.up.weight": [0, 1, 2],
+        "model.layers.*.down.weight": [0, 1, 2],
+    }
+    assert all(0 < error < 0.01 for kind in losses["kinds"] for _, error in kind["points"])
+    assert losses["lines"][0].startswith("6 tensors changed")
+    assert run("convert", src, tmp_path / "again", "--report", page, "--quiet", "--max-memory", "4GB") == 0
+    assert data_of(page)["losses"] == {"lines": [], "kinds": []}
+
+
 def test_a_page_of_a_comparison(source, tmp_path):
     changed = tensors()
     changed["model.norm.weight"] += 1
