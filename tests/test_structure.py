@@ -26,11 +26,11 @@ PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
     "storage": 1_630,  # where files are; most of it is what servers need, and parts of one file on their way at the same time
-    "graph": 2_160,  # nodes, ops, how a region of one is made and read ahead, numbers, codes and back, what that loses
+    "graph": 2_170,  # nodes, ops, how a region of one is made and read ahead, numbers, codes and back, what that loses
     "formats": 2_360,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "trainers": 1_100,  # checkpoints of trainers, a module for each kind, and tensors that lie cut into boxes
     "checkpoint": 620,  # finding out what a path holds
-    "schemes": 850,  # quantizations, a module for each, and the list of them that others add to
+    "schemes": 870,  # quantizations, a module for each, and the list of them that others add to
     "recipe": 1_450,  # the mechanism of recipes
     "library": 760,  # what other libraries know, and the op that runs their code
     "recipes": None,  # declarations: as many as there are families

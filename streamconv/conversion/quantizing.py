@@ -152,7 +152,7 @@ def quantize(
             made[target].update({name: parts[name].node for name in names})
     conversion = _replaced(conversion, made, preset, {name for names in repacked.values() for name in names})
     if repacked:
-        note = f"codes and scales of {len(repacked)} of {len(chosen)} quantized weights are those of the source: nothing is rounded"
+        note = f"{len(repacked)} of {len(chosen)} quantized weights hold the numbers of the source's codes: nothing is rounded"
         conversion = replace(conversion, notes=[*conversion.notes, note])
     return conversion, Quantization(preset, left)
 

@@ -105,6 +105,21 @@ def float8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     return Encoded(_finish(np.divide(blocks, spread(scales), out=blocks), dtype, _to_e4m3), _stored(scales, dtype))
 
 
+def powers(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
+    """float8_e4m3fn times a power of two as float32, the least with which all fit: exact for few bits that lie near each other."""
+    most = largest(blocks)
+    fraction, exponent = np.frexp(most / np.float32(_E4M3))
+    scales = np.ldexp(np.float32(1), exponent - (fraction == 0.5))
+    scales[most == 0] = 1
+    return Encoded(_to_e4m3(np.divide(blocks, spread(scales), out=blocks)), scales.view(np.uint32))
+
+
+def powers_as_weights(blocks: Array, dtype: str, whole: float) -> Encoded:
+    """`powers`, with scales in the weight's dtype."""
+    made = powers(blocks, dtype, whole)
+    return Encoded(made.codes, _stored(made.scales.view(np.float32), dtype))
+
+
 def integers(bits: int) -> Callable[[Array, str, float], Encoded]:
     """Signed integers of so many bits times a scale of the weight's dtype."""
     half = 1 << bits - 1
@@ -167,7 +182,9 @@ def mxfp8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
 
 ENCODERS: dict[str, Callable[[Array, str, float], Encoded]] = {
     "fp8": fp8,
+    "fp8_powers": powers,
     "float8": float8,
+    "float8_powers": powers_as_weights,
     "int8": integers(8),
     "int4": integers(4),
     "int4_asymmetric": asymmetric(4),
@@ -181,6 +198,7 @@ ENCODERS: dict[str, Callable[[Array, str, float], Encoded]] = {
 def numbers_of(made: Encoded, rule: str, dtype: str, whole: float) -> Array:
     """What codes and scales that a rule has made of blocks of a dtype stand for, as its library reads them, as float32."""
     scales = made.scales
+    rule = rule.removesuffix("_powers")
     if rule == "fp8":
         return rounding(dtype)(made.codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * spread(scales.view(np.float32)))
     if rule in {"mxfp4", "mxfp8"}:

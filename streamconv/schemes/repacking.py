@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
 from streamconv.checkpoint.entries import TensorEntry
 from streamconv.dtypes import CASTABLE
@@ -30,6 +31,9 @@ from streamconv.schemes.preset import Preset
 from streamconv.schemes.scheme import Scheme
 
 _WORD = 32  # bits
+_TILE, _SHARING = (128, 128), 32  # rows and columns of a block; columns that share an exponent
+_APART = 14  # exponents: 6 times a power of two, and half of one so much smaller, are both codes of float8_e4m3fn
+_LOWEST, _HIGHEST = 24, 240  # exponents whose products are normal numbers
 _EXACT = ("float32", "bfloat16", "float16")  # of scales
 
 
@@ -42,9 +46,9 @@ def repack(preset: Preset, scheme: Scheme, name: str, weight: AnyNode) -> dict[s
         name: the weight's.
         weight: what it is made of.
     """
-    transposed = _of_words(preset, name, weight)
-    if transposed is not None:
-        return transposed
+    made = _of_words(preset, name, weight) or _of_nibbles(preset, name, weight)
+    if made is not None:
+        return made
     if not isinstance(weight, Node) or not isinstance(weight.op, Dequantize | DequantizeFloats | DequantizeIntegers):
         return None
     names = [preset.codes[0], preset.scales[0], *filter(None, (preset.zeros, preset.shared))]
@@ -96,6 +100,34 @@ def _of_words(preset: Preset, name: str, weight: AnyNode) -> dict[str, AnyNode] 
         packed = PackIntegers((-(-outputs // per), groups), "int32", op.bits, 1, (outputs, groups))
         made[preset.zeros] = apply(packed, transpose(points))
     return {f"{name}{suffix}": node for suffix, node in made.items()}
+
+
+def _of_nibbles(preset: Preset, name: str, weight: AnyNode) -> dict[str, AnyNode] | None:
+    """mxfp4 as float8 in blocks of 128 x 128, where each block's exponents lie so near that a power of two makes all codes exact."""
+    if preset.rule not in ("fp8", "float8") or preset.block != _TILE:
+        return None
+    if not isinstance(weight, Node) or not isinstance(weight.op, DequantizeFloats):
+        return None
+    op = weight.op
+    is_mxfp4 = op.codes == "float4_e2m1fn" and op.block == (1, _SHARING) and not op.shared and op.factor == 1 and not op.powers
+    scales = weight.inputs[1]
+    is_exponent = scales.spec.dtype.name in ("uint8", "float8_e8m0fnu")
+    if not (is_mxfp4 and is_exponent and weight.spec.dtype.name in ("float32", "bfloat16") and preset.fits(weight.spec.shape)):
+        return None
+    exponents = TensorEntry(name, scales).numpy().view("uint8").reshape(-1, *scales.spec.shape[-2:])
+    if not all(_is_near(matrix) for matrix in exponents):
+        return None
+    return replace(preset, rule=f"{preset.rule}_powers").encode(name, weight, None)
+
+
+def _is_near(exponents: Any) -> bool:
+    """Whether all exponents of each tile of a matrix fit beside each other, and none is NaN or near the ends of what floats have."""
+    import numpy as np
+
+    down, across = (np.arange(0, size, step) for size, step in zip(exponents.shape, (_TILE[0], _TILE[1] // _SHARING), strict=True))
+    most = np.maximum.reduceat(np.maximum.reduceat(exponents, down, 0), across, 1).astype(int)
+    least = np.minimum.reduceat(np.minimum.reduceat(exponents, down, 0), across, 1).astype(int)
+    return bool((most - least <= _APART).all() and most.max(initial=0) <= _HIGHEST and least.min(initial=_HIGHEST) >= _LOWEST)
 
 
 def _scales(node: AnyNode, dtype: str) -> AnyNode | None:

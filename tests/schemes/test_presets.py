@@ -148,6 +148,27 @@ def test_blocks_of_one_byte_floats_go_from_one_library_to_another_without_roundi
     assert_same(bits({name: again[name] for name in codes}), bits({name: plain[name] for name in codes}))
 
 
+@pytest.mark.parametrize("preset", ["fp8", "FP8_BLOCK"])
+@pytest.mark.parametrize("spread", [15, 14, 3], ids=str)
+def test_mxfp4_in_blocks_of_one_byte_floats(preset: str, spread: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generator = torch.Generator().manual_seed(spread)
+    codes = torch.randint(0, 256, (256, 192), dtype=torch.uint8, generator=generator)
+    exponents = torch.randint(120 - spread, 121, (256, 12), dtype=torch.uint8, generator=generator)
+    exponents[::128, ::4], exponents[1::128, ::4] = 120 - spread, 120  # both ends in each block
+    section = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}}},
+    }
+    stored = {"m.weight_packed": codes, "m.weight_scale": exponents}
+    src = write(tmp_path / "src", stored, config={"dtype": "bfloat16", "quantization_config": section})
+    assert run("convert", src, tmp_path / "out", "--quantize", preset, "--verify", "--max-memory", ROOMY) == 0
+    is_exact = spread <= 14
+    assert ("nothing is rounded" in "".join(capsys.readouterr())) == is_exact
+    assert read(tmp_path / "out")["m.weight"].dtype == torch.float8_e4m3fn
+    before, after = numbers(src, tmp_path / "a")["m.weight"], numbers(tmp_path / "out", tmp_path / "b")["m.weight"]
+    assert torch.equal(before, after) == is_exact
+
+
 def numbers(src: Path, dst: Path) -> dict[str, torch.Tensor]:
     assert run("convert", src, dst, "--dequantize", "--quiet", "--max-memory", ROOMY) == 0
     return read(dst)

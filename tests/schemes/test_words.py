@@ -88,7 +88,7 @@ def test_gptq_in_words_of_compressed_tensors(tmp_path: Path, bits: int, preset: 
         "m.g_idx": torch.from_numpy((np.arange(INPUTS) // GROUP).astype(np.int32)),
     }
     section = {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "checkpoint_format": version}
-    check_repacked(tmp_path, stored, section, preset, "1 of 1 quantized weights are those of the source")
+    check_repacked(tmp_path, stored, section, preset, "1 of 1 quantized weights hold the numbers of the source")
     made = read(tmp_path / "packed")
     assert torch.equal(made["m.weight_packed"], in_words(codes.T, bits))
     assert torch.equal(made["m.weight_scale"], stored["m.scales"].t())
@@ -103,7 +103,7 @@ def test_awq_in_words_of_compressed_tensors(tmp_path: Path) -> None:
         "m.scales": torch.rand(INPUTS // GROUP, OUTPUTS).half() / 10,
     }
     section = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}
-    check_repacked(tmp_path / "a", stored, section, "W4A16_ASYM", "1 of 1 quantized weights are those of the source")
+    check_repacked(tmp_path / "a", stored, section, "W4A16_ASYM", "1 of 1 quantized weights hold the numbers of the source")
     src = write(tmp_path / "b", stored, config={"dtype": "float16", "quantization_config": section})
     plan = streamconv.plan(src, tmp_path / "out", quantize="W4A16", max_memory=ROOMY)  # which has no zero points
     assert "nothing is rounded" not in "\n".join(plan.notes)
