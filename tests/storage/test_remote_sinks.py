@@ -293,11 +293,11 @@ def test_a_store_that_lists_nothing(checkpoints: Path, tmp_path: Path, name: str
 
 
 def test_a_file_that_fails_is_sent_again(quick: None, checkpoints: Path, tmp_path: Path) -> None:
-    Failing.bad = {3, 4, 7}
+    Failing.bad = {3, 4}  # one file is given up at three failures
     told: list[int] = []
     plan = api.plan(checkpoints / "safetensors", "failing://made", max_shard_size="3MB", max_memory="4GB")
     make_files(plan, range(len(plan.files)), told.append, sink=open_sink(plan.root))
-    assert Failing.calls > 7
+    assert Failing.calls > 4
     assert sum(told) == sum(file.size for file in plan.files)
     assert run("convert", checkpoints / "safetensors", tmp_path / "local", *SMALL) == 0
     assert {path.removeprefix("made/"): data for path, data in Failing.files.items()} == files_in(tmp_path / "local")
