@@ -152,6 +152,36 @@ class Options:
             decides=True,
         ),
     )
+    rename: Iterable[str] = field(
+        default=(),
+        metadata=about(
+            "other names, before a recipe sees them: 'PATTERN -> PATTERN', in the name language of recipes (repeatable)",
+            metavar="RENAME",
+            repeatable=True,
+            commands=COMPARING,
+            decides=True,
+        ),
+    )
+    drop: Iterable[str] = field(
+        default=(),
+        metadata=about(
+            "tensors that are left out (repeatable; a pattern, or a glob)",
+            metavar="PATTERN",
+            repeatable=True,
+            commands=COMPARING,
+            decides=True,
+        ),
+    )
+    only: Iterable[str] = field(
+        default=(),
+        metadata=about(
+            "leave out all other tensors (repeatable; a pattern, or a glob)",
+            metavar="PATTERN",
+            repeatable=True,
+            commands=COMPARING,
+            decides=True,
+        ),
+    )
     sidecars_from: AnyPath | None = field(
         default=None,
         metadata=about(
@@ -202,7 +232,8 @@ class Options:
         """Has a dtype be text, and patterns be a tuple, whatever they were given as."""
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        object.__setattr__(self, "keep_dtype", tuple(self.keep_dtype))
+        for name in ("keep_dtype", "rename", "drop", "only"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __repr__(self) -> str:
         shown = [f"{one.name}={getattr(self, one.name)!r}" for one in fields(self) if one.repr and getattr(self, one.name) != one.default]

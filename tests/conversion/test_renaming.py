@@ -1,0 +1,70 @@
+"""``--rename``, ``--drop`` and ``--only``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import ROOMY, assert_same, numbered, read, refusal, run, write
+
+NAMES = ("model.embed.weight", "model.layers.0.up.weight", "model.layers.0.up.bias", "model.layers.1.up.weight", "head.weight")
+SAME = {name: name for name in NAMES}
+TENSORS = numbered(dict.fromkeys(NAMES, (2, 3)))
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    return write(tmp_path / "src", TENSORS, config={"hidden_size": 3})
+
+
+def converted(src: Path, *options: str) -> dict[str, torch.Tensor]:
+    dst = src.parent / "out"
+    assert run("convert", src, dst, *options, "--verify", "--quiet", "--overwrite", "--max-memory", ROOMY) == 0
+    assert run("verify", src, dst, *options, "--quiet", "--max-memory", ROOMY) == 0
+    assert (dst / "config.json").exists()
+    return read(dst)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (("--rename", "model.{rest*} -> {rest*}"), {name: name.removeprefix("model.") for name in NAMES}),
+        (
+            ("--rename", "model.layers.{i}.up.weight->h.{i+1}.w"),
+            {**SAME, NAMES[1]: "h.1.w", NAMES[3]: "h.2.w"},
+        ),
+        (("--drop", "head.weight"), {name: name for name in NAMES[:4]}),
+        (("--drop", "*.bias", "--drop", "model.layers.{i}.up.weight"), {name: name for name in (NAMES[0], NAMES[4])}),
+        (("--only", "model.layers.*"), {name: name for name in NAMES[1:4]}),
+        (("--only", "head.*", "--rename", "model.embed.weight -> embed"), {NAMES[0]: "embed", NAMES[4]: NAMES[4]}),
+    ],
+    ids=str,
+)
+def test_names_as_options_say(src: Path, options: tuple[str, ...], names: dict[str, str]) -> None:
+    assert_same(converted(src, *options), {new: TENSORS[old] for old, new in names.items()})
+
+
+def test_with_casts_and_a_recipe(src: Path, tmp_path: Path) -> None:
+    made = converted(src, "--only", "head.weight", "--dtype", "float16")
+    assert_same(made, {"head.weight": TENSORS["head.weight"].half()})
+    recipe = tmp_path / "toy.yaml"
+    recipe.write_text("name: toy-a2b\nsummary: s\nrules:\n- {rule: 'x.{name*}', right: 'y.{name*}'}\n")
+    made = converted(src, "--rename", "model.{rest*} -> x.{rest*}", "--drop", "head.weight", "--recipe", str(recipe))
+    assert sorted(made) == sorted(f"y.{name.removeprefix('model.')}" for name in NAMES[:4])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--rename", "foo.{x} -> bar.{x}"), "'foo.{x}': no tensor for it"),
+        (("--rename", "model.{x}"), "expected 'PATTERN -> PATTERN'"),
+        (("--rename", "model.{x -> {x}"), ">>>{"),
+        (("--drop", "nothing.*"), "no tensor for it"),
+        (("--only", "nothing.*"), "no tensor for it"),
+        (("--rename", "model.layers.{i}.up.{what} -> head.{what}"), "i stand on one side only"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(src: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], told: str) -> None:
+    assert told in refusal(capsys, "convert", src, tmp_path / "out", *options)
