@@ -181,6 +181,10 @@ class Checkpoint(Mapping[str, TensorEntry]):
         """A checkpoint of these components in its place, with these configs where not those of its files."""
         return Checkpoint(self.location, join_components(components), self._config, components, self.variant, configs)
 
+    def with_contents(self, contents: Contents) -> Checkpoint:
+        """The same checkpoint, which is one model, with these contents."""
+        return self.replace({"": contents}, self._configs)
+
     @cached_property
     def sidecars(self) -> list[str]:
         """Paths, relative to the checkpoint, of the files beside the weights; none for a single file."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamconv import memory
+from streamconv.conversion.adapters import adapt
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
 from streamconv.conversion.opening import check_backend, find_own_beside, find_recipe, local_files, open_both, split_settings
@@ -140,6 +141,8 @@ def verify(options: VerifyOptions) -> Comparison:
     dequantization = dequantize_as_asked(options, left, casting, renames=recipe is not None)
     if dequantization is not None:
         left = dequantization.checkpoint
+    adapted = adapt(options, left)
+    left = adapted.checkpoint if adapted else left
     conversion = convert_tensors(left, recipe, settings, casting, find_own_beside(options, left), dequantization)
     conversion, _ = quantize_as_asked(options, conversion, left)
     expected = conversion.outputs

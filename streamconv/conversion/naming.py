@@ -62,7 +62,7 @@ def name_as_model(checkpoint: Checkpoint, prefix: str | None, beside: Folder | N
     first = changed[0]
     note = f"names as the model has them: {first[0]} is {first[1]} ({len(changed)} of {len(names)}; {OPTION}= keeps them)"
     renamed = replace(contents, entries=entries, notes=[*contents.notes, note])
-    return checkpoint.replace({"": renamed}, {})
+    return checkpoint.with_contents(renamed)
 
 
 def _own(checkpoint: Checkpoint) -> Folder:

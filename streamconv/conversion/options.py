@@ -152,6 +152,16 @@ class Options:
             decides=True,
         ),
     )
+    adapter: Iterable[str] = field(
+        default=(),
+        metadata=about(
+            "a PEFT adapter (LoRA) that is merged into SRC; @WEIGHT multiplies its scale (repeatable, in order)",
+            metavar="DIR[@WEIGHT]",
+            repeatable=True,
+            commands=COMPARING,
+            decides=True,
+        ),
+    )
     rename: Iterable[str] = field(
         default=(),
         metadata=about(
@@ -232,7 +242,7 @@ class Options:
         """Has a dtype be text, and patterns be a tuple, whatever they were given as."""
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        for name in ("keep_dtype", "rename", "drop", "only"):
+        for name in ("keep_dtype", "adapter", "rename", "drop", "only"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __repr__(self) -> str:

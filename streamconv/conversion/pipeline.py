@@ -7,6 +7,7 @@ from pathlib import Path
 
 from streamconv import memory
 from streamconv.checkpoint.opening import Checkpoint, read_config
+from streamconv.conversion.adapters import adapt
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
 from streamconv.conversion.notes import note_layouts, note_ties
@@ -72,7 +73,11 @@ def make_plan(options: PlanOptions) -> Plan:
     dequantization = dequantize_as_asked(options, checkpoint, casting, renames=recipe is not None)
     if dequantization is not None:
         checkpoint = dequantization.checkpoint
+    adapted = adapt(options, checkpoint)
+    if adapted is not None:
+        checkpoint = adapted.checkpoint
     conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, dequantization)
+    conversion = adapted.account(conversion) if adapted else conversion
     conversion, quantization = quantize_as_asked(options, conversion, checkpoint, target.format)
     container = containers()[target.format]
     ties = find_ties(checkpoint.others if recipe else checkpoint, conversion) if container.ties != "copied" and keeps_ties else {}

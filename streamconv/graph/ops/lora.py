@@ -27,6 +27,9 @@ class MergeLora(Compute):
 
     Summed in float64, so that a tile's shape, which changes the order of additions, does not change what is rounded to that dtype. NaNs as
     those of `Cast`.
+
+    Where a ``scale`` is given, all is float32, the factor too, and rounded once: as PEFT merges an adapter. Products are made of blocks of one
+    size, which has libraries add up in one order.
     """
 
     kind: ClassVar[str] = "merge_lora"
@@ -35,6 +38,7 @@ class MergeLora(Compute):
     rows: int
     columns: int
     rank: int
+    scale: float | None = None
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         shapes = [(self.rows, self.columns), (self.rank, self.columns), (self.rows, self.rank)]
@@ -50,7 +54,7 @@ class MergeLora(Compute):
         return [numel, self.rank * self.columns, self.rows * self.rank]
 
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
-        return 6 * 8 * _BLOCK**2
+        return 6 * 8 * _BLOCK**2 + 8 * _BLOCK * self.rank
 
     def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
         import ml_dtypes  # noqa: F401 - loaded before the process is measured
@@ -88,9 +92,23 @@ class MergeLora(Compute):
             height, width = min(_BLOCK, tall[0] - top), min(_BLOCK, wide[0] - left)
             block = view(weight, (height, width), (tall[1], wide[1]), at)
             ups, downs = up[row :: tall[2]][:height], down[:, column :: wide[3]][:, :width]
+            if self.scale is not None:
+                product = self._product(ups, downs)
+                product *= np.float32(self.scale)
+                narrow(np.add(widen(block, dtype).astype(np.float32), product), block, dtype)
+                continue
             total = widen(block, dtype).astype(np.float64)
             for k in range(0, self.rank, _BLOCK):
                 product = ups[:, k : k + _BLOCK].astype(np.float64) @ downs[k : k + _BLOCK].astype(np.float64)
                 product *= self.alpha / self.rank
                 total += product
             narrow(total, block, dtype)
+
+    def _product(self, ups: Array, downs: Array) -> Array:
+        """A block's product, of whole blocks with zeros behind what there is."""
+        import numpy as np
+
+        tall, wide = np.zeros((_BLOCK, self.rank), np.float32), np.zeros((self.rank, _BLOCK), np.float32)
+        tall[: len(ups)], wide[:, : downs.shape[1]] = ups, downs
+        product: Array = np.matmul(tall, wide)[: len(ups), : downs.shape[1]]
+        return product

@@ -1,0 +1,157 @@
+"""``--adapter``: the numbers that PEFT's `merge_and_unload` makes, and refusals by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import ROOMY, assert_same, random_tensor, read, refusal, run, write
+from safetensors.torch import save_file
+
+BASE = {
+    "model.embed_tokens.weight": random_tensor(20, 6, dtype=torch.bfloat16),
+    "model.layers.0.q_proj.weight": random_tensor(8, 6, dtype=torch.bfloat16, seed=1),
+    "model.layers.1.q_proj.weight": random_tensor(8, 6, dtype=torch.bfloat16, seed=2),
+    "model.layers.0.norm.weight": random_tensor(6, dtype=torch.bfloat16, seed=3),
+    "model.conv.weight": random_tensor(4, 3, 2, 2, seed=4),
+    "lm_head.weight": random_tensor(20, 6, dtype=torch.bfloat16, seed=5),
+}
+PREFIX = "base_model.model."
+
+
+def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    save_file({f"{PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "init_lora_weights": True, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def low_rank(module: str, outputs: int, inputs: int, rank: int = 2, seed: int = 10) -> dict[str, torch.Tensor]:
+    down, up = random_tensor(rank, inputs, seed=seed), random_tensor(outputs, rank, seed=seed + 1)
+    return {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+
+
+def added(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+    down, up = tensors.values()
+    product = torch.zeros(len(up), down[0].numel())
+    for k in range(len(down)):  # as with a fused multiply-add
+        product = (product.double() + up.flatten(1)[:, k, None].double() * down.flatten(1)[k].double()).float()
+    return (weight.float().flatten(1) + product * torch.tensor(scale, dtype=torch.float32)).to(weight.dtype).reshape(weight.shape)
+
+
+def merged(
+    folder: Path, *options: object, base: dict[str, torch.Tensor] = BASE, config: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
+    src = folder / "src"
+    if not src.exists():
+        write(src, base, config=config or {"model_type": "toy"})
+    assert run("convert", src, folder / "out", *options, "--verify", "--overwrite", "--quiet", "--max-memory", ROOMY) == 0
+    assert run("verify", src, folder / "out", *options, "--quiet", "--max-memory", ROOMY) == 0
+    return read(folder / "out")
+
+
+Q0, Q1 = "model.layers.0.q_proj", "model.layers.1.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 3 / 2),
+        ({"use_rslora": True}, 3 / math.sqrt(2)),
+        ({"alpha_pattern": {"layers.0.q_proj": 8, "q_proj": 9}}, 4.0),
+        ({"r": 7, "rank_pattern": {"q_proj": 2}}, 3 / 2),
+    ],
+    ids=str,
+)
+def test_low_rank_products(config: dict[str, Any], scale: float, tmp_path: Path) -> None:
+    tensors = low_rank(Q0, 8, 6)
+    path = adapter(tmp_path / "adapter", tensors, **config)
+    made = merged(tmp_path, "--adapter", path)
+    assert_same(made, {**BASE, f"{Q0}.weight": added(BASE[f"{Q0}.weight"], tensors, scale)})
+    half = merged(tmp_path, "--adapter", f"{path}@0.5")
+    assert_same(half, {**BASE, f"{Q0}.weight": added(BASE[f"{Q0}.weight"], tensors, scale / 2)})
+
+
+def test_embeddings_convolutions_and_whole_tensors(tmp_path: Path) -> None:
+    words = {"A": random_tensor(2, 20, seed=20), "B": random_tensor(6, 2, seed=21)}
+    conv = {"model.conv.lora_A.weight": random_tensor(2, 3, 2, 2, seed=22), "model.conv.lora_B.weight": random_tensor(4, 2, 1, 1, seed=23)}
+    whole = {"lm_head.weight": random_tensor(20, 6, seed=24), "model.layers.0.norm.base_layer.weight": random_tensor(6, seed=25)}
+    embedding = {f"model.embed_tokens.lora_embedding_{side}": tensor for side, tensor in words.items()}
+    made = merged(tmp_path, "--adapter", adapter(tmp_path / "adapter", {**embedding, **conv, **whole}))
+    turned = {"A": words["B"].t(), "B": words["A"].t()}
+    wanted = dict(BASE)
+    wanted["model.embed_tokens.weight"] = added(BASE["model.embed_tokens.weight"], turned, 3 / 2)
+    wanted["model.conv.weight"] = added(BASE["model.conv.weight"], conv, 3 / 2)
+    wanted["lm_head.weight"] = whole["lm_head.weight"].bfloat16()
+    wanted["model.layers.0.norm.weight"] = whole["model.layers.0.norm.base_layer.weight"].bfloat16()
+    assert_same(made, wanted)
+
+
+def test_several_in_order_with_a_cast_and_new_names(tmp_path: Path) -> None:
+    first, second = low_rank(Q0, 8, 6), low_rank(Q0, 8, 6, seed=30)
+    paths = [adapter(tmp_path / name, tensors) for name, tensors in (("one", first), ("two", second))]
+    options = [word for path in paths for word in ("--adapter", path)]
+    made = merged(tmp_path, *options, "--dtype", "float32", "--rename", "model.{name*} -> {name*}")
+    once = added(BASE[f"{Q0}.weight"], first, 3 / 2)
+    assert torch.equal(made["layers.0.q_proj.weight"], added(once, second, 3 / 2).float())
+
+
+def test_weights_with_inputs_before_outputs(tmp_path: Path) -> None:
+    base = {"h.0.c_attn.weight": random_tensor(6, 9), "h.0.c_proj.weight": random_tensor(6, 6, seed=1)}
+    tensors = {**low_rank("h.0.c_attn", 9, 6), **low_rank("h.0.c_proj", 6, 6, seed=40)}
+    path = adapter(tmp_path / "adapter", tensors, fan_in_fan_out=True)
+    made = merged(tmp_path, "--adapter", path, base=base, config={"model_type": "gpt2"})
+    for name, weight in base.items():
+        module = name.removesuffix(".weight")
+        pair = {key: tensor for key, tensor in tensors.items() if key.startswith(module)}
+        assert torch.equal(made[name], added(weight.t(), pair, 3 / 2).t())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "told"),
+    [
+        (low_rank("model.layers.7.q_proj", 8, 6), {}, "SRC has no model.layers.7.q_proj.weight"),
+        (low_rank(Q0, 9, 6), {}, "make 9 x 6"),
+        (low_rank(Q0, 8, 6, rank=3), {}, "its rank is 2 by adapter_config.json"),
+        ({f"{Q0}.lora_A.weight": torch.ones(2, 6)}, {}, "has no other half"),
+        (low_rank(Q0, 8, 6), {"use_dora": True}, "DoRA (use_dora) is not merged here"),
+        (low_rank(Q0, 8, 6), {"peft_type": "OFT"}, "peft_type OFT is not merged here"),
+        (low_rank(Q0, 8, 6), {"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({f"{Q0}.lora_magnitude_vector": torch.ones(8), **low_rank(Q0, 8, 6)}, {}, "lora_magnitude_vector is not merged here"),
+        ({"score.weight": torch.ones(2, 6)}, {}, "SRC has no score.weight"),
+        ({"lm_head.weight": torch.ones(21, 6)}, {}, "resize SRC's first"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(
+    tensors: dict[str, torch.Tensor], config: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = write(tmp_path / "src", BASE, config={"model_type": "toy"})
+    assert told in refusal(capsys, "convert", src, tmp_path / "out", "--adapter", adapter(tmp_path / "adapter", tensors, **config))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_peft_merges(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 40}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(dtype)
+    model.save_pretrained(tmp_path / "src")
+    kinds = {"target_modules": ["q_proj", "v_proj", "down_proj"], "modules_to_save": ["lm_head"]}
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **kinds, **options))
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(tmp_path / "adapter")
+    wanted = tuned.merge_and_unload().state_dict()
+    made = merged(tmp_path, "--adapter", tmp_path / "adapter")
+    assert sorted(made) == sorted(wanted)
+    for name, tensor in made.items():
+        assert torch.equal(tensor, wanted[name]), name
