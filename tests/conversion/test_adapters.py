@@ -12,6 +12,8 @@ import torch
 from checkpoint_files import ROOMY, assert_same, random_tensor, read, refusal, run, write
 from safetensors.torch import save_file
 
+from streamconv.planning import fitting
+
 BASE = {
     "model.embed_tokens.weight": random_tensor(20, 6, dtype=torch.bfloat16),
     "model.layers.0.q_proj.weight": random_tensor(8, 6, dtype=torch.bfloat16, seed=1),
@@ -99,6 +101,18 @@ def test_several_in_order_with_a_cast_and_new_names(tmp_path: Path) -> None:
     made = merged(tmp_path, *options, "--dtype", "float32", "--rename", "model.{name*} -> {name*}")
     once = added(BASE[f"{Q0}.weight"], first, 3 / 2)
     assert torch.equal(made["layers.0.q_proj.weight"], added(once, second, 3 / 2).float())
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+@pytest.mark.parametrize("tile", [64, 1000, 30_000])
+def test_tiles_of_any_size(rank: int, tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"m.weight": random_tensor(150, 270), "n.weight": random_tensor(150, 270, seed=1).t()}
+    tensors = {**low_rank("m", 150, 270, rank), **low_rank("n", 270, 150, rank, seed=50)}
+    path = adapter(tmp_path / "adapter", tensors, r=rank)
+    whole = merged(tmp_path, "--adapter", path, base=base)
+    monkeypatch.setattr(fitting, "TILE", tile)
+    monkeypatch.setattr(fitting, "SMALLEST_TILE", tile)
+    assert_same(merged(tmp_path, "--adapter", path, base=base), whole)
 
 
 def test_weights_with_inputs_before_outputs(tmp_path: Path) -> None:
