@@ -179,6 +179,10 @@ def _recipe(job: Job) -> list[str]:
     return [*recipe, *(["--dtype", job.dtype] if job.dtype else []), *quantization]
 
 
+def _streamconv_losses(job: Job) -> list[str] | None:
+    return [*_streamconv(job), "--losses"] if job.operation in DTYPES else None
+
+
 def _streamconv_in_group(job: Job) -> list[str] | None:
     return _streamconv(job) if job.operation == "cgroup" else None
 
@@ -267,6 +271,7 @@ TOOLS: dict[str, tuple[str, Callable[[Job], list[str] | None]]] = {
     "cp": ("cp -r", _cp),
     "device": ("what the device allows", _device),
     "streamconv": ("streamconv", _streamconv),
+    "streamconv-losses": ("streamconv --losses", _streamconv_losses),
     "streamconv-cgroup": (f"streamconv in {GROUP_LIMIT}", _streamconv_in_group),
     "safetensors": ("safetensors load, save", _safetensors),
     "huggingface_hub": ("huggingface_hub save", _hub),
@@ -722,6 +727,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             found.append(Goal(f"{title}: time of mindformers / streamconv", tools["mindformers"].median / mine.median, 1.0, at_least=True))
         peers = [peer for peer in ("compressed-tensors", "llm-compressor") if peer in tools]
         found += [Goal(f"{title}: time / {peer}", mine.median / tools[peer].median, 0.5) for peer in peers]
+        if "streamconv-losses" in tools:
+            found.append(Goal(f"{title}: time with --losses / without", tools["streamconv-losses"].median / mine.median, 1.1))
         if "trainer" in tools:
             found.append(Goal(f"{title}: time / the trainer's merger", mine.median / tools["trainer"].median, 0.6))
         runs = next(tool["runs"] for tool in operation["tools"] if tool["name"] == "streamconv")

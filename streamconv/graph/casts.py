@@ -79,7 +79,8 @@ def measure_cast(items: Array, source: str, out: Array, target: str) -> Loss:
     """What `cast` has lost, of the same arguments afterwards."""
     loss = Loss()
     for piece, part in pieces(items, out):
-        before = piece.view(source) if source == "float64" else np.array(widen(piece, source), np.float32)
+        before = widen(piece, source)
+        before = before if source in {"float64", "float32"} else np.array(before)  # which lies where the others will
         loss += measure(before, widen(part, target), source, target)
     return loss
 
