@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from streamconv.checkpoint.opening import Checkpoint, open_checkpoint, read_config
+from streamconv.conversion.altered import Altered
 from streamconv.conversion.options import Options
 from streamconv.dtypes import CASTABLE
 from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import Cast, MergeLora, Reshape
 from streamconv.notation.names import nearest
-from streamconv.recipe import Conversion
 from streamconv.schemes.beside import transpose
 
 OPTION, CONFIG = "--adapter", "adapter_config.json"
@@ -36,30 +36,7 @@ _TRANSPOSED = ("gpt2", "gpt_neo", "imagegpt", "decision_transformer", "openai-gp
 _TIED = ("embed_tokens", "lm_head", "wte", "embed_out", "shared")
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """A checkpoint with adapters in its weights.
-
-    Attributes:
-        checkpoint: it.
-        changed: for each tensor that is another now, how.
-        notes: what was merged.
-    """
-
-    checkpoint: Checkpoint
-    changed: Mapping[str, str]
-    notes: Sequence[str]
-
-    def account(self, conversion: Conversion) -> Conversion:
-        """A conversion of that checkpoint that tells what was merged."""
-        rows = []
-        for row in conversion.rows:
-            how = list(dict.fromkeys(self.changed[name] for name in row.sources if name in self.changed))
-            rows.append(row._replace(layout=", then ".join(filter(None, (*how, row.layout)))) if how else row)
-        return replace(conversion, rows=rows, notes=[*conversion.notes, *self.notes])
-
-
-def adapt(options: Options, checkpoint: Checkpoint) -> Adapted | None:
+def adapt(options: Options, checkpoint: Checkpoint) -> Altered | None:
     """A checkpoint with the adapters that are asked for, in order; None: with none.
 
     Raises:
@@ -83,7 +60,7 @@ def adapt(options: Options, checkpoint: Checkpoint) -> Adapted | None:
             changed[name] = how
         notes.append(adapter.note)
     contents = replace(checkpoint.contents, entries=entries)
-    return Adapted(checkpoint.with_contents(contents), changed, notes)
+    return Altered(checkpoint.with_contents(contents), changed, notes)
 
 
 _ADDS, _REPLACES = "add an adapter", "replaced by an adapter"

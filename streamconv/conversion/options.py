@@ -162,6 +162,29 @@ class Options:
             decides=True,
         ),
     )
+    graft: AnyPath | None = field(
+        default=None,
+        metadata=about(
+            "another checkpoint, of which --take names tensors that come into SRC, or instead of SRC's with --replace",
+            metavar="SRC2",
+            commands=COMPARING,
+            decides=True,
+        ),
+    )
+    take: Iterable[str] = field(
+        default=(),
+        metadata=about(
+            "tensors of --graft, under their names or others: PATTERN, or 'PATTERN -> PATTERN' (repeatable)",
+            metavar="PATTERN",
+            repeatable=True,
+            commands=COMPARING,
+            decides=True,
+        ),
+    )
+    replace: bool = field(
+        default=False,
+        metadata=about("what --take brings may be there already, and is replaced", commands=COMPARING, decides=True),
+    )
     rename: Iterable[str] = field(
         default=(),
         metadata=about(
@@ -242,7 +265,7 @@ class Options:
         """Has a dtype be text, and patterns be a tuple, whatever they were given as."""
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        for name in ("keep_dtype", "adapter", "rename", "drop", "only"):
+        for name in ("keep_dtype", "adapter", "take", "rename", "drop", "only"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def __repr__(self) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from streamconv import memory
 from streamconv.checkpoint.opening import Checkpoint, read_config
 from streamconv.conversion.adapters import adapt
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
+from streamconv.conversion.grafts import graft
 from streamconv.conversion.notes import note_layouts, note_ties
 from streamconv.conversion.opening import (
     check_backend,
@@ -73,12 +75,19 @@ def make_plan(options: PlanOptions) -> Plan:
     dequantization = dequantize_as_asked(options, checkpoint, casting, renames=recipe is not None)
     if dequantization is not None:
         checkpoint = dequantization.checkpoint
-    adapted = adapt(options, checkpoint)
-    if adapted is not None:
-        checkpoint = adapted.checkpoint
+    altered = []
+    for alter in (graft, adapt):
+        one = alter(options, checkpoint)
+        if one is not None:
+            checkpoint = one.checkpoint
+            altered.append(one)
     conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, dequantization)
-    conversion = adapted.account(conversion) if adapted else conversion
+    additions: dict[str, Any] = {}
+    for one in altered:
+        conversion = one.account(conversion)
+        additions |= one.config
     conversion, quantization = quantize_as_asked(options, conversion, checkpoint, target.format)
+    quantizations = dequantization, quantization
     container = containers()[target.format]
     ties = find_ties(checkpoint.others if recipe else checkpoint, conversion) if container.ties != "copied" and keeps_ties else {}
     if options.align and "align" not in container.takes:
@@ -91,7 +100,7 @@ def make_plan(options: PlanOptions) -> Plan:
     target_settings = TargetSettings(target, limit, ties, metadata, BLOCK if options.align else None)
     layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, target_settings)
     sidecars, sidecar_notes = (
-        ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, casting, (dequantization, quantization))
+        ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, casting, quantizations, additions)
     )
     notes = [*checkpoint.contents.notes, *left_behind, *filter(None, [kept]), *note_ties(ties), *conversion.notes, *sidecar_notes]
     notes += note_layouts(checkpoint, target, layouts, limit)

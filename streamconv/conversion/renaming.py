@@ -15,6 +15,7 @@ from streamconv.recipe.facts import Fact
 
 ARROW = "->"
 _STAR = re.compile(r"\*(?![^{}]*\})")  # of a glob, and no capture's own
+_EXPECTED = f"expected 'PATTERN {ARROW} PATTERN', such as 'model.{{rest*}} {ARROW} {{rest*}}'"
 _DROPPED, _OTHERS = "--drop names it", "--only does not name it"
 
 
@@ -36,12 +37,9 @@ def with_renaming(options: Options, recipe: Recipe | None) -> Recipe | None:
 
 def _facts(options: Options) -> Iterator[Fact]:
     for text in options.rename:
-        left, arrow, right = text.partition(ARROW)
-        if not arrow or not left.strip() or not right.strip():
-            raise UsageError(f"--rename {text!r}: expected 'PATTERN {ARROW} PATTERN', such as 'model.{{rest*}} {ARROW} {{rest*}}'")
-        old, new = (_starred(side.strip()) for side in (left, right))
-        parse_names(old), parse_names(new)
-        yield Rule(old, new)
+        if ARROW not in text:
+            raise UsageError(f"--rename {text!r}: {_EXPECTED}")
+        yield rule_of("--rename", text)
     for text in options.drop:
         pattern = _starred(text)
         parse_names(pattern)
@@ -54,6 +52,21 @@ def _facts(options: Options) -> Iterator[Fact]:
         yield Drop("{name*}", _OTHERS, fallback=True)
     elif options.rename or options.drop:
         yield Rule("{name*}", "{name*}", fallback=True, optional=True)
+
+
+def rule_of(option: str, text: str) -> Rule:
+    """The rule for what an option says: ``PATTERN -> PATTERN``, or one pattern for names that stay.
+
+    Raises:
+        UsageError: an arrow with nothing on a side of it.
+        NotationError: a pattern that cannot be read.
+    """
+    left, arrow, right = text.partition(ARROW)
+    if not left.strip() or (arrow and not right.strip()):
+        raise UsageError(f"{option} {text!r}: {_EXPECTED}")
+    old, new = (_starred(side.strip()) for side in (left, right if arrow else left))
+    parse_names(old), parse_names(new)
+    return Rule(old, new, sparse=True)
 
 
 def _starred(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.components import find_components, find_pointers, look_beside, shorten
@@ -26,6 +27,9 @@ Sidecars = dict[str, str | bytes]
 """Relative path -> the file to copy, or the bytes to write."""
 
 
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
 def make_sidecars(
     checkpoint: Checkpoint,
     beside: Folder | None,
@@ -33,6 +37,7 @@ def make_sidecars(
     conversion: Conversion,
     casting: Casting,
     quantizations: tuple[Dequantization | None, Quantization | None] = (None, None),
+    additions: Mapping[str, Any] = EMPTY,
 ) -> tuple[Sidecars, list[str]]:
     """The files beside the target's weights, and notes about them.
 
@@ -43,6 +48,7 @@ def make_sidecars(
         conversion: what it made.
         casting: says what floating tensors are cast to.
         quantizations: what was made of a quantized source, and what weights are quantized by.
+        additions: keys that config.json has afterwards, and what it says of them.
     """
     dequantization, quantization = quantizations
     root = beside or checkpoint.folder
@@ -75,7 +81,7 @@ def make_sidecars(
     if CONFIG in sidecars or CONFIG in contents_of:
         before = contents_of.get(CONFIG, config)
         after = _change(revise(CONFIG, before), casting.dtype, conversion.config)
-        after = quantization.revise(CONFIG, after) if quantization else after
+        after = {**(quantization.revise(CONFIG, after) if quantization else after), **additions}
         if CONFIG in contents_of or after != before:
             contents_of[CONFIG] = after
     configs = [*(f"{folder}/{CONFIG}" for folder in checkpoint.components if folder), *([PARAMS] if dequantization else [])]

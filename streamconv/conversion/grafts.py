@@ -1,0 +1,74 @@
+"""``--graft``: tensors of another checkpoint beside or instead of the source's own, before a recipe or a cast sees them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from streamconv.checkpoint.opening import Checkpoint, open_checkpoint
+from streamconv.conversion.altered import Altered
+from streamconv.conversion.options import Options
+from streamconv.conversion.renaming import rule_of
+from streamconv.errors import UsageError
+from streamconv.graph.node import AnyNode
+from streamconv.recipe import Drop, Recipe
+from streamconv.recipe.facts import Fact
+
+OPTION = "--graft"
+_LAYERS, _PREDICTED = "num_hidden_layers", "num_nextn_predict_layers"
+_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.")
+_TOWERS = {
+    "vision_config": re.compile(r"(?:.*\.)?(?:visual|vision_tower|vision_model)\."),
+    "audio_config": re.compile(r"(?:.*\.)?audio_tower\."),
+}
+"""Keys of a config, and the names of what they are of."""
+
+
+def graft(options: Options, checkpoint: Checkpoint) -> Altered | None:
+    """A checkpoint with what is asked for of another one; None: nothing is.
+
+    Raises:
+        UsageError: options that do not go together, a tensor that is there already, or a checkpoint of components.
+        CoverageError: a pattern that nothing matches.
+        NotationError: one that cannot be read.
+    """
+    takes = list(options.take)
+    if options.graft is None:
+        if takes or options.replace:
+            raise UsageError(f"--take and --replace say what {OPTION} takes of another checkpoint: give that, too, or leave them out")
+        return None
+    if not takes:
+        raise UsageError(f"{OPTION} {options.graft}: --take PATTERN says which of its tensors are wanted: give it")
+    other = open_checkpoint(options.graft)
+    for one in (checkpoint, other):
+        if list(one.components) != [""]:
+            raise UsageError(f"{OPTION}: {one.path} consists of components, and tensors go from one model to another: give those")
+    facts: tuple[Fact, ...] = (*(rule_of("--take", text) for text in takes), Drop("{name*}", "--take does not name it", fallback=True))
+    taken = Recipe(f"graft of {other.path}", "what --take says", facts).apply(other.contents.entries, other.config, {})
+    entries: dict[str, AnyNode] = dict(checkpoint.contents.entries)
+    instead = [name for name in taken.outputs if name in entries]
+    if instead and not options.replace:
+        raise UsageError(
+            f"{OPTION} {other.path}: {instead[0]} is in SRC, too: --replace takes that of the other, --take 'old -> new' renames"
+        )
+    entries.update(taken.outputs)
+    config = _config_of(checkpoint.config, other.config, [name for name in taken.outputs if name not in instead])
+    said = f"; config.json says {', '.join(config)} as it does" if config else ""
+    note = f"{OPTION} {other.path}: {len(taken.outputs)} of its {len(other)} tensors, {len(instead)} instead of SRC's own{said}"
+    changed = {name: f"{'replaced' if name in instead else 'brought'} by a graft" for name in taken.outputs}
+    return Altered(checkpoint.with_contents(replace(checkpoint.contents, entries=entries)), changed, [note], config)
+
+
+def _config_of(own: Mapping[str, Any], other: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """Keys of a config that go with new tensors, as the other checkpoint has them."""
+    config: dict[str, Any] = {}
+    depth = own.get(_LAYERS)
+    layers = [int(match[1]) for match in map(_LAYER.match, names) if match]
+    if type(depth) is int and _PREDICTED in other and any(layer >= depth for layer in layers):
+        config[_PREDICTED] = other[_PREDICTED]
+    for key, pattern in _TOWERS.items():
+        if key in other and any(map(pattern.match, names)):
+            config[key] = other[key]
+    return {key: value for key, value in config.items() if own.get(key) != value}

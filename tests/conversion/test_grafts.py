@@ -1,0 +1,62 @@
+"""``--graft``: tensors of another checkpoint beside or instead of the source's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import ROOMY, assert_same, numbered, read, refusal, run, write
+
+OWN = numbered({"model.layers.0.a": (2, 3), "model.layers.1.a": (2, 3), "head": (4,)}, torch.bfloat16)
+OTHER = {name: tensor + 100 for name, tensor in numbered({"model.layers.0.a": (2, 3), "model.layers.2.a": (3,), "visual.b": (5,)}).items()}
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[Path, Path]:
+    own = write(tmp_path / "own", OWN, config={"num_hidden_layers": 2, "model_type": "toy"})
+    other = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "vision_config": {"depth": 3}}
+    return own, write(tmp_path / "other", OTHER, shards=2, config=other)
+
+
+def grafted(both: tuple[Path, Path], *options: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    own, other = both
+    out = own.parent / "out"
+    words = [own, out, "--graft", other, *options]
+    assert run("convert", *words, "--verify", "--quiet", "--overwrite", "--max-memory", ROOMY) == 0
+    assert run("verify", *words, "--quiet", "--max-memory", ROOMY) == 0
+    return read(out), json.loads((out / "config.json").read_text())
+
+
+def test_what_is_taken_comes_beside(both: tuple[Path, Path]) -> None:
+    made, config = grafted(both, "--take", "model.layers.2.*", "--take", "visual.{name*} -> tower.{name*}")
+    assert_same(made, {**OWN, "model.layers.2.a": OTHER["model.layers.2.a"], "tower.b": OTHER["visual.b"]})
+    assert config == {"num_hidden_layers": 2, "model_type": "toy", "num_nextn_predict_layers": 1}
+    made, config = grafted(both, "--take", "visual.*", "--dtype", "float16")
+    assert_same(made, {name: tensor.half() for name, tensor in {**OWN, "visual.b": OTHER["visual.b"]}.items()})
+    assert config["vision_config"] == {"depth": 3}
+
+
+def test_what_is_there_is_replaced_if_asked(both: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    made, config = grafted(both, "--take", "model.layers.0.a", "--replace")
+    assert_same(made, {**OWN, "model.layers.0.a": OTHER["model.layers.0.a"]})
+    assert "num_nextn_predict_layers" not in config
+    own, other = both
+    told = refusal(capsys, "convert", own, own.parent / "no", "--graft", other, "--take", "model.layers.0.a")
+    assert "model.layers.0.a is in SRC, too: --replace" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--take", "nothing.*"), "no tensor for it"),
+        ((), "--take PATTERN says which"),
+        (("--take", "a ->"), "expected 'PATTERN -> PATTERN'"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(both: tuple[Path, Path], capsys: pytest.CaptureFixture[str], options: tuple[str, ...], told: str) -> None:
+    own, other = both
+    assert told in refusal(capsys, "convert", own, own.parent / "out", "--graft", other, *options)
+    assert "give that, too" in refusal(capsys, "convert", own, own.parent / "out", "--take", "a")
