@@ -39,6 +39,17 @@ def check_strict(options: PlanOptions) -> None:
         raise UsageError("--strict-values: the source's space would be given back before all values are known: leave out --reclaim-source")
 
 
+def check_reclaim(options: PlanOptions, checkpoint: Checkpoint) -> None:
+    """Raises UsageError where giving the source back would lose what no output holds."""
+    if not options.reclaim_source:
+        return
+    if options.graft is not None or list(options.adapter):
+        raise UsageError("--reclaim-source: what --graft and --adapter read would be given back, too: leave one of them out")
+    if containers()[checkpoint.format].is_trained:
+        what = f"{checkpoint.path} holds what is the trainer's, too, which would be lost"
+        raise UsageError(f"--reclaim-source: {what}: leave it out, and remove SRC afterwards")
+
+
 def find_recipe(options: Options) -> Recipe | None:
     """The recipe that is asked for. Raises RecipeError: there is none of that name, or its file is wrong."""
     recipe = recipes.get(options.recipe) if isinstance(options.recipe, str) else options.recipe

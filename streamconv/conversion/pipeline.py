@@ -15,6 +15,7 @@ from streamconv.conversion.grafts import graft
 from streamconv.conversion.notes import note_layouts, note_ties
 from streamconv.conversion.opening import (
     check_backend,
+    check_reclaim,
     check_strict,
     find_own_beside,
     find_recipe,
@@ -68,6 +69,7 @@ def make_plan(options: PlanOptions) -> Plan:
     keeps_ties = recipe is not None or read_identity_options(settings)["tied"] == "keep"
     checkpoint, left_behind = open_source(options, recipe, reading, target)
     replicas = [(one, other, (name, name)) for one, other, name in checkpoint.contents.replicas if options.check_replicas]
+    check_reclaim(options, checkpoint)
     _check_target(target, checkpoint, options)
     beside = find_own_beside(options, checkpoint)
     kept = casting.ask_class(read_config(beside) if beside else checkpoint.config)

@@ -59,4 +59,6 @@ def test_what_is_there_is_replaced_if_asked(both: tuple[Path, Path], capsys: pyt
 def test_what_is_refused(both: tuple[Path, Path], capsys: pytest.CaptureFixture[str], options: tuple[str, ...], told: str) -> None:
     own, other = both
     assert told in refusal(capsys, "convert", own, own.parent / "out", "--graft", other, *options)
+    told = refusal(capsys, "convert", own, own.parent / "out", "--graft", other, "--take", "visual.*", "--reclaim-source", "--yes")
+    assert "would be given back, too" in told
     assert "give that, too" in refusal(capsys, "convert", own, own.parent / "out", "--take", "a")

@@ -149,6 +149,13 @@ def test_lightning_by_the_model_beside(tmp_path: Path) -> None:
     assert_same(read(tmp_path / "out"), {name: tensor + 1 for name, tensor in LLAMA.items()})
 
 
+def test_a_trainer_s_files_are_not_given_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = copied("fsdp2.dcp", tmp_path)
+    before = {path.name: path.read_bytes() for path in src.iterdir()}
+    assert "holds what is the trainer's, too" in refusal(capsys, "convert", src, tmp_path / "out", "--reclaim-source", "--yes")
+    assert {path.name: path.read_bytes() for path in src.iterdir()} == before
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
