@@ -17,7 +17,7 @@ from streamconv.storage.folder import Folder
 OPTION = "--set prefix"
 _WITHIN = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """What compiling, sharding and recomputing put into names, wherever that is."""
-_AROUND = ("module", "_forward_module", "app", "net", "network", "state_dict")
+_AROUND = ("module", "_forward_module", "app")
 """Parts that names begin with, which no class of a model has itself."""
 _BASE = "model"  # which classes have, and dicts around them, too
 _PEFT = re.compile(r"(?:^|\.)(?:base_layer|lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)(?:\.|$)")
