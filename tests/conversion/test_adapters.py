@@ -150,6 +150,7 @@ def test_what_is_refused(
 
 
 @pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_what_peft_merges(options: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
