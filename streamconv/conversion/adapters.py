@@ -26,7 +26,10 @@ OPTION, CONFIG = "--adapter", "adapter_config.json"
 _PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?!weight|bias)[^.]+)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.[^.]+)?")
-_REDUNDANT = re.compile(r"(?P<module>.+)\.(?:original_module|modules_to_save)(?:\.[^.]+)?\.(?P<last>weight|bias)")
+_ORIGINAL = re.compile(r".+\.original_module(?:\.[^.]+)?\.(?:weight|bias)")  # what the base has, too
+_SAVED = re.compile(
+    r"(?P<module>.+)\.modules_to_save(?:\.[^.]+)?(?P<last>\.(?:weight|bias))"
+)  # of old adapters; in new ones beside the same without it
 _KINDS = {"use_dora": "DoRA", "use_qalora": "QALoRA", "alora_invocation_tokens": "aLoRA", "arrow_config": "Arrow", "lora_bias": "lora_bias"}
 _KINDS |= {"layer_replication": "layer_replication", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA"}
 _KINDS |= {"target_parameters": "target_parameters", "trainable_token_indices": "trainable_token_indices"}
@@ -104,6 +107,7 @@ class _Adapter:
         """Tensors of a base that are others with it, by name, and how."""
         pairs: dict[tuple[str, bool], dict[str, str]] = {}
         whole: dict[str, str] = {}
+        saved: dict[str, str] = {}
         for key in self._tensors:
             if not key.startswith(_PREFIX):
                 raise CoverageError(f"{self._title}: {key} does not begin with {_PREFIX}, as those of an adapter do: save it with PEFT")
@@ -116,8 +120,13 @@ class _Adapter:
                     raise CoverageError(f"{self._title}: {key} and {side[match['side']]} are both for {match['module']}: save one adapter")
             elif ".lora_" in name:
                 raise CoverageError(f"{self._title}: {key} is not merged here: merge it with PEFT's merge_and_unload")
-            elif not _REDUNDANT.fullmatch(name):
-                whole[name.replace(".base_layer.", ".")] = key
+            elif not _ORIGINAL.fullmatch(name):
+                old = _SAVED.fullmatch(name)
+                if old:
+                    saved[old["module"] + old["last"]] = key
+                else:
+                    whole[name.replace(".base_layer.", ".")] = key
+        whole = {**saved, **whole}
         made = dict(entries)
         for name, key in whole.items():
             node = self._replace(name, key, entries)

@@ -6,13 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamconv import memory
-from streamconv.conversion.adapters import adapt
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
-from streamconv.conversion.grafts import graft
 from streamconv.conversion.opening import check_backend, find_own_beside, find_recipe, local_files, open_both, split_settings
 from streamconv.conversion.options import ConvertOptions, PlanOptions, VerifyOptions, arguments_of
-from streamconv.conversion.pipeline import make_plan
+from streamconv.conversion.pipeline import alter_as_asked, make_plan
 from streamconv.conversion.quantizing import quantize_as_asked
 from streamconv.conversion.recovery import find_begun, find_finished, overwrite_noted
 from streamconv.conversion.sides import open_other
@@ -142,9 +140,7 @@ def verify(options: VerifyOptions) -> Comparison:
     dequantization = dequantize_as_asked(options, left, casting, renames=recipe is not None)
     if dequantization is not None:
         left = dequantization.checkpoint
-    for alter in (graft, adapt):
-        altered = alter(options, left)
-        left = altered.checkpoint if altered else left
+    left, _ = alter_as_asked(options, left)
     conversion = convert_tensors(left, recipe, settings, casting, find_own_beside(options, left), dequantization)
     conversion, _ = quantize_as_asked(options, conversion, left)
     expected = conversion.outputs

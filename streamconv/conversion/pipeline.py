@@ -9,6 +9,7 @@ from typing import Any
 from streamconv import memory
 from streamconv.checkpoint.opening import Checkpoint, read_config
 from streamconv.conversion.adapters import adapt
+from streamconv.conversion.altered import Altered
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
 from streamconv.conversion.grafts import graft
@@ -23,7 +24,7 @@ from streamconv.conversion.opening import (
     open_source,
     split_settings,
 )
-from streamconv.conversion.options import PlanOptions
+from streamconv.conversion.options import Options, PlanOptions
 from streamconv.conversion.quantizing import quantize_as_asked
 from streamconv.conversion.sidecars import make_sidecars
 from streamconv.conversion.sides import TargetSettings, lay_out_components
@@ -48,6 +49,17 @@ from streamconv.units import parse_size
 
 
 @memory.collecting_rarely()
+def alter_as_asked(options: Options, checkpoint: Checkpoint) -> tuple[Checkpoint, list[Altered]]:
+    """A checkpoint with what ``--graft`` and then ``--adapter`` bring, and what each has done."""
+    altered = []
+    for alter in (graft, adapt):
+        one = alter(options, checkpoint)
+        if one is not None:
+            checkpoint = one.checkpoint
+            altered.append(one)
+    return checkpoint, altered
+
+
 def make_plan(options: PlanOptions) -> Plan:
     """What `convert` would do with these options.
 
@@ -77,12 +89,7 @@ def make_plan(options: PlanOptions) -> Plan:
     dequantization = dequantize_as_asked(options, checkpoint, casting, renames=recipe is not None)
     if dequantization is not None:
         checkpoint = dequantization.checkpoint
-    altered = []
-    for alter in (graft, adapt):
-        one = alter(options, checkpoint)
-        if one is not None:
-            checkpoint = one.checkpoint
-            altered.append(one)
+    checkpoint, altered = alter_as_asked(options, checkpoint)
     conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, dequantization)
     additions: dict[str, Any] = {}
     for one in altered:

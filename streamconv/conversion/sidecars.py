@@ -25,8 +25,6 @@ LARGE = 10_000_000  # bytes: above, a file that is not known to belong beside we
 
 Sidecars = dict[str, str | bytes]
 """Relative path -> the file to copy, or the bytes to write."""
-
-
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 

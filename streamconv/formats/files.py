@@ -41,6 +41,12 @@ def read_bytes(path: Location, offset: int, limit: int, noun: str) -> tuple[byte
         return file.read(max(0, min(limit, size - offset))), size
 
 
+def read_line(path: Location, noun: str) -> str:
+    """What a file says that names another one, such as ``latest``. Raises as `read_bytes`."""
+    raw, _ = read_bytes(path, 0, 256, noun)
+    return raw.decode("utf-8", "replace").strip()
+
+
 @contextmanager
 def opened(path: Location, noun: str) -> Iterator[File]:
     """A regular file, which is closed after the block; ``noun`` is what it is to be, for messages.

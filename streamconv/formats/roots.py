@@ -224,6 +224,11 @@ class Weights:
         return ".".join(self.keys)
 
 
+def note_root(root: str) -> list[str]:
+    """The note on the key that tensors were found below; none where that is the whole file."""
+    return [f"the tensors are those below {root!r} (--set root=KEY takes others, --set root= all)"] if root else []
+
+
 def find_weights(path: Location, whole: Any, root: str | None) -> Weights:
     """What lies below a root, or where the weights are.
 

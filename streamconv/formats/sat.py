@@ -14,8 +14,9 @@ from streamconv.errors import FormatError, UsageError
 from streamconv.formats import Contents, FileLayout
 from streamconv.formats import torch as torch_files
 from streamconv.formats.container import Container, Names
-from streamconv.formats.files import read_bytes, short, show, unreadable
+from streamconv.formats.files import read_line, short, show, unreadable
 from streamconv.formats.indexes import Explain, unexplained
+from streamconv.formats.roots import note_root
 from streamconv.storage.folder import Location
 
 LATEST = "latest"
@@ -47,15 +48,14 @@ def read(path: Location, *, by_rank: bool = True, explain: Explain = unexplained
     """
     folder = path.folder.folder(_iteration(path)).file("")
     contents = torch_files.read(folder, by_rank=True, root=ROOT, files=_ranks(folder), explain=explain)
-    notes = [note for note in contents.notes if not note.startswith("the tensors are those below")]
+    notes = [note for note in contents.notes if note not in note_root(ROOT)]
     return Contents("sat", contents.entries, contents.files, [path.folder.file(LATEST)], notes=notes)
 
 
 def _iteration(path: Location) -> str:
     """The folder that ``latest`` names."""
     latest = path.folder.file(LATEST)
-    raw, _ = read_bytes(latest, 0, 64, KIND.noun)
-    name = raw.decode("utf-8", "replace").strip()
+    name = read_line(latest, KIND.noun)
     if not ITERATION_NAME.fullmatch(name):
         raise FormatError(f"{show(latest)}: expected the number of an iteration, or release, found {short.repr(name)}: mend it")
     name = name if not name.isdigit() else str(int(name))

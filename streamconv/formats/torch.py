@@ -40,8 +40,8 @@ from streamconv.formats.files import (
 )
 from streamconv.formats.foreign import foreign, reads
 from streamconv.formats.indexes import Explain, check_index, unexplained
-from streamconv.formats.pickles import MAGIC, NAMES, Storages, Tensor, is_legacy, unpickle
-from streamconv.formats.roots import count_tensors, describe, describe_pickle, find_weights, kinds, maker_of
+from streamconv.formats.pickles import MAGIC, NAMES, Sharded, Storages, Tensor, is_legacy, unpickle
+from streamconv.formats.roots import Weights, count_tensors, describe, describe_pickle, find_weights, kinds, maker_of, note_root
 from streamconv.formats.selection import Selection, find_files
 from streamconv.formats.unpickling import Budget
 from streamconv.formats.zips import (
@@ -248,6 +248,28 @@ def locate_tensor(path: Location, name: str, tensor: Tensor, places: Places) -> 
     return stored_view(spec, tensor.stride, str(path), start + offset)
 
 
+def pick_tensors(path: Location, weights: Weights) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
+    """The tensors among weights, whole or parts of ranks, and what else there is, with its keys.
+
+    Raises:
+        FormatError: one that is not plain data, that has no name, or that of another one.
+    """
+    named: dict[str, Any] = {}
+    others: list[tuple[str, Any]] = []
+    for name, leaf in weights.named:
+        if type(leaf) not in (Tensor, Sharded):
+            maker = maker_of(leaf)
+            if maker is not None:
+                raise FormatError(f"{show(path)}: tensor {short.repr(name)}: made by {maker}, not plain data: write the file without it")
+            others.append((".".join([*weights.keys, name]), leaf))
+            continue
+        if not name or name in named:
+            problem = f"two tensors are named {short.repr(name)}" if name else "it holds one tensor without a name"
+            raise FormatError(f"{show(path)}: {problem}: save a dict of differently named tensors")
+        named[name] = leaf
+    return named, others
+
+
 @dataclass(frozen=True, slots=True)
 class _Read:
     """What one file gives: tensors in the order of their offsets, the root they were found under, and what is left out."""
@@ -263,18 +285,11 @@ def _read_file(path: Location, root: str | None) -> _Read:
     """The tensors of one file: those under a root, or where the weights are."""
     whole, places = open_tree(path)
     weights = find_weights(path, whole, root)
-    entries: Table = {}
-    skipped: list[tuple[str, Any]] = []
-    for name, leaf in weights.named:
-        if (maker := maker_of(leaf)) is not None:
-            raise FormatError(f"{show(path)}: tensor {short.repr(name)}: made by {maker}, not plain data: write the file without it")
-        if type(leaf) is not Tensor:
-            skipped.append((".".join([*weights.keys, name]), leaf))
-            continue
-        if not name or name in entries:
-            problem = f"two tensors are named {short.repr(name)}" if name else "it holds one tensor without a name"
-            raise FormatError(f"{show(path)}: {problem}: save a dict of differently named tensors")
-        entries[name] = locate_tensor(path, name, leaf, places)
+    named, skipped = pick_tensors(path, weights)
+    part = next((name for name, leaf in named.items() if type(leaf) is Sharded), None)
+    if part is not None:
+        raise FormatError(f"{show(path)}: {short.repr(part)} is one rank's part of a tensor: give the folder with the files of all ranks")
+    entries: Table = {name: locate_tensor(path, name, leaf, places) for name, leaf in named.items()}
     if not entries:
         raise FormatError(f"{show(path)}: no tensor below root {weights.root!r}, found {describe(weights.tree)}: give another file or root")
     check_unicode(path, entries)
@@ -322,8 +337,7 @@ def read(
     entries = merge(path, tables, by_rank=by_rank)
     contents = TorchContents("torch", entries, list(selection.files.values()), [selection.index] if selection.index else [], notes=notes)
     contents.root, contents.left_out = below, left_out
-    if below:
-        contents.notes.append(f"the tensors are those below {below!r} (--set root=KEY takes others, --set root= all)")
+    contents.notes += note_root(below)
     if left_out:
         contents.notes.append(_left_out_note(left_out, all_read.values()))
     return contents

@@ -16,10 +16,10 @@ from streamconv.dtypes import DTYPES, DType, TensorSpec
 from streamconv.errors import FormatError
 from streamconv.formats import AnyNode, Contents
 from streamconv.formats.container import Container, Names
-from streamconv.formats.files import check_unicode, countable, damaged, opened, short, show
+from streamconv.formats.files import check_unicode, countable, damaged, opened, read_line, short, show
 from streamconv.formats.indexes import Explain, unexplained
 from streamconv.formats.pickles import Keyed, Storage, Tensor, unpickle
-from streamconv.formats.roots import find_weights, is_trainers
+from streamconv.formats.roots import find_weights, is_trainers, note_root
 from streamconv.formats.selection import Selection
 from streamconv.formats.torch import locate_tensor, open_item
 from streamconv.formats.unpickling import Budget, Global, Inert
@@ -29,7 +29,7 @@ from streamconv.storage.filenames import find_fault
 from streamconv.storage.folder import Folder, Location
 from streamconv.trainers.dcp_files import lay_out
 from streamconv.trainers.leftovers import note_left_out
-from streamconv.trainers.pieces import Piece, assemble
+from streamconv.trainers.pieces import Piece, assemble, read_sizes
 
 METADATA = ".metadata"
 _ITERATION = "latest_checkpointed_iteration.txt"  # Megatron's, above the folders of iterations
@@ -86,8 +86,7 @@ def _iteration(folder: Folder, names: Sequence[str]) -> Iterator[str]:
     """The folder that Megatron's file names."""
     if _ITERATION not in names:
         return
-    with opened(folder.file(_ITERATION), KIND.noun) as file:
-        text = file.pread(64, 0).decode("utf-8", "replace").strip()
+    text = read_line(folder.file(_ITERATION), KIND.noun)
     yield f"iter_{int(text):07d}" if text.isascii() and text.isdigit() else text
 
 
@@ -129,7 +128,7 @@ def _read_table(path: Location) -> _Table:
         name, offsets = value.key.attribute("fqn"), value.key.attribute("offset")
         if name in tensors:
             try:
-                places = _numbers(offsets) if offsets is not None else (0,) * len(tensors[name].spec.shape)
+                places = read_sizes(offsets) if offsets is not None else (0,) * len(tensors[name].spec.shape)
             except ValueError as error:
                 raise damaged(path, f"where a box of it begins: {error}", name) from error
             items[name, places] = _item(path, name, value.value)
@@ -144,13 +143,6 @@ def _attribute(path: Location, node: Any, name: str, kind: type[Any]) -> Any:
     return value
 
 
-def _numbers(value: Any) -> tuple[int, ...]:
-    """Sizes or offsets. Raises ValueError."""
-    if type(value) not in (tuple, list) or not all(type(one) is int and 0 <= one < 1 << 62 for one in value):
-        raise ValueError(f"{short.repr(value)} are no sizes")
-    return tuple(value)
-
-
 def _stored(path: Location, name: str, entry: Inert) -> _Stored:
     properties, chunks = entry.attribute("properties"), _attribute(path, entry, "chunks", list)
     first = properties.state[0] if type(properties) is Inert and type(properties.state) is tuple and properties.state else None
@@ -160,8 +152,8 @@ def _stored(path: Location, name: str, entry: Inert) -> _Stored:
     if dtype is None:
         raise FormatError(f"{show(path)}: tensor {short.repr(name)} is of type {short.repr(first)}, which is not read: leave it out")
     try:
-        shape = _numbers(entry.attribute("size"))
-        boxes = [(_numbers(one.attribute("offsets")), _numbers(one.attribute("sizes"))) for one in chunks]
+        shape = read_sizes(entry.attribute("size"))
+        boxes = [(read_sizes(one.attribute("offsets")), read_sizes(one.attribute("sizes"))) for one in chunks]
     except (ValueError, AttributeError) as error:
         raise damaged(path, f"its boxes: {error}", name) from error
     if not countable([*shape, dtype.itemsize]):
@@ -230,8 +222,7 @@ def read(
     check_unicode(table_file, entries)
     listed = dict.fromkeys(item.file for item in table.items.values())
     contents = Contents("dcp", entries, [folder.file(name) for name in sorted(listed)], [table_file])
-    if weights.root:
-        contents.notes.append(f"the tensors are those below {weights.root!r} (--set root=KEY takes others, --set root= all)")
+    contents.notes += note_root(weights.root)
     contents.notes += note_left_out(len(left), sum(left), table.objects, nests=True)
     return contents
 

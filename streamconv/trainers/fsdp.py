@@ -20,19 +20,19 @@ from streamconv.formats.container import Container, Names
 from streamconv.formats.files import check_unicode, opened, short, show
 from streamconv.formats.indexes import Explain, unexplained
 from streamconv.formats.pickles import Sharded, Tensor
-from streamconv.formats.roots import count_tensors, find_weights, maker_of
+from streamconv.formats.roots import count_tensors, find_weights, note_root
 from streamconv.formats.selection import Selection
-from streamconv.formats.torch import Places, locate_tensor, open_tree
+from streamconv.formats.torch import Places, locate_tensor, open_tree, pick_tensors
 from streamconv.storage.folder import Folder, Location, read_each
 from streamconv.trainers.leftovers import note_left_out
-from streamconv.trainers.pieces import Piece, assemble
+from streamconv.trainers.pieces import Piece, Replica, assemble
 from streamconv.trainers.placements import Unplaced, local_parts
 
 _OWN = (
     re.compile(r"model_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt"),
     re.compile(r"pytorch_model_fsdp(?:_\d+)?_rank_?(?P<rank>\d+)\.bin"),
 )
-_ANY = re.compile(r"(?P<stem>.*?)_?rank_?(?P<rank>\d+)(?P<end>.*\.(?:pt|pth|bin))", re.DOTALL)
+_ANY = re.compile(r".*?rank_?(?P<rank>\d+).*\.(?:pt|pth|bin)", re.DOTALL)
 _OTHERS = re.compile(r"(?:.*_)?(?:mp|tp|pp|zero_pp)_rank_.*|optim.*|extra_state_.*|.*_optim.*|rng.*|random.*", re.DOTALL)
 _FLAT = "_flat_param"  # FSDP1's parameters in one row, which nothing says the shapes of
 _BESIDE = "huggingface"  # verl's folder of config and tokenizer
@@ -62,27 +62,28 @@ def _has_sharded(node: Any, depth: int) -> bool:
 
 def _rank_files(folder: Folder, names: Sequence[str]) -> dict[int, str]:
     """The files of a folder by their ranks. Raises FormatError where some are missing, or are of several runs."""
-    sets: dict[tuple[str, ...], dict[int, str]] = {}
-    for name in names:
-        for pattern in _OWN:
-            match = pattern.fullmatch(name)
-            if match:
-                sets.setdefault((pattern.pattern, match.groupdict().get("world") or ""), {})[int(match["rank"])] = name
-    if not sets:
-        for name in names:
-            match = _ANY.fullmatch(name)
-            if match and not _OTHERS.fullmatch(name):
-                sets.setdefault((match["stem"], match["end"]), {})[int(match["rank"])] = name
+    own = [match for pattern in _OWN for match in map(pattern.fullmatch, names) if match]
+    others = [match for match in map(_ANY.fullmatch, names) if match and not _OTHERS.fullmatch(match.string)]
+    sets: dict[tuple[str, str], dict[int, re.Match[str]]] = {}
+    for match in own or others:
+        name = match.string
+        around = name[: match.start("rank")], name[match.end("rank") :]
+        other = sets.setdefault(around, {}).setdefault(int(match["rank"]), match)
+        if other is not match:
+            raise FormatError(
+                f"{show(folder.file(''))}: {other.string} and {name} are both of rank {int(match['rank'])}: leave one of them"
+            )
     if len(sets) > 1:
-        firsts = ", ".join(next(iter(files.values())) for files in sets.values())
-        raise FormatError(f"{show(folder.file(''))}: files of several runs, such as {firsts}: move all but one set elsewhere")
-    ((key, files),) = sets.items()
-    world = int(key[1]) if key[1].isdigit() else max(files) + 1
+        firsts = ", ".join(min(match.string for match in files.values()) for files in sets.values())
+        raise FormatError(f"{show(folder.file(''))}: files of several runs or models, such as {firsts}: move all but one set elsewhere")
+    (files,) = sets.values()
+    said = next(iter(files.values())).groupdict().get("world")
+    world = int(said) if said else max(files) + 1
     missing = sorted(set(range(world)) - set(files))
     if missing or len(files) > world:
         what = f"the file of rank {missing[0]} is not there" if missing else f"there are {len(files)} files"
         raise FormatError(f"{show(folder.file(''))}: {what}, of {world} ranks: fetch the files of all ranks")
-    return {rank: files[rank] for rank in sorted(files)}
+    return {rank: files[rank].string for rank in sorted(files)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +100,7 @@ class _Rank:
 def _read_rank(path: Location, root: str | None) -> _Rank:
     tree, places = open_tree(path)
     weights = find_weights(path, tree, root)
-    named = {}
-    for name, leaf in weights.named:
-        maker = maker_of(leaf)
-        if maker is not None and type(leaf) is not Sharded:
-            raise FormatError(f"{show(path)}: tensor {short.repr(name)}: made by {maker}, which is not read: write the file without it")
-        if type(leaf) in (Tensor, Sharded):
-            named[name] = leaf
+    named, _ = pick_tensors(path, weights)
     return _Rank(path, named, places, weights.root, count_tensors(part for _, part in weights.left_out))
 
 
@@ -149,19 +144,18 @@ def read(
     first = next(iter(read_ranks.values()))
     names = dict.fromkeys(name for one in read_ranks.values() for name in one.named)
     entries: dict[str, AnyNode] = {}
-    replicas: list[tuple[AnyNode, AnyNode, str]] = []
+    replicas: list[Replica] = []
     for name in names:
         if name.rpartition(".")[2] == _FLAT:
             what = f"{short.repr(name)} is FSDP's own row of all parameters, which says nothing of their shapes"
             raise FormatError(f"{show(path)}: {what}: save a full or a sharded state dict instead of a local one")
         entries[name], same = _assemble(path, name, read_ranks)
-        replicas += [(one, other, name) for one, other in same]
+        replicas += same
     check_unicode(path, entries)
     contents = Contents("fsdp", entries, locations, replicas=replicas)
     if path.folder.has(f"{_BESIDE}/config.json"):
         contents.beside = _BESIDE
-    if first.root:
-        contents.notes.append(f"the tensors are those below {first.root!r} (--set root=KEY takes others, --set root= all)")
+    contents.notes += note_root(first.root)
     contents.notes.append(f"{len(ranks)} ranks: parts of {len(entries)} tensors are put together")
     left_out = sum(one.left_out for one in read_ranks.values())
     if left_out:
@@ -169,7 +163,7 @@ def read(
     return contents
 
 
-def _assemble(path: Location, name: str, ranks: Mapping[int, _Rank]) -> tuple[AnyNode, list[tuple[AnyNode, AnyNode]]]:
+def _assemble(path: Location, name: str, ranks: Mapping[int, _Rank]) -> tuple[AnyNode, list[Replica]]:
     """A tensor of the parts that ranks have."""
     pieces: list[Piece] = []
     spec: TensorSpec | None = None

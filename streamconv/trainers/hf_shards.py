@@ -21,7 +21,7 @@ from streamconv.formats.files import check_unicode, damaged, short, show
 from streamconv.formats.indexes import Explain, unexplained
 from streamconv.formats.selection import Selection
 from streamconv.storage.folder import Folder, Location, read_each
-from streamconv.trainers.pieces import Piece, assemble
+from streamconv.trainers.pieces import Piece, Replica, assemble, read_sizes
 
 _FILE = re.compile(r"shard-(?P<rank>\d{5,})-.+\.safetensors", re.DOTALL)
 _INFO = "DCP_SHARDING_INFO"
@@ -71,12 +71,12 @@ def read(
                 raise damaged(location, f"its {_INFO} does not say where it begins", name)
             pieces.setdefault(name, []).append(Piece(offsets[name], node))
     entries: dict[str, AnyNode] = {}
-    replicas: list[tuple[AnyNode, AnyNode, str]] = []
+    replicas: list[Replica] = []
     for name, boxes in pieces.items():
         ends = [[stop for _, stop in piece.box] for piece in boxes]
         spec = TensorSpec(boxes[0].node.spec.dtype, tuple(max(axis) for axis in zip(*ends, strict=True)))
         entries[name], same = assemble(path, name, spec, boxes)
-        replicas += [(one, other, name) for one, other in same]
+        replicas += same
     check_unicode(path, entries)
     contents = Contents(CONTAINER.name, entries, locations, replicas=replicas)
     contents.notes.append(
@@ -89,12 +89,9 @@ def _offsets(path: Location, text: str | None) -> dict[str, tuple[int, ...]]:
     """Where each box of a file begins."""
     try:
         said: Any = msgspec.json.decode(text or "{}")
-        table = {name: tuple(info["saved_offsets"]) for name, info in said.items()}
-    except (msgspec.DecodeError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        return {name: read_sizes(info["saved_offsets"]) for name, info in said.items()}
+    except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise damaged(path, f"its {_INFO} is {short.repr(text)}") from error
-    if not all(type(offset) is int and 0 <= offset < 1 << 62 for offsets in table.values() for offset in offsets):
-        raise damaged(path, f"its {_INFO} has offsets that are none: {short.repr(text)}")
-    return table
 
 
 CONTAINER = Container(name="hf_shards", summary="torch's shards for Hugging Face", names=KIND, read=read, holds=holds, is_trained=True)

@@ -16,13 +16,13 @@ from streamconv.errors import FormatError, UsageError
 from streamconv.formats import AnyNode, Contents, FileLayout
 from streamconv.formats import safetensors as safetensors_files
 from streamconv.formats.container import Container, Names
-from streamconv.formats.files import check_unicode, damaged, opened, short, show
+from streamconv.formats.files import check_unicode, damaged, read_line, short, show
 from streamconv.formats.indexes import Explain, unexplained
 from streamconv.formats.json_text import MAX_JSON, read_json
 from streamconv.formats.selection import Selection
-from streamconv.storage.folder import Folder, Location
+from streamconv.storage.folder import Folder, Location, read_each
 from streamconv.trainers.leftovers import note_left_out
-from streamconv.trainers.pieces import Piece, assemble
+from streamconv.trainers.pieces import Piece, Replica, assemble, read_sizes
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _TABLE, _COMMON = "metadata.json", "common.json"
@@ -41,8 +41,7 @@ def _find(folder: Folder, names: Sequence[str]) -> Folder | None:
         return folder
     if _LATEST not in names:
         return None
-    with opened(folder.file(_LATEST), KIND.noun) as file:
-        text = file.pread(64, 0).decode("utf-8", "replace").strip()
+    text = read_line(folder.file(_LATEST), KIND.noun)
     name = f"iteration_{int(text):08d}" if text.isascii() and text.isdigit() else ""
     if name in names and any(map(_FILE.fullmatch, folder.folder(name).list())):
         return folder.folder(name)
@@ -73,8 +72,10 @@ def read(
     names = folder.list()
     matches = {name: match for name in sorted(names) for match in [_FILE.fullmatch(name)] if match}
     models = [name for name, match in matches.items() if match["kind"] == "model"]
-    tables = {name: safetensors_files.read_file(folder.file(name))[0] for name in models}
-    replicas: list[tuple[AnyNode, AnyNode, str]] = []
+    locations = [folder.file(name) for name in models]
+    each = read_each(locations, KIND.noun, safetensors_files.read_file)
+    tables = {name: table for name, (table, _) in zip(models, each, strict=True)}
+    replicas: list[Replica] = []
     if _TABLE in names:
         entries = _assemble_all(folder, tables, replicas)
     elif len(models) == 1 and int(matches[models[0]]["world"]) == 1:
@@ -84,7 +85,7 @@ def read(
         raise FormatError(f"{show(folder.file(''))}: files of {world} ranks, and no {_TABLE}, which says what they hold: fetch it")
     check_unicode(folder.file(""), entries)
     others = [folder.file(name) for name in (_TABLE, _COMMON) if name in names]
-    contents = Contents(CONTAINER.name, entries, [folder.file(name) for name in models], others, replicas=replicas)
+    contents = Contents(CONTAINER.name, entries, locations, others, replicas=replicas)
     left = [name for name, match in matches.items() if match["kind"] == "opt"]
     if left:
         sizes = sum(folder.size(name) for name in left)
@@ -92,9 +93,7 @@ def read(
     return contents
 
 
-def _assemble_all(
-    folder: Folder, tables: Mapping[str, Mapping[str, AnyNode]], replicas: list[tuple[AnyNode, AnyNode, str]]
-) -> dict[str, AnyNode]:
+def _assemble_all(folder: Folder, tables: Mapping[str, Mapping[str, AnyNode]], replicas: list[Replica]) -> dict[str, AnyNode]:
     """Every tensor of the table that lies in a model's files."""
     path = folder.file(_TABLE)
     said = read_json(path, MAX_JSON, "a table of contents")
@@ -108,7 +107,10 @@ def _assemble_all(
         for offsets, sizes in boxes:
             places = storage.get(str((name, offsets)))
             listed = [_file_of(place) for place in places] if isinstance(places, list) else []
-            if not any("model-" in file for file in listed):
+            kinds = {match["kind"] for match in map(_FILE.fullmatch, listed) if match}
+            if not kinds:
+                raise damaged(path, f"its box at {list(offsets)} lies in no file", name)
+            if kinds == {"opt"}:
                 continue
             held = [tables[file][name] for file in listed if file in tables and name in tables[file]]
             if not held:
@@ -120,7 +122,7 @@ def _assemble_all(
             pieces += [Piece(offsets, node) for node in held]
         if pieces:
             entries[name], same = assemble(path, name, TensorSpec(pieces[0].node.spec.dtype, shape), pieces)
-            replicas += [(one, other, name) for one, other in same]
+            replicas += same
     if not entries:
         raise FormatError(f"{show(path)}: none of its tensors is a model's: fetch the files of all ranks")
     return entries
@@ -135,16 +137,10 @@ def _file_of(place: Any) -> str:
 def _boxes(path: Location, name: str, entry: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
     """A tensor's shape, and where each of its boxes begins and how large it is."""
     try:
-        shape = _sizes(entry["global_shape"])
-        return shape, [(_sizes(chunk["global_offset"]), _sizes(chunk["local_shape"])) for chunk in entry["chunk"]]
+        shape = read_sizes(entry["global_shape"])
+        return shape, [(read_sizes(chunk["global_offset"]), read_sizes(chunk["local_shape"])) for chunk in entry["chunk"]]
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"what it says of its boxes cannot be read ({type(error).__name__} {short.repr(str(error))})", name) from error
-
-
-def _sizes(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 1 << 62 for size in value):
-        raise ValueError(f"{short.repr(value)} are no sizes")
-    return tuple(value)
 
 
 def lay_out(specs: Mapping[str, TensorSpec], *, max_shard_size: int | None = None, file: str | None = None) -> list[FileLayout]:  # noqa: ARG001

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import FormatError
@@ -18,6 +19,8 @@ from streamconv.storage.folder import Location
 
 Box = tuple[tuple[int, int], ...]
 """The first element and the one behind the last, along each axis."""
+Replica = tuple[AnyNode, AnyNode, str]
+"""Two pieces that should hold the same bytes, and the tensor that they are of: see `Contents.replicas`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,15 @@ class Piece:
         return tuple((start, start + size) for start, size in zip(self.offsets, self.node.spec.shape, strict=True))
 
 
-def assemble(path: Location, name: str, spec: TensorSpec, pieces: Sequence[Piece]) -> tuple[AnyNode, list[tuple[AnyNode, AnyNode]]]:
-    """A tensor made of its pieces, and pairs of those that are the same box, which should be equal: the first of each is taken.
+def read_sizes(value: Any) -> tuple[int, ...]:
+    """Sizes or offsets that a table says. Raises ValueError: they are none."""
+    if type(value) not in (tuple, list) or not all(type(one) is int and 0 <= one < 1 << 62 for one in value):
+        raise ValueError(f"{short.repr(value)} are no sizes")
+    return tuple(value)
+
+
+def assemble(path: Location, name: str, spec: TensorSpec, pieces: Sequence[Piece]) -> tuple[AnyNode, list[Replica]]:
+    """A tensor made of its pieces, and pairs of those that are the same box: the first of each is taken.
 
     Args:
         path: where it lies, for messages.
@@ -45,7 +55,7 @@ def assemble(path: Location, name: str, spec: TensorSpec, pieces: Sequence[Piece
         FormatError: pieces leave a hole, overlap, or are not of the tensor.
     """
     taken: dict[Box, AnyNode] = {}
-    replicas: list[tuple[AnyNode, AnyNode]] = []
+    replicas: list[Replica] = []
     for piece in pieces:
         if len(piece.offsets) != len(spec.shape) or piece.node.spec.dtype != spec.dtype:
             raise FormatError(f"{show(path)}: {short.repr(name)} is {spec}, and a piece of it is {piece.node.spec}: save it again")
@@ -55,7 +65,7 @@ def assemble(path: Location, name: str, spec: TensorSpec, pieces: Sequence[Piece
         if not piece.node.spec.numel and spec.numel:
             continue
         if box in taken:
-            replicas.append((taken[box], piece.node))
+            replicas.append((taken[box], piece.node, name))
         else:
             taken[box] = piece.node
     if not spec.numel:

@@ -36,9 +36,11 @@ def read(path: Location, **keywords: Any) -> Contents:
     return contents
 
 
-def lay_out(specs: Mapping[str, TensorSpec], *, max_shard_size: int | None = None, file: str | None = None) -> list[FileLayout]:
+def lay_out(
+    specs: Mapping[str, TensorSpec], *, max_shard_size: int | None = None, file: str | None = None, root: str | None = None
+) -> list[FileLayout]:
     """See `dcp_files.lay_out`; the two files beside it come before the table of contents."""
-    *files, table = dcp_files.lay_out(specs, max_shard_size=max_shard_size, file=file)
+    *files, table = dcp_files.lay_out(specs, max_shard_size=max_shard_size, file=file, root=root)
     about = json.dumps(_BACKENDS).encode()
     common = dcp_files.zip_of_dict()
     beside = [FileLayout(name, len(data), ((0, data),), {}) for name, data in ((_ABOUT, about), (_COMMON, common))]
@@ -53,4 +55,5 @@ CONTAINER = Container(
     lay_out=lay_out,
     holds=holds,
     is_trained=True,
+    nests=True,
 )

@@ -17,7 +17,7 @@ from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import FormatError, UsageError
 from streamconv.formats import AnyNode, Contents, Extent, Source
 from streamconv.formats.container import Container, Names
-from streamconv.formats.files import check_unicode, countable, damaged, read_bytes, short, show
+from streamconv.formats.files import check_unicode, countable, damaged, read_line, short, show
 from streamconv.formats.indexes import Explain, unexplained
 from streamconv.formats.pickles import Tensor
 from streamconv.formats.roots import measure_tensors
@@ -53,7 +53,7 @@ def holds(folder: Folder, names: Sequence[str]) -> bool:
     for marker in _MARKERS:
         if marker not in names:
             continue
-        tag = _tag(folder, marker)
+        tag = read_line(folder.file(marker), KIND.noun)
         if not tag or "/" in tag or not folder.has_folder(tag):
             continue
         inner = folder.folder(tag)
@@ -65,13 +65,9 @@ def holds(folder: Folder, names: Sequence[str]) -> bool:
     return False
 
 
-def _tag(folder: Folder, marker: str) -> str:
-    raw, _ = read_bytes(folder.file(marker), 0, 256, KIND.noun)
-    return raw.decode("utf-8", "replace").strip()
-
-
 def _is_universal(folder: Folder, names: Sequence[str]) -> bool:
-    return _UNIVERSAL in names and folder.has_folder(_UNIVERSAL) and any(map(_MODULE.fullmatch, names)) | any(map(_PARTS.fullmatch, names))
+    has_models = any(_MODULE.fullmatch(name) or _PARTS.fullmatch(name) for name in names)
+    return _UNIVERSAL in names and has_models and folder.has_folder(_UNIVERSAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +167,7 @@ def _find(folder: Folder) -> tuple[Folder, str]:
         return folder, ""
     for marker in _MARKERS:
         if marker in names:
-            tag = _tag(folder, marker)
+            tag = read_line(folder.file(marker), KIND.noun)
             if tag and "/" not in tag and folder.has_folder(tag):
                 return folder.folder(tag), marker
     raise FormatError(f"{show(folder.file(''))}: no step of DeepSpeed in it: give the folder with latest, or that of a step")
@@ -322,7 +318,7 @@ def _by_groups(model: _File, states: Sequence[_File], inner: Sequence[Mapping[st
             _check_slices(states, inner, number, name, [(part, offset, spec.numel) for part in zip(starts, parts, strict=True)])
             entries[name] = _join(model.path, name, spec, ranges)
             offset += spec.numel + padding
-        if not 0 <= end - offset <= _ALIGNED * len(states) * 64:
+        if not 0 <= end - offset < _ALIGNED * len(states):
             what = f"group {number} has {end} elements in all partitions, and its parameters take {offset}"
             raise FormatError(f"{show(model.path)}: {what}: the files are of several runs, or of a DeepSpeed that is not known")
     return entries

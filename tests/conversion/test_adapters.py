@@ -94,6 +94,15 @@ def test_embeddings_convolutions_and_whole_tensors(tmp_path: Path) -> None:
     assert_same(made, wanted)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_modules_that_are_saved_under_their_wrapper(beside: bool, tmp_path: Path) -> None:
+    head, other = random_tensor(20, 6, seed=24), random_tensor(20, 6, seed=26)
+    tensors = {"lm_head.modules_to_save.weight": other if beside else head, "lm_head.original_module.weight": BASE["lm_head.weight"]}
+    tensors |= {"lm_head.weight": head} if beside else {}
+    made = merged(tmp_path, "--adapter", adapter(tmp_path / "adapter", tensors))
+    assert_same(made, {**BASE, "lm_head.weight": head.bfloat16()})
+
+
 def test_several_in_order_with_a_cast_and_new_names(tmp_path: Path) -> None:
     first, second = low_rank(Q0, 8, 6), low_rank(Q0, 8, 6, seed=30)
     paths = [adapter(tmp_path / name, tensors) for name, tensors in (("one", first), ("two", second))]

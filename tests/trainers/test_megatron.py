@@ -45,6 +45,12 @@ def test_what_megatron_wrote(kind: str, tmp_path: Path) -> None:
     check(GOLDEN, kind, tmp_path)
 
 
+def test_all_tensors_where_its_note_says_so(tmp_path: Path) -> None:
+    convert_all = ("convert", GOLDEN / "mcore_llama", tmp_path / "out", "--set", "root=", "--quiet", "--max-memory", ROOMY)
+    assert run(*convert_all) == 0
+    assert read(tmp_path / "out").keys() >= read_any(GOLDEN / "mcore_llama").keys()
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", MEGATRON)
 def test_what_megatron_writes_here(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

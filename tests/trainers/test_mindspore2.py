@@ -68,7 +68,9 @@ def test_a_replica_may_be_missing_and_a_box_may_not(tmp_path: Path, capsys: pyte
     file.unlink()
     assert "'model.layers.0.attention.wq.weight'" in refusal(capsys, "convert", src, tmp_path / "out")
     other = save(tmp_path / "other", drop="('model.layers.0.attention.wq.weight', (4, 2))")
-    assert "is in no file" in refusal(capsys, "convert", other, tmp_path / "out")
+    assert "its box at [4, 2] lies in no file" in refusal(capsys, "convert", other, tmp_path / "out")
+    whole = save(tmp_path / "whole", drop="('model.norm_out.weight', (0,))")
+    assert "its box at [0] lies in no file" in refusal(capsys, "convert", whole, tmp_path / "out")
     (other / "iteration_00000012" / "metadata.json").unlink()
     assert "no metadata.json" in refusal(capsys, "convert", other, tmp_path / "out")
 

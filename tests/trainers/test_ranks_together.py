@@ -194,6 +194,26 @@ def test_files_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "is of a mesh in which" in told or "should have" in told or "is in no file" in told
 
 
+def test_files_of_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    for rank, path in enumerate(sorted((GOLDEN / "fsdp2.ranks").iterdir())):
+        shutil.copy(path, src / f"pytorch_model_fsdp_rank{rank}.bin")
+        shutil.copy(path, src / f"pytorch_model_fsdp_1_rank{rank}.bin")
+    assert "files of several runs or models" in refusal(capsys, "convert", src, tmp_path / "out")
+    for rank in range(3):
+        (src / f"pytorch_model_fsdp_1_rank{rank}.bin").unlink()
+    assert run("convert", src, tmp_path / "out", "--quiet", "--max-memory", ROOMY) == 0
+    check(read(tmp_path / "out"), expected("fsdp2.ranks"))
+    shutil.copy(src / "pytorch_model_fsdp_rank2.bin", src / "pytorch_model_fsdp_rank02.bin")
+    assert "are both of rank 2" in refusal(capsys, "convert", src, tmp_path / "again")
+
+
+def test_a_file_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = GOLDEN / "fsdp2.ranks" / "model_world_size_3_rank_0.pt"
+    assert "give the folder with the files of all ranks" in refusal(capsys, "convert", file, tmp_path / "out")
+
+
 def test_replicas_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     src = copied("hsdp.ranks", tmp_path)
     path = src / "model_world_size_4_rank_2.pt"
