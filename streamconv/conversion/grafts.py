@@ -24,6 +24,7 @@ _TOWERS = {
     "audio_config": re.compile(r"(?:.*\.)?audio_tower\."),
 }
 """Keys of a config, and the names of what they are of."""
+_TIES, _HEAD, _EMBEDDING = "tie_word_embeddings", "lm_head.weight", re.compile(r"(?:.*\.)?embed_tokens\.weight")
 
 
 def graft(options: Options, checkpoint: Checkpoint) -> Altered | None:
@@ -55,7 +56,8 @@ def graft(options: Options, checkpoint: Checkpoint) -> Altered | None:
         )
     entries.update(taken.outputs)
     config = _config_of(checkpoint.config, other.config, [name for name in taken.outputs if name not in instead])
-    said = f"; config.json says {', '.join(config)} as it does" if config else ""
+    config |= _untied(checkpoint.config, other.config, list(taken.outputs))
+    said = f"; config.json has another {', '.join(config)} for them" if config else ""
     note = f"{OPTION} {other.path}: {len(taken.outputs)} of its {len(other)} tensors, {len(instead)} instead of SRC's own{said}"
     changed = {name: f"{'replaced' if name in instead else 'brought'} by a graft" for name in taken.outputs}
     return Altered(checkpoint.with_contents(replace(checkpoint.contents, entries=entries)), changed, [note], config)
@@ -72,3 +74,11 @@ def _config_of(own: Mapping[str, Any], other: Mapping[str, Any], names: list[str
         if key in other and any(map(pattern.match, names)):
             config[key] = other[key]
     return {key: value for key, value in config.items() if own.get(key) != value}
+
+
+def _untied(own: Mapping[str, Any], other: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """What a config says once a head has come that is not the embedding; libraries take one that says nothing for tied."""
+    if _HEAD not in names or own.get(_TIES) is False:
+        return {}
+    is_of_its_embedding = other.get(_TIES) and any(map(_EMBEDDING.fullmatch, names))
+    return {} if is_of_its_embedding else {_TIES: False}

@@ -48,6 +48,26 @@ def test_what_is_there_is_replaced_if_asked(both: tuple[Path, Path], capsys: pyt
 
 
 @pytest.mark.parametrize(
+    ("own", "other", "takes", "said"),
+    [
+        ({}, {}, ["lm_head.weight"], False),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, ["lm_head.weight"], False),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": True}, ["lm_head.weight"], False),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": True}, ["lm_head.weight", "model.embed_tokens.weight"], True),
+        ({"tie_word_embeddings": True}, {}, ["model.embed_tokens.weight"], True),
+    ],
+    ids=str,
+)
+def test_a_head_that_comes_is_not_tied(own: dict[str, bool], other: dict[str, bool], takes: list[str], said: bool, tmp_path: Path) -> None:
+    names = {"model.embed_tokens.weight": (4, 2), "lm_head.weight": (4, 2)}
+    src = write(tmp_path / "own", numbered({"model.embed_tokens.weight": (4, 2)}), config=own)
+    src2 = write(tmp_path / "other", {name: tensor + 9 for name, tensor in numbered(names).items()}, config=other)
+    options = [word for name in takes for word in ("--take", name)]
+    _, config = grafted((src, src2), *options, "--replace")
+    assert config["tie_word_embeddings"] is said
+
+
+@pytest.mark.parametrize(
     ("options", "told"),
     [
         (("--take", "nothing.*"), "no tensor for it"),
