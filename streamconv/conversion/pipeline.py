@@ -48,7 +48,6 @@ from streamconv.storage.folder import Folder
 from streamconv.units import parse_size
 
 
-@memory.collecting_rarely()
 def alter_as_asked(options: Options, checkpoint: Checkpoint) -> tuple[Checkpoint, list[Altered]]:
     """A checkpoint with what ``--graft`` and then ``--adapter`` bring, and what each has done."""
     altered = []
@@ -60,6 +59,7 @@ def alter_as_asked(options: Options, checkpoint: Checkpoint) -> tuple[Checkpoint
     return checkpoint, altered
 
 
+@memory.collecting_rarely()
 def make_plan(options: PlanOptions) -> Plan:
     """What `convert` would do with these options.
 
