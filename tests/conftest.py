@@ -27,6 +27,20 @@ for kind in (ConvertOptions, PlanOptions, VerifyOptions):
 Options.__dataclass_fields__["max_memory"].default = ROOMY  # of the command
 
 
+@pytest.hookimpl(tryfirst=True)  # before the slow ones are left out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked sampled(n), all but every nth case are slow. An odd n, or a parameter of two values has one."""
+    seen: dict[str, int] = {}
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        if seen.setdefault(test, 0) % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+        seen[test] += 1
+
+
 @pytest.fixture(scope="module")
 def transformers():
     """The transformers library, quiet; skips where it is not installed."""

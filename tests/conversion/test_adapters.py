@@ -112,6 +112,7 @@ def test_several_in_order_with_a_cast_and_new_names(tmp_path: Path) -> None:
     assert torch.equal(made["layers.0.q_proj.weight"], added(once, second, 3 / 2).float())
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("rank", [3, 40])
 @pytest.mark.parametrize("tile", [64, 1000, 30_000])
 def test_tiles_of_any_size(rank: int, tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

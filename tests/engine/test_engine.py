@@ -130,6 +130,7 @@ def in_place(offset: int, length: int) -> memoryview:
 # ----------------------------------------------------------------------------------------------------------------- readers
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("state", ["cold", "warm", "refused"])
 def test_every_reader_reads_what_is_there(stored: Path, monkeypatch: pytest.MonkeyPatch, backend: str, state: str) -> None:
@@ -283,6 +284,7 @@ def run(plan: Plan) -> None:
     LocalEngine(plan, Log()).run()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("state", ["cold", "warm", "refused", "shared"])
 def test_copies_are_the_same_however_they_are_made(stored: Path, monkeypatch: pytest.MonkeyPatch, backend: str, state: str) -> None:
@@ -356,6 +358,7 @@ def test_tasks_of_a_copy_begin_at_blocks_of_the_target(stored: Path, monkeypatch
 # ------------------------------------------------------------------------------------------------------------------- check
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_wrong_byte_anywhere_is_found(stored: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setattr(direct, "is_cached", lambda *_: False)  # so that the longer reads are all direct

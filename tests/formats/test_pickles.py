@@ -642,6 +642,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", BOMBS)
 def test_what_a_pickle_may_make_is_bounded(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(unpickling, "MAX_MADE", 4 << 20)

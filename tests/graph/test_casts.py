@@ -89,6 +89,7 @@ def places(numel: int, itemsize: int) -> list[np.ndarray]:
     return [np.zeros((2, numel // 2), dtype), np.zeros((numel // 2, 2), dtype).T, np.zeros((2, numel // 2, 3), dtype)[:, :, 1]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("piece", [1 << 17, 1000])
 @pytest.mark.parametrize(("source", "target"), [*itertools.permutations(CASTABLE, 2)])
 def test_casts_have_the_bits_of_torch(source, target, piece, monkeypatch):

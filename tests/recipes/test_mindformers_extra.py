@@ -224,6 +224,7 @@ def settings(model: Model) -> list[str]:
     return ["--quiet", *(word for option in model.options for word in ("--set", option))]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back(name, tmp_path):
     model = MODELS[name]
@@ -523,6 +524,7 @@ def entries(shapes: Shapes) -> dict[str, Source]:
     return {name: Source(TensorSpec(DTYPES["float16"], shape), ()) for name, shape in shapes.items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_no_layer_may_miss_a_tensor(name):
     model = MODELS[name]

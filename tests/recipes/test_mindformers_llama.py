@@ -66,6 +66,7 @@ def both_ways(tmp_path, family, tensors, wanted, *options, config=None, back=Non
 # There and back -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(
     ("family", "bias", "dtype"),
@@ -195,6 +196,7 @@ def fused(tensors, heads, groups, layout, bias):
     return found
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(
     ("family", "options", "layout", "bias"),

@@ -60,6 +60,7 @@ def config_of(folder, name="config.json"):
 # Llama -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("heads", "kv", "count", "by_rows"),
@@ -212,6 +213,7 @@ VERSIONS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_config_of_each_version(version, nested, tmp_path):
@@ -508,6 +510,7 @@ def merged(folder):
     return found
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("count", "name"), [(8, "consolidated.{:02}.pt"), (3, "consolidated.{:02}.pt"), (1, "consolidated.{:02}.pth")])
 @pytest.mark.parametrize("experts", [1, 4, 5])
 def test_mixtral_there_and_back(experts, count, name, tmp_path):

@@ -186,6 +186,7 @@ def by_rules(tensors):
 RESNET50 = [f"layer{n}.{k}.conv1.weight" for n, blocks in zip((1, 2, 3, 4), (3, 4, 6, 3), strict=True) for k in range(blocks)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "variant",
     [
@@ -270,6 +271,7 @@ def hf_name(name):
     return name
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("vocabulary", "rows"), [(100, 128), (126, 128), (127, 192), (62, 64), (30, 64)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_vipllava_by_the_reference_rules(vocabulary, rows, dtype, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from checkpoint_files import assert_same, read, run
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("family", sat_models.FAMILIES)
 def test_there_over_four_and_two_ranks_and_back(family, tmp_path):
     name = family.partition("/")[0]

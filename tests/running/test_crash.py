@@ -103,6 +103,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize(
     ("call", "number"),
@@ -145,6 +146,7 @@ def test_an_error_in_writing_names_file_and_offset(source, tmp_path, capsys, mon
     assert os.strerror(errno.EIO) in err
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("most", [1 << 12, 999])
 @pytest.mark.parametrize("backend", ["auto", "pread"])
 @pytest.mark.parametrize("options", [[], ["--dtype", "bf16"], ["--checksum", "--format", "torch"]])

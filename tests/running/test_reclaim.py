@@ -101,6 +101,7 @@ def test_a_plan_says_how_much_room_it_takes(source, tmp_path, way, monkeypatch):
     assert run("convert", source, tmp_path / "dst", *RECLAIM) == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("number", [0, 1, 3])
 @pytest.mark.parametrize("step", ["release", "finish", "_finish", "_copy", "leave"])
 def test_stopped_at_any_step_it_goes_on(source, tmp_path, monkeypatch, way, step, number):

@@ -103,6 +103,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("options", [[], ["--checksum"], ["--dtype", "bf16"], ["--format", "torch"]])
 @pytest.mark.parametrize("what", ["finished", "finished's header", "half done", "cut", "gone"])
 def test_what_is_kept_is_checked_first(source, tmp_path, monkeypatch, options, what):

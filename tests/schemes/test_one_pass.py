@@ -55,6 +55,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_with_another_step_it_is_what_two_passes_make(tmp_path: Path, kind: str, way: str) -> None:
@@ -105,6 +106,7 @@ def test_what_has_failed_goes_on(tmp_path: Path, kind: str, monkeypatch: pytest.
     assert files(tmp_path / "made") == files(tmp_path / "wanted")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_weights_take_little_memory_and_are_read_once(tmp_path: Path, kind: str, convert: Callable[..., Run]) -> None:
     sizes = {"hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 1, "vocab_size": 256, "num_attention_heads": 32}

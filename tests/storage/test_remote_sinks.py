@@ -364,7 +364,7 @@ def test_a_changed_source_leaves_no_file(checkpoints: Path, tmp_path: Path) -> N
 # Interruptions -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_parts_and_is_gone_on_with(store: S3, tmp_path: Path, how: signal.Signals) -> None:
     src = write(tmp_path / "src", numbered({f"{k}.w": (1600, 2000 + k) for k in range(6)}), config={"model_type": "any"})
     given = ["--max-shard-size", "14MB", "--quiet", "-j", "2"]
