@@ -37,7 +37,7 @@ PACKAGES = {
     "planning": 1_110,  # nodes to plans
     "engine": 840,  # bytes of one machine
     "running": 2_370,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
-    "conversion": 1_270,  # options and the calls that take them; from them to a plan, numbers of quantized weights on the way
+    "conversion": 1_290,  # options and the calls that take them; from them to a plan, numbers of quantized weights on the way
     "diagnose": 1_360,  # what is said of checkpoints
     "front": 520,  # what people meet: the command, the demo
 }

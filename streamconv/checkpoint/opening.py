@@ -182,8 +182,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return Checkpoint(self.location, join_components(components), self._config, components, self.variant, configs)
 
     def with_contents(self, contents: Contents) -> Checkpoint:
-        """The same checkpoint, which is one model, with these contents."""
-        return self.replace({"": contents}, self._configs)
+        """The same checkpoint with these contents of its own; other components stay."""
+        return self.replace({**self.components, "": contents}, self._configs)
 
     @cached_property
     def sidecars(self) -> list[str]:

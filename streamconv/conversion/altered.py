@@ -19,17 +19,33 @@ class Altered:
         changed: for each tensor that is another now, how.
         notes: what was done.
         config: keys of config.json that go with it.
+        former: for each tensor that has another name now, the one that it had.
+        dropped: tensors that are left out, by the names that they had, and why.
     """
 
     checkpoint: Checkpoint
-    changed: Mapping[str, str]
-    notes: Sequence[str]
+    changed: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    former: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
 
     def account(self, conversion: Conversion) -> Conversion:
-        """A conversion of that checkpoint that tells what was done."""
+        """A conversion of that checkpoint that tells what was done, by the names that tensors had before."""
         rows = []
         for row in conversion.rows:
             how = list(dict.fromkeys(self.changed[name] for name in row.sources if name in self.changed))
-            rows.append(row._replace(layout=", then ".join(filter(None, (*how, row.layout)))) if how else row)
-        return replace(conversion, rows=rows, notes=[*conversion.notes, *self.notes])
+            layout = ", then ".join(filter(None, (*how, row.layout)))
+            rows.append(row._replace(layout=layout, sources=tuple(map(self._former, row.sources))))
+        dropped = [*map(self._former, conversion.dropped), *self.dropped]
+        reasons = {self._former(name): why for name, why in conversion.reasons.items()}
+        return replace(
+            conversion,
+            rows=rows,
+            dropped=dropped,
+            reasons={**reasons, **self.dropped},
+            notes=[*conversion.notes, *self.notes],
+        )
+
+    def _former(self, name: str) -> str:
+        return self.former.get(name, name)

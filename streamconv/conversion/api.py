@@ -13,6 +13,7 @@ from streamconv.conversion.options import ConvertOptions, PlanOptions, VerifyOpt
 from streamconv.conversion.pipeline import alter_as_asked, make_plan
 from streamconv.conversion.quantizing import quantize_as_asked
 from streamconv.conversion.recovery import find_begun, find_finished, overwrite_noted
+from streamconv.conversion.renaming import names_change
 from streamconv.conversion.sides import open_other
 from streamconv.conversion.targets import all_tensors, convert_tensors
 from streamconv.engine.comparison import Comparison, compare
@@ -137,14 +138,16 @@ def verify(options: VerifyOptions) -> Comparison:
     left, right = open_both(options, recipe, reading)
     casting = Casting(options.dtype, options.keep_dtype)
     casting.ask_class(left.config)
-    dequantization = dequantize_as_asked(options, left, casting, renames=recipe is not None)
+    is_renamed = recipe is not None or names_change(options)
+    dequantization = dequantize_as_asked(options, left, casting, renames=is_renamed)
     if dequantization is not None:
         left = dequantization.checkpoint
     left, _ = alter_as_asked(options, left)
-    conversion = convert_tensors(left, recipe, settings, casting, find_own_beside(options, left), dequantization)
+    is_stated = dequantization is None and not is_renamed
+    conversion = convert_tensors(left, recipe, settings, casting, find_own_beside(options, left), is_stated=is_stated)
     conversion, _ = quantize_as_asked(options, conversion, left)
     expected = conversion.outputs
-    actual = right.contents.entries if recipe else all_tensors(right)
+    actual = right.contents.entries if is_renamed else all_tensors(right)
     total = sum(entry.spec.nbytes for entry in actual.values())
     with bar(total, "comparing", show=options.progress) as tell:
         return compare(

@@ -10,7 +10,6 @@ from streamconv import memory, recipes
 from streamconv.checkpoint.opening import Checkpoint, detect_format, find_checkpoint
 from streamconv.conversion.naming import name_as_model
 from streamconv.conversion.options import Options, PlanOptions, VerifyOptions
-from streamconv.conversion.renaming import with_renaming
 from streamconv.conversion.sides import Reading, open_other, open_side
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import UsageError
@@ -52,8 +51,7 @@ def check_reclaim(options: PlanOptions, checkpoint: Checkpoint) -> None:
 
 def find_recipe(options: Options) -> Recipe | None:
     """The recipe that is asked for. Raises RecipeError: there is none of that name, or its file is wrong."""
-    recipe = recipes.get(options.recipe) if isinstance(options.recipe, str) else options.recipe
-    return with_renaming(options, recipe)
+    return recipes.get(options.recipe) if isinstance(options.recipe, str) else options.recipe
 
 
 def split_settings(options: Options, recipe: Recipe | None) -> tuple[Reading, dict[str, object]]:

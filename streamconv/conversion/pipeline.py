@@ -26,6 +26,7 @@ from streamconv.conversion.opening import (
 )
 from streamconv.conversion.options import Options, PlanOptions
 from streamconv.conversion.quantizing import quantize_as_asked
+from streamconv.conversion.renaming import names_change, rename
 from streamconv.conversion.sidecars import make_sidecars
 from streamconv.conversion.sides import TargetSettings, lay_out_components
 from streamconv.conversion.targets import convert_tensors, find_ties, store_once
@@ -49,9 +50,9 @@ from streamconv.units import parse_size
 
 
 def alter_as_asked(options: Options, checkpoint: Checkpoint) -> tuple[Checkpoint, list[Altered]]:
-    """A checkpoint with what ``--graft`` and then ``--adapter`` bring, and what each has done."""
+    """A checkpoint with adapters merged, then fewer and renamed tensors, then those of a graft, as is asked for; and what each has done."""
     altered = []
-    for alter in (graft, adapt):
+    for alter in (adapt, rename, graft):
         one = alter(options, checkpoint)
         if one is not None:
             checkpoint = one.checkpoint
@@ -86,19 +87,22 @@ def make_plan(options: PlanOptions) -> Plan:
     beside = find_own_beside(options, checkpoint)
     kept = casting.ask_class(read_config(beside) if beside else checkpoint.config)
 
-    dequantization = dequantize_as_asked(options, checkpoint, casting, renames=recipe is not None)
+    is_renamed = recipe is not None or names_change(options)
+    dequantization = dequantize_as_asked(options, checkpoint, casting, renames=is_renamed)
     if dequantization is not None:
         checkpoint = dequantization.checkpoint
     checkpoint, altered = alter_as_asked(options, checkpoint)
-    conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, dequantization)
+    conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, is_stated=dequantization is None and not is_renamed)
     additions: dict[str, Any] = {}
-    for one in altered:
+    for one in reversed(altered):
         conversion = one.account(conversion)
-        additions |= one.config
+        additions = {**one.config, **additions}
+    if dequantization is not None:
+        conversion = dequantization.account(conversion)
     conversion, quantization = quantize_as_asked(options, conversion, checkpoint, target.format)
     quantizations = dequantization, quantization
     container = containers()[target.format]
-    ties = find_ties(checkpoint.others if recipe else checkpoint, conversion) if container.ties != "copied" and keeps_ties else {}
+    ties = find_ties(checkpoint.others if is_renamed else checkpoint, conversion) if container.ties != "copied" and keeps_ties else {}
     if options.align and "align" not in container.takes:
         raise UsageError(f"--align: {target.format} files have an alignment of their own: leave it out")
     if container.ties == "named":

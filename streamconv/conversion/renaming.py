@@ -3,55 +3,92 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
+from streamconv.checkpoint.opening import Checkpoint, ties
+from streamconv.conversion.altered import Altered
 from streamconv.conversion.options import Options
-from streamconv.errors import UsageError
+from streamconv.errors import CoverageError, UsageError
+from streamconv.graph.node import AnyNode
 from streamconv.notation.names import parse as parse_names
-from streamconv.recipe import Drop, Recipe, Rule
-from streamconv.recipe.facts import Fact
+from streamconv.recipe import Conversion, Drop, Recipe, Rule
 
 ARROW = "->"
 _STAR = re.compile(r"\*(?![^{}]*\})")  # of a glob, and no capture's own
 _EXPECTED = f"expected 'PATTERN {ARROW} PATTERN', such as 'model.{{rest*}} {ARROW} {{rest*}}'"
-_DROPPED, _OTHERS = "--drop names it", "--only does not name it"
+_OTHERS = "--only does not name it"
 
 
-def with_renaming(options: Options, recipe: Recipe | None) -> Recipe | None:
-    """The recipe that is asked for, after one of what options say of names, if they say something.
+def rename(options: Options, checkpoint: Checkpoint) -> Altered | None:
+    """A checkpoint whose tensors are those that ``--only`` and ``--drop`` leave, under the names of ``--rename``; None: none is given.
+
+    All patterns are of names in SRC: of several renames the first that takes a name says the new one, and two tensors may change places.
 
     Raises:
-        UsageError: a rename without an arrow.
+        UsageError: a rename without an arrow, or a checkpoint of components.
+        CoverageError: a pattern that nothing matches, or two tensors of one name.
         NotationError: a pattern that cannot be read; it points at the character.
     """
-    facts = list(_facts(options))
-    if not facts:
-        return recipe
-    if recipe is None:
-        return Recipe("command-line", "what --rename, --drop and --only say", tuple(facts))
-    sides = replace(recipe, rules=tuple(facts), dims={}, requires={}, reference="", then=None)
-    return replace(sides, then=recipe)
-
-
-def _facts(options: Options) -> Iterator[Fact]:
+    if not names_change(options):
+        return None
+    if "" not in checkpoint.components:
+        others = ", ".join(checkpoint.components)
+        raise UsageError(f"{checkpoint.path}: consists of {others}, and --rename, --drop and --only are of one model: give one as SRC")
+    contents = checkpoint.components[""]
+    rest = dict(contents.entries)
+    dropped = _leave_out(options, rest, checkpoint.config)
+    names: dict[str, str] = dict.fromkeys(rest, "")
     for text in options.rename:
         if ARROW not in text:
             raise UsageError(f"--rename {text!r}: {_EXPECTED}")
-        yield rule_of("--rename", text)
+        for row in _apply("--rename", rule_of("--rename", text), rest, checkpoint.config).rows:
+            (name,) = row.sources
+            names[name] = row.target
+            del rest[name]
+    former: dict[str, str] = {}
+    for name, new in names.items():
+        if former.setdefault(new or name, name) != name:
+            raise CoverageError(f"--rename: {former[new or name]} and {name} would both be {new or name}: give one another name")
+    own = {key: value for key, value in contents.metadata.items() if key not in ties(contents)}
+    renamed = replace(contents, entries={new: contents.entries[name] for new, name in former.items()}, metadata=own)
+    return Altered(checkpoint.with_contents(renamed), former=former, dropped=dropped)
+
+
+def names_change(options: Options) -> bool:
+    """Whether tensors are called otherwise than in SRC, or left out."""
+    return any(map(list, (options.rename, options.drop, options.only)))
+
+
+def _leave_out(options: Options, rest: dict[str, AnyNode], config: Mapping[str, Any]) -> dict[str, str]:
+    """Takes out of ``rest`` what is not to stay, and gives it, with the reason."""
+    only, dropped = list(options.only), dict[str, str]()
+    if only:
+        kept = {name for text in only for name in _matches("--only", text, rest, config)}
+        dropped = {name: _OTHERS for name in rest if name not in kept}
+    others = {name: node for name, node in rest.items() if name not in dropped}
     for text in options.drop:
-        pattern = _starred(text)
-        parse_names(pattern)
-        yield Drop(pattern, _DROPPED, optional=False)
-    if options.only:
-        for text in options.only:
-            pattern = _starred(text)
-            parse_names(pattern)
-            yield Rule(pattern, pattern, sparse=True)
-        yield Drop("{name*}", _OTHERS, fallback=True)
-    elif options.rename or options.drop:
-        yield Rule("{name*}", "{name*}", fallback=True, optional=True)
+        dropped |= {name: text for name in _matches("--drop", text, others, config) if name not in dropped}
+    for name in dropped:
+        del rest[name]
+    if not rest:
+        raise CoverageError("--only and --drop leave no tensor: there is nothing to convert")
+    return dropped
+
+
+def _matches(option: str, text: str, entries: Mapping[str, AnyNode], config: Mapping[str, Any]) -> Iterator[str]:
+    """The names that a pattern matches. Raises CoverageError: none."""
+    pattern = _starred(text)
+    parse_names(pattern)
+    yield from _apply(option, Rule(pattern, pattern, sparse=True), entries, config).outputs
+
+
+def _apply(option: str, rule: Rule, entries: Mapping[str, AnyNode], config: Mapping[str, Any]) -> Conversion:
+    """What a rule makes of the tensors that it takes. Raises CoverageError where it takes none."""
+    others = Drop("{name*}", "another option's", fallback=True)
+    return Recipe(f"of {option}", "what an option says", (rule, others)).apply(entries, config, {})
 
 
 def rule_of(option: str, text: str) -> Rule:

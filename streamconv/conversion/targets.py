@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from streamconv.checkpoint.opening import Checkpoint, read_config
 from streamconv.conversion.casting import Casting
-from streamconv.conversion.dequantizing import Dequantization
 from streamconv.graph.node import AnyNode
 from streamconv.library.model import choose_kept
 from streamconv.recipe import Conversion, Recipe, identity, read_identity_options
@@ -22,7 +21,8 @@ def convert_tensors(
     settings: Mapping[str, object],
     casting: Casting,
     beside: Folder | None,
-    dequantization: Dequantization | None,
+    *,
+    is_stated: bool,
 ) -> Conversion:
     """What a recipe makes of a checkpoint's own tensors, and of those of its other components what they are; cast as is asked for.
 
@@ -32,7 +32,7 @@ def convert_tensors(
         settings: the recipe's options; without one those of the identity.
         casting: which are cast, and to what.
         beside: the folder of the target model, whose config the recipe may read.
-        dequantization: what was made of a quantized source, which is the checkpoint then; or None.
+        is_stated: whether its configs say what of it is quantized; else what tensors look like does.
     """
     if recipe is None:
         conversion = resize_vocab(identity(all_tensors(checkpoint), casting), read_identity_options(settings))
@@ -42,9 +42,8 @@ def convert_tensors(
         rest = identity(all_tensors(checkpoint.others), casting)
         conversion = replace(own, outputs={**own.outputs, **rest.outputs}, rows=[*own.rows, *rest.rows])
     casting.check_patterns(conversion.outputs)
-    notes = list(_check_quantized(checkpoint, conversion, casting, stated=recipe is None and dequantization is None))
-    conversion = replace(conversion, notes=[*conversion.notes, *notes])
-    return dequantization.account(conversion) if dequantization else conversion
+    notes = list(_check_quantized(checkpoint, conversion, casting, stated=is_stated))
+    return replace(conversion, notes=[*conversion.notes, *notes])
 
 
 def _check_quantized(checkpoint: Checkpoint, conversion: Conversion, casting: Casting, *, stated: bool) -> Iterator[str]:

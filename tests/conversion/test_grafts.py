@@ -47,6 +47,14 @@ def test_what_is_there_is_replaced_if_asked(both: tuple[Path, Path], capsys: pyt
     assert "model.layers.0.a is in SRC, too: --replace" in told
 
 
+def test_what_was_dropped_or_renamed_away_may_be_grafted(both: tuple[Path, Path]) -> None:
+    name = "model.layers.0.a"
+    made, _ = grafted(both, "--drop", name, "--take", name)
+    assert_same(made, {**OWN, name: OTHER[name]})
+    made, _ = grafted(both, "--rename", f"{name} -> b", "--take", name)
+    assert_same(made, {**OWN, name: OTHER[name], "b": OWN[name]})
+
+
 @pytest.mark.parametrize(
     ("own", "other", "takes", "said"),
     [

@@ -8,8 +8,12 @@ import pytest
 import torch
 from checkpoint_files import ROOMY, assert_same, numbered, read, refusal, run, write
 
+import streamconv
+
 NAMES = ("model.embed.weight", "model.layers.0.up.weight", "model.layers.0.up.bias", "model.layers.1.up.weight", "head.weight")
 SAME = {name: name for name in NAMES}
+SWAPPED = {**SAME, NAMES[0]: NAMES[4], NAMES[4]: NAMES[0]}
+FIRST = {**{name: name.removeprefix("model.") for name in NAMES}, NAMES[3]: "last.up.weight"}
 TENSORS = numbered(dict.fromkeys(NAMES, (2, 3)))
 
 
@@ -37,7 +41,10 @@ def converted(src: Path, *options: str) -> dict[str, torch.Tensor]:
         (("--drop", "head.weight"), {name: name for name in NAMES[:4]}),
         (("--drop", "*.bias", "--drop", "model.layers.{i}.up.weight"), {name: name for name in (NAMES[0], NAMES[4])}),
         (("--only", "model.layers.*"), {name: name for name in NAMES[1:4]}),
-        (("--only", "head.*", "--rename", "model.embed.weight -> embed"), {NAMES[0]: "embed", NAMES[4]: NAMES[4]}),
+        (("--only", "head.*", "--rename", "head.weight -> h"), {NAMES[4]: "h"}),
+        (("--only", "model.*", "--only", "model.layers.*", "--drop", "*.bias"), {name: name for name in (NAMES[0], NAMES[1], NAMES[3])}),
+        (("--rename", "head.weight -> model.embed.weight", "--rename", "model.embed.weight -> head.weight"), SWAPPED),
+        (("--rename", "model.layers.1.{rest*} -> last.{rest*}", "--rename", "model.{rest*} -> {rest*}"), FIRST),
     ],
     ids=str,
 )
@@ -54,6 +61,12 @@ def test_with_casts_and_a_recipe(src: Path, tmp_path: Path) -> None:
     assert sorted(made) == sorted(f"y.{name.removeprefix('model.')}" for name in NAMES[:4])
 
 
+def test_the_plan_tells_the_names_in_the_source(src: Path, tmp_path: Path) -> None:
+    plan = streamconv.plan(src, tmp_path / "out", rename=["model.{rest*} -> {rest*}"], drop=["head.weight"], max_memory=ROOMY)
+    assert {row.target: row.sources for row in plan.mapping} == {name.removeprefix("model."): (name,) for name in NAMES[:4]}
+    assert (plan.dropped, plan.account.dropped) == (("head.weight",), {"head.weight": 1})
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -63,6 +76,12 @@ def test_with_casts_and_a_recipe(src: Path, tmp_path: Path) -> None:
         (("--drop", "nothing.*"), "no tensor for it"),
         (("--only", "nothing.*"), "no tensor for it"),
         (("--rename", "model.layers.{i}.up.{what} -> head.{what}"), "i stand on one side only"),
+        (("--rename", "model.{rest*} -> {what*}"), "must stand on both sides"),
+        (("--only", "head.*", "--rename", "model.embed.weight -> embed"), "'model.embed.weight': no tensor for it"),
+        (("--rename", "model.{rest*} -> {rest*}", "--rename", "model.embed.weight -> embed"), "'model.embed.weight': no tensor for it"),
+        (("--rename", "model.embed.weight -> head.weight"), "head.weight and model.embed.weight would both be head.weight"),
+        (("--rename", "model.embed.weight -> x", "--rename", "head.weight -> x"), "would both be x"),
+        (("--drop", "*"), "leave no tensor"),
     ],
     ids=str,
 )
