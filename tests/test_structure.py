@@ -26,18 +26,18 @@ PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
     "storage": 1_630,  # where files are; most of it is what servers need, and parts of one file on their way at the same time
-    "graph": 2_230,  # nodes, ops, how a region of one is made and read ahead, numbers, codes and back, what that loses
+    "graph": 2_290,  # nodes, ops, how a region of one is made and read ahead, numbers, codes (AMD's, too) and back, what that loses
     "formats": 2_360,  # containers and all that is known of their names, the machine for pickles, and what files of others are
     "trainers": 1_100,  # checkpoints of trainers, a module for each kind, and tensors that lie cut into boxes
     "checkpoint": 620,  # finding out what a path holds
-    "schemes": 870,  # quantizations, a module for each, and the list of them that others add to
+    "schemes": 910,  # quantizations, a module for each, and the list of them that others add to
     "recipe": 1_450,  # the mechanism of recipes
     "library": 760,  # what other libraries know, and the op that runs their code
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_110,  # nodes to plans
     "engine": 840,  # bytes of one machine
     "running": 2_370,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
-    "conversion": 1_290,  # options and the calls that take them; from them to a plan, numbers of quantized weights on the way
+    "conversion": 1_330,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back on the way
     "diagnose": 1_360,  # what is said of checkpoints
     "front": 520,  # what people meet: the command, the demo
 }

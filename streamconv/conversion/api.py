@@ -7,7 +7,7 @@ from pathlib import Path
 
 from streamconv import memory
 from streamconv.conversion.casting import Casting
-from streamconv.conversion.dequantizing import dequantize_as_asked
+from streamconv.conversion.dequantizing import dequantize_as_asked, dequantize_other, without_sign_of_zero
 from streamconv.conversion.opening import check_backend, find_own_beside, find_recipe, local_files, open_both, split_settings
 from streamconv.conversion.options import ConvertOptions, PlanOptions, VerifyOptions, arguments_of
 from streamconv.conversion.pipeline import alter_as_asked, make_plan
@@ -146,8 +146,9 @@ def verify(options: VerifyOptions) -> Comparison:
     is_stated = dequantization is None and not is_renamed
     conversion = convert_tensors(left, recipe, settings, casting, find_own_beside(options, left), is_stated=is_stated)
     conversion, _ = quantize_as_asked(options, conversion, left)
-    expected = conversion.outputs
-    actual = right.contents.entries if is_renamed else all_tensors(right)
+    right, unsigned = dequantize_other(options, right, casting)
+    expected = without_sign_of_zero(conversion.outputs, unsigned)
+    actual = without_sign_of_zero(right.contents.entries if is_renamed else all_tensors(right), unsigned)
     total = sum(entry.spec.nbytes for entry in actual.values())
     with bar(total, "comparing", show=options.progress) as tell:
         return compare(

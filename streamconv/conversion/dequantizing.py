@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,8 @@ from streamconv.conversion.casting import Casting
 from streamconv.conversion.options import Options
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
+from streamconv.graph.node import AnyNode, apply
+from streamconv.graph.ops import Add
 from streamconv.recipe import Conversion
 from streamconv.rows import Row
 from streamconv.schemes.configs import FILES, model_dtype, with_files
@@ -83,6 +85,24 @@ def dequantize_as_asked(options: Options, checkpoint: Checkpoint, casting: Casti
     if options.dequantize or (options.quantize and is_quantized(checkpoint)):
         return dequantize(checkpoint, casting, renames=renames)
     return None
+
+
+def dequantize_other(options: Options, other: Checkpoint, casting: Casting) -> tuple[Checkpoint, set[str]]:
+    """What a dequantized checkpoint is compared with, dequantized where it is quantized, too.
+
+    Beside it the names of tensors of which a zero may have lost its sign, since their codes have no -0.
+    """
+    if not options.dequantize or options.quantize is not None or not is_quantized(other):
+        return other, set()
+    dequantization = dequantize(other, casting, renames=False)
+    dtypes = {name: node.spec.dtype.name for name, node in other.contents.entries.items()}
+    unsigned = {name for name, stored in dequantization.made_of.items() if dtypes[stored[0]].endswith("fnuz")}
+    return dequantization.checkpoint, unsigned
+
+
+def without_sign_of_zero(nodes: Mapping[str, AnyNode], names: Collection[str]) -> dict[str, AnyNode]:
+    """Tensors, those with these names with 0 in the place of -0."""
+    return {name: apply(Add(0.0), node) if name in names else node for name, node in nodes.items()}
 
 
 def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> Dequantization:

@@ -19,7 +19,7 @@ from streamconv.rows import Row
 from streamconv.schemes.configs import KEYS
 from streamconv.schemes.preset import Preset
 from streamconv.schemes.registry import presets, schemes
-from streamconv.schemes.repacking import repack
+from streamconv.schemes.repacking import is_decoded, repack
 from streamconv.text import did_you_mean
 
 OPTION, IGNORE = "--quantize", "--ignore"
@@ -122,15 +122,17 @@ def quantize(
         raise UsageError(f"{OPTION}: {ranked} is of one rank, and no config names its modules: quantize the whole model, and split that")
     patterns = _Patterns(ignore)
     chosen, left = [], [HEAD]
+    keeps_numbers = preset.follows and any(is_decoded(weight.node) for weight in weights)
     for weight in weights:
-        is_left = _LEFT.search(weight.module.rpartition(".")[2]) is not None
+        is_left = _LEFT.search(weight.module.rpartition(".")[2]) is not None or (keeps_numbers and not is_decoded(weight.node))
         if patterns.match(weight.module) or is_left or (preset.leaves and not preset.fits(weight.node.spec.shape)):
             left += [weight.module] if weight.module not in left else []
         else:
             chosen.append(_checked(weight, config))
     patterns.check([weight.module for weight in weights])
     if not chosen:
-        raise UsageError(f"{OPTION} {preset.name}: there is no weight of a linear module that it takes: leave it out")
+        sizes = f", of rows in {preset.rows}s and columns in {preset.columns}s" if preset.leaves else ""
+        raise UsageError(f"{OPTION} {preset.name}: there is no weight of a linear module that it takes{sizes}: leave it out")
     scheme = schemes()[preset.method]
     shared = _share(chosen, preset) if preset.shared else {}
     made: dict[str, dict[str, AnyNode]] = {}

@@ -29,6 +29,9 @@ _TIES = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False),
 _SMALLEST_SCALE = 0.125  # what a scale of NVFP4 that is 0 becomes
 
 
+_FNUZ = np.arange(256, dtype=np.uint8)  # for each code of float8_e4m3fn
+_FNUZ[0x80], _FNUZ[[0x7F, 0xFF]] = 0, 0x80
+
 _MANTISSA = {"float32": 23, "float16": 10, "bfloat16": 7}  # bits
 _SMALLEST = {"float32": 2.0**-126, "float16": 2.0**-14, "bfloat16": 2.0**-126}  # of normal numbers
 
@@ -97,6 +100,17 @@ def fp8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     factors = np.reciprocal(most) * np.float32(_E4M3)
     factors[(most == 0) | np.isnan(most)] = 1
     return Encoded(_to_e4m3(np.multiply(blocks, spread(factors), out=blocks)), np.reciprocal(factors).view(np.uint32))
+
+
+def fp8_fnuz(blocks: Array, dtype: str, whole: float) -> Encoded:
+    """`fp8` as float8_e4m3fnuz: the same bits, which stand for half as much, and twice the scales."""
+    encoded = fp8(blocks, dtype, whole)
+    return Encoded(to_fnuz(encoded.codes), (encoded.scales.view(np.float32) * np.float32(2)).view(np.uint32))
+
+
+def to_fnuz(codes: Array) -> Array:
+    """Codes of float8_e4m3fn as those of float8_e4m3fnuz that stand for half as much; it has no -0, and one NaN, whose code that is."""
+    return np.take(_FNUZ, codes)
 
 
 def float8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
@@ -183,6 +197,7 @@ def mxfp8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
 ENCODERS: dict[str, Callable[[Array, str, float], Encoded]] = {
     "fp8": fp8,
     "fp8_powers": powers,
+    "fp8_fnuz": fp8_fnuz,
     "float8": float8,
     "float8_powers": powers_as_weights,
     "int8": integers(8),
@@ -199,8 +214,9 @@ def numbers_of(made: Encoded, rule: str, dtype: str, whole: float) -> Array:
     """What codes and scales that a rule has made of blocks of a dtype stand for, as its library reads them, as float32."""
     scales = made.scales
     rule = rule.removesuffix("_powers")
-    if rule == "fp8":
-        return rounding(dtype)(made.codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * spread(scales.view(np.float32)))
+    if rule in {"fp8", "fp8_fnuz"}:
+        kind = ml_dtypes.float8_e4m3fn if rule == "fp8" else ml_dtypes.float8_e4m3fnuz
+        return rounding(dtype)(made.codes.view(kind).astype(np.float32) * spread(scales.view(np.float32)))
     if rule in {"mxfp4", "mxfp8"}:
         factors, through = np.ldexp(np.float32(1), scales.astype(np.int32) - 127), "bfloat16"
     elif rule == "nvfp4":

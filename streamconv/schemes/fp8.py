@@ -76,6 +76,11 @@ class Fp8(Scheme):
             "fp8", "fp8", "fp8", (_USUAL, _USUAL), ("", "float8_e4m3fn"), ("_scale_inv", "float32"), _config_of, rows=_USUAL,
             columns=_USUAL, leaves=True, keeps_stacks=True,
         ),
+        # As vLLM's and SGLang's `normalize_e4m3fn_to_e4m3fnuz` make of it for AMD's cards; blocks at the ends may be short.
+        Preset(
+            "fp8_e4m3fnuz", "fp8", "fp8_fnuz", (_USUAL, _USUAL), ("", "float8_e4m3fnuz"), ("_scale_inv", "float32"), _config_of,
+            keeps_stacks=True, follows=True,
+        ),
     )  # fmt: skip
 
     def match(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], title: str) -> Match:

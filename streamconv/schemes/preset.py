@@ -34,6 +34,7 @@ class Preset:
         rows, columns: what those of a weight must be multiples of.
         leaves: whether weights of other sizes are left alone, and not refused.
         keeps_stacks: whether experts in one tensor stay so; else they are written one by one.
+        follows: whether it leaves alone, of a quantized source, what that has as numbers.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Preset:
     columns: int = 1
     leaves: bool = False
     keeps_stacks: bool = False
+    follows: bool = False
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a weight of this shape can be quantized so."""

@@ -6,6 +6,7 @@ and roundings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
@@ -20,11 +21,16 @@ from streamconv.graph.ops import (
     Dequantize,
     DequantizeFloats,
     DequantizeIntegers,
+    FnuzCodes,
+    FnuzScales,
+    Op,
     PackIntegers,
     Reshape,
     Strided,
     UnpackIntegers,
 )
+from streamconv.graph.ops.boxes import Boxed
+from streamconv.graph.views import select
 from streamconv.schemes.beside import transpose
 from streamconv.schemes.configs import KEYS
 from streamconv.schemes.preset import Preset
@@ -34,6 +40,7 @@ _WORD = 32  # bits
 _TILE, _SHARING = (128, 128), 32  # rows and columns of a block; columns that share an exponent
 _APART = 14  # exponents: 6 times a power of two, and half of one so much smaller, are both codes of float8_e4m3fn
 _LOWEST, _HIGHEST = 24, 240  # exponents whose products are normal numbers
+_OF_FNUZ = "float8_e4m3fnuz"
 _EXACT = ("float32", "bfloat16", "float16")  # of scales
 
 
@@ -46,7 +53,7 @@ def repack(preset: Preset, scheme: Scheme, name: str, weight: AnyNode) -> dict[s
         name: the weight's.
         weight: what it is made of.
     """
-    made = _of_words(preset, name, weight) or _of_nibbles(preset, name, weight)
+    made = _of_words(preset, name, weight) or _of_nibbles(preset, name, weight) or _of_floats(preset, name, weight)
     if made is not None:
         return made
     if not isinstance(weight, Node) or not isinstance(weight.op, Dequantize | DequantizeFloats | DequantizeIntegers):
@@ -68,6 +75,13 @@ def repack(preset: Preset, scheme: Scheme, name: str, weight: AnyNode) -> dict[s
     except (StreamconvError, ValueError):
         return None
     return tensors if _numbers(decoded) == _numbers(weight) else None
+
+
+def is_decoded(node: AnyNode) -> bool:
+    """Whether a weight is made of what a source has quantized."""
+    if not isinstance(node, Node):
+        return False
+    return isinstance(node.op, Boxed | Dequantize) or any(map(is_decoded, node.inputs))
 
 
 def _of_words(preset: Preset, name: str, weight: AnyNode) -> dict[str, AnyNode] | None:
@@ -106,18 +120,43 @@ def _of_nibbles(preset: Preset, name: str, weight: AnyNode) -> dict[str, AnyNode
     """mxfp4 as float8 in blocks of 128 x 128, where each block's exponents lie so near that a power of two makes all codes exact."""
     if preset.rule not in ("fp8", "float8") or preset.block != _TILE:
         return None
-    if not isinstance(weight, Node) or not isinstance(weight.op, DequantizeFloats):
+    stored = _untransposed(weight)
+    if not isinstance(stored, Node) or not isinstance(stored.op, DequantizeFloats):
         return None
-    op = weight.op
-    is_mxfp4 = op.codes == "float4_e2m1fn" and op.block == (1, _SHARING) and not op.shared and op.factor == 1 and not op.powers
-    scales = weight.inputs[1]
+    op, (_, scales, *_) = stored.op, stored.inputs
+    is_mxfp4 = op.codes == "float4_e2m1fn" and op.block == (1, _SHARING) and not op.shared and op.factor == 1
     is_exponent = scales.spec.dtype.name in ("uint8", "float8_e8m0fnu")
     if not (is_mxfp4 and is_exponent and weight.spec.dtype.name in ("float32", "bfloat16") and preset.fits(weight.spec.shape)):
         return None
-    exponents = TensorEntry(name, scales).numpy().view("uint8").reshape(-1, *scales.spec.shape[-2:])
-    if not all(_is_near(matrix) for matrix in exponents):
-        return None
+    *stack, rows, columns = scales.spec.shape
+    matrices = apply(Reshape((math.prod(stack), rows, columns)), scales)
+    for number in range(math.prod(stack)):
+        view, _, _ = select(matrices.spec.shape, (number,), name)
+        exponents = TensorEntry(name, apply(view, matrices)).numpy().view("uint8").reshape(rows, columns)
+        if not _is_near(exponents):
+            return None
     return replace(preset, rule=f"{preset.rule}_powers").encode(name, weight, None)
+
+
+def _untransposed(weight: AnyNode) -> AnyNode:
+    """What matrices are that were only transposed, as gpt-oss has its experts; others themselves."""
+    if isinstance(weight, Node) and isinstance(weight.op, Strided):
+        (inner,) = weight.inputs
+        if made_of(transpose(inner)) == made_of(weight):
+            return inner
+    return weight
+
+
+def _of_floats(preset: Preset, name: str, weight: AnyNode) -> dict[str, AnyNode] | None:
+    """float8_e4m3fn as float8_e4m3fnuz, in the same blocks."""
+    if preset.codes[1] != _OF_FNUZ or not isinstance(weight, Node) or len(weight.inputs) != 2:
+        return None
+    codes, scales = weight.inputs
+    rows, columns = weight.spec.shape[-2:]
+    block = min(preset.block[0], rows), min(preset.block[1], columns)
+    if _operation(weight) != DequantizeFloats(weight.spec.shape, weight.spec.dtype.name, "float8_e4m3fn", block, "float32"):
+        return None
+    return {f"{name}{preset.codes[0]}": apply(FnuzCodes(), codes), f"{name}{preset.scales[0]}": apply(FnuzScales(), scales)}
 
 
 def _is_near(exponents: Any) -> bool:
@@ -139,10 +178,16 @@ def _scales(node: AnyNode, dtype: str) -> AnyNode | None:
 
 
 def _numbers(node: AnyNode) -> Hashable:
-    """What two decoded weights have in common that are the same numbers: products and roundings that change nothing are left out."""
+    """What two decoded weights have in common that are the same numbers."""
     if not isinstance(node, Node):
         return made_of(node)
-    op, (codes, scales, *others) = node.op, node.inputs
+    codes, scales, *others = node.inputs
+    return _operation(node), made_of(codes), made_of(_bare(scales)), tuple(map(made_of, others))
+
+
+def _operation(node: Node) -> Op:
+    """How a weight is decoded, less what changes nothing of products and roundings."""
+    op, (codes, scales, *_) = node.op, node.inputs
     if isinstance(op, Dequantize):
         op = DequantizeFloats(op.shape, op.dtype, codes.spec.dtype.name, op.block, "float32")
     if isinstance(op, DequantizeFloats | DequantizeIntegers):
@@ -151,7 +196,7 @@ def _numbers(node: AnyNode) -> Hashable:
     if isinstance(op, DequantizeFloats):
         through = op.through or scales.spec.dtype.name
         op = replace(op, through="float32" if through == op.dtype else through)
-    return op, made_of(codes), made_of(_bare(scales)), tuple(map(made_of, others))
+    return op
 
 
 def _bare(scales: AnyNode) -> AnyNode:

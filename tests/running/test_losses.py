@@ -61,7 +61,7 @@ def test_what_holds_all_values_loses_nothing(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("preset", ["fp8", *PRESETS])
+@pytest.mark.parametrize("preset", ["fp8", "fp8_e4m3fnuz", *PRESETS])
 def test_presets(tmp_path: Path, preset: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
     src = write_model(tmp_path / "src", load_file(GOLDEN / f"{dtype}.safetensors"))
     rows = told(capsys, src, tmp_path / "out", "--quantize", preset)

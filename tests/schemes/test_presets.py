@@ -20,6 +20,7 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "presets"
 CASES = [(preset, dtype) for dtype, presets in STORED.items() for preset in presets]
 BF16 = torch.bfloat16
 LAYER = "model.layers.0"
+FNUZ = "fp8_e4m3fnuz"
 
 
 def source(folder: Path, dtype: torch.dtype = BF16) -> Path:
@@ -84,7 +85,7 @@ def test_transformers_loads_it(preset: str, tmp_path: Path) -> None:
     assert model is not None
 
 
-@pytest.mark.parametrize("preset", ["fp8", *PRESETS])
+@pytest.mark.parametrize("preset", ["fp8", FNUZ, *PRESETS])
 def test_numbers_come_back_near_what_they_were(preset: str, tmp_path: Path) -> None:
     src = source(tmp_path, torch.float32)
     plain = back(quantize_to(src, tmp_path / "a", preset), tmp_path / "plain")
@@ -146,6 +147,44 @@ def test_blocks_of_one_byte_floats_go_from_one_library_to_another_without_roundi
     assert torch.equal(after[new].float(), before[old].float())
     plain, again = numbers(tmp_path / "before", tmp_path / "a"), numbers(tmp_path / "after", tmp_path / "b")
     assert_same(bits({name: again[name] for name in codes}), bits({name: plain[name] for name in codes}))
+
+
+EVERY = torch.arange(256, dtype=torch.uint8)  # codes
+
+
+def test_codes_of_float8_e4m3fn_become_those_of_amd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As vLLM's `normalize_e4m3fn_to_e4m3fnuz` makes them: the same bits, -0 as 0, scales twice as large; its NaNs stay what they are."""
+    codes = EVERY.repeat(300).reshape(200, 384)  # blocks at its ends are short
+    exponents = torch.randint(110, 130, (2, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scales = {"a": torch.rand(2, 3), "b": torch.rand(2, 3).to(BF16), "c": exponents.view(torch.float8_e8m0fnu)}
+    stored = {f"{name}.weight": codes.view(torch.float8_e4m3fn) for name in scales}
+    stored |= {f"{name}.weight_scale_inv": tensor for name, tensor in scales.items()}
+    section = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = {"dtype": "bfloat16", "quantization_config": section}
+    src = write(tmp_path / "src", stored | {"plain.weight": torch.ones(128, 128, dtype=BF16)}, config=config)
+    made = quantize(src, tmp_path / "out", FNUZ, "--verify")
+    wanted = codes.where(codes != 0x80, 0).where(codes & 0x7F != 0x7F, 0x80)
+    for name, tensor in scales.items():
+        assert torch.equal(made[f"{name}.weight"].view(torch.uint8), wanted)
+        assert torch.equal(made[f"{name}.weight_scale_inv"], 2 * tensor.float())
+    assert made["plain.weight"].dtype == BF16  # which the source has not quantized either
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert said["modules_to_not_convert"] == ["lm_head", "plain"]
+    assert run("plan", src, tmp_path / "again", "--quantize", FNUZ, "--max-memory", ROOMY) == 0
+    assert "3 of 3 quantized weights hold the numbers of the source's codes" in capsys.readouterr().out
+    assert run("verify", src, tmp_path / "out", "--dequantize", "--quiet", "--max-memory", ROOMY) == 0
+    made["a.weight_scale_inv"][0, 0] *= 2
+    other = write(tmp_path / "other", made, config={"dtype": "bfloat16", "quantization_config": said})
+    assert run("verify", src, other, "--dequantize", "--quiet", "--max-memory", ROOMY) == 1
+
+
+def test_rounding_to_codes_of_amd_goes_by_those_of_transformers(tmp_path: Path) -> None:
+    src = source(tmp_path)
+    quantize(src, tmp_path / "fp8", "fp8", "--ignore", "re:.*self_attn")
+    once = quantize(src, tmp_path / "once", FNUZ, "--ignore", "re:.*self_attn")
+    twice = quantize(tmp_path / "fp8", tmp_path / "twice", FNUZ)
+    assert_same(bits(once), bits(twice))
+    assert run("verify", tmp_path / "fp8", tmp_path / "once", "--dequantize", "--quiet", "--max-memory", ROOMY) == 0
 
 
 @pytest.mark.parametrize("preset", ["fp8", "FP8_BLOCK"])
@@ -287,7 +326,7 @@ def test_any_tile_gives_the_codes_of_the_whole(data: st.DataObject) -> None:
     from streamconv.graph.ops.op import Values
     from streamconv.schemes.registry import presets
 
-    preset = presets()[data.draw(st.sampled_from(["fp8", *PRESETS]))]
+    preset = presets()[data.draw(st.sampled_from(["fp8", FNUZ, *PRESETS]))]
     rows = preset.rows * data.draw(st.integers(1, 3)) if preset.rows > 1 else data.draw(st.integers(1, 150))
     columns = preset.columns * data.draw(st.integers(1, 3)) if preset.columns > 1 else data.draw(st.integers(1, 150))
     dtype = data.draw(st.sampled_from(["bfloat16", "float32"]))

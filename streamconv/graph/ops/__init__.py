@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from streamconv.graph.ops.blocks import Blocks, Dequantize
     from streamconv.graph.ops.cast import Cast
     from streamconv.graph.ops.constants import Constant, InvFreq, Zeros
+    from streamconv.graph.ops.fnuz import FnuzCodes, FnuzScales
     from streamconv.graph.ops.integers import PackIntegers, UnpackIntegers
     from streamconv.graph.ops.lora import MergeLora
     from streamconv.graph.ops.quantized import DequantizeBlocks, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
@@ -23,15 +24,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Add", "Blocks", "Cast", "Compute", "Constant", "Dequantize", "DequantizeBlocks", "DequantizeFloats", "DequantizeIntegers",
-    "DequantizeQuantiles", "Elementwise", "InvFreq", "Layout", "MergeLora", "Op", "PackIntegers", "Quantize", "Rearrange", "Reduce",
-    "Reshape", "Rows", "SampleRows", "Scale", "SharedScale", "Strided", "UnpackIntegers", "Values", "Zeros", "as_torch", "from_json",
+    "DequantizeQuantiles", "Elementwise", "FnuzCodes", "FnuzScales", "InvFreq", "Layout", "MergeLora", "Op", "PackIntegers",
+    "Quantize", "Rearrange", "Reduce", "Reshape", "Rows", "SampleRows", "Scale", "SharedScale", "Strided", "UnpackIntegers", "Values",
+    "Zeros", "as_torch", "from_json",
 ]  # fmt: skip
 
 _HOMES = {
     "Add": "arithmetic", "Blocks": "blocks", "Cast": "cast", "Constant": "constants", "Dequantize": "blocks",
     "DequantizeBlocks": "quantized", "DequantizeFloats": "quantized", "DequantizeIntegers": "quantized",
-    "DequantizeQuantiles": "quantized", "InvFreq": "constants", "MergeLora": "lora", "PackIntegers": "integers", "Quantize": "quantizing",
-    "SampleRows": "sampled", "Scale": "arithmetic", "SharedScale": "quantizing", "UnpackIntegers": "integers", "Zeros": "constants",
+    "DequantizeQuantiles": "quantized", "FnuzCodes": "fnuz", "FnuzScales": "fnuz", "InvFreq": "constants", "MergeLora": "lora",
+    "PackIntegers": "integers", "Quantize": "quantizing", "SampleRows": "sampled", "Scale": "arithmetic", "SharedScale": "quantizing",
+    "UnpackIntegers": "integers", "Zeros": "constants",
 }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     Array = ndarray[Any, Any]
 
 _BLOCK = ("matrix", "down", "across")  # where a block is
-_SCALES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint8")
+SCALES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint8")
+"""What scales of one-byte floats may be."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Dequantize(Rounding, Elementwise):
         matrix, scales = inputs
         if matrix.dtype.nbytes != 1 or not matrix.dtype.floating or matrix.shape != self.shape or len(self.shape) < 2:
             raise CoverageError(f"expected a matrix of one-byte floats {list(self.shape)}, found {matrix}")
-        if scales.dtype.name not in _SCALES or scales.shape != self.blocks.counts:
+        if scales.dtype.name not in SCALES or scales.shape != self.blocks.counts:
             blocks = " x ".join(map(str, self.block))
             wanted = list(self.blocks.counts)
             raise CoverageError(f"the scales of {matrix} in blocks of {blocks} must be floats {wanted}, found {scales}")
