@@ -49,8 +49,8 @@ from tools.make_checkpoint import MODELS, Model, llama_shapes, with_dtype
 
 RESULTS = Path(__file__).parent / "results"
 COSTS, PLANS = RESULTS / "costs.json", RESULTS / "plans.json"
-README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"^<!-- scale -->\n(.*?)\n?<!-- end of scale -->$", re.MULTILINE | re.DOTALL)  # of README.md, where the tables are
+PAGE = Path(__file__).parent.parent / "docs" / "clusters.md"
+BLOCK = re.compile(r"^<!-- scale -->\n(.*?)\n?<!-- end of scale -->$", re.MULTILINE | re.DOTALL)  # of the page, where the tables are
 GB = 1e9
 PIECES, SHARED_PIECES = 16, 64
 TOLERANCE, MOSTLY = 0.5, 0.1  # of the arithmetic, by which the simulation of like workers may differ: always, and 19 times in 20
@@ -469,7 +469,7 @@ def simulate(outputs: Sequence[Output], costs: Costs, cluster: Cluster, *, seed:
 
 
 def table(measured: dict[str, Any], plans: dict[str, Any]) -> str:
-    """What README.md shows: the jobs, and their times on each cluster by arithmetic, with the simulation beside it."""
+    """What docs/clusters.md shows: the jobs, and their times on each cluster by arithmetic, with the simulation beside it."""
     facts = []
     for name, row in plans.items():
         found = [Output(*numbers) for numbers in row["files"]]
@@ -529,7 +529,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description="What conversions of terabytes would take.")
     parser.add_argument("what", nargs="?", choices=("print", "measure", "plan", "serve"), default="print")
     parser.add_argument("--only", choices=JOBS, help="plan: this one, printed; serve: its source, until the input ends")
-    parser.add_argument("--write", action="store_true", help="print: into README.md, too")
+    parser.add_argument("--write", action="store_true", help="print: into docs/clusters.md, too")
     parser.add_argument("--rounds", type=int, default=3, help="measure: of which the middle counts")
     options = parser.parse_args(arguments)
     if options.what == "measure":
@@ -551,7 +551,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = table(json.loads(COSTS.read_text(encoding="utf-8")), json.loads(PLANS.read_text(encoding="utf-8")))
         print(found)
         if options.write:
-            README.write_text(BLOCK.sub(lambda _: f"<!-- scale -->\n{found}\n<!-- end of scale -->", README.read_text(encoding="utf-8")))
+            PAGE.write_text(BLOCK.sub(lambda _: f"<!-- scale -->\n{found}\n<!-- end of scale -->", PAGE.read_text(encoding="utf-8")))
     return 0
 
 

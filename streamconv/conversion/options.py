@@ -1,9 +1,9 @@
 """The options of a conversion, each of them said once: `Options`.
 
-From a field come the argument of the call, the option of the command, the row of README.md's table, and what is kept beside an
+From a field come the argument of the call, the option of the command, its row in docs/command-line.md, and what is kept beside an
 interrupted run. To add an option, write a field (its type, its default, and `about` it) where it belongs: in `Options` if `verify` takes
 it, too, in `PlanOptions` if it decides what is written, in `ConvertOptions` if it is about the run alone; read it where it matters; and
-run ``python tests/conversion/test_options.py --write``, which writes README.md's table.
+run ``PYTHONPATH=tests/fixtures python tests/conversion/test_options.py --write``, which writes the table of docs/command-line.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Options are said once: what the calls take, what the command takes, what README.md says and what is kept of a run is the same."""
+"""Options are said once: what the calls take, what the command takes, what the documentation says and what is kept of a run is the same."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from documentation import find_between, write_between
 
 import streamconv
 from streamconv.cli.parser import COMMANDS, ROOT, build_parser, read_options
@@ -20,13 +21,12 @@ from streamconv.engine.readers import BACKENDS
 from streamconv.errors import UsageError
 from streamconv.recipe.recipe import IDENTITY_OPTIONS
 
-README = Path(__file__).parents[2] / "README.md"
 TABLE = re.compile(r"(?<=<!-- options -->\n).*?(?=\n<!-- end of options -->)", re.DOTALL)
 CALLS = {"plan": PlanOptions, "convert": ConvertOptions, "verify": VerifyOptions}
 
 
 def option_table() -> str:
-    """README.md's table of the options."""
+    """The documentation's table of the options."""
     rows = ["| option | meaning | default | of |", "|---|---|---|---|"]
     for option in every_option():
         about = about_of(option)
@@ -40,11 +40,11 @@ def option_table() -> str:
     return "\n".join(rows)
 
 
-def test_the_readme_lists_every_option(monkeypatch):
+def test_the_documentation_lists_every_option(monkeypatch):
     for option in every_option():
         if option.name == "max_memory":
             monkeypatch.setattr(option, "default", "1GB")  # which is another in tests
-    assert TABLE.search(README.read_text())[0] == option_table(), "python tests/conversion/test_options.py --write"
+    assert find_between(TABLE) == option_table(), "PYTHONPATH=tests/fixtures python tests/conversion/test_options.py --write"
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -140,4 +140,4 @@ else:
 
 if __name__ == "__main__":
     assert sys.argv[1:] == ["--write"]
-    README.write_text(TABLE.sub(lambda _: option_table(), README.read_text()))
+    write_between(TABLE, option_table())

@@ -174,8 +174,8 @@ def test_requests_and_bytes_are_counted_as_they_are_made(dtype, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_readme_prints_what_the_program_does():
-    found = scale.BLOCK.search(scale.README.read_text())
+def test_the_documentation_prints_what_the_program_does():
+    found = scale.BLOCK.search(scale.PAGE.read_text())
     assert found
     assert found[1] == scale.table(json.loads(scale.COSTS.read_text()), json.loads(scale.PLANS.read_text()))
 
