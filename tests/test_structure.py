@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -291,7 +293,7 @@ def test_continuous_integration_runs_what_the_readme_says(mark):
 
 
 def test_the_version_stands_in_one_place():
-    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert "version" in PROJECT["project"]["dynamic"]
     assert "version" not in PROJECT["project"]
     assert PROJECT["tool"]["hatch"]["version"]["path"] == "streamconv/_version.py"
     stated = [path for path in MODULES.values() if re.search(r"^__version__ = ", path.read_text(), re.MULTILINE)]
@@ -335,3 +337,25 @@ def test_third_party_imports_are_declared():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [absolute(module, node)] if isinstance(node, ast.ImportFrom) else []
             assert {name.split(".")[0] for name in names} <= allowed | optional, f"{module}:{node.lineno}: {names}"
+
+
+@pytest.mark.slow
+def test_what_a_package_index_would_show(tmp_path):
+    """The wheel and the sdist pass ``twine check``, the page's links lead into the repository, and the sdist has what it names."""
+    pytest.importorskip("build")
+    pytest.importorskip("twine")
+
+    def call(*command: str) -> None:
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    call("build", "--outdir", str(tmp_path), str(ROOT))
+    (wheel,), (sdist,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    call("twine", "check", "--strict", str(wheel), str(sdist))
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+        text = archive.read(name).decode()
+    assert not re.findall(r"\]\((?!https://)[^)]*\)", text)
+    with tarfile.open(sdist) as archive:
+        names = {member.partition("/")[2] for member in archive.getnames()}
+    assert {"README.md", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "mkdocs.yml", "docs/index.md"} <= names
