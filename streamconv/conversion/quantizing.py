@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamconv.checkpoint.opening import CONFIG, Checkpoint
+from streamconv.conversion.experts import STACK, has_transposed, model_types, take_apart
 from streamconv.conversion.options import Options
 from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import SharedScale
-from streamconv.graph.views import select
 from streamconv.notation.names import nearest
 from streamconv.recipe import Conversion
 from streamconv.rows import Row
@@ -27,8 +27,6 @@ HEAD = "lm_head"  # listed as left alone, whether it is there or tied
 _DTYPES = ("float32", "float16", "bfloat16")
 _LEFT = re.compile(r"embed|norm|bias|router|head$|^(?:wte|wpe|gate|shared_expert_gate|score|classifier|output|shared)$", re.IGNORECASE)
 """Of the last part of a module's name: embeddings, norms, routers and heads, which the formats' own tools leave alone."""
-_STACK = re.compile(r"(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)")
-_TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")  # model types whose stacks have inputs before outputs
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose matrices are no linear modules
 _READ = ("safetensors", "torch")  # containers that the libraries read which read what is quantized
 _SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
@@ -139,22 +137,29 @@ def quantize(
     kept: dict[str, set[str]] = {}
     for weight in weights:
         kept.setdefault(weight.target, set()).add(weight.name)
-    repacked: dict[str, Collection[str]] = {}
+    how: dict[str, str] = {}
+    repacked = 0
     for weight in chosen:
         encoded = repack(preset, scheme, weight.name, weight.node)
         if encoded is None:
             encoded = preset.encode(weight.name, weight.node, shared.get(weight.module))
         else:
-            repacked[weight.name] = encoded
+            how |= dict.fromkeys(encoded, "repack")
+            repacked += 1
         made.setdefault(weight.target, {}).update(encoded)
         kept[weight.target].discard(weight.name)
-    parts = {weight.name: weight for weight in weights}
-    for target, names in kept.items():
-        if target in made:  # of a stack some experts only are quantized
-            made[target].update({name: parts[name].node for name in names})
-    conversion = _replaced(conversion, made, preset, {name for names in repacked.values() for name in names})
+    parts = {weight.name: weight.node for weight in weights}
+    for target in list(made):
+        apart = {name: parts[name] for name in kept[target]}  # of a stack some experts only are quantized
+        biases = conversion.outputs.get(f"{target}_bias")
+        made[target].update(apart)
+        if biases is not None and target not in parts:
+            made[f"{target}_bias"] = dict(take_apart(f"{target}_bias", biases, config))
+            apart |= made[f"{target}_bias"]
+        how |= dict.fromkeys(apart, "take apart")
+    conversion = _replaced(conversion, made, preset, how)
     if repacked:
-        note = f"{len(repacked)} of {len(chosen)} quantized weights hold the numbers of the source's codes: nothing is rounded"
+        note = f"{repacked} of {len(chosen)} quantized weights hold the numbers of the source's codes: nothing is rounded"
         conversion = replace(conversion, notes=[*conversion.notes, note])
     return conversion, Quantization(preset, left)
 
@@ -165,48 +170,23 @@ def _weights(outputs: Mapping[str, AnyNode], preset: Preset, config: Mapping[str
     for name, node in outputs.items():
         if node.spec.dtype.name not in _DTYPES or (folders and name.startswith(folders)):
             continue
-        stack = _STACK.fullmatch(name)
-        if stack and len(node.spec.shape) == 3:
-            if preset.keeps_stacks or _is_transposed(config):
+        if STACK.fullmatch(name) and len(node.spec.shape) == 3:
+            if preset.keeps_stacks:
                 yield Weight(name, name, node)
             else:
-                yield from _experts(name, stack, node)
+                yield from (Weight(name, part, matrix) for part, matrix in take_apart(name, node, config))
         elif name.endswith(".weight") and len(node.spec.shape) == 2:
             yield Weight(name, name, node)
 
 
-def _experts(target: str, stack: re.Match[str], node: AnyNode) -> Iterator[Weight]:
-    """The experts of a stack as modules of their own, gate and up apart."""
-    count, rows, _ = node.spec.shape
-    names = ("gate_proj", "up_proj") if stack[2] == "gate_up_proj" else (stack[2],)
-    height, rest = divmod(rows, len(names))
-    if rest:
-        raise CoverageError(f"{OPTION}: {target} {node.spec} has {rows} rows, which are no gate and up of one height: mend the source")
-    for expert in range(count):
-        for number, name in enumerate(names):
-            part = slice(number * height, (number + 1) * height)
-            view, _, _ = select(node.spec.shape, (expert, part), target)
-            yield Weight(target, f"{stack[1]}.{expert}.{name}.weight", apply(view, node))
-
-
-def _is_transposed(config: Mapping[str, Any]) -> bool:
-    return any(kind in _TRANSPOSED for kind in _types(config))
-
-
-def _types(config: Mapping[str, Any]) -> list[object]:
-    """The model types of a config, and of its text model."""
-    text = config.get("text_config")
-    return [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
-
-
 def _checked(weight: Weight, config: Mapping[str, Any]) -> Weight:
     """A weight whose scales lie along its inputs."""
-    if any(kind in _CONV1D for kind in _types(config)):
+    if any(kind in _CONV1D for kind in model_types(config)):
         what = f"{weight.name} of {config.get('model_type')} is of a Conv1D, which has inputs before outputs and is no linear module"
         raise CoverageError(f"{OPTION}: {what}: no library would read it")
-    if len(weight.node.spec.shape) == 3 and _is_transposed(config):
+    if len(weight.node.spec.shape) == 3 and has_transposed(config):
         what = f"{weight.name} {weight.node.spec} has inputs before outputs, and its scales would lie along the wrong axis"
-        raise CoverageError(f"{OPTION}: {what}: leave it alone with {IGNORE}")
+        raise CoverageError(f"{OPTION}: {what}: leave it alone with {IGNORE}, or take FP8_BLOCK, which has each expert by itself")
     return weight
 
 
@@ -258,8 +238,8 @@ def _share(weights: Sequence[Weight], preset: Preset) -> dict[str, AnyNode]:
     return scales
 
 
-def _replaced(conversion: Conversion, made: Mapping[str, Mapping[str, AnyNode]], preset: Preset, repacked: Collection[str]) -> Conversion:
-    """A conversion with codes and scales in the places of the weights that they stand for, ``repacked`` ones as they are stored."""
+def _replaced(conversion: Conversion, made: Mapping[str, Mapping[str, AnyNode]], preset: Preset, how: Mapping[str, str]) -> Conversion:
+    """A conversion with other tensors in the places of those that they stand for; ``how`` they come of these, where not by rounding."""
     outputs: dict[str, AnyNode] = {}
     rows: list[Row] = []
     row_of = {row.target: row for row in conversion.rows}
@@ -273,6 +253,7 @@ def _replaced(conversion: Conversion, made: Mapping[str, Mapping[str, AnyNode]],
             if name in outputs or (name in conversion.outputs and name not in made):
                 raise CoverageError(f"{OPTION} {preset.name}: {target} would become {name}, which there is already")
             outputs[name] = part
-            layout = ", then ".join(filter(None, (row.layout, f"quantize {preset.name}"))) if name not in repacked else "repack"
+            steps = ["repack"] if how.get(name) == "repack" else filter(None, (row.layout, how.get(name, f"quantize {preset.name}")))
+            layout = ", then ".join(steps)
             rows.append(Row(name, row.sources, layout, part.spec))
     return replace(conversion, outputs=outputs, rows=rows)

@@ -10,7 +10,7 @@ from streamconv.checkpoint.entries import TensorEntry
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.moves import packed_strides
-from streamconv.graph.node import AnyNode, apply
+from streamconv.graph.node import AnyNode, Node, apply, made_of
 from streamconv.graph.ops import Strided
 from streamconv.schemes.scheme import Group, Match
 
@@ -83,3 +83,12 @@ def transpose(node: AnyNode) -> AnyNode:
     *stack, rows, columns = node.spec.shape
     *outer, down, _ = packed_strides(node.spec.shape)
     return apply(Strided((*stack, columns, rows), (*outer, 1, down), 0), node)
+
+
+def untransposed(node: AnyNode) -> AnyNode:
+    """What matrices are that were only transposed, as gpt-oss has its experts; others themselves."""
+    if isinstance(node, Node) and isinstance(node.op, Strided):
+        (inner,) = node.inputs
+        if len(inner.spec.shape) > 1 and made_of(transpose(inner)) == made_of(node):
+            return inner
+    return node

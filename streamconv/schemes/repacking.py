@@ -31,7 +31,7 @@ from streamconv.graph.ops import (
 )
 from streamconv.graph.ops.boxes import Boxed
 from streamconv.graph.views import select
-from streamconv.schemes.beside import transpose
+from streamconv.schemes.beside import transpose, untransposed
 from streamconv.schemes.configs import KEYS
 from streamconv.schemes.preset import Preset
 from streamconv.schemes.scheme import Scheme
@@ -120,7 +120,7 @@ def _of_nibbles(preset: Preset, name: str, weight: AnyNode) -> dict[str, AnyNode
     """mxfp4 as float8 in blocks of 128 x 128, where each block's exponents lie so near that a power of two makes all codes exact."""
     if preset.rule not in ("fp8", "float8") or preset.block != _TILE:
         return None
-    stored = _untransposed(weight)
+    stored = untransposed(weight)
     if not isinstance(stored, Node) or not isinstance(stored.op, DequantizeFloats):
         return None
     op, (_, scales, *_) = stored.op, stored.inputs
@@ -136,15 +136,6 @@ def _of_nibbles(preset: Preset, name: str, weight: AnyNode) -> dict[str, AnyNode
         if not _is_near(exponents):
             return None
     return replace(preset, rule=f"{preset.rule}_powers").encode(name, weight, None)
-
-
-def _untransposed(weight: AnyNode) -> AnyNode:
-    """What matrices are that were only transposed, as gpt-oss has its experts; others themselves."""
-    if isinstance(weight, Node) and isinstance(weight.op, Strided):
-        (inner,) = weight.inputs
-        if made_of(transpose(inner)) == made_of(weight):
-            return inner
-    return weight
 
 
 def _of_floats(preset: Preset, name: str, weight: AnyNode) -> dict[str, AnyNode] | None:

@@ -264,6 +264,84 @@ def test_stacked_experts_are_written_one_by_one_and_share_their_scales(tmp_path:
     assert torch.equal(made[f"{STACK}.1.gate_proj.weight_global_scale"], made[f"{STACK}.1.up_proj.weight_global_scale"])
 
 
+def gpt_oss(inputs: int, height: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = {"gate_up_proj": (2, inputs, 2 * height), "down_proj": (2, height, inputs)}
+    biases = {"gate_up_proj_bias": (2, 2 * height), "down_proj_bias": (2, inputs)}
+    return {f"{STACK}.{name}": torch.randn(shape).to(BF16) for name, shape in (shapes | biases).items()}
+
+
+def as_modules(stacks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts as llm-compressor has them: outputs before inputs, gate and up, which take turns, apart."""
+    modules = {}
+    for name, tensor in stacks.items():
+        part, end = name.removeprefix(f"{STACK}.").removesuffix("_bias"), "bias" if name.endswith("_bias") else "weight"
+        for expert in range(2):
+            rows = tensor[expert] if end == "bias" else tensor[expert].T
+            apart = {"gate_proj": rows[::2], "up_proj": rows[1::2]} if part == "gate_up_proj" else {part: rows}
+            modules |= {f"{STACK}.{expert}.{module}.{end}": matrix.contiguous() for module, matrix in apart.items()}
+    return modules
+
+
+@pytest.mark.parametrize("preset", ["FP8_BLOCK", "NVFP4A16"])
+def test_experts_whose_inputs_come_first_are_turned(preset: str, tmp_path: Path) -> None:
+    stacks = gpt_oss(160, 96)
+    src = write(tmp_path / "stacked", stacks, config={"model_type": "gpt_oss", "dtype": "bfloat16"})
+    other = write(tmp_path / "apart", as_modules(stacks), config={"model_type": "gpt_oss", "dtype": "bfloat16"})
+    leaves = ("--ignore", r"re:.*experts\.1\.down")
+    assert_same(bits(quantize(src, tmp_path / "a", preset, *leaves, "--verify")), bits(quantize(other, tmp_path / "b", preset, *leaves)))
+
+
+def test_mxfp4_of_gpt_oss_in_blocks_of_one_byte_floats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Expert by expert, without a rounding: a power of two as scale of each block makes all codes exact."""
+    generator = torch.Generator().manual_seed(0)
+    stored = {}
+    for name, rows, columns in (("gate_up_proj", 192, 160), ("down_proj", 160, 96)):
+        stored[f"{STACK}.{name}_blocks"] = torch.randint(0, 256, (2, rows, columns // 32, 16), dtype=torch.uint8, generator=generator)
+        stored[f"{STACK}.{name}_scales"] = torch.randint(112, 127, (2, rows, columns // 32), dtype=torch.uint8, generator=generator)
+    config = {"model_type": "gpt_oss", "dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
+    src = write(tmp_path / "src", stored, config=config)
+    quantize(src, tmp_path / "out", "FP8_BLOCK", "--verify")
+    assert run("plan", src, tmp_path / "again", "--quantize", "FP8_BLOCK", "--max-memory", ROOMY) == 0
+    assert "6 of 6 quantized weights hold the numbers of the source's codes" in capsys.readouterr().out
+    assert_same(bits(numbers(tmp_path / "out", tmp_path / "b")), bits(as_modules(numbers(src, tmp_path / "a"))))
+
+
+def test_a_stack_of_one_byte_floats_is_taken_apart_without_rounding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stack = {f"{STACK}.gate_up_proj": torch.randn(2, 256, 128).to(BF16)}
+    src = write(tmp_path / "src", stack, config={"model_type": "qwen3_moe", "dtype": "bfloat16"})
+    before = quantize(src, tmp_path / "fp8", "fp8")[f"{STACK}.gate_up_proj"]
+    after = quantize(tmp_path / "fp8", tmp_path / "out", "FP8_BLOCK", "--verify")
+    for expert in range(2):
+        for name, rows in zip(("gate", "up"), before[expert].chunk(2), strict=True):
+            assert torch.equal(after[f"{STACK}.{expert}.{name}_proj.weight"].view(torch.uint8), rows.view(torch.uint8))
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
+@pytest.mark.parametrize("preset", ["FP8_BLOCK", "FP8_DYNAMIC"])
+def test_experts_of_gpt_oss_are_what_llm_compressor_makes_of_them(preset: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    llmcompressor = pytest.importorskip("llmcompressor")
+    modifiers = pytest.importorskip("llmcompressor.modifiers.quantization")
+    config = transformers.GptOssConfig(
+        num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1, vocab_size=64, hidden_size=256, intermediate_size=128,
+        head_dim=32, num_attention_heads=4, num_key_value_heads=2, layer_types=["full_attention"],
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).to(BF16)
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(parameter.data)
+    model.save_pretrained(tmp_path / "src")
+    made = quantize(tmp_path / "src", tmp_path / "out", preset)
+    recipe = modifiers.QuantizationModifier(targets="Linear", scheme=preset, ignore=["lm_head", "re:.*router"])
+    model = transformers.GptOssForCausalLM.from_pretrained(tmp_path / "src", dtype=BF16)
+    llmcompressor.oneshot(model=model, recipe=recipe, pipeline="datafree")
+    model.save_pretrained(tmp_path / "theirs", save_compressed=True)
+    assert_same(bits(made), bits(read(tmp_path / "theirs")))
+
+
 def test_stacks_stay_stacks_in_fp8(tmp_path: Path) -> None:
     torch.manual_seed(0)
     stack = torch.randn(3, 256, 128).to(BF16)
@@ -290,7 +368,7 @@ def test_stacks_stay_stacks_in_fp8(tmp_path: Path) -> None:
         ({"h.0.attn.c_attn.weight": torch.ones(128, 128)}, {"model_type": "gpt2"}, ("W4A16",), "is of a Conv1D"),
         ({"a.weight": torch.ones(8, 128)}, CONFIG, ("W4A16", "--format", "mindspore"), "mindspore files are read by no library"),
         (
-            {f"{STACK}.down_proj": torch.ones(2, 128, 128)}, {"model_type": "gpt_oss"}, ("W4A16",), "has inputs before outputs",
+            {f"{STACK}.down_proj": torch.ones(2, 128, 128)}, {"model_type": "gpt_oss"}, ("fp8",), "has inputs before outputs",
         ),
     ],
 )  # fmt: skip
