@@ -29,8 +29,8 @@ PACKAGES = {
     "notation": 960,  # strings and integers
     "storage": 1_630,  # where files are; most of it is what servers need, and parts of one file on their way at the same time
     "graph": 2_290,  # nodes, ops, how a region of one is made and read ahead, numbers, codes (AMD's, too) and back, what that loses
-    "formats": 2_360,  # containers and all that is known of their names, the machine for pickles, and what files of others are
-    "trainers": 1_100,  # checkpoints of trainers, a module for each kind, and tensors that lie cut into boxes
+    "formats": 2_390,  # containers and all that is known of their names, the machine for pickles and its records, what files of others are
+    "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 910,  # quantizations, a module for each, and the list of them that others add to
     "recipe": 1_450,  # the mechanism of recipes

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from streamconv.dtypes import DTYPES, DType
 from streamconv.errors import FormatError
 from streamconv.formats.files import damaged, short, show
-from streamconv.formats.unpickling import MAX_BYTES, Budget, Global, Inert, Machine, Refused, fill
+from streamconv.formats.unpickling import MAX_BYTES, OBJECTS, Budget, Global, Inert, Machine, Maker, Record, Refused, fill
 from streamconv.storage.folder import Location
 
 _UTILS = "torch._utils._rebuild_"
@@ -35,9 +36,11 @@ _SHARDED = {
     "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
 }  # fmt: skip
 _INDEX = "torch.distributed.checkpoint.metadata.MetadataIndex"  # whose dict says where each piece of a tensor lies
+_PLACE = ("relative_path", "offset", "length", "transform_descriptors")
 _NEW_OBJECT = {"copyreg.__newobj__", "copyreg.__newobj_ex__"}
 _RECONSTRUCTOR = "copyreg._reconstructor"  # of protocols 0 and 1
 _ENCODE = "_codecs.encode"  # bytes in protocol 2
+_LOCATED = 144  # bytes
 NAMES = {str, int}
 MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in a file from before torch 1.6
 
@@ -71,11 +74,24 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Keyed:
-    """A value of a dict whose key is an object that says what the value is of."""
+class Located:
+    """Where a box of a tensor lies, as a table has it; None for what it does not say. Nothing is checked.
 
-    key: Inert
-    value: Any
+    Attributes:
+        name: of the tensor.
+        offsets: where the box begins along each axis.
+        file: in which it lies.
+        start: of its bytes.
+        nbytes: how many these are.
+        transforms: by way of what they are stored.
+    """
+
+    name: Any
+    offsets: Any
+    file: Any
+    start: Any
+    nbytes: Any
+    transforms: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +183,12 @@ class _Maker:
         self._spend(200)
         return Sharded(kind, known, numbers, state)
 
-    def value(self, key: Inert, value: Any) -> Any:
-        if key.kind != _INDEX:
+    def value(self, key: Inert | Record, value: Any) -> Any:
+        if key.kind != _INDEX or type(value) not in OBJECTS:
             return value
-        self._spend(64)
-        return Keyed(key, value)
+        self._spend(_LOCATED)
+        self._spend(-sum(one.nbytes for one in (key, value) if type(one) is Record))  # which go
+        return Located(key.attribute("fqn"), key.attribute("offset"), *map(value.attribute, _PLACE))
 
     def _dict(self, pairs: Any) -> dict[str, Any]:
         table: dict[str, Any] = {}
@@ -196,14 +213,16 @@ class _Maker:
         return Tensor(storage, dtype, offset, tuple(shape), tuple(stride), lazy)
 
 
-def unpickle(path: Location, file: BinaryIO, storages: Storages, budget: Budget) -> Any:
-    """What the next pickle of a file describes; the storages it names are added to ``storages``.
+def unpickle(
+    path: Location, file: BinaryIO, storages: Storages, budget: Budget, machine: Callable[[BinaryIO, Maker, Budget], Machine] = Machine
+) -> Any:
+    """What the next pickle of a file describes, by a machine for it; the storages it names are added to ``storages``.
 
     Raises:
         FormatError: it is damaged, or asks for more than a pickle gets.
     """
     try:
-        return Machine(file, _Maker(storages, budget), budget).run()
+        return machine(file, _Maker(storages, budget), budget).run()
     except Refused as error:
         raise FormatError(f"{show(path)}: its pickle is refused: {error}; do not load this file unless you trust who made it") from error
     except (EOFError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:

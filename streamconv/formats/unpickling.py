@@ -72,6 +72,33 @@ class Inert:
         return [part for part in parts if type(part) is dict]
 
 
+@dataclass(slots=True, eq=False, repr=False)
+class Record:
+    """What stands for an object of which there are very many, that has no more than attributes.
+
+    Attributes:
+        kind: the name of its class.
+        names: of its attributes, which such objects share.
+        values: what these would have been set to.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, with its numbers and without what it shares."""
+        return 96 + 8 * len(self.names) + 32 * sum(type(value) is int for value in self.values)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}>"
+
+    def attribute(self, name: str) -> Any:
+        """What the attribute of this name would have been, or None."""
+        return self.values[self.names.index(name)] if name in self.names else None
+
+
 class Maker(Protocol):
     """Says what stands for calls and for what lies outside of a pickle."""
 
@@ -81,7 +108,7 @@ class Maker(Protocol):
     def persistent(self, pid: Any) -> Any:
         """What stands for something that is stored elsewhere under this id."""
 
-    def value(self, key: Inert, value: Any) -> Any:
+    def value(self, key: Inert | Record, value: Any) -> Any:
         """What stands for a value whose key in a dict is an object, which itself becomes a text."""
 
 
@@ -190,6 +217,12 @@ class Machine:
         else:
             self._above_mark()
 
+    def _memoize(self) -> None:
+        self._put(len(self._memo))
+
+    def _duplicate(self) -> None:
+        self._stack.append(self._stack[-1])
+
     def _put(self, index: int) -> None:
         more = max(1, index + 1 - len(self._memo))
         if more > _MAX_GAP:
@@ -269,7 +302,7 @@ class Machine:
             target = target.items
         if type(target) is not dict:
             raise Refused(f"it puts items into {short.repr(target)}")
-        kept = [self._maker.value(key, value) if type(key) is Inert else value for key, value in zip(keys, values, strict=True)]
+        kept = [self._maker.value(key, value) if type(key) in OBJECTS else value for key, value in zip(keys, values, strict=True)]
         fill(target, zip(keys, kept, strict=True))
 
     def _append(self) -> None:
@@ -351,6 +384,7 @@ class Machine:
 
 
 _ABSENT = object()
+OBJECTS = (Inert, Record)
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # by Python 3
 
 
@@ -371,8 +405,8 @@ def text_of(key: Any) -> str:
         return str(key)
     if type(key) is Global:
         return key.name
-    if type(key) is Inert:
-        return key.kind
+    if type(key) in OBJECTS:
+        return str(key.kind)
     flat = type(key) is tuple and len(key) <= 64 and ATOMS.issuperset(map(type, key))
     return short.repr(key) if flat else type(key).__name__.lower()
 
@@ -424,7 +458,7 @@ _STEPS: dict[bytes, tuple[int, _Step]] = {
     b"\x90": (0, _M._appends),
     b"\x91": (_RECORD + _LIST, _M._marked_set),
     b"0": (0, _M._pop),
-    b"2": (_PLACE, lambda m: m._push(m._stack[-1])),
+    b"2": (_PLACE, lambda m: m._duplicate()),
     b"(": (_MARK, _M._mark),
     b"1": (0, _M._drop),
     b"g": (_PLACE, lambda m: m._get(int(m._line()))),
@@ -433,7 +467,7 @@ _STEPS: dict[bytes, tuple[int, _Step]] = {
     b"p": (0, lambda m: m._put(int(m._line()))),
     b"q": (0, lambda m: m._put(m._number("B"))),
     b"r": (0, lambda m: m._put(m._number("<I"))),
-    b"\x94": (0, lambda m: m._put(len(m._memo))),
+    b"\x94": (0, lambda m: m._memoize()),
     b"\x82": (0, _M._refuse_extension),
     b"\x83": (0, _M._refuse_extension),
     b"\x84": (0, _M._refuse_extension),

@@ -115,9 +115,9 @@ def describe_zip(first: str) -> tuple[str, str]:
     return find_program(first) or (f"a zip archive, with {first[:200]!r} in it", "zip")
 
 
-def open_section(file: File, start: int, nbytes: int) -> BinaryIO:
-    """A range of an open file, as a file; it tells where in the whole file it is."""
-    return cast("BinaryIO", io.BufferedReader(_Section(file, start, nbytes), _BUFFER))
+def open_section(file: File, start: int, nbytes: int, *, buffer: int = _BUFFER) -> BinaryIO:
+    """A range of an open file, as a file of so large a buffer; it tells where in the whole file it is."""
+    return cast("BinaryIO", io.BufferedReader(_Section(file, start, nbytes), buffer))
 
 
 class _Section(io.RawIOBase):

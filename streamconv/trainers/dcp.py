@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from streamconv.dtypes import DTYPES, DType, TensorSpec
@@ -18,11 +19,11 @@ from streamconv.formats import AnyNode, Contents
 from streamconv.formats.container import Container, Names
 from streamconv.formats.files import check_unicode, countable, damaged, opened, read_line, short, show
 from streamconv.formats.indexes import Explain, unexplained
-from streamconv.formats.pickles import Keyed, Storage, Tensor, unpickle
+from streamconv.formats.pickles import Located, Storage, Tensor, unpickle
 from streamconv.formats.roots import find_weights, is_trainers, note_root
 from streamconv.formats.selection import Selection
 from streamconv.formats.torch import locate_tensor, open_item
-from streamconv.formats.unpickling import Budget, Global, Inert
+from streamconv.formats.unpickling import Budget, Global, Inert, Refused
 from streamconv.formats.zips import open_section
 from streamconv.graph.moves import packed_strides
 from streamconv.storage.filenames import find_fault
@@ -30,8 +31,14 @@ from streamconv.storage.folder import Folder, Location
 from streamconv.trainers.dcp_files import lay_out
 from streamconv.trainers.leftovers import note_left_out
 from streamconv.trainers.pieces import Piece, assemble, read_sizes
+from streamconv.trainers.records import TableMachine, find_asked, open_table
 
 METADATA = ".metadata"
+_RECORDS = (
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata.MetadataIndex",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+)
 _ITERATION = "latest_checkpointed_iteration.txt"  # Megatron's, above the folders of iterations
 _INNER = "pytorch_model_fsdp_0"  # Accelerate's, in the folder of a checkpoint
 _SPLIT = re.compile(r"(optimizer|optim|chained_\d+|rng_state|rerun_state_machine_state)[./](.*)", re.DOTALL)
@@ -111,8 +118,7 @@ class _Table:
 
 
 def _read_table(path: Location) -> _Table:
-    with opened(path, KIND.noun) as file:
-        tree = unpickle(path, open_section(file, 0, file.size), {}, Budget())
+    tree = _unpickle(path)
     state, storage = _attribute(path, tree, "state_dict_metadata", dict), _attribute(path, tree, "storage_data", dict)
     tensors: dict[str, _Stored] = {}
     objects: list[str] = []
@@ -122,18 +128,32 @@ def _read_table(path: Location) -> _Table:
         else:
             objects.append(name)
     items: dict[tuple[str, tuple[int, ...]], _Item] = {}
-    for value in storage.values():
-        if type(value) is not Keyed:
-            raise damaged(path, "its table of storage has keys that are no indexes")
-        name, offsets = value.key.attribute("fqn"), value.key.attribute("offset")
-        if name in tensors:
+    while storage:
+        _, place = storage.popitem()  # a table has very many
+        if type(place) is not Located:
+            raise damaged(path, "its table of storage has keys that are no indexes, or values that say nothing of files")
+        name = place.name
+        if type(name) is str and name in tensors:
             try:
-                places = read_sizes(offsets) if offsets is not None else (0,) * len(tensors[name].spec.shape)
+                offsets = read_sizes(place.offsets) if place.offsets is not None else (0,) * len(tensors[name].spec.shape)
             except ValueError as error:
                 raise damaged(path, f"where a box of it begins: {error}", name) from error
-            items[name, places] = _item(path, name, value.value)
+            items.setdefault((name, offsets), _item(path, name, place))
     planner = tree.attribute("planner_data")
     return _Table(tensors, objects, planner if type(planner) is dict else {}, items)
+
+
+def _unpickle(path: Location) -> Any:
+    """What a table describes: see `records`."""
+    with opened(path, KIND.noun) as file:
+        budget = Budget()
+        try:
+            asked = find_asked(file, budget)
+        except Refused as error:
+            raise damaged(path, str(error)) from error
+        if asked is None:
+            return unpickle(path, open_section(file, 0, file.size), {}, budget)
+        return unpickle(path, open_table(file), {}, budget, partial(TableMachine, kinds=_RECORDS, asked=asked))
 
 
 def _attribute(path: Location, node: Any, name: str, kind: type[Any]) -> Any:
@@ -158,20 +178,20 @@ def _stored(path: Location, name: str, entry: Inert) -> _Stored:
         raise damaged(path, f"its boxes: {error}", name) from error
     if not countable([*shape, dtype.itemsize]):
         raise damaged(path, f"its shape {short.repr(shape)} has 2**63 bytes or more", name)
+    chunks.clear()
     return _Stored(TensorSpec(dtype, shape), boxes)
 
 
-def _item(path: Location, name: str, info: Any) -> _Item:
-    file, offset, nbytes = (info.attribute(key) if type(info) is Inert else None for key in ("relative_path", "offset", "length"))
+def _item(path: Location, name: str, place: Located) -> _Item:
+    file, offset, nbytes = place.file, place.start, place.nbytes
     if type(file) is not str or type(offset) is not int or type(nbytes) is not int or min(offset, nbytes) < 0:
-        raise damaged(path, f"where a box of it lies: {short.repr(info)}", name)
+        raise damaged(path, f"where a box of it lies: {short.repr((file, offset, nbytes))}", name)
     if find_fault(file):
         raise FormatError(
             f"{show(path)}: {short.repr(name)} lies in {short.repr(file)}, which is not below its folder: do not trust this file"
         )
-    transforms = info.attribute("transform_descriptors")
-    if transforms:
-        what = f"{short.repr(name)} is stored by way of {short.repr(transforms)}"
+    if place.transforms:
+        what = f"{short.repr(name)} is stored by way of {short.repr(place.transforms)}"
         raise FormatError(f"{show(path)}: {what}, which is not read: save the checkpoint without it")
     return _Item(file, offset, nbytes)
 
