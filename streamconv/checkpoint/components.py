@@ -155,7 +155,8 @@ def look_beside(root: Folder, own: Iterable[Location] = (), components: Iterable
         above = f"{here}/" if here else ""
         kinds = {name: kind_of(name, folder=True) for name in folders if above + name not in inside}
         for name in sorted(filter(kinds.get, kinds)):
-            leave(kinds[name], above + name)
+            if not any(path.startswith(f"{above}{name}/") for path in read):  # of one that is read, its reader says what it leaves
+                leave(kinds[name], above + name)
         folders[:] = sorted(name for name in folders if not kinds.get(name))
         if here and here not in inside and _is_model(files):
             leave(OTHER_FOLDERS, here)
