@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import ROOMY, assert_same, read, write
+from quantized_models import decompressed
 
 import streamconv
 from streamconv.dtypes import DTYPES, TensorSpec
@@ -75,7 +76,30 @@ def check_repacked(folder: Path, stored: dict[str, torch.Tensor], section: dict[
     assert_same(read(folder / "packed-plain"), read(folder / "src-plain"))
 
 
-@pytest.mark.parametrize(("bits", "preset"), [(4, "W4A16"), (8, "W8A16"), (4, "W4A16_ASYM")])
+def check_decompressed(folder: Path) -> None:
+    """What compressed-tensors' decompressor makes of `check_repacked`'s are the source's numbers."""
+    pytest.importorskip("compressed_tensors")
+    assert_same(decompressed(folder / "packed"), read(folder / "src-plain"))
+
+
+GPTQ = [(4, "W4A16"), (8, "W8A16"), (4, "W4A16_ASYM")]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("bits", "preset"), GPTQ)
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_compressed_tensors_reads_what_was_gptq(tmp_path: Path, bits: int, preset: str, version: str) -> None:
+    test_gptq_in_words_of_compressed_tensors(tmp_path, bits, preset, version)
+    check_decompressed(tmp_path)
+
+
+@pytest.mark.oracle
+def test_compressed_tensors_reads_what_was_awq(tmp_path: Path) -> None:
+    test_awq_in_words_of_compressed_tensors(tmp_path)
+    check_decompressed(tmp_path / "a")
+
+
+@pytest.mark.parametrize(("bits", "preset"), GPTQ)
 @pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
 def test_gptq_in_words_of_compressed_tensors(tmp_path: Path, bits: int, preset: str, version: str) -> None:
     plus = 0 if version == "gptq_v2" else 1
