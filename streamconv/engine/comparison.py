@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from streamconv.engine.io import share_descriptors
-from streamconv.engine.readers import Reader, make_reader
-from streamconv.errors import BudgetError, RunError, unforeseen
-from streamconv.graph.moves import Move, identity, region
-from streamconv.graph.node import AnyNode, Node, Source, items_of, trace
-from streamconv.graph.tiles import boxes
+from streamconv.engine.side_by_side import SideBySide
+from streamconv.graph.node import AnyNode
 from streamconv.notebook import table
-from streamconv.planning.plan import source_files
-from streamconv.storage import Version, is_url
-from streamconv.storage.ranges import MEMORY
 from streamconv.text import join_lines
-from streamconv.threads import run_threads
-from streamconv.units import format_size
 
 if TYPE_CHECKING:
-    from streamconv.graph.arena import Arena, Array
+    from streamconv.engine.side_by_side import Steps
+    from streamconv.graph.arena import Array
 
-REMOTE_STEP = 8 << 20  # bytes of a side that are compared at a time where something is computed from what is remote
-SHORT = 4 << 10  # bytes: pieces below which a tensor is not read front to back
 HELD = 240  # bytes: what is kept of a tensor that differs
 PIECE = 32 << 10  # elements: norms are taken as torch does, in float32, of pieces this small, and added up in float64
 LANES, REST = 8, 4  # sums that torch adds up beside each other, and squares that it rounds together behind these
@@ -161,8 +148,10 @@ def compare(
         if want.dtype != have.dtype:
             result.dtype_mismatch.append(name)
         work.append(name)
-    comparer = _Comparer(expected, found, workers=workers, max_memory=max_memory, read_backend=read_backend, norms=norms, progress=progress)
-    for difference in comparer.run(work):
+    rows = {name: (expected[name], found[name]) for name in work}
+    side_by_side = SideBySide(rows, workers=workers, max_memory=max_memory, read_backend=read_backend, held=HELD)
+    differences = side_by_side.run(lambda name, steps: _compare(name, *rows[name], steps, norms=norms), progress)
+    for difference in differences.values():
         result.tensors.append(difference)
         result.nonfinite += difference.nonfinite
         result.l2 += difference.l2 or 0.0
@@ -170,128 +159,26 @@ def compare(
     return result
 
 
-class _Comparer:
-    """The threads of a comparison; each has an arena for evaluating both sides of one step."""
-
-    def __init__(
-        self,
-        expected: Mapping[str, AnyNode],
-        found: Mapping[str, AnyNode],
-        *,
-        workers: int,
-        max_memory: int | None,
-        read_backend: str,
-        norms: bool,
-        progress: Callable[[int], None],
-    ) -> None:
-        self._expected, self._found = expected, found
-        self._norms, self._progress = norms, progress
-        self._backend = read_backend
-        paths = source_files([*expected.values(), *found.values()])
-        self._urls = {path: Version(-1) for path in paths if is_url(path)}
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self._workers, self._max_memory = workers, max_memory
-        self._descriptors = 1
-        self._results: dict[str, TensorDifference] = {}
-
-    def run(self, names: list[str]) -> Iterator[TensorDifference]:
-        """Compares these tensors; yields those that differ, in order."""
-        from streamconv import memory
-        from streamconv.graph.arena import Arena
-        from streamconv.graph.evaluate import COMPARE, arena_bytes, prepare
-
-        pairs = [(self._expected[name], self._found[name]) for name in names]
-        nodes = [items_of(node) for pair in pairs for node in pair if isinstance(node, Node)]
-        scattered = any(isinstance(found, Node) for _, found in pairs)
-        prepare(nodes)
-        self._step = REMOTE_STEP if self._urls and nodes else COMPARE
-        free = sys.maxsize if self._max_memory is None else self._max_memory - memory.resident() - (8 << 20) - HELD * len(names)
-        while True:
-            arena = max((arena_bytes(node, self._step, scattered=scattered) for node in nodes), default=COMPARE) + 2 * self._step
-            each = 2 * arena + (MEMORY if self._urls else 0)
-            if self._step == COMPARE or free >= 4 * each:
-                break
-            self._step //= 2
-        if self._max_memory is not None and free < each:
-            needed = -(-(self._max_memory - free + each) // 10**6) * 10**6
-            raise BudgetError(f"--max-memory {format_size(self._max_memory)} is too small to compare; use {needed // 10**6}MB", needed)
-        self._workers = max(1, min(self._workers, free // each))
-        self._workers, self._descriptors = share_descriptors(self._workers)
-        try:
-            with unforeseen("while comparing"):
-                run_threads(self._workers, lambda names: self._work(names, Arena(arena)), names, self._stop)
-        except OSError as error:
-            raise RunError(f"while comparing: {type(error).__name__}: {error}") from error
-        yield from (self._results[name] for name in names if name in self._results)
-
-    def _work(self, names: Iterator[str], arena: Arena) -> None:
-        reader = make_reader(self._backend, self._descriptors, self._urls, self._stop)
-        try:
-            for name in names:
-                difference = self._compare(name, arena, reader)
-                with self._lock:
-                    self._progress(self._found[name].spec.nbytes)
-                    if difference:
-                        self._results[name] = difference
-        finally:
-            reader.close()
-
-    def _compare(self, name: str, arena: Arena, reader: Reader) -> TensorDifference | None:
-        left, right = self._expected[name], self._found[name]
-        same_dtype = left.spec.dtype == right.spec.dtype
-        packed = left.spec.dtype.is_packed or right.spec.dtype.is_packed
-        if packed and not same_dtype:
-            return TensorDifference(name, expected=str(left.spec), found=str(right.spec))
-        left, right = items_of(left), items_of(right)
-        equal, squares, largest, nonfinite = same_dtype, 0.0, 0.0, 0
-        for ours, theirs in self._steps(left, right, arena, reader):
-            if same_dtype and (ours == theirs).all():
-                continue
-            equal = False
-            if packed:  # bytes, not numbers
-                return TensorDifference(name)
-            if self._norms:
-                figures = _measure(ours, theirs, left.spec.dtype.name, right.spec.dtype.name)
-                squares, largest, nonfinite = squares + figures[0], max(largest, figures[1]), nonfinite + figures[2]
-        if equal:
-            return None
-        want, have = ("", "") if same_dtype else (str(left.spec), str(right.spec))
-        return TensorDifference(name, l2=math.sqrt(squares), max_abs=largest, nonfinite=nonfinite, expected=want, found=have)
-
-    def _steps(self, left: AnyNode, right: AnyNode, arena: Arena, reader: Reader) -> Iterator[tuple[Array, Array]]:
-        """Both sides, a step at a time, as unsigned integers."""
-        from streamconv.graph.evaluate import evaluate, reads
-
-        for move, ahead in self._moves(left, right):
-            mark, parts = arena.mark, []
-            reader.expect(chain.from_iterable(reads(node, ahead if isinstance(node, Source) else move) for node in (left, right)))
-            for node in (left, right):
-                part = arena.take(move.numel, node.spec.dtype.itemsize)
-                evaluate(node, move, part, arena, reader.read)
-                parts.append(part)
-            yield parts[0], parts[1]
-            arena.release(mark)
-
-    def _moves(self, left: AnyNode, right: AnyNode) -> Iterator[tuple[Move, Move]]:
-        """The steps of a tensor, and what of a stored one will be read from each on: front to back, or as short pieces are best read."""
-        itemsize, total = max(left.spec.dtype.itemsize, right.spec.dtype.itemsize), left.spec.numel
-        step = self._step // itemsize
-        scattered = next(filter(self._is_scattered, (left, right)), None)
-        if scattered is not None:
-            yield from ((region(box), region(box)) for box in boxes(scattered, step))
-            return
-        for start in range(0, total, step):
-            yield identity(min(step, total - start), start), identity(total - start, start)
-
-    def _is_scattered(self, node: AnyNode) -> bool:
-        """Whether a tensor is rather read in boxes than front to back: it lies in stored ones, in short pieces or behind URLs."""
-        if not isinstance(node, Node):
-            return False
-        pieces = list(trace(node, identity(node.spec.numel)))
-        if not all(isinstance(piece.leaf, Source) for piece in pieces):
-            return False
-        moves = [piece.move.simplify() for piece in pieces]
-        return bool(self._urls) or any(move.run < move.numel and move.run * node.spec.dtype.itemsize < SHORT for move in moves)
+def _compare(name: str, left: AnyNode, right: AnyNode, steps: Steps, *, norms: bool) -> TensorDifference | None:
+    """How two tensors of one shape differ; None: not at all."""
+    same_dtype = left.spec.dtype == right.spec.dtype
+    packed = left.spec.dtype.is_packed or right.spec.dtype.is_packed
+    if packed and not same_dtype:
+        return TensorDifference(name, expected=str(left.spec), found=str(right.spec))
+    equal, squares, largest, nonfinite = same_dtype, 0.0, 0.0, 0
+    for ours, theirs in steps:
+        if same_dtype and (ours == theirs).all():
+            continue
+        equal = False
+        if packed:  # bytes, not numbers
+            return TensorDifference(name)
+        if norms:
+            figures = _measure(ours, theirs, left.spec.dtype.name, right.spec.dtype.name)
+            squares, largest, nonfinite = squares + figures[0], max(largest, figures[1]), nonfinite + figures[2]
+    if equal:
+        return None
+    want, have = ("", "") if same_dtype else (str(left.spec), str(right.spec))
+    return TensorDifference(name, l2=math.sqrt(squares), max_abs=largest, nonfinite=nonfinite, expected=want, found=have)
 
 
 def _measure(ours: Array, theirs: Array, left: str, right: str) -> tuple[float, float, int]:
