@@ -1,7 +1,7 @@
 """streamconv: converts model checkpoints bigger than the machine, in bounded memory.
 
-``open``, ``plan``, ``run``, ``convert``, ``verify`` and ``doctor`` are the calls; `Recipe` and its `Rule`, `Drop`, `Make`, `Tie`, `Option`
-declare a conversion; every error derives from `StreamconvError`. Paths may be URLs, with the extra ``remote``.
+``open``, ``plan``, ``run``, ``convert``, ``verify``, ``diff`` and ``doctor`` are the calls; `Recipe` and its `Rule`, `Drop`, `Make`,
+`Tie`, `Option` declare a conversion; every error derives from `StreamconvError`. Paths may be URLs, with the extra ``remote``.
 
 A name is imported when it is asked for.
 """
@@ -31,6 +31,8 @@ from streamconv.errors import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from streamconv import recipes
+    from streamconv.changes.diff import Diff
+    from streamconv.changes.finding import diff
     from streamconv.checkpoint.entries import TensorEntry
     from streamconv.checkpoint.opening import Checkpoint
     from streamconv.checkpoint.opening import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Checkpoint": "checkpoint.opening",
     "Comparison": "engine.comparison",
+    "Diff": "changes.diff",
     "Drop": "recipe",
     "Make": "recipe",
     "Option": "recipe",
@@ -56,6 +59,7 @@ _HOMES = {
     "TensorEntry": "checkpoint.entries",
     "Tie": "recipe",
     "convert": "conversion.api",
+    "diff": "changes.finding",
     "doctor": "diagnose.doctor",
     "open": "checkpoint.opening:open_checkpoint",
     "plan": "conversion.api",
@@ -70,6 +74,7 @@ __all__ = [
     "Comparison",
     "CoverageError",
     "DestinationError",
+    "Diff",
     "Drop",
     "FormatError",
     "Interrupted",
@@ -91,6 +96,7 @@ __all__ = [
     "Tie",
     "UsageError",
     "convert",
+    "diff",
     "doctor",
     "open",
     "plan",

@@ -37,10 +37,11 @@ PACKAGES = {
     "library": 760,  # what other libraries know, and the op that runs their code
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_110,  # nodes to plans
-    "engine": 840,  # bytes of one machine
+    "engine": 850,  # bytes of one machine, tensors read side by side
     "running": 2_370,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
-    "conversion": 1_330,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back on the way
-    "diagnose": 1_360,  # what is said of checkpoints
+    "conversion": 1_345,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back on the way
+    "changes": 370,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
+    "diagnose": 1_390,  # what is said of checkpoints
     "front": 520,  # what people meet: the command, the demo
 }
 FRONT = {"demo", "__main__", ""}

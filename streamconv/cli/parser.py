@@ -204,6 +204,10 @@ COMMANDS = {
         "Compare two checkpoints tensor by tensor, or a recipe's result with B.",
         ("before after", "hf://org/name copy", "Meta-Llama-3-8B Llama-3-8B --recipe llama-meta2hf"),
     ),
+    "diff": Command(
+        "Say what changed from A to B, tensor by tensor, and by how much.",
+        ("base tuned", "hf://org/base hf://org/tuned --json", "base quantized --dequantize --report page.html", "base tuned --headers"),
+    ),
     "recipes": Command(
         "List recipes, explain one, or find those that fit a checkpoint.",
         ("", "llama-meta2hf", "--match Llama-3-8B", "--new mine other > mine.yaml"),

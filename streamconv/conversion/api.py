@@ -6,16 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from streamconv import memory
-from streamconv.conversion.casting import Casting
-from streamconv.conversion.dequantizing import dequantize_as_asked, dequantize_other, without_sign_of_zero
-from streamconv.conversion.opening import check_backend, find_own_beside, find_recipe, local_files, open_both, split_settings
+from streamconv.conversion.comparing import open_sides
+from streamconv.conversion.opening import local_files
 from streamconv.conversion.options import ConvertOptions, PlanOptions, VerifyOptions, arguments_of
-from streamconv.conversion.pipeline import alter_as_asked, make_plan
-from streamconv.conversion.quantizing import quantize_as_asked
+from streamconv.conversion.pipeline import make_plan
 from streamconv.conversion.recovery import find_begun, find_finished, overwrite_noted
-from streamconv.conversion.renaming import names_change
 from streamconv.conversion.sides import open_other
-from streamconv.conversion.targets import all_tensors, convert_tensors
+from streamconv.conversion.targets import all_tensors
 from streamconv.engine.comparison import Comparison, compare
 from streamconv.errors import BudgetError, FormatError, UsageError, writing
 from streamconv.planning.fitting import check_workers
@@ -132,28 +129,12 @@ def verify(options: VerifyOptions) -> Comparison:
     >>> streamconv.verify("model", "model", max_memory="4GB").equal
     True
     """
-    check_backend(options)
-    recipe = find_recipe(options)
-    reading, settings = split_settings(options, recipe)
-    left, right = open_both(options, recipe, reading)
-    casting = Casting(options.dtype, options.keep_dtype)
-    casting.ask_class(left.config)
-    is_renamed = recipe is not None or names_change(options)
-    dequantization = dequantize_as_asked(options, left, casting, renames=is_renamed)
-    if dequantization is not None:
-        left = dequantization.checkpoint
-    left, _ = alter_as_asked(options, left)
-    is_stated = dequantization is None and not is_renamed
-    conversion = convert_tensors(left, recipe, settings, casting, find_own_beside(options, left), is_stated=is_stated)
-    conversion, _ = quantize_as_asked(options, conversion, left)
-    right, unsigned = dequantize_other(options, right, casting)
-    expected = without_sign_of_zero(conversion.outputs, unsigned)
-    actual = without_sign_of_zero(right.contents.entries if is_renamed else all_tensors(right), unsigned)
-    total = sum(entry.spec.nbytes for entry in actual.values())
+    sides = open_sides(options)
+    total = sum(entry.spec.nbytes for entry in sides.actual.values())
     with bar(total, "comparing", show=options.progress) as tell:
         return compare(
-            expected,
-            actual,
+            sides.expected,
+            sides.actual,
             workers=check_workers(options.workers, remote=is_url(options.a) or is_url(options.b)),
             max_memory=parse_size(options.max_memory),
             read_backend=options.read_backend,

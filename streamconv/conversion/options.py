@@ -36,7 +36,7 @@ R = TypeVar("R")
 O = TypeVar("O", bound="Options")  # noqa: E741 - of options
 
 PLANNING = ("convert", "plan")
-COMPARING = (*PLANNING, "verify")
+COMPARING = (*PLANNING, "verify", "diff")
 RUNNING = (*PLANNING, "run")
 LOOKING = (*COMPARING, "inspect", "doctor")
 
@@ -84,7 +84,7 @@ def flags_of(option: Field[Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What becomes of the tensors of a checkpoint, and what that may take: `convert`, `plan` and `verify` have these."""
+    """What becomes of the tensors of a checkpoint, and what that may take: `convert`, `plan`, `verify` and `diff` have these."""
 
     recipe: str | Recipe | None = field(
         default=None,
@@ -281,10 +281,21 @@ class Options:
 class VerifyOptions(Options):
     """The arguments of `verify`."""
 
-    a: AnyPath = field(metadata=about("a directory, a file, or a URL", metavar="A", commands=("verify",)))
-    b: AnyPath = field(metadata=about("what it is compared with", metavar="B", commands=("verify",)))
+    a: AnyPath = field(metadata=about("a directory, a file, or a URL", metavar="A", commands=("verify", "diff")))
+    b: AnyPath = field(metadata=about("what it is compared with", metavar="B", commands=("verify", "diff")))
     _: KW_ONLY
     progress: Shown = field(default=False, compare=False, repr=False, metadata=about("see `run`", commands=()))
+
+
+@dataclass(frozen=True, repr=False)
+class DiffOptions(VerifyOptions):
+    """The arguments of `diff`."""
+
+    _: KW_ONLY
+    headers: bool = field(
+        default=False,
+        metadata=about("read headers only: shapes, dtypes, what is only in one", commands=("diff",)),
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -391,7 +402,7 @@ class ConvertOptions(PlanOptions):
     )
     report: str | os.PathLike[str] | None = field(
         default=None,
-        metadata=about("write a page about it to this .html file", metavar="FILE", commands=("convert", "verify")),
+        metadata=about("write a page about it to this .html file", metavar="FILE", commands=("convert", "verify", "diff")),
     )
     compare_with: AnyPath | None = field(
         default=None,
@@ -421,7 +432,7 @@ def options_of(command: str) -> list[Field[Any]]:
 
 def every_option() -> list[Field[Any]]:
     """All options and arguments of all calls, in the order in which they are declared."""
-    return list({one.name: one for one in (*fields(ConvertOptions), *fields(VerifyOptions))}.values())
+    return list({one.name: one for one in (*fields(ConvertOptions), *fields(DiffOptions))}.values())
 
 
 def arguments_of(options: Callable[P, O]) -> Callable[[Callable[[O], R]], Callable[P, R]]:

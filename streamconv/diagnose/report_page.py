@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +17,9 @@ import psutil
 
 from streamconv import memory
 from streamconv._version import __version__
+from streamconv.changes.diff import NUMBER, STATES, Diff, describe_distance
 from streamconv.checkpoint.opening import open_checkpoint
-from streamconv.conversion.options import ConvertOptions, Options, VerifyOptions, about_of, flags_of
+from streamconv.conversion.options import ConvertOptions, DiffOptions, Options, VerifyOptions, about_of, flags_of
 from streamconv.diagnose.report import LAYER, module_of
 from streamconv.dtypes import TensorSpec
 from streamconv.engine.comparison import Comparison, TensorDifference
@@ -37,7 +37,6 @@ from streamconv.units import format_size
 TEMPLATE = Path(__file__).with_name("report_page.html")
 DIFFERING = 300  # rows of tensors that differ; of more, those with the largest differences
 KINDS = 24  # of tensors whose losses are drawn
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert
 PARTS = 200  # pieces of a file in the map
 
 
@@ -133,6 +132,50 @@ def describe_comparison(comparison: Comparison, options: VerifyOptions, progress
         "checks": list(_describe_checks(specs, comparison)),
         "checked": _describe_check(comparison),
     }
+
+
+def describe_diff(changes: Diff, options: DiffOptions, progress: Progress) -> dict[str, Any]:
+    """The page of a diff."""
+    distance, counts = changes.distance, changes.counts
+    seconds = sum(phase.samples[-1][0] for phase in progress.phases)
+    relative, same = distance.relative_l2, STATES["unread" if changes.headers else "equal"]
+    figures = [
+        ("compared", f"{changes.tensors_b:,}", f"tensors with {changes.tensors_a:,}, {counts['equal'] + counts['unread']:,} {same}"),
+        ("changed", f"{counts['changed']:,}", f"{counts['rounded']:,} rounded, {counts['moved']:,} moved"),
+        ("relative L2", "none" if relative is None else f"{relative:.3g}", f"{100 * distance.share:.3g}% of the numbers in these"),
+        ("only in one", f"{counts['only_a'] + counts['only_b']:,}", f"{counts['only_a']:,} in A, {counts['only_b']:,} in B"),
+        ("time", _show_seconds(seconds), ""),
+        ("peak memory", format_size(memory.peak()), f"of {format_size(progress.budget or 0)}"),
+    ]
+    kinds = [kind for kind in changes.kinds() if kind.distance.changed]
+    lines = [f"{kind.name}: {describe_distance(kind.distance)}" for kind in kinds]
+    return {
+        **_describe_run("Diff", options.a, options.b, options, progress, options.workers),
+        "state": "good" if changes.equal else "warn",
+        "verdict": "no differences" if changes.equal else "different",
+        "figures": figures,
+        "losses": {
+            "title": "What changed, by kind of layer",
+            "lines": [describe_distance(distance), *lines] if kinds else [],
+            "kinds": [{"kind": kind.name, "points": sorted(kind.points)} for kind in kinds[:KINDS]],
+        },
+        "checks": list(_describe_changes(changes)),
+        "checked": ", ".join(f"{counts[state]:,} {text}" for state, text in STATES.items() if counts[state]),
+        "notes": [f"config.json: {row}" for row in changes.config],
+    }
+
+
+def _describe_changes(changes: Diff) -> Iterator[dict[str, Any]]:
+    """Tensors by what became of them: those that changed most first, then the others, folded."""
+    worst = changes.worst()
+    for row in worst[:DIFFERING]:
+        yield {"state": STATES[row.state], "name": row.name, "detail": describe_distance(row.distance)}
+    shown = {row.name for row in worst[:DIFFERING]}
+    rows = [row for row in changes.tensors if row.state in ("moved", "only_a") or row.name not in shown]
+    for kind in fold(((row.state, row.a, row.b), (row.source, row.name)) for row in rows):
+        row, (source, name) = rows[kind.members[0]], kind.texts
+        text = f"{source} → {name}" if source else name
+        yield {"state": STATES[row.state], "name": text, "detail": row.spec, "count": len(kind.members)}
 
 
 def _describe_run(kind: str, source: AnyPath, target: AnyPath, options: Options, progress: Progress, workers: int | None) -> dict[str, Any]:

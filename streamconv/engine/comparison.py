@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from streamconv.engine.side_by_side import SideBySide
+from streamconv.engine.side_by_side import Limits, SideBySide
 from streamconv.graph.node import AnyNode
 from streamconv.notebook import table
 from streamconv.text import join_lines
 
 if TYPE_CHECKING:
-    from streamconv.engine.side_by_side import Steps
+    from streamconv.engine.side_by_side import Begin
     from streamconv.graph.arena import Array
 
 HELD = 240  # bytes: what is kept of a tensor that differs
@@ -149,8 +149,8 @@ def compare(
             result.dtype_mismatch.append(name)
         work.append(name)
     rows = {name: (expected[name], found[name]) for name in work}
-    side_by_side = SideBySide(rows, workers=workers, max_memory=max_memory, read_backend=read_backend, held=HELD)
-    differences = side_by_side.run(lambda name, steps: _compare(name, *rows[name], steps, norms=norms), progress)
+    side_by_side = SideBySide(rows, Limits(workers, max_memory, read_backend), held=HELD)
+    differences = side_by_side.run(lambda name, begin: _compare(name, *rows[name], begin, norms=norms), progress)
     for difference in differences.values():
         result.tensors.append(difference)
         result.nonfinite += difference.nonfinite
@@ -159,14 +159,14 @@ def compare(
     return result
 
 
-def _compare(name: str, left: AnyNode, right: AnyNode, steps: Steps, *, norms: bool) -> TensorDifference | None:
+def _compare(name: str, left: AnyNode, right: AnyNode, begin: Begin, *, norms: bool) -> TensorDifference | None:
     """How two tensors of one shape differ; None: not at all."""
     same_dtype = left.spec.dtype == right.spec.dtype
     packed = left.spec.dtype.is_packed or right.spec.dtype.is_packed
     if packed and not same_dtype:
         return TensorDifference(name, expected=str(left.spec), found=str(right.spec))
     equal, squares, largest, nonfinite = same_dtype, 0.0, 0.0, 0
-    for ours, theirs in steps:
+    for ours, theirs in begin():
         if same_dtype and (ours == theirs).all():
             continue
         equal = False

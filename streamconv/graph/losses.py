@@ -133,6 +133,14 @@ def _measure_singles(before: Array, after: Array, source: str, target: str) -> L
     return total
 
 
+def sum_of_squares(values: Array) -> float:
+    """Of finite floats, whatever their size."""
+    import numpy as np
+
+    total = _sum_of_squares(values) if values.dtype == np.float32 and values.flags.c_contiguous else 0.0
+    return total if _LEAST < total < _MOST else float(np.square(values, dtype=np.float64).sum())
+
+
 def _sum_of_squares(values: Array) -> float:
     """Of float32: added up in that type a line at a time, lines in float64."""
     import numpy as np

@@ -142,6 +142,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(hostile, tmp_path, capsys):
         ("doctor", hostile),
         ("verify", hostile, other),
         ("verify", hostile, hostile),
+        ("diff", hostile, other),
         ("recipes", recipe),
         ("recipes", "--match", hostile),
         ("recipes", "--new", hostile, other),
@@ -162,7 +163,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(hostile, tmp_path, capsys):
         found = capsys.readouterr()
         assert found.out + found.err, command
         assert not unprintable(found.out + found.err), (command, found)
-        if command[0] in ("inspect", "doctor", "plan", "verify") and "--stats" not in command:
+        if command[0] in ("inspect", "doctor", "plan", "verify", "diff") and "--stats" not in command:
             main([*words, "--json"])
             told = capsys.readouterr()
             assert not unprintable(told.out + told.err), command
@@ -214,7 +215,7 @@ def test_what_comes_near(tmp_path, capsys):
         (("convrt", src, dst), "did you mean convert?"),
         (("convert", src, dst, "--dtpye", "float32"), "unknown option --dtpye; did you mean --dtype?"),
         (("convert", src, dst, "--max-mem=1GB"), "did you mean --max-memory?"),
-        (("inspect", src, "--recipe", "x"), "inspect has no option --recipe; convert, plan, verify have"),
+        (("inspect", src, "--recipe", "x"), "inspect has no option --recipe; convert, plan, verify, diff have"),
         (("inspect", src, src), "one argument too many"),
         (("convert", src, dst, "--engine", "rya"), "did you mean ray?"),
         (("convert", src, dst, "--dtype", "bfolat16"), "did you mean bfloat16?"),

@@ -16,13 +16,13 @@ from documentation import find_between, write_between
 
 import streamconv
 from streamconv.cli.parser import COMMANDS, ROOT, build_parser, read_options
-from streamconv.conversion.options import ConvertOptions, PlanOptions, VerifyOptions, about_of, every_option, flags_of
+from streamconv.conversion.options import ConvertOptions, DiffOptions, PlanOptions, VerifyOptions, about_of, every_option, flags_of
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import UsageError
 from streamconv.recipe.recipe import IDENTITY_OPTIONS
 
 TABLE = re.compile(r"(?<=<!-- options -->\n).*?(?=\n<!-- end of options -->)", re.DOTALL)
-CALLS = {"plan": PlanOptions, "convert": ConvertOptions, "verify": VerifyOptions}
+CALLS = {"plan": PlanOptions, "convert": ConvertOptions, "verify": VerifyOptions, "diff": DiffOptions}
 
 
 def option_table() -> str:
@@ -57,7 +57,7 @@ def test_a_call_takes_the_fields_of_its_options(name):
         expected = (inspect.Parameter.empty, "POSITIONAL_OR_KEYWORD") if one.default is MISSING else (parameter.default, "KEYWORD_ONLY")
         assert (parameter.default, parameter.kind.name) == expected
         assert f"\n        {one.name}: {about_of(one).help}." in call.__doc__
-    assert inspect.signature(call).return_annotation in {"Plan", "Result", "Comparison"}
+    assert inspect.signature(call).return_annotation in {"Plan", "Result", "Comparison", "Diff"}
     for given in ({"dtypes": "bf16"}, {"max_memroy": 1}):
         with pytest.raises(TypeError, match=rf"^{name}\(\) .*{next(iter(given))}"):
             call("a", "b", **given)

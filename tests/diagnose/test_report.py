@@ -245,6 +245,24 @@ def test_a_page_of_a_comparison(source, tmp_path):
     assert sum(row["count"] for row in by_state["equal"]) == len(tensors()) - 2
 
 
+def test_a_page_of_a_diff(source, tmp_path):
+    changed = tensors()
+    for i in range(LAYERS):
+        changed[f"model.layers.{i}.self_attn.q_proj.weight"] *= 1 + i
+    changed["extra"] = changed.pop("lm_head.weight")
+    other = write(tmp_path / "other", changed, config={"hidden_size": 9})
+    page = tmp_path / "report.html"
+    assert run("diff", source, other, "--report", page, "--quiet") == 1
+    found = data_of(page)
+    assert (found["kind"], found["verdict"], found["notes"]) == ("Diff", "different", ["config.json: hidden_size: 8 -> 9"])
+    (plot,) = found["losses"]["kinds"]
+    assert plot["kind"] == "model.layers.*.self_attn.q_proj.weight"
+    assert plot["points"] == [[i, pytest.approx(i, rel=1e-2)] for i in range(1, LAYERS)]
+    rows = [(row["state"], row["name"]) for row in found["checks"]]
+    assert ("moved", "lm_head.weight → extra") in rows
+    assert rows[0] == ("changed", f"model.layers.{LAYERS - 1}.self_attn.q_proj.weight")
+
+
 def test_a_page_with_a_reference(source, tmp_path):
     page = tmp_path / "report.html"
     assert run("convert", source, tmp_path / "dst", "--compare", source, "--report", page, "--quiet") == 0
@@ -330,6 +348,17 @@ def test_a_page_in_a_browser(browser, source, recipe, tmp_path, scheme, width):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
     page.locator("#theme").click()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == before
+    assert said == []
+
+
+def test_a_page_of_a_diff_in_a_browser(browser, source, tmp_path):
+    path = tmp_path / "report.html"
+    other = write(tmp_path / "other", tensors() | {"model.norm.weight": torch.zeros(8)})
+    assert run("diff", source, other, "--report", path, "-q") == 1
+    page, said = visit(browser, path, "light", 800)
+    assert "different" in page.locator("#verdict").inner_text()
+    assert page.locator("#losses svg").count() == 1
+    assert page.locator("#check-list .row").count() == 1
     assert said == []
 
 
