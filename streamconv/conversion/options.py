@@ -318,7 +318,8 @@ class PlanOptions(Options):
     strict_values: bool = field(
         default=False,
         metadata=about(
-            "fail, and commit nothing, if a finite value becomes infinite, being too large for its new dtype", commands=PLANNING
+            "fail, and commit nothing, if a finite value is too large for its new dtype, or quantized beside NaN or infinity",
+            commands=PLANNING,
         ),
     )
     format: str | None = field(

@@ -15,6 +15,7 @@ from streamconv.engine.writers import Writer
 from streamconv.errors import Interrupted
 from streamconv.graph.losses import Loss, Losses
 from streamconv.graph.moves import Move, region
+from streamconv.graph.node import Node
 from streamconv.memory import BLOCK, keep_freed
 from streamconv.planning.plan import Compute, Copy, Plan
 from streamconv.storage import Version, is_url
@@ -75,7 +76,9 @@ class Worker:
         self.reader.expect(reads(node, region(tile)))
         evaluate(node, region(tile), out, arena, self._read)
         if arena.overflowed or arena.loss:
-            self.losses.add(self._plan.target_of(segment), Loss(overflowed=arena.overflowed) + (arena.loss or Loss()))
+            is_quantized = isinstance(node, Node) and node.op.counts == "unscaled"
+            counted = Loss(unscaled=arena.overflowed) if is_quantized else Loss(overflowed=arena.overflowed)
+            self.losses.add(self._plan.target_of(segment), counted + (arena.loss or Loss()))
             arena.overflowed, arena.loss = 0, None
         return out.data.cast("B")
 

@@ -87,10 +87,18 @@ def widened(items: Array, dtype: str) -> Array:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Blocks as codes, a byte each, and what each of them shares, as it is stored."""
+    """Blocks as codes, a byte each, and what each of them shares, as it is stored.
+
+    Attributes:
+        codes: by block.
+        scales: one for each.
+        unscaled: whether a block has no scale, for NaN or infinity in it, or numbers too small for one.
+        zeros: zero points, where there are any.
+    """
 
     codes: Array
     scales: Array
+    unscaled: Array
     zeros: Array | None = None
 
 
@@ -99,13 +107,15 @@ def fp8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     most = largest(blocks)
     factors = np.reciprocal(most) * np.float32(_E4M3)
     factors[(most == 0) | np.isnan(most)] = 1
-    return Encoded(_to_e4m3(np.multiply(blocks, spread(factors), out=blocks)), np.reciprocal(factors).view(np.uint32))
+    codes = _to_e4m3(np.multiply(blocks, spread(factors), out=blocks))
+    return Encoded(codes, np.reciprocal(factors).view(np.uint32), ~np.isfinite(most) | np.isinf(factors))
 
 
 def fp8_fnuz(blocks: Array, dtype: str, whole: float) -> Encoded:
     """`fp8` as float8_e4m3fnuz: the same bits, which stand for half as much, and twice the scales."""
     encoded = fp8(blocks, dtype, whole)
-    return Encoded(to_fnuz(encoded.codes), (encoded.scales.view(np.float32) * np.float32(2)).view(np.uint32))
+    scales = encoded.scales.view(np.float32) * np.float32(2)
+    return Encoded(to_fnuz(encoded.codes), scales.view(np.uint32), encoded.unscaled)
 
 
 def to_fnuz(codes: Array) -> Array:
@@ -116,7 +126,8 @@ def to_fnuz(codes: Array) -> Array:
 def float8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     """float8_e4m3fn times a scale of the weight's dtype."""
     scales = _not_zero(rounding(dtype)(largest(blocks) / np.float32(_E4M3)), dtype)
-    return Encoded(_finish(np.divide(blocks, spread(scales), out=blocks), dtype, _to_e4m3), _stored(scales, dtype))
+    codes = _finish(np.divide(blocks, spread(scales), out=blocks), dtype, _to_e4m3)
+    return Encoded(codes, _stored(scales, dtype), ~np.isfinite(scales))
 
 
 def powers(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
@@ -125,13 +136,13 @@ def powers(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     fraction, exponent = np.frexp(most / np.float32(_E4M3))
     scales = np.ldexp(np.float32(1), exponent - (fraction == 0.5))
     scales[most == 0] = 1
-    return Encoded(_to_e4m3(np.divide(blocks, spread(scales), out=blocks)), scales.view(np.uint32))
+    return Encoded(_to_e4m3(np.divide(blocks, spread(scales), out=blocks)), scales.view(np.uint32), ~np.isfinite(most))
 
 
 def powers_as_weights(blocks: Array, dtype: str, whole: float) -> Encoded:
     """`powers`, with scales in the weight's dtype."""
     made = powers(blocks, dtype, whole)
-    return Encoded(made.codes, _stored(made.scales.view(np.float32), dtype))
+    return Encoded(made.codes, _stored(made.scales.view(np.float32), dtype), made.unscaled)
 
 
 def integers(bits: int) -> Callable[[Array, str, float], Encoded]:
@@ -141,7 +152,7 @@ def integers(bits: int) -> Callable[[Array, str, float], Encoded]:
     def encode(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
         scales = _not_zero(rounding(dtype)(largest(blocks) / np.float32(half - 0.5)), dtype)
         codes = _finish(np.divide(blocks, spread(scales), out=blocks), dtype, _TO_INTEGERS[bits])
-        return Encoded(codes, _stored(scales, dtype))
+        return Encoded(codes, _stored(scales, dtype), ~np.isfinite(scales))
 
     return encode
 
@@ -160,7 +171,7 @@ def asymmetric(bits: int) -> Callable[[Array, str, float], Encoded]:
         scales = _not_zero(scales, dtype)
         values = rounded(np.divide(blocks, spread(scales), out=blocks))
         codes = _finish(np.add(values, spread(zeros), out=values), dtype, _TO_INTEGERS[bits])
-        return Encoded(codes, _stored(scales, dtype), zeros.astype(np.int8).view(np.uint8))
+        return Encoded(codes, _stored(scales, dtype), ~np.isfinite(scales), zeros.astype(np.int8).view(np.uint8))
 
     return encode
 
@@ -168,9 +179,10 @@ def asymmetric(bits: int) -> Callable[[Array, str, float], Encoded]:
 def nvfp4(blocks: Array, dtype: str, whole: float) -> Encoded:
     """float4_e2m1fn times a float8_e4m3fn less the scale of all of these, ``whole``."""
     shared = np.float32(whole)
-    scales = _to_e4m3(shared * rounding(dtype)(largest(blocks) / np.float32(_E2M1))).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    most = largest(blocks)
+    scales = _to_e4m3(shared * rounding(dtype)(most / np.float32(_E2M1))).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     scales[scales == 0] = _SMALLEST_SCALE
-    return Encoded(_to_e2m1(np.divide(blocks, spread(scales / shared), out=blocks)), _to_e4m3(scales))
+    return Encoded(_to_e2m1(np.divide(blocks, spread(scales / shared), out=blocks)), _to_e4m3(scales), ~np.isfinite(most))
 
 
 def shared_scale(most: float, dtype: str) -> float:
@@ -184,14 +196,16 @@ def shared_scale(most: float, dtype: str) -> float:
 
 def mxfp4(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     """float4_e2m1fn times a power of two, its exponent in a byte."""
-    octets, powers = _exponents(largest(blocks), dtype, 2)
-    return Encoded(_finish(np.divide(blocks, spread(powers), out=blocks), dtype, _to_e2m1), octets)
+    most = largest(blocks)
+    octets, powers = _exponents(most, dtype, 2)
+    return Encoded(_finish(np.divide(blocks, spread(powers), out=blocks), dtype, _to_e2m1), octets, ~np.isfinite(most))
 
 
 def mxfp8(blocks: Array, dtype: str, whole: float) -> Encoded:  # noqa: ARG001
     """float8_e4m3fn times a power of two, its exponent in a byte."""
-    octets, powers = _exponents(largest(blocks), dtype, 8)
-    return Encoded(_finish(np.divide(blocks, spread(powers), out=blocks), dtype, _to_e4m3), octets)
+    most = largest(blocks)
+    octets, powers = _exponents(most, dtype, 8)
+    return Encoded(_finish(np.divide(blocks, spread(powers), out=blocks), dtype, _to_e4m3), octets, ~np.isfinite(most))
 
 
 ENCODERS: dict[str, Callable[[Array, str, float], Encoded]] = {

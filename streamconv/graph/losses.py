@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     Array = ndarray[Any, Any]
 
+TOO_LARGE = "are too large for their new dtype"
+UNSCALED = "have no scale, for NaN or infinity in their block, or numbers too small for one"
+"""What is said of values that are counted."""
 _PIECE, _LINE = 1 << 16, 1 << 8  # values that are measured at once, and that are added up in float32
 _LEAST, _MOST = 2.0**-60, 2.0**60  # sums of squares of which the single ones fit into float32
 
@@ -29,6 +32,7 @@ class Loss:
         most: the largest difference.
         squares: of all differences, added up.
         norm: the squares of what they were, added up.
+        unscaled: how many were quantized without a scale of their block, which NaN or infinity are in, or numbers too small for one.
     """
 
     overflowed: int = 0
@@ -39,6 +43,7 @@ class Loss:
     most: float = 0.0
     squares: float = 0.0
     norm: float = 0.0
+    unscaled: int = 0
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(
@@ -50,6 +55,7 @@ class Loss:
             max(self.most, other.most),
             self.squares + other.squares,
             self.norm + other.norm,
+            self.unscaled + other.unscaled,
         )
 
     @property
@@ -66,6 +72,7 @@ class Loss:
             "rounded": self.rounded,
             "overflowed": self.overflowed,
             "underflowed": self.underflowed,
+            "unscaled": self.unscaled,
             "max_abs": self.most,
             "relative_l2": self.relative,
         }
@@ -89,6 +96,11 @@ class Losses(dict[str, Loss]):
     def overflowed(self) -> dict[str, int]:
         """How many values overflowed, of the targets of which any did."""
         return {name: loss.overflowed for name, loss in self.items() if loss.overflowed}
+
+    @property
+    def unscaled(self) -> dict[str, int]:
+        """How many values have no scale, of the targets of which any have none."""
+        return {name: loss.unscaled for name, loss in self.items() if loss.unscaled}
 
     def plain(self) -> dict[str, tuple[Any, ...]]:
         """As values that any process can read; `from_plain` reads them back."""

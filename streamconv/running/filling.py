@@ -34,7 +34,7 @@ from streamconv.engine.order import Task, place_of, tasks_in_order
 from streamconv.engine.worker import Workers
 from streamconv.engine.writers import LocalFiles, Writer
 from streamconv.errors import DestinationError, RunError, SourceChanged, UsageError, unforeseen, writing
-from streamconv.graph.losses import Losses
+from streamconv.graph.losses import TOO_LARGE, UNSCALED, Losses
 from streamconv.graph.moves import Move
 from streamconv.planning.plan import Compute, Copy, Plan, Segment, SourceFile
 from streamconv.running.directory import PARTIAL, holds, partial
@@ -150,13 +150,16 @@ class LocalEngine:
 
     def _check_values(self) -> None:
         """Raises RunError where values have overflowed, and none may."""
-        overflowed = self.losses.overflowed
-        if self._plan.strict and overflowed:
-            name = max(overflowed, key=lambda name: overflowed[name])
-            raise RunError(
-                f"--strict-values: {sum(overflowed.values())} values of {len(overflowed)} tensors are too large for their new dtype, "
-                f"most of {name}: nothing is committed; give another --dtype, or --keep-dtype, with --overwrite"
-            )
+        for counts, said, advice in (
+            (self.losses.overflowed, TOO_LARGE, "give another --dtype, or --keep-dtype"),
+            (self.losses.unscaled, UNSCALED, "leave these modules alone with --ignore"),
+        ):
+            if self._plan.strict and counts:
+                name = max(counts, key=lambda name: counts[name])
+                raise RunError(
+                    f"--strict-values: {sum(counts.values())} values of {len(counts)} tensors {said}, most of {name}: "
+                    f"nothing is committed; {advice}, with --overwrite"
+                )
 
     def _make(self, numbers: Iterable[int]) -> None:
         """Makes these files and, unless it is the commit, finishes them."""

@@ -13,7 +13,7 @@ from streamconv.engine.check import OutputCheck
 from streamconv.engine.comparison import Comparison
 from streamconv.engine.io import describe_os_error
 from streamconv.errors import DestinationError, RunError
-from streamconv.graph.losses import Loss
+from streamconv.graph.losses import TOO_LARGE, Loss
 from streamconv.notebook import table
 from streamconv.planning.plan import Plan
 from streamconv.running.progress import Progress, bar
@@ -54,15 +54,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Overflow:
-    """Values that were finite, and are infinite now because they are too large for the dtype that they were cast to.
+    """Values that were finite, and are infinite now because they are too large for the dtype that they were cast to; or others.
 
     Attributes:
         counts: how many, by tensor; of what this run computed.
         complete: whether this run computed all that the output holds; an earlier one's values are not looked at again.
+        said: what is said of them.
     """
 
     counts: Mapping[str, int] = field(default_factory=dict)
     complete: bool = True
+    said: str = f"{TOO_LARGE}, infinite now"
 
     def summary(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -78,9 +80,7 @@ class Overflow:
         number = len(self.counts)
         named = ", ".join(f"{name} ({count})" for name, count in self._worst())
         more = f" and {number - SHOWN} more" if number > SHOWN else ""
-        sentence = (
-            f"{sum(self.counts.values())} values in {number} tensor{'s' * (number > 1)} are too large for their new dtype, infinite now"
-        )
+        sentence = f"{sum(self.counts.values())} values in {number} tensor{'s' * (number > 1)} {self.said}"
         return f"{sentence}{'' if self.complete else ' (of what this run computed)'}: {named}{more}"
 
 
@@ -101,7 +101,7 @@ class Changes:
         return [loss.summary(name) for name, loss in self._worst()]
 
     def _worst(self) -> list[tuple[str, Loss]]:
-        changed = [(name, loss) for name, loss in self.losses.items() if loss.rounded or loss.overflowed]
+        changed = [(name, loss) for name, loss in self.losses.items() if loss.rounded or loss.overflowed or loss.unscaled]
         return sorted(changed, key=lambda item: (-item[1].relative, item[0]))
 
     def lines(self) -> Iterator[str]:
@@ -138,12 +138,13 @@ class Result:
     part: Part | None = None
     place: Path | str = ""
     overflow: Overflow = field(default_factory=Overflow)
+    unscaled: Overflow = field(default_factory=Overflow)
     losses: Changes | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know: of the conversion, and of the values that it made."""
-        return (*self.plan.notes, *filter(None, [str(self.overflow)]))
+        return (*self.plan.notes, *filter(None, [str(self.overflow), str(self.unscaled)]))
 
     def summary(self) -> dict[str, Any]:
         """What ``convert --json`` prints."""
@@ -163,6 +164,7 @@ class Result:
         summary: dict[str, Any] = {key: plan[key] for key in figures}
         summary |= {"seconds": self.seconds, "peak_rss": self.peak_rss, "peak_anonymous": self.peak_anonymous}
         summary |= {"outputs": plan["outputs"], "verified": self.verified, "notes": list(self.notes), "overflowed": self.overflow.summary()}
+        summary |= {"unscaled": self.unscaled.summary()}
         summary |= {"losses": self.losses.summary()} if self.losses else {}
         summary |= {"comparison": self.comparison.summary()} if self.comparison else {}
         return summary | ({"part": asdict(self.part)} if self.part else {})

@@ -21,7 +21,7 @@ from streamconv.engine.order import tasks_in_order
 from streamconv.engine.readers import BACKENDS
 from streamconv.errors import DestinationError, FormatError, Interrupted, RunError, UsageError, writing
 from streamconv.formats.registry import containers
-from streamconv.graph.losses import Losses
+from streamconv.graph.losses import UNSCALED, Losses
 from streamconv.interrupts import Unwinding
 from streamconv.planning.plan import Plan
 from streamconv.running.bucket import Bucket
@@ -328,8 +328,11 @@ class _Run:
         verified = True if self._terms.verify or is_done else None
         complete = self._made == len(self._plan.files)
         overflow = Overflow(self._losses.overflowed, complete=complete)
+        unscaled = Overflow(self._losses.unscaled, complete=complete, said=UNSCALED)
         losses = Changes(self._losses, complete=complete) if plan.measures else None
-        return Result(plan, seconds, memory.peak(), anonymous, verified, part=part, place=place, overflow=overflow, losses=losses)
+        return Result(
+            plan, seconds, memory.peak(), anonymous, verified, part=part, place=place, overflow=overflow, unscaled=unscaled, losses=losses
+        )
 
     def _describe_part(self, lease: Lease) -> Part:
         every, names = files_to_make(self._plan), tuple(self._plan.files[number].path for number in self._missing)

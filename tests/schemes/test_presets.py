@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import ROOMY, assert_same, read, refusal, run, write
+from checkpoint_files import ROOMY, assert_same, failure, read, refusal, run, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from preset_models import CONFIG, PRESETS, STORED, by_library, write_model
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import streamconv
+from streamconv.schemes.registry import presets
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "presets"
 CASES = [(preset, dtype) for dtype, presets in STORED.items() for preset in presets]
@@ -114,6 +115,29 @@ def test_compressed_tensors_decompresses_what_was_fp8(tmp_path: Path) -> None:
     repacked = [name for name in theirs if f"{name}_scale_inv" in read(tmp_path / "before")]
     assert repacked
     assert_same(bits({name: theirs[name].to(BF16) for name in repacked}), bits({name: ours[name] for name in repacked}))
+
+
+@pytest.mark.parametrize("preset", ["fp8", FNUZ, *PRESETS])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.sampled(5)
+def test_blocks_without_a_scale_are_told(value: str, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And may be forbidden: ``--strict-values``. Zeros have one."""
+    weight = torch.randn(256, 300 if preset in ("FP8_BLOCK", "W8A8", "FP8_DYNAMIC", FNUZ) else 256).to(BF16)
+    columns = weight.shape[1]
+    weight[140, 130], weight[:, :128] = float(value), 0
+    src = write(tmp_path / "x", {"a.weight": weight}, config={"dtype": "bfloat16"})
+    rows, width = presets()[preset].block
+    count = min(rows, 128) * min(width, columns)
+    for tiles in ((), ("--workers", "1", "--max-shard-size", "20kB")):
+        assert run("convert", src, tmp_path / "out", "--quantize", preset, "--overwrite", "--max-memory", ROOMY, *tiles) == 0
+        assert f"note: {count} values in 1 tensor have no scale, for NaN or infinity in their block" in capsys.readouterr().out
+    assert run("convert", src, tmp_path / "b", "--quantize", preset, "--losses", "--json", "--max-memory", ROOMY) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["unscaled"]["values"], told["overflowed"]["values"]) == (count, 0)
+    assert [row["unscaled"] for row in told["losses"]] == [count]
+    line = failure(capsys, 3, "convert", src, tmp_path / "strict", "--quantize", preset, "--strict-values")
+    assert f"--strict-values: {count} values of 1 tensors have no scale" in line
+    assert not list((tmp_path / "strict").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("preset", ["fp8", FNUZ, *PRESETS])
@@ -433,7 +457,6 @@ def test_any_tile_gives_the_codes_of_the_whole(data: st.DataObject) -> None:
     from streamconv.graph.moves import Move, identity
     from streamconv.graph.node import Source, apply
     from streamconv.graph.ops.op import Values
-    from streamconv.schemes.registry import presets
 
     preset = presets()[data.draw(st.sampled_from(["fp8", FNUZ, *PRESETS]))]
     rows = preset.rows * data.draw(st.integers(1, 3)) if preset.rows > 1 else data.draw(st.integers(1, 150))

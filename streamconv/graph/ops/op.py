@@ -40,6 +40,8 @@ class Op(ABC):
     """What a node does: one of `Layout`, `Compute` and `Reduce`."""
 
     kind: ClassVar[str]
+    counts: ClassVar[str] = "overflowed"
+    """Which attribute of a `Loss` its values are counted as, where it is a target's last one and counts some."""
 
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__ and _OPS.setdefault(cls.kind, cls) is not cls:

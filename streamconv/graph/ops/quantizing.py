@@ -44,6 +44,7 @@ class Quantize(Boxed):
     """
 
     kind: ClassVar[str] = "quantize"
+    counts: ClassVar[str] = "unscaled"
 
     shape: tuple[int, ...]
     dtype: str
@@ -105,12 +106,12 @@ class Quantize(Boxed):
         return super().scratch(inputs) + 40 * max(0, math.prod(map(min, self.block, self.matrix)) - _LEAST)
 
     def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:
-        """The items of a box of the output, as they are stored."""
+        """The items of a box of the output, as they are stored, and of how many values the block has no scale."""
         import numpy as np
 
         whole = float(items[1].items.view(np.float32).reshape(-1)[0]) if self.shared else 1.0
         matrices = [self._encode(weight, items[0].dtype.name, whole, box) for weight in items[0].items]
-        return np.stack(matrices), math.inf
+        return np.stack([part for part, _ in matrices]), sum(count for _, count in matrices)
 
     def loss(self, region: Move, parts: Sequence[Values], out: Values) -> Loss | None:  # noqa: ARG002
         """See `Compute.loss`: of codes, what they stand for beside the weight; scales and zero points lose nothing by themselves."""
@@ -139,28 +140,34 @@ class Quantize(Boxed):
 
         return encoders.blocks_of(values, (min(self.block[0], self.matrix[0]), min(self.block[1], self.matrix[1])))
 
-    def _encode(self, weight: Array, dtype: str, whole: float, box: Box) -> Array:
-        """The items of a box, of one matrix."""
+    def _encode(self, weight: Array, dtype: str, whole: float, box: Box) -> tuple[Array, int]:
+        """The items of a box, of one matrix, and of how many values, if these are codes, the block has no scale."""
         from streamconv.graph import encoders
 
         values = encoders.widened(weight, dtype)
-        made = encoders.ENCODERS[self.rule](self._blocks(values), dtype, whole)
+        blocks = self._blocks(values)
+        made = encoders.ENCODERS[self.rule](blocks, dtype, whole)
         around = self.grids[0].items_of(box)
         if self.part == SCALES:
-            return made.scales
+            return made.scales, 0
         if self.part == ZEROS:
             assert made.zeros is not None
-            return encoders.pack(made.zeros, _BITS.get(self.rule, 8), 0)
+            return encoders.pack(made.zeros, _BITS.get(self.rule, 8), 0), 0
         codes = encoders.matrix_of(made.codes, weight.shape)
         if self._per > 1:
             codes = encoders.pack(codes, _BITS.get(self.rule, 8), 1) if self.dtype == "int32" else encoders.pack_pairs(codes)
         first = box.rows.start - around.rows.start, box.columns.start - around.columns.start // self._per
         rows, columns = (range(start, start + len(axis)) for start, axis in zip(first, (box.rows, box.columns), strict=True))
-        return codes[rows.start : rows.stop, columns.start : columns.stop]
+        unscaled = 0
+        if made.unscaled.any():
+            masks = encoders.matrix_of(made.unscaled[:, None, :, None].repeat(blocks.shape[1], 1).repeat(blocks.shape[3], 3), weight.shape)
+            unscaled = int(masks[rows.start : rows.stop, columns.start * self._per : columns.stop * self._per].sum())
+        return codes[rows.start : rows.stop, columns.start : columns.stop], unscaled
 
-    def store(self, numbers: Array, target: Array, bound: float) -> int:  # noqa: ARG002
+    def store(self, numbers: Array, target: Array, bound: float) -> int:
+        """See `Boxed.store`; ``bound``: what is counted."""
         target[...] = numbers
-        return 0
+        return int(bound)
 
 
 _CUT = 1 << 22  # elements of a weight that are taken at once, or a row of blocks, if that has more
