@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import ROOMY, assert_same, random_tensor, read, read_any, run, write
+from checkpoint_files import ROOMY, assert_same, random_tensor, read, read_any, refusal, run, write
 from megatron_models import KINDS, shapes_of
 from safetensors.torch import load_file
 from trainer_models import CONFIGS, MEGATRON, make
@@ -62,7 +62,16 @@ def test_what_megatron_writes_here(kind: str, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "options", [(), ("--set", "pad_vocab=16"), ("--set", "stacked=false"), ("--set", "norms=apart", "--set", "latent_norms=fused")], ids=str
+    "options",
+    [
+        (),
+        ("--set", "pad_vocab=16"),
+        ("--set", "stacked=false"),
+        ("--set", "norms=apart", "--set", "latent_norms=fused"),
+        ("--set", "norms=everywhere"),
+        ("--set", "singles=apart"),
+    ],
+    ids=str,
 )
 def test_there_and_back(kind: str, options: tuple[str, ...], tmp_path: Path) -> None:
     shapes, config = shapes_of(kind)
@@ -71,8 +80,25 @@ def test_there_and_back(kind: str, options: tuple[str, ...], tmp_path: Path) -> 
     there = convert(src, tmp_path / "there", TO, *options)
     assert_same(read(convert(there, tmp_path / "back", BACK, "--sidecars-from", src)), tensors)
     names = set(read_any(there))
-    is_stacked = kind != "deepseek_v3" and "stacked=false" not in options
+    is_stacked = kind != "deepseek_v3" and not {"stacked=false", "singles=apart"} & {*options}
     assert ("decoder.layers.self_attention.linear_proj.weight" in names) == is_stacked
+    parts = {f"decoder.layers.2.mlp.{expert}linear_fc1.weight_{half}" for expert in ("", "experts.experts.3.") for half in "wv"}
+    assert len(parts & names) == (2 if "singles=apart" in options else 0)
     if kind == "deepseek_v3":
-        assert {"decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "decoder.layers.1.pre_mlp_layernorm.weight"} <= names
+        first = "pre_mlp_layernorm.weight" if "norms=everywhere" in options else "mlp.linear_fc1.layer_norm_weight"
+        assert {f"decoder.layers.0.{first}", "decoder.layers.1.pre_mlp_layernorm.weight"} <= names
         assert ("decoder.layers.0.self_attention.linear_kv_up_proj.layer_norm_weight" in names) == ("latent_norms=fused" in options)
+
+
+def test_layers_that_predict_further_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes, config = shapes_of("deepseek_v3")
+    src = write(tmp_path / "src", {name: random_tensor(*shape) for name, shape in shapes.items()}, config=config)
+    there = convert(src, tmp_path / "there", TO)
+    further = {**read_any(there), "mtp.layers.0.enorm.weight": random_tensor(8), "mtp.layers.0.eh_proj.weight": random_tensor(8, 16)}
+    mixed = write(tmp_path / "mixed", further, config=config)
+    assert run("convert", mixed, tmp_path / "back", "--recipe", BACK, "--sidecars-from", src, "--max-memory", ROOMY) == 0
+    assert "2 dropped (2 by 'mtp.{rest*}')" in capsys.readouterr().out
+    assert_same(read(tmp_path / "back"), read(src))
+    more = {**read(src), "model.layers.3.enorm.weight": random_tensor(8), "model.layers.3.input_layernorm.weight": random_tensor(8)}
+    with_them = write(tmp_path / "more", more, config=config)
+    assert "model.layers.3" in refusal(capsys, "convert", with_them, tmp_path / "no", "--recipe", TO)
