@@ -28,18 +28,19 @@ PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
     "storage": 1_630,  # where files are; most of it is what servers need, and parts of one file on their way at the same time
-    "graph": 2_290,  # nodes, ops, how a region of one is made and read ahead, numbers, codes (AMD's, too) and back, what that loses
+    "graph": 2_490,  # nodes, ops (200 statements of adapters), how regions are made and read ahead, numbers, codes, what is lost
     "formats": 2_390,  # containers and all that is known of their names, the machine for pickles and its records, what files of others are
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 910,  # quantizations, a module for each, and the list of them that others add to
     "recipe": 1_450,  # the mechanism of recipes
     "library": 760,  # what other libraries know, and the op that runs their code
+    "adapters": 560,  # what PEFT trains beside a model, a module for each kind
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_110,  # nodes to plans
     "engine": 850,  # bytes of one machine, tensors read side by side
     "running": 2_370,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
-    "conversion": 1_345,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back on the way
+    "conversion": 1_205,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back on the way
     "changes": 370,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
     "diagnose": 1_390,  # what is said of checkpoints
     "front": 520,  # what people meet: the command, the demo

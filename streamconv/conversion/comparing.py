@@ -56,7 +56,7 @@ def open_sides(options: VerifyOptions, *, is_either_quantized: bool = False) -> 
         dequantization = dequantize_as_asked(options, a, casting, renames=is_renamed)
     if dequantization is not None:
         changed = dequantization.checkpoint
-    changed, _ = alter_as_asked(options, changed)
+    changed, _ = alter_as_asked(options, changed, casting, is_renamed=is_renamed)
     is_stated = dequantization is None and not is_renamed
     conversion = convert_tensors(changed, recipe, settings, casting, find_own_beside(options, changed), is_stated=is_stated)
     conversion, _ = quantize_as_asked(options, conversion, changed)

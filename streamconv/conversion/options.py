@@ -155,7 +155,7 @@ class Options:
     adapter: Iterable[str] = field(
         default=(),
         metadata=about(
-            "a PEFT adapter (LoRA) that is merged into SRC; @WEIGHT multiplies its scale (repeatable, in order)",
+            "a PEFT adapter (LoRA, IA3, ...) that is merged into SRC; @WEIGHT multiplies its scale (repeatable, in order)",
             metavar="DIR[@WEIGHT]",
             repeatable=True,
             commands=COMPARING,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,10 @@ from streamconv.storage.folder import Folder
 from streamconv.units import parse_size
 
 
-def alter_as_asked(options: Options, checkpoint: Checkpoint) -> tuple[Checkpoint, list[Altered]]:
+def alter_as_asked(options: Options, checkpoint: Checkpoint, casting: Casting, *, is_renamed: bool) -> tuple[Checkpoint, list[Altered]]:
     """A checkpoint with adapters merged, then fewer and renamed tensors, then those of a graft, as is asked for; and what each has done."""
     altered = []
-    for alter in (adapt, rename, graft):
+    for alter in (partial(adapt, casting=casting, is_renamed=is_renamed), rename, graft):
         one = alter(options, checkpoint)
         if one is not None:
             checkpoint = one.checkpoint
@@ -91,7 +92,7 @@ def make_plan(options: PlanOptions) -> Plan:
     dequantization = dequantize_as_asked(options, checkpoint, casting, renames=is_renamed)
     if dequantization is not None:
         checkpoint = dequantization.checkpoint
-    checkpoint, altered = alter_as_asked(options, checkpoint)
+    checkpoint, altered = alter_as_asked(options, checkpoint, casting, is_renamed=is_renamed)
     conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, is_stated=dequantization is None and not is_renamed)
     additions: dict[str, Any] = {}
     for one in reversed(altered):

@@ -100,8 +100,12 @@ def _compute(node: Node, op: Compute, move: Move, out: Array, arena: Arena, read
     strides = [stride * out.itemsize for stride in move.dst_strides]
     target: Array = np.ndarray(move.sizes, out.dtype, out, move.dst * out.itemsize, strides)
     arena.overflowed += op.values(region, parts, Values(target, node.spec.dtype))
-    if arena.measures and not beside and (loss := op.loss(region, parts, Values(target, node.spec.dtype))):
-        arena.loss = arena.loss + loss if arena.loss else loss
+    if beside:
+        return
+    made = Values(target, node.spec.dtype)
+    for loss in (op.change(region, parts, made), op.loss(region, parts, made) if arena.measures else None):
+        if loss:
+            arena.loss = arena.loss + loss if arena.loss else loss
 
 
 def _reduce(node: Node, op: Reduce, arena: Arena, read: Read) -> Array:

@@ -33,6 +33,8 @@ class Loss:
         squares: of all differences, added up.
         norm: the squares of what they were, added up.
         unscaled: how many were quantized without a scale of their block, which NaN or infinity are in, or numbers too small for one.
+        compared: of weights that were to change, how many there are ...
+        changed: ... and how many did; changes may be too small for their dtype.
     """
 
     overflowed: int = 0
@@ -44,6 +46,8 @@ class Loss:
     squares: float = 0.0
     norm: float = 0.0
     unscaled: int = 0
+    compared: int = 0
+    changed: int = 0
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(
@@ -56,6 +60,8 @@ class Loss:
             self.squares + other.squares,
             self.norm + other.norm,
             self.unscaled + other.unscaled,
+            self.compared + other.compared,
+            self.changed + other.changed,
         )
 
     @property

@@ -12,7 +12,8 @@ from streamconv.dtypes import TensorSpec
 from streamconv.errors import OutOfBounds
 from streamconv.graph.moves import packed_strides
 from streamconv.graph.node import AnyNode, Extent, Source, apply
-from streamconv.graph.ops import Strided
+from streamconv.graph.ops import Rearrange, Strided
+from streamconv.notation.axes import MOST_PARTS
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:
@@ -41,6 +42,22 @@ def stored_view(spec: TensorSpec, strides: Sequence[int], path: str, offset: int
 def _strided(shape: tuple[int, ...], strides: tuple[int, ...]) -> Strided:
     """One op for all tensors that are stored alike."""
     return Strided(shape, strides)
+
+
+def join_rows(nodes: Sequence[AnyNode]) -> AnyNode:
+    """Tensors one after the other, along their first axis."""
+    if len(nodes) == 1:
+        return nodes[0]
+    if len(nodes) > MOST_PARTS:
+        return join_rows([join_rows(nodes[start : start + MOST_PARTS]) for start in range(0, len(nodes), MOST_PARTS)])
+    rest = [f"d{k}" for k in range(len(nodes[0].spec.shape) - 1)]
+    axes = [f"r{k}" for k in range(len(nodes))]
+    inputs = [" ".join([axis, *rest]) for axis in axes]
+    output = " ".join([f"({' + '.join(axes)})", *rest])
+    layout = f"{', '.join(inputs)} -> {output}"
+    sizes = {"1": 1, **dict(zip(rest, nodes[0].spec.shape[1:], strict=True))}
+    sizes |= {axis: node.spec.shape[0] for axis, node in zip(axes, nodes, strict=True)}
+    return apply(Rearrange(layout, sizes, (1,) * len(nodes)), *nodes)
 
 
 Index = int | slice | EllipsisType | None | tuple[int | slice | EllipsisType | None, ...]

@@ -27,7 +27,8 @@ from streamconv import codec
 from streamconv.dtypes import parse_dtype
 from streamconv.errors import CoverageError, FormatError, RecipeError
 from streamconv.graph.node import AnyNode, apply
-from streamconv.graph.ops import Add, Cast, Dequantize, InvFreq, MergeLora, Rearrange, Rows, SampleRows, Scale, Zeros
+from streamconv.graph.ops import Add, Cast, Dequantize, InvFreq, MergeLora, Rows, SampleRows, Scale, Zeros
+from streamconv.graph.views import join_rows
 from streamconv.notation import expressions
 from streamconv.text import did_you_mean
 
@@ -173,25 +174,13 @@ def _rows(nodes: Sequence[AnyNode], _entries: Lookup, *, stop: Count, start: Cou
     return node if (start, stop) == (0, count) else apply(Rows(start, stop, math.prod(rest)), node)
 
 
-def _stack(*nodes: AnyNode) -> AnyNode:
-    """Tensors one after the other, along their first axis."""
-    rest = [f"d{k}" for k in range(len(nodes[0].spec.shape) - 1)]
-    axes = [f"r{k}" for k in range(len(nodes))]
-    inputs = [" ".join([axis, *rest]) for axis in axes]
-    output = " ".join([f"({' + '.join(axes)})", *rest])
-    layout = f"{', '.join(inputs)} -> {output}"
-    sizes = {"1": 1, **dict(zip(rest, nodes[0].spec.shape[1:], strict=True))}
-    sizes |= {axis: node.spec.shape[0] for axis, node in zip(axes, nodes, strict=True)}
-    return apply(Rearrange(layout, sizes, (1,) * len(nodes)), *nodes)
-
-
 @step("pad")
 def _pad(nodes: Sequence[AnyNode], _entries: Lookup, *, rows: Count) -> AnyNode:
     (node,) = nodes
     count, *rest = node.spec.shape
     if rows < count:
         raise CoverageError(f"pad: {node.spec} has more than {rows} rows already")
-    return node if rows == count else _stack(node, apply(Zeros(node.spec.dtype.name, (rows - count, *rest))))
+    return node if rows == count else join_rows([node, apply(Zeros(node.spec.dtype.name, (rows - count, *rest)))])
 
 
 @step("grow")
@@ -210,7 +199,7 @@ def _grow(nodes: Sequence[AnyNode], entries: Lookup, *, rows: Count, first: Coun
         apply(SampleRows(min(SampleRows.MOST, rows - start), seed, stream * rows + start, node.spec.dtype.name), model)
         for start in range(first, rows, SampleRows.MOST)
     ]
-    return _stack(old, *new) if new else old
+    return join_rows([old, *new]) if new else old
 
 
 @step("zeros")
@@ -240,7 +229,7 @@ def _merge_lora(nodes: Sequence[AnyNode], _entries: Lookup, *, merge: bool, alph
         start += rows
     if start != weight.spec.shape[0]:
         raise CoverageError(f"low-rank matrices for {start} rows do not fit {weight.spec}")
-    return sums[0] if len(sums) == 1 else _stack(*sums)
+    return join_rows(sums)
 
 
 def _expect_none(nodes: Sequence[AnyNode]) -> None:

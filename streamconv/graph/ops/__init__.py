@@ -21,20 +21,21 @@ if TYPE_CHECKING:
     from streamconv.graph.ops.quantized import DequantizeBlocks, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
     from streamconv.graph.ops.quantizing import Quantize, SharedScale
     from streamconv.graph.ops.sampled import SampleRows
+    from streamconv.graph.ops.tuned import AddProducts, ColumnNorms, Kronecker, Magnify, ScaleLines
 
 __all__ = [
-    "Add", "Blocks", "Cast", "Compute", "Constant", "Dequantize", "DequantizeBlocks", "DequantizeFloats", "DequantizeIntegers",
-    "DequantizeQuantiles", "Elementwise", "FnuzCodes", "FnuzScales", "InvFreq", "Layout", "MergeLora", "Op", "PackIntegers",
-    "Quantize", "Rearrange", "Reduce", "Reshape", "Rows", "SampleRows", "Scale", "SharedScale", "Strided", "UnpackIntegers", "Values",
-    "Zeros", "as_torch", "from_json",
+    "Add", "AddProducts", "Blocks", "Cast", "ColumnNorms", "Compute", "Constant", "Dequantize", "DequantizeBlocks", "DequantizeFloats",
+    "DequantizeIntegers", "DequantizeQuantiles", "Elementwise", "FnuzCodes", "FnuzScales", "InvFreq", "Kronecker", "Layout", "Magnify",
+    "MergeLora", "Op", "PackIntegers", "Quantize", "Rearrange", "Reduce", "Reshape", "Rows", "SampleRows", "Scale", "ScaleLines",
+    "SharedScale", "Strided", "UnpackIntegers", "Values", "Zeros", "as_torch", "from_json",
 ]  # fmt: skip
 
 _HOMES = {
-    "Add": "arithmetic", "Blocks": "blocks", "Cast": "cast", "Constant": "constants", "Dequantize": "blocks",
-    "DequantizeBlocks": "quantized", "DequantizeFloats": "quantized", "DequantizeIntegers": "quantized",
-    "DequantizeQuantiles": "quantized", "FnuzCodes": "fnuz", "FnuzScales": "fnuz", "InvFreq": "constants", "MergeLora": "lora",
-    "PackIntegers": "integers", "Quantize": "quantizing", "SampleRows": "sampled", "Scale": "arithmetic", "SharedScale": "quantizing",
-    "UnpackIntegers": "integers", "Zeros": "constants",
+    "Add": "arithmetic", "AddProducts": "tuned", "Blocks": "blocks", "Cast": "cast", "ColumnNorms": "tuned", "Constant": "constants",
+    "Dequantize": "blocks", "DequantizeBlocks": "quantized", "DequantizeFloats": "quantized", "DequantizeIntegers": "quantized",
+    "DequantizeQuantiles": "quantized", "FnuzCodes": "fnuz", "FnuzScales": "fnuz", "InvFreq": "constants", "Kronecker": "tuned",
+    "Magnify": "tuned", "MergeLora": "lora", "PackIntegers": "integers", "Quantize": "quantizing", "SampleRows": "sampled",
+    "Scale": "arithmetic", "ScaleLines": "tuned", "SharedScale": "quantizing", "UnpackIntegers": "integers", "Zeros": "constants",
 }  # fmt: skip
 
 

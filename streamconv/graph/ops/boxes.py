@@ -94,7 +94,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A part of a region whose elements' matrix, row and column are affine in its indices: where it lies, and these three."""
 
     sizes: tuple[int, ...]
@@ -111,7 +111,7 @@ class _Piece:
             axes.append(range(first, first + sum(advances) + 1, step))
         return axes
 
-    def parts(self, count: int, units: Sizes) -> list[_Piece]:
+    def parts(self, count: int, units: Sizes) -> list[Piece]:
         """The piece in so many, or as many as can be, along matrices, else rows, else columns, between whole ``units`` of these.
 
         One part is left where all of it is in one unit of each.
@@ -128,10 +128,10 @@ class _Piece:
                 return [self._part(axis, start, end - start) for start, end in pairwise([*starts, length])]
         return [self]
 
-    def _part(self, axis: int, start: int, size: int) -> _Piece:
+    def _part(self, axis: int, start: int, size: int) -> Piece:
         sizes = (*self.sizes[:axis], size, *self.sizes[axis + 1 :])
         places = tuple((first + start * steps[axis], steps) for first, steps in self.places)
-        return _Piece(sizes, self.dst + start * self.dst_strides[axis], self.dst_strides, places)
+        return Piece(sizes, self.dst + start * self.dst_strides[axis], self.dst_strides, places)
 
 
 class Boxed(Rounding):
@@ -158,6 +158,17 @@ class Boxed(Rounding):
             items: those of each input that `Grid.items_of` says.
             box: which of the matrices' elements.
         """
+
+    @property
+    def units(self) -> Sizes:
+        """Matrices, rows and columns that are decoded together, since they share items of the inputs."""
+        rows = math.lcm(*(grid.rows.count for grid in self.grids if grid.rows.items > 1))
+        columns = math.lcm(*(grid.columns.count for grid in self.grids if grid.columns.items > 1))
+        return 1, rows, columns
+
+    def size_of(self, box: Box, items: Sequence[Box]) -> int:
+        """How large the numbers are that decoding a box makes, in elements, where it takes these items of the inputs."""
+        return max(box.numel, *(one.numel for one in items))
 
     def store(self, numbers: Array, target: Array, bound: float) -> int:
         """Has numbers that `decode` made in ``target``, the output's items; gives how many became infinite."""
@@ -208,29 +219,30 @@ class Boxed(Rounding):
 
         from streamconv.graph.arrays import view
 
-        lying = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
         overflowed = 0
-        for piece, box, items in self._boxes(lying, parts):
+        for piece, box, items in self.boxes(region, parts, out):
             decoded, bound = self.decode(items, box)
             numbers = np.ascontiguousarray(decoded).reshape(-1)
-            strides, start = _places_in(piece, box)
+            strides, start = places_in(piece, box)
             target = view(out.items, piece.sizes, piece.dst_strides, piece.dst)
             overflowed += self.store(view(numbers, piece.sizes, strides, start), target, bound)
         return overflowed
 
-    def _boxes(self, region: Move, parts: Sequence[Values]) -> Iterator[tuple[_Piece, Box, list[Values]]]:
-        """A region piece by piece: each with its box, and the items of each input that the box takes."""
+    def boxes(self, region: Move, parts: Sequence[Values], out: Values | None = None) -> Iterator[tuple[Piece, Box, list[Values]]]:
+        """A region piece by piece: each with its box, and the items of each input that the box takes; pieces lie as ``out`` does."""
         from streamconv.graph.casts import PIECE
 
+        if out is not None:
+            region = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
         pieces = list(self._pieces(region))
         around, grids = self._around(pieces), self.grids
         wholes = [grid.items_of(around) for grid in grids]
-        units = _units(grids)
+        units = self.units
         while pieces:
             piece = pieces.pop()
             box = self._around([piece])
             around_items = [grid.items_of(box) for grid in grids]
-            numel = max(box.numel, *(items.numel for items in around_items))
+            numel = self.size_of(box, around_items)
             if numel > PIECE and len(smaller := piece.parts(-(-numel // PIECE), units)) > 1:
                 pieces += smaller
                 continue
@@ -239,25 +251,18 @@ class Boxed(Rounding):
                 items.append(Values(part.items[one.within(whole)], part.dtype))
             yield piece, box, items
 
-    def _pieces(self, region: Move) -> Iterator[_Piece]:
+    def _pieces(self, region: Move) -> Iterator[Piece]:
         for _, move, digits in pull(self._tree, region):
-            yield _Piece(move.sizes, move.dst, move.dst_strides, tuple(digits[name] for name in _DIGITS))
+            yield Piece(move.sizes, move.dst, move.dst_strides, tuple(digits[name] for name in _DIGITS))
 
     @property
     def _tree(self) -> Tree:
         *_, rows, columns = self.shape
         return Axis(_DIGITS[0], rows * columns, Axis(_DIGITS[1], columns, Axis(_DIGITS[2], 1, Leaf(0))))
 
-    def _around(self, pieces: Sequence[_Piece]) -> Box:
+    def _around(self, pieces: Sequence[Piece]) -> Box:
         """The smallest box that holds some pieces."""
         return Box(*(_join(axes) for axes in zip(*(piece.progressions() for piece in pieces), strict=True)))
-
-
-def _units(grids: Sequence[Grid]) -> Sizes:
-    """Matrices, rows and columns whose items no others share, as far as that is little."""
-    rows = math.lcm(*(grid.rows.count for grid in grids if grid.rows.items > 1))
-    columns = math.lcm(*(grid.columns.count for grid in grids if grid.columns.items > 1))
-    return 1, rows, columns
 
 
 def _join(axes: Sequence[range]) -> range:
@@ -267,7 +272,7 @@ def _join(axes: Sequence[range]) -> range:
     return range(min(axis.start for axis in axes), max(axis[-1] for axis in axes) + 1, step or 1)
 
 
-def _places_in(piece: _Piece, box: Box) -> tuple[tuple[int, ...], int]:
+def places_in(piece: Piece, box: Box) -> tuple[tuple[int, ...], int]:
     """Where the elements of a piece are in the packed box that holds it: their strides, and the first."""
     strides, start = [0] * len(piece.sizes), 0
     for (first, steps), axis, unit in zip(piece.places, box.axes, packed_strides(box.sizes), strict=True):

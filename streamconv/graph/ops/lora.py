@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 _BLOCK = 64  # rows, columns and ranks of a product that are made at once: OpenBLAS shares out larger ones between threads
 
-_SIDE, _LEAST = 128, 8  # rows and columns of a product in float32, and the fewest
-_ALONE = 1 << 18  # multiplications of a product that OpenBLAS makes in one thread
-_ABREAST = 16  # products that are added at once
-
 
 @dataclass(frozen=True)
 class MergeLora(Compute):
@@ -31,9 +27,6 @@ class MergeLora(Compute):
 
     Summed in float64, so that a tile's shape, which changes the order of additions, does not change what is rounded to that dtype. NaNs as
     those of `Cast`.
-
-    Where a ``scale`` is given, all is float32, the factor too, and rounded once: as PEFT merges an adapter. Products are
-    made of blocks of one size, which has libraries add up in one order.
     """
 
     kind: ClassVar[str] = "merge_lora"
@@ -42,7 +35,6 @@ class MergeLora(Compute):
     rows: int
     columns: int
     rank: int
-    scale: float | None = None
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         shapes = [(self.rows, self.columns), (self.rank, self.columns), (self.rows, self.rank)]
@@ -58,12 +50,7 @@ class MergeLora(Compute):
         return [numel, self.rank * self.columns, self.rows * self.rank]
 
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:  # noqa: ARG002
-        if self.scale is None:
-            return 6 * 8 * _BLOCK**2
-        from streamconv.graph.casts import SCRATCH
-
-        side = self._side
-        return SCRATCH + 12 * side * side * _ABREAST + 8 * side * (self.rank + side)
+        return 6 * 8 * _BLOCK**2
 
     def prepare(self, inputs: Sequence[TensorSpec]) -> None:  # noqa: ARG002
         import ml_dtypes  # noqa: F401 - loaded before the process is measured
@@ -92,48 +79,18 @@ class MergeLora(Compute):
         tall = max((axis for axis in axes if axis[2]), default=(1, 1, 1, 0))
         wide = max((axis for axis in axes if axis[3]), default=(1, 1, 0, 1))
         others = [axis for axis in axes if axis is not tall and axis is not wide]
-        high, broad = (_BLOCK, _BLOCK) if self.scale is None else (self._side, self._side * _ABREAST)
-        blocks = itertools.product(*(range(n) for n, *_ in others), range(0, tall[0], high), range(0, wide[0], broad))
+        blocks = itertools.product(*(range(n) for n, *_ in others), range(0, tall[0], _BLOCK), range(0, wide[0], _BLOCK))
         for *index, top, left in blocks:
             at, row, column = (
                 first + sum(map(int.__mul__, index, (axis[k] for axis in others))) + top * tall[k] + left * wide[k]
                 for k, first in ((1, piece.dst), (2, digits["row"][0]), (3, digits["column"][0]))
             )
-            height, width = min(high, tall[0] - top), min(broad, wide[0] - left)
+            height, width = min(_BLOCK, tall[0] - top), min(_BLOCK, wide[0] - left)
             block = view(weight, (height, width), (tall[1], wide[1]), at)
             ups, downs = up[row :: tall[2]][:height], down[:, column :: wide[3]][:, :width]
-            if self.scale is not None:
-                product = self._product(ups, downs)
-                product *= np.float32(self.scale)
-                np.add(product, widen(block, dtype), out=product)
-                narrow(product, block, dtype)
-                continue
             total = widen(block, dtype).astype(np.float64)
             for k in range(0, self.rank, _BLOCK):
                 product = ups[:, k : k + _BLOCK].astype(np.float64) @ downs[k : k + _BLOCK].astype(np.float64)
                 product *= self.alpha / self.rank
                 total += product
             narrow(total, block, dtype)
-
-    @property
-    def _side(self) -> int:
-        """Rows, and columns, of a product that is made at once."""
-        side = _SIDE
-        while side > _LEAST and side * side * self.rank > _ALONE:
-            side //= 2
-        return side
-
-    def _product(self, ups: Array, downs: Array) -> Array:
-        """Some rows and columns of the product, of whole blocks with zeros behind what there is."""
-        import numpy as np
-
-        side, (height, width) = self._side, (len(ups), downs.shape[1])
-        tall, wide = np.zeros((side, self.rank), np.float32), np.zeros((self.rank, side), np.float32)
-        made, block = np.empty((height, width), np.float32), np.empty((side, side), np.float32)
-        tall[:height] = ups
-        for left in range(0, width, side):
-            count = min(side, width - left)
-            wide[:, :count] = downs[:, left : left + count]
-            np.matmul(tall, wide, out=block)
-            made[:, left : left + count] = block[:height, :count]
-        return made

@@ -129,6 +129,10 @@ class Compute(Op):
         """What `values` has lost, of the same arguments afterwards; None where an op does not round, or nobody asks how much."""
         return None
 
+    def change(self, region: Move, parts: Sequence[Values], out: Values) -> Loss | None:  # noqa: ARG002
+        """How many elements of what `values` has changed are others now, whether or not anybody asks; None where an op counts none."""
+        return None
+
 
 class Elementwise(Compute):
     """An op each of whose output's elements is made of the element at the same place of its first input, and of its others, if any.

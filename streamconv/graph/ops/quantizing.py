@@ -123,7 +123,7 @@ class Quantize(Boxed):
         from streamconv.graph.losses import Loss, measure
 
         total, per = Loss(), self._per
-        for _, box, items in self._boxes(region, parts):
+        for _, box, items in self.boxes(region, parts):
             around, dtype = self.grids[0].items_of(box), items[0].dtype.name
             whole = float(items[1].items.view(np.float32).reshape(-1)[0]) if self.shared else 1.0
             rows = slice(box.rows.start - around.rows.start, box.rows[-1] + 1 - around.rows.start)

@@ -1,0 +1,93 @@
+"""The folder of an adapter: its config, its tensors, and what the config says of each module."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from streamconv.checkpoint.opening import open_checkpoint, read_config
+from streamconv.errors import CoverageError, UsageError
+from streamconv.formats.catalog import locate
+from streamconv.graph.node import AnyNode
+
+CONFIG = "adapter_config.json"
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+_TRANSPOSED = ("gpt2", "gpt_neo", "imagegpt", "decision_transformer", "openai-gpt")
+"""Model types whose linear weights are (inputs, outputs)."""
+
+
+class Adapter:
+    """An adapter, opened; only headers have been read.
+
+    Args:
+        path: its folder.
+        weight: what its scale is multiplied with, None: nothing was said.
+        model: the config of the model that it is for.
+        title: what messages begin with.
+
+    Raises:
+        UsageError: there is no adapter.
+        CoverageError: one of its tensors is called as none of an adapter.
+    """
+
+    def __init__(self, path: str, weight: float | None, model: Mapping[str, Any], title: str) -> None:
+        location = locate(path)
+        if location.is_folder and not any(location.folder.has_file(name) for name in FILES):
+            raise UsageError(f"{title}: no {' or '.join(FILES)} in it: give the folder of a PEFT adapter")
+        opened = open_checkpoint(path)
+        self.title = title
+        self.config = read_config(opened.folder, CONFIG)
+        if not self.config:
+            raise UsageError(f"{title}: no {CONFIG} in it, which says how its tensors are merged: give the folder of a PEFT adapter")
+        self.weight, self.model = weight, model
+        self.tensors: dict[str, AnyNode] = {}
+        for key, node in opened.contents.entries.items():
+            if not key.startswith(_PREFIX):
+                raise CoverageError(f"{title}: {key} does not begin with {_PREFIX}, as those of an adapter do: save it with PEFT")
+            self.tensors[key.removeprefix(_PREFIX)] = node
+
+    @property
+    def kind(self) -> str:
+        """Its ``peft_type``."""
+        return str(self.config.get("peft_type"))
+
+    def refuse(self, what: str) -> UsageError:
+        """The error that something is not merged here."""
+        return UsageError(f"{self.title}: {what} is not merged here: merge it with PEFT's merge_and_unload")
+
+    def names(self, key: str, module: str) -> bool:
+        """Whether a list of modules in the config, or an expression for them, has a module."""
+        value = self.config.get(key)
+        if isinstance(value, str):
+            return re.fullmatch(value, module) is not None
+        return isinstance(value, list) and any(module == name or module.endswith(f".{name}") for name in value)
+
+    def scale(self, module: str, alpha_key: str) -> tuple[int, float]:
+        """The rank of a module's matrices, and what their product is multiplied with.
+
+        Raises:
+            UsageError: the config does not say, or nothing that makes sense.
+        """
+        rank = self._of_pattern("rank_pattern", module, self.config.get("r"))
+        alpha = self._of_pattern("alpha_pattern", module, self.config.get(alpha_key))
+        if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+            raise UsageError(f"{self.title}: r is {rank!r} and {alpha_key} {alpha!r} for {module}: mend {CONFIG}")
+        divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
+        return rank, alpha / divisor * (1.0 if self.weight is None else self.weight)
+
+    def _of_pattern(self, key: str, module: str, usual: Any) -> Any:
+        table = self.config.get(key)
+        for pattern, value in table.items() if isinstance(table, Mapping) else ():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return value
+            except re.error as error:
+                raise UsageError(f"{self.title}: {key} {pattern!r} of {CONFIG} is no expression ({error}): mend it") from error
+        return usual
+
+    def is_turned(self, shape: tuple[int, ...], outputs: int, inputs: int) -> bool:
+        """Whether a matrix is (inputs, outputs); where its shape does not tell, the model's type does."""
+        return shape == (inputs, outputs) and (inputs != outputs or self.model.get("model_type") in _TRANSPOSED)

@@ -1,0 +1,69 @@
+"""Adapters merged into the tensors of a model, one after the other."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+from streamconv.adapters.folder import Adapter
+from streamconv.adapters.keys import sort_keys
+from streamconv.adapters.kind import Kind
+from streamconv.adapters.ties import check_words, replace_whole, untie
+from streamconv.adapters.tokens import SLOTS as TOKENS
+from streamconv.adapters.tokens import merge_tokens
+from streamconv.adapters.weights import Weights
+from streamconv.errors import UsageError
+
+MODULES = {"LORA": "lora", "IA3": "ia3", "LOHA": "loha", "LOKR": "lokr", "LN_TUNING": "ln_tuning", "TRAINABLE_TOKENS": "tokens"}
+"""Which module has which kind."""
+_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE", "XLORA", "POLY")
+
+
+def kind_of(adapter: Adapter) -> Kind:
+    """The kind of an adapter.
+
+    Raises:
+        UsageError: one that is not merged here, or that asks for more than is.
+    """
+    name = adapter.kind
+    if name in _PROMPTS:
+        raise UsageError(f"{adapter.title}: peft_type {name} has nothing to merge: its model computes it anew for each input")
+    if name not in MODULES:
+        raise adapter.refuse(f"peft_type {name}")
+    kind: Kind = importlib.import_module(f"streamconv.adapters.{MODULES[name]}").KIND
+    kind.check(adapter)
+    if adapter.weight is not None and not kind.has_scale:
+        raise UsageError(f"{adapter.title}: @{adapter.weight:g}: adapters of kind {name} have no scale to multiply: leave it out")
+    return kind
+
+
+def merge(adapter: Adapter, weights: Weights) -> str:
+    """Merges an adapter, and says in a note what it has.
+
+    Raises:
+        UsageError: one of a kind that is not merged here.
+        CoverageError: a tensor of it that fits none of the model's.
+    """
+    kind, before = kind_of(adapter), dict(weights.entries)
+    contents = sort_keys(adapter, kind)
+    whole = untie(adapter, contents, weights)
+    replace_whole(adapter, {**whole, **contents.under}, weights)
+    for layer in contents.layers:
+        tokens = {slot: key for slot, key in layer.keys.items() if slot in TOKENS}
+        if tokens:
+            merge_tokens(layer, weights)
+        if tokens.keys() != layer.keys.keys():
+            kind.merge(layer, weights)
+    check_words(adapter, before, weights)
+    return f"{adapter.title}: {_count(len(contents.layers), whole, kind)}{_trained_beside(adapter)}"
+
+
+def _count(layers: int, whole: Mapping[str, str], kind: Kind) -> str:
+    parts = [f"{layers} layers of {kind.name} are merged"] if layers else []
+    return ", ".join([*parts, *([f"{len(whole)} tensors are the adapter's"] if whole else [])])
+
+
+def _trained_beside(adapter: Adapter) -> str:
+    name = adapter.config.get("base_model_name_or_path")
+    own = adapter.model.get("_name_or_path")
+    return f"; it was trained beside {name}" if isinstance(name, str) and name and name != own else ""

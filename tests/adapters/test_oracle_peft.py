@@ -1,0 +1,139 @@
+"""Adapters that PEFT makes, merged as its `merge_and_unload` does it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import ROOMY, read, run
+
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.filterwarnings("ignore"),
+]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 40}
+EXACT, NEAR = "exact", "near"
+
+
+def llama(**more: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2, **more))
+
+
+def gpt2(**more: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    words = {"bos_token_id": 0, "eos_token_id": 1}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40, **words, **more))
+
+
+def experts(kind: str, **more: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    own = {"num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    config = transformers.CONFIG_MAPPING[kind](**SIZES, **own, head_dim=8, **more)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def lora(**more: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **more})
+
+
+def other(kind: str, **more: Any) -> Any:
+    return getattr(pytest.importorskip("peft"), kind)(**more)
+
+
+def disturb(model: Any, seed: int = 1) -> None:
+    """Gives all that an adapter has values of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    own = ("lora_", "ia3_", "hada_", "lokr_", "modules_to_save", "trainable_tokens_delta", "ln_tuning_layers")
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in own) and "original_module" not in name:
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.data = (parameter.data.float() + noise).to(parameter.dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and "lora_" not in name and parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.2
+
+
+def merged_by_both(folder: Path, model: Any, config: Any, dtype: torch.dtype, *options: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is made here of a model and an adapter, and what PEFT makes."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder / "src")
+    tuned = peft.get_peft_model(model, config)
+    disturb(tuned)
+    tuned.save_pretrained(folder / "adapter")
+    tuned.merge_and_unload().save_pretrained(folder / "wanted")
+    words = ["convert", folder / "src", folder / "out", "--adapter", folder / "adapter", "--verify", "--quiet", "--max-memory", ROOMY]
+    assert run(*words, *options) == 0
+    return read(folder / "out"), read(folder / "wanted")
+
+
+def check(made: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], how: str = EXACT) -> None:
+    assert sorted(made) == sorted(wanted)
+    for name, tensor in wanted.items():
+        assert (made[name].dtype, made[name].shape) == (tensor.dtype, tensor.shape), name
+        if how == EXACT:
+            assert torch.equal(made[name], tensor), name
+            continue
+        places = made[name].double(), tensor.double()
+        spacing = torch.finfo(tensor.dtype).eps * torch.maximum(*(place.abs() for place in places))
+        assert bool(((places[0] - places[1]).abs() <= (1.01 if tensor.dtype != torch.float32 else 16) * spacing + 1e-7).all()), name
+
+
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
+    "lora": (llama, lora, EXACT),
+    "rslora": (llama, lambda: lora(use_rslora=True, rank_pattern={"q_proj": 6}, alpha_pattern={"down_proj": 3}), EXACT),
+    "mica": (llama, lambda: lora(init_lora_weights="mica"), EXACT),
+    "bias": (lambda: llama(attention_bias=True), lambda: lora(bias="lora_only"), EXACT),
+    "all biases": (lambda: llama(attention_bias=True), lambda: lora(bias="all"), EXACT),
+    "lora_bias": (lambda: llama(attention_bias=True), lambda: lora(target_modules=["q_proj"], lora_bias=True), EXACT),
+    "embeddings": (llama, lambda: lora(target_modules=["embed_tokens", "lm_head", "v_proj"]), EXACT),
+    "saved": (llama, lambda: lora(modules_to_save=["lm_head", "embed_tokens"]), EXACT),
+    "tokens": (llama, lambda: lora(trainable_token_indices=[3, 7, 8, 9, 2]), EXACT),
+    "tied tokens": (lambda: llama(tie_word_embeddings=True), lambda: lora(trainable_token_indices={"embed_tokens": [3, 7]}), EXACT),
+    "dora": (llama, lambda: lora(use_dora=True), NEAR),
+    "dora of embeddings": (llama, lambda: lora(use_dora=True, target_modules=["embed_tokens", "o_proj"]), NEAR),
+    "gpt2": (gpt2, lambda: lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), EXACT),
+    "gpt2, dora": (gpt2, lambda: lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=True), NEAR),
+    "tied, saved": (lambda: llama(tie_word_embeddings=True), lambda: lora(modules_to_save=["lm_head"]), EXACT),
+    "tied, saved embedding": (lambda: llama(tie_word_embeddings=True), lambda: lora(modules_to_save=["embed_tokens"]), EXACT),
+    "tied, saved together": (
+        lambda: llama(tie_word_embeddings=True),
+        lambda: lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        EXACT,
+    ),
+    "ia3": (
+        lambda: llama(attention_bias=True),
+        lambda: other("IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        EXACT,
+    ),
+    "gpt2, ia3": (
+        gpt2,
+        lambda: other("IA3Config", target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
+        EXACT,
+    ),
+    "loha": (llama, lambda: other("LoHaConfig", r=3, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}), EXACT),
+    "lokr": (llama, lambda: other("LoKrConfig", r=2, target_modules=["q_proj", "down_proj"], decompose_both=True), NEAR),
+    "lokr of large ranks": (llama, lambda: other("LoKrConfig", r=32, target_modules=["q_proj", "k_proj"]), EXACT),
+    "norms": (llama, lambda: other("LNTuningConfig", target_modules=["input_layernorm", "norm"]), EXACT),
+    "only tokens": (llama, lambda: other("TrainableTokensConfig", token_indices=[5, 1], target_modules=["embed_tokens"]), EXACT),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_kinds(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, config, how = CASES[case]
+    made, wanted = merged_by_both(tmp_path, model(), config(), dtype)
+    check(made, wanted, how)
+    said = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("out", "wanted")]
+    assert said[0].get("tie_word_embeddings") == said[1].get("tie_word_embeddings")
