@@ -40,7 +40,7 @@ PACKAGES = {
     "planning": 1_110,  # nodes to plans
     "engine": 850,  # bytes of one machine, tensors read side by side
     "running": 2_370,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
-    "conversion": 1_205,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back on the way
+    "conversion": 1_225,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back
     "changes": 370,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
     "diagnose": 1_390,  # what is said of checkpoints
     "front": 520,  # what people meet: the command, the demo

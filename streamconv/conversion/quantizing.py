@@ -13,6 +13,7 @@ from streamconv.conversion.options import Options
 from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import SharedScale
+from streamconv.library.model import placed_modules
 from streamconv.notation.names import nearest
 from streamconv.recipe import Conversion
 from streamconv.rows import Row
@@ -27,6 +28,7 @@ HEAD = "lm_head"  # listed as left alone, whether it is there or tied
 _DTYPES = ("float32", "float16", "bfloat16")
 _LEFT = re.compile(r"embed|norm|bias|router|head$|^(?:wte|wpe|gate|shared_expert_gate|score|classifier|output|shared)$", re.IGNORECASE)
 """Of the last part of a module's name: embeddings, norms, routers and heads, which the formats' own tools leave alone."""
+_NO_LINEAR = re.compile(r"embed|norm|^lm_head$", re.IGNORECASE)  # what no reader would take for a linear module, or knows by this name
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose matrices are no linear modules
 _READ = ("safetensors", "torch")  # containers that the libraries read which read what is quantized
 _SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
@@ -131,6 +133,21 @@ def quantize(
     if not chosen:
         sizes = f", of rows in {preset.rows}s and columns in {preset.columns}s" if preset.leaves else ""
         raise UsageError(f"{OPTION} {preset.name}: there is no weight of a linear module that it takes{sizes}: leave it out")
+    made, how, repacked = _encode(chosen, weights, preset, conversion.outputs, config)
+    conversion = _replaced(conversion, made, preset, how)
+    told = f"{repacked} of {len(chosen)} quantized weights hold the numbers of the source's codes: nothing is rounded"
+    notes = [told] if repacked else []
+    if preset.by_module:
+        names, missing = _names_of_readers(left, config)
+        left += names
+        notes += missing
+    return replace(conversion, notes=[*conversion.notes, *notes]), Quantization(preset, left)
+
+
+def _encode(
+    chosen: Sequence[Weight], weights: Sequence[Weight], preset: Preset, outputs: Mapping[str, AnyNode], config: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, AnyNode]], dict[str, str], int]:
+    """For each target what it becomes; of tensors that are not rounded how they are made; and how many weights are stored as they were."""
     scheme = schemes()[preset.method]
     shared = _share(chosen, preset) if preset.shared else {}
     made: dict[str, dict[str, AnyNode]] = {}
@@ -150,18 +167,28 @@ def quantize(
         kept[weight.target].discard(weight.name)
     parts = {weight.name: weight.node for weight in weights}
     for target in list(made):
-        apart = {name: parts[name] for name in kept[target]}  # of a stack some experts only are quantized
-        biases = conversion.outputs.get(f"{target}_bias")
+        apart = {name: parts[name] for name in sorted(kept[target])}  # of a stack some experts only are quantized
+        biases = outputs.get(f"{target}_bias")
         made[target].update(apart)
         if biases is not None and target not in parts:
             made[f"{target}_bias"] = dict(take_apart(f"{target}_bias", biases, config))
             apart |= made[f"{target}_bias"]
         how |= dict.fromkeys(apart, "take apart")
-    conversion = _replaced(conversion, made, preset, how)
-    if repacked:
-        note = f"{repacked} of {len(chosen)} quantized weights hold the numbers of the source's codes: nothing is rounded"
-        conversion = replace(conversion, notes=[*conversion.notes, note])
-    return conversion, Quantization(preset, left)
+    return made, how, repacked
+
+
+def _names_of_readers(left: Sequence[str], config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What transformers calls modules of a model of several that are left alone, where its files call them otherwise; or a note."""
+    is_composed = any(isinstance(value, Mapping) and "model_type" in value for value in config.values())
+    linear = [module for module in left if not _NO_LINEAR.search(module.rpartition(".")[2])]
+    if not is_composed or not linear:
+        return [], []
+    try:
+        names = placed_modules(config, linear, OPTION)
+    except UsageError as error:
+        what = f"config.json names what is left alone as files do ({linear[0]}), which transformers may call otherwise"
+        return [], [f"{what}: {error}"]
+    return [name for name in names if name not in left], []
 
 
 def _weights(outputs: Mapping[str, AnyNode], preset: Preset, config: Mapping[str, Any], others: Sequence[str]) -> Iterator[Weight]:

@@ -47,6 +47,23 @@ def kept_modules(config: Mapping[str, Any], dtype: str, title: str) -> list[str]
     return sorted({module for name in names for module in getattr(model, name, None) or ()})
 
 
+def placed_modules(config: Mapping[str, Any], modules: Iterable[str], title: str) -> list[str]:
+    """What the library calls modules of a model that have other names in its files.
+
+    Args:
+        config: config.json, with model_type and architectures.
+        modules: those with a weight, as files name them.
+        title: what messages begin with.
+
+    Raises:
+        UsageError: transformers is not installed, or has no such class.
+    """
+    model = LibraryModel({key: value for key, value in config.items() if key != "quantization_config"}, title)
+    place = model.placing()
+    placed = (place(f"{module}.weight") for module in modules)
+    return [name.removesuffix(".weight") for name in placed if name in model.meta and name.endswith(".weight")]
+
+
 class LibraryModel:
     """A model's class without data, and what the library does to names and tensors when it loads or saves it."""
 

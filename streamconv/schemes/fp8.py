@@ -74,12 +74,12 @@ class Fp8(Scheme):
         # As transformers' `Fp8Quantize`, which passes over other sizes, and would read short blocks wrongly.
         Preset(
             "fp8", "fp8", "fp8", (_USUAL, _USUAL), ("", "float8_e4m3fn"), ("_scale_inv", "float32"), _config_of, rows=_USUAL,
-            columns=_USUAL, leaves=True, keeps_stacks=True,
+            columns=_USUAL, leaves=True, keeps_stacks=True, by_module=False,
         ),
         # As vLLM's and SGLang's `normalize_e4m3fn_to_e4m3fnuz` make of it for AMD's cards; blocks at the ends may be short.
         Preset(
             "fp8_e4m3fnuz", "fp8", "fp8_fnuz", (_USUAL, _USUAL), ("", "float8_e4m3fnuz"), ("_scale_inv", "float32"), _config_of,
-            keeps_stacks=True, follows=True,
+            keeps_stacks=True, follows=True, by_module=False,
         ),
     )  # fmt: skip
 

@@ -35,6 +35,7 @@ class Preset:
         leaves: whether weights of other sizes are left alone, and not refused.
         keeps_stacks: whether experts in one tensor stay so; else they are written one by one.
         follows: whether it leaves alone, of a quantized source, what that has as numbers.
+        by_module: whether its readers find in a config only their own names of modules, and not those of the files.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Preset:
     leaves: bool = False
     keeps_stacks: bool = False
     follows: bool = False
+    by_module: bool = True
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a weight of this shape can be quantized so."""

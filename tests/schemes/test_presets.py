@@ -301,6 +301,31 @@ def test_what_a_preset_passes_over_is_named_in_the_config(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
+def test_names_that_readers_may_have_others_for_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers' own names go into the config, too, where it knows the model and has others."""
+    tensors = {"vision.a.weight": torch.ones(8, 128, dtype=BF16), "text.a.weight": torch.ones(8, 128, dtype=BF16)}
+    config = {"model_type": "none", "text_config": {"model_type": "none"}}
+    src = write(tmp_path / "x", tensors, config=config)
+    for preset, is_told in (("W8A16", True), ("fp8_e4m3fnuz", False)):
+        assert run("plan", src, tmp_path / "out", "--quantize", preset, "--ignore", "vision.a", "--max-memory", ROOMY) == 0
+        assert ("names what is left alone as files do (vision.a)" in capsys.readouterr().out) == is_told
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("preset", ["fp8", "W8A16"])
+def test_transformers_knows_what_is_left_alone_of_a_model_of_several(preset: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 1}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=16, projection_dim=128)
+    text = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text)
+    transformers.LlavaForConditionalGeneration(config).to(BF16).save_pretrained(tmp_path / "src")
+    quantize(tmp_path / "src", tmp_path / "out", preset, "--ignore", "re:vision_tower", "--ignore", "re:multi_modal_projector")
+    _, told = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+
+
 STACK = "model.layers.0.mlp.experts"
 
 
