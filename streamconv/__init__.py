@@ -1,7 +1,7 @@
 """streamconv: converts model checkpoints bigger than the machine, in bounded memory.
 
-``open``, ``plan``, ``run``, ``convert``, ``verify``, ``diff`` and ``doctor`` are the calls; `Recipe` and its `Rule`, `Drop`, `Make`,
-`Tie`, `Option` declare a conversion; every error derives from `StreamconvError`. Paths may be URLs, with the extra ``remote``.
+``open``, ``plan``, ``run``, ``convert``, ``merge``, ``verify``, ``diff`` and ``doctor`` are the calls; `Recipe` and its `Rule`, `Drop`,
+`Make`, `Tie`, `Option` declare a conversion; every error derives from `StreamconvError`. Paths may be URLs, with the extra ``remote``.
 
 A name is imported when it is asked for.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from streamconv.checkpoint.entries import TensorEntry
     from streamconv.checkpoint.opening import Checkpoint
     from streamconv.checkpoint.opening import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
-    from streamconv.conversion.api import convert, plan, verify
+    from streamconv.conversion.api import convert, merge, plan, verify
     from streamconv.diagnose.doctor import doctor
     from streamconv.engine.comparison import Comparison
     from streamconv.planning.plan import Plan
@@ -61,6 +61,7 @@ _HOMES = {
     "convert": "conversion.api",
     "diff": "changes.finding",
     "doctor": "diagnose.doctor",
+    "merge": "conversion.api",
     "open": "checkpoint.opening:open_checkpoint",
     "plan": "conversion.api",
     "run": "running.run",
@@ -98,6 +99,7 @@ __all__ = [
     "convert",
     "diff",
     "doctor",
+    "merge",
     "open",
     "plan",
     "recipes",

@@ -82,6 +82,10 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="do not ask whether --reclaim-source is meant")
 
 
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    next(action for action in parser._actions if action.dest == "src").metavar = "FILE"
+
+
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the plan itself to this file")
 
@@ -175,6 +179,11 @@ COMMANDS = {
             "/shared/big /shared/out --engine ray --ray-address 192.0.2.1:6379",
         ),
         _add_convert,
+    ),
+    "merge": Command(
+        "Merge models into one, as a file of mergekit says.",
+        ("merge.yaml merged", "merge.yaml merged --max-memory 150MB --verify", "dare.yaml merged --random-seed 7"),
+        _add_merge,
     ),
     "plan": Command(
         "Say what convert would do; write nothing.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from streamconv.adapters.folder import Adapter
@@ -15,6 +16,7 @@ from streamconv.conversion.options import Options
 from streamconv.dtypes import TensorSpec
 from streamconv.errors import UsageError
 from streamconv.formats.catalog import locate
+from streamconv.recipe import Recast
 
 OPTION = "--adapter"
 
@@ -26,17 +28,21 @@ def adapt(options: Options, checkpoint: Checkpoint, casting: Casting, *, is_rena
         UsageError: no adapter, or one of a kind that is not merged here.
         CoverageError: a tensor of it that fits none of the checkpoint.
     """
-    if not list(options.adapter):
-        return None
-    if list(checkpoint.components) != [""]:
-        raise UsageError(f"{OPTION}: {checkpoint.path} consists of components, and an adapter is of one model: give that as SRC")
 
     def dtype_of(name: str, spec: TensorSpec) -> str | None:
         return None if is_renamed and casting.keeps_some else casting(name, spec)
 
+    texts = list(options.adapter)
+    return merge_adapters(checkpoint, texts, dtype_of) if texts else None
+
+
+def merge_adapters(checkpoint: Checkpoint, texts: Iterable[str], dtype_of: Recast) -> Altered:
+    """A checkpoint with adapters, each a folder, perhaps with @WEIGHT, in order. Raises as `adapt` does."""
+    if list(checkpoint.components) != [""]:
+        raise UsageError(f"{OPTION}: {checkpoint.path} consists of components, and an adapter is of one model: give that as SRC")
     weights = Weights(checkpoint.contents.entries, checkpoint.config, dtype_of)
     notes = []
-    for text in options.adapter:
+    for text in texts:
         path, weight = _split(text)
         notes.append(merge(Adapter(path, weight, checkpoint.config, f"{OPTION} {locate(path)}"), weights))
     contents = replace(checkpoint.contents, entries=weights.entries)

@@ -8,6 +8,7 @@ from typing import Any
 
 from streamconv.checkpoint.opening import Checkpoint
 from streamconv.recipe import Conversion
+from streamconv.recipe.application import Replica
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Altered:
         config: keys of config.json that go with it.
         former: for each tensor that has another name now, the one that it had.
         dropped: tensors that are left out, by the names that they had, and why.
+        sources: for each tensor that is not called as what it is made of, what that is called.
+        replicas: tensors that must hold the same bytes, two each, and their names.
+        others: further checkpoints that it is made of.
+        dtype: what its numbers have become, where they all have one; None: what they were.
     """
 
     checkpoint: Checkpoint
@@ -29,6 +34,10 @@ class Altered:
     config: Mapping[str, Any] = field(default_factory=dict)
     former: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    replicas: Sequence[Replica] = ()
+    others: Sequence[Checkpoint] = ()
+    dtype: str | None = None
 
     def account(self, conversion: Conversion) -> Conversion:
         """A conversion of that checkpoint that tells what was done, by the names that tensors had before."""
@@ -36,7 +45,8 @@ class Altered:
         for row in conversion.rows:
             how = list(dict.fromkeys(self.changed[name] for name in row.sources if name in self.changed))
             layout = ", then ".join(filter(None, (*how, row.layout)))
-            rows.append(row._replace(layout=layout, sources=tuple(map(self._former, row.sources))))
+            sources = dict.fromkeys(source for name in row.sources for source in self.sources.get(name, (self._former(name),)))
+            rows.append(row._replace(layout=layout, sources=tuple(sources)))
         dropped = [*map(self._former, conversion.dropped), *self.dropped]
         reasons = {self._former(name): why for name, why in conversion.reasons.items()}
         return replace(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from streamconv import memory
 from streamconv.conversion.comparing import open_sides
+from streamconv.conversion.merges import is_merge_file
 from streamconv.conversion.opening import local_files
 from streamconv.conversion.options import ConvertOptions, PlanOptions, VerifyOptions, arguments_of
 from streamconv.conversion.pipeline import make_plan
@@ -66,6 +67,31 @@ def convert(options: ConvertOptions) -> Result:
     >>> streamconv.verify("model", "half", dtype="fp16", max_memory="4GB")
     <Comparison of 3 tensors: equal>
     """
+    return _convert(options)
+
+
+@arguments_of(ConvertOptions)
+def merge(options: ConvertOptions) -> Result:
+    """Merges models into one, as a file of mergekit says: `convert` with that as ``src``.
+
+    Paths of models in it are as given from the current folder, or anything else that ``src`` of `convert` may be; MODEL+ADAPTER is a model
+    with an adapter of PEFT.
+
+    Raises:
+        StreamconvError: see the classes.
+
+    >>> text = "models: [{model: model, parameters: {weight: 1}}, {model: model, parameters: {weight: 3}}]"
+    >>> _ = Path("average.yaml").write_text(text + "\nmerge_method: linear\n")
+    >>> streamconv.merge("average.yaml", "average", max_memory="4GB").plan.totals.bytes_computed
+    40
+    """
+    if not is_merge_file(options.src):
+        raise UsageError(f"{options.src}: what merge takes is a file of mergekit, called *.yaml or *.yml")
+    return _convert(options)
+
+
+def _convert(options: ConvertOptions) -> Result:
+    """See `convert`."""
     reference = open_other(options.compare_with, Side(), options.variant) if options.compare_with is not None else None
     if reference is not None:
         import ml_dtypes  # noqa: F401 - loaded first, with numpy, so that the plan counts what measuring differences takes

@@ -37,7 +37,8 @@ O = TypeVar("O", bound="Options")  # noqa: E741 - of options
 
 PLANNING = ("convert", "plan")
 COMPARING = (*PLANNING, "verify", "diff")
-RUNNING = (*PLANNING, "run")
+MAKING = (*PLANNING, "merge")
+RUNNING = (*MAKING, "run")
 LOOKING = (*COMPARING, "inspect", "doctor")
 
 
@@ -62,7 +63,7 @@ class About:
     parse: Callable[[str], object] = str
     repeatable: bool = False
     choices: Collection[str] = ()
-    commands: tuple[str, ...] = PLANNING
+    commands: tuple[str, ...] = MAKING
     decides: bool = False
 
 
@@ -238,7 +239,7 @@ class Options:
         metadata=about(
             "bound on the process's peak resident memory",
             metavar="SIZE",
-            commands=COMPARING,
+            commands=(*COMPARING, "merge"),
         ),
     )
     workers: int | None = field(
@@ -248,7 +249,7 @@ class Options:
             flags=("-j", "--workers"),
             metavar="N",
             parse=int,
-            commands=COMPARING,
+            commands=(*COMPARING, "merge"),
         ),
     )
     read_backend: str = field(
@@ -257,7 +258,7 @@ class Options:
             "how source bytes are read",
             metavar="NAME",
             choices=("auto", "mmap", "pread"),
-            commands=COMPARING,
+            commands=(*COMPARING, "merge"),
         ),
     )
 
@@ -302,14 +303,18 @@ class DiffOptions(VerifyOptions):
 class PlanOptions(Options):
     """The arguments of `plan`: what is written where, and what may be in the way there."""
 
-    src: AnyPath = field(metadata=about("a checkpoint: a directory, a file, or a URL (https, hf, s3, gs)", metavar="SRC"))
+    src: AnyPath = field(
+        metadata=about(
+            "a checkpoint: a directory, a file, or a URL (https, hf, s3, gs); or what to merge, a file of mergekit", metavar="SRC"
+        )
+    )
     dst: str | os.PathLike[str] = field(
         metadata=about("a file if it ends in the container's suffix, else a directory; or a URL (hf, s3, gs)", metavar="DST")
     )
     _: KW_ONLY
     losses: bool = field(
         default=False,
-        metadata=about("measure what casts and quantization change, and say so", commands=PLANNING),
+        metadata=about("measure what casts and quantization change, and say so"),
     )
     check_replicas: bool = field(
         default=False,
@@ -319,7 +324,6 @@ class PlanOptions(Options):
         default=False,
         metadata=about(
             "fail, and commit nothing, if a finite value is too large for its new dtype, or quantized beside NaN or infinity",
-            commands=PLANNING,
         ),
     )
     format: str | None = field(
@@ -337,6 +341,16 @@ class PlanOptions(Options):
     align: bool = field(
         default=False,
         metadata=about("start data at whole blocks, so that file systems that share blocks need not copy", decides=True),
+    )
+    random_seed: int = field(
+        default=0,
+        metadata=about(
+            "what dare_linear and dare_ties keep, where SRC is a file of mergekit",
+            metavar="N",
+            parse=int,
+            commands=("merge", "plan"),
+            decides=True,
+        ),
     )
     engine: str = field(
         default=LOCAL,
@@ -361,7 +375,10 @@ class PlanOptions(Options):
     )
     reclaim_source: bool = field(
         default=False,
-        metadata=about("DELETE SRC's weights while converting: give their space back once what they became is safe"),
+        metadata=about(
+            "DELETE SRC's weights while converting: give their space back once what they became is safe",
+            commands=PLANNING,
+        ),
     )
 
     def identity(self) -> dict[str, Any]:
@@ -403,7 +420,7 @@ class ConvertOptions(PlanOptions):
     )
     report: str | os.PathLike[str] | None = field(
         default=None,
-        metadata=about("write a page about it to this .html file", metavar="FILE", commands=("convert", "verify", "diff")),
+        metadata=about("write a page about it to this .html file", metavar="FILE", commands=("convert", "merge", "verify", "diff")),
     )
     compare_with: AnyPath | None = field(
         default=None,
@@ -411,7 +428,7 @@ class ConvertOptions(PlanOptions):
             "then print the comparison with this reference checkpoint",
             flags=("--compare",),
             metavar="DIR",
-            commands=("convert",),
+            commands=("convert", "merge"),
         ),
     )
     progress: Shown = field(default=False, compare=False, repr=False, metadata=about("see `run`", commands=()))

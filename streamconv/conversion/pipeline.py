@@ -14,6 +14,7 @@ from streamconv.conversion.altered import Altered
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
 from streamconv.conversion.grafts import graft
+from streamconv.conversion.merges import merge_as_asked
 from streamconv.conversion.notes import note_layouts, note_ties
 from streamconv.conversion.opening import (
     check_backend,
@@ -29,7 +30,7 @@ from streamconv.conversion.options import Options, PlanOptions
 from streamconv.conversion.quantizing import quantize_as_asked
 from streamconv.conversion.renaming import names_change, rename
 from streamconv.conversion.sidecars import make_sidecars
-from streamconv.conversion.sides import TargetSettings, lay_out_components
+from streamconv.conversion.sides import Reading, TargetSettings, lay_out_components
 from streamconv.conversion.targets import convert_tensors, find_ties, store_once
 from streamconv.errors import DestinationError, UsageError
 from streamconv.formats.registry import DEFAULT, containers
@@ -37,7 +38,7 @@ from streamconv.memory import BLOCK
 from streamconv.planning.compiler import compile_plan
 from streamconv.planning.fitting import Budget, check_workers
 from streamconv.planning.plan import Plan
-from streamconv.recipe import read_identity_options
+from streamconv.recipe import Recipe, read_identity_options
 from streamconv.recipe.vocabulary import sampling
 from streamconv.running.destination import RemoteTarget, Target, target_of
 from streamconv.running.directory import check_folders, check_names
@@ -81,10 +82,8 @@ def make_plan(options: PlanOptions) -> Plan:
     target = target_of(options.dst, options.format, recipe.target.format if recipe else DEFAULT, create_pr=options.create_pr)
     reading, settings = split_settings(options, recipe)
     keeps_ties = recipe is not None or read_identity_options(settings)["tied"] == "keep"
-    checkpoint, left_behind = open_source(options, recipe, reading, target)
+    checkpoint, left_behind, merged = _open(options, recipe, reading, target)
     replicas = [(one, other, (name, name)) for one, other, name in checkpoint.contents.replicas if options.check_replicas]
-    check_reclaim(options, checkpoint)
-    _check_target(target, checkpoint, options)
     beside = find_own_beside(options, checkpoint)
     kept = casting.ask_class(read_config(beside) if beside else checkpoint.config)
 
@@ -93,11 +92,13 @@ def make_plan(options: PlanOptions) -> Plan:
     if dequantization is not None:
         checkpoint = dequantization.checkpoint
     checkpoint, altered = alter_as_asked(options, checkpoint, casting, is_renamed=is_renamed)
+    altered = [*merged, *altered]
     conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, is_stated=dequantization is None and not is_renamed)
     additions: dict[str, Any] = {}
     for one in reversed(altered):
         conversion = one.account(conversion)
         additions = {**one.config, **additions}
+        replicas += one.replicas
     if dequantization is not None:
         conversion = dequantization.account(conversion)
     conversion, quantization = quantize_as_asked(options, conversion, checkpoint, target.format)
@@ -113,8 +114,9 @@ def make_plan(options: PlanOptions) -> Plan:
     metadata = {"format": "pt", **sampling(conversion.outputs.values())}
     target_settings = TargetSettings(target, limit, ties, metadata, BLOCK if options.align else None)
     layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, target_settings)
+    dtype = casting.dtype or next((one.dtype for one in merged), None)
     sidecars, sidecar_notes = (
-        ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, casting, quantizations, additions)
+        ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, dtype, quantizations, additions)
     )
     notes = [*checkpoint.contents.notes, *left_behind, *filter(None, [kept]), *note_ties(ties), *conversion.notes, *sidecar_notes]
     notes += note_layouts(checkpoint, target, layouts, limit)
@@ -138,6 +140,22 @@ def make_plan(options: PlanOptions) -> Plan:
     )
     check_sources_stay(plan, _read_files(checkpoint, beside, plan), overwrite=options.overwrite)
     return _check_room(plan, target, options)
+
+
+def _open(
+    options: PlanOptions, recipe: Recipe | None, reading: Reading, target: Target | RemoteTarget
+) -> tuple[Checkpoint, list[str], list[Altered]]:
+    """The checkpoint at SRC, notes on what of it has no place in DST, and how it was merged, where a file there says of what.
+
+    Raises:
+        StreamconvError: it cannot be read, or DST cannot be made of it.
+    """
+    merged = merge_as_asked(options)
+    checkpoint, left_behind = (merged.checkpoint, []) if merged else open_source(options, recipe, reading, target)
+    check_reclaim(options, checkpoint)
+    for source in [checkpoint, *(merged.others if merged else ())]:
+        _check_target(target, source, options)
+    return checkpoint, left_behind, [merged] if merged else []
 
 
 def _check_target(target: Target | RemoteTarget, checkpoint: Checkpoint, options: PlanOptions) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from streamconv.checkpoint.components import find_components, find_pointers, look_beside, shorten
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, read_config
-from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import PARAMS, Dequantization
 from streamconv.conversion.quantizing import Quantization
 from streamconv.errors import RecipeError, UsageError
@@ -33,7 +32,7 @@ def make_sidecars(
     beside: Folder | None,
     recipe: Recipe | None,
     conversion: Conversion,
-    casting: Casting,
+    dtype: str | None,
     quantizations: tuple[Dequantization | None, Quantization | None] = (None, None),
     additions: Mapping[str, Any] = EMPTY,
 ) -> tuple[Sidecars, list[str]]:
@@ -44,7 +43,7 @@ def make_sidecars(
         beside: ... unless this folder is given.
         recipe: may make files of its own, or None.
         conversion: what it made.
-        casting: says what floating tensors are cast to.
+        dtype: what its floating tensors have become; None: what they were.
         quantizations: what was made of a quantized source, and what weights are quantized by.
         additions: keys that config.json has afterwards, and what it says of them.
     """
@@ -78,12 +77,12 @@ def make_sidecars(
     revise = dequantization.revise if dequantization else _keep
     if CONFIG in sidecars or CONFIG in contents_of:
         before = contents_of.get(CONFIG, config)
-        after = _change(revise(CONFIG, before), casting.dtype, conversion.config)
+        after = _change(revise(CONFIG, before), dtype, conversion.config)
         after = {**(quantization.revise(CONFIG, after) if quantization else after), **additions}
         if CONFIG in contents_of or after != before:
             contents_of[CONFIG] = after
     configs = [*(f"{folder}/{CONFIG}" for folder in checkpoint.components if folder), *([PARAMS] if dequantization else [])]
-    contents_of.update(_changed(root, [name for name in configs if name in sidecars], revise, casting.dtype))
+    contents_of.update(_changed(root, [name for name in configs if name in sidecars], revise, dtype))
     if quantization and CONFIG not in {*sidecars, *contents_of}:
         raise UsageError(f"--quantize: there is no {CONFIG} beside SRC, without which no library knows: --sidecars-from brings one")
     for name, contents in contents_of.items():

@@ -28,9 +28,9 @@ def load(path: Path, find_writer: Callable[[str], Writer]) -> Recipe:
         UsageError: the file cannot be read.
         RecipeError: it is not a recipe; says at which line and column.
     """
-    text = _read_text(path)
+    text = read_text(path)
     try:
-        data, node = _parse(text, json_only=path.suffix == ".json")
+        data, node = parse(text, json_only=path.suffix == ".json")
     except RecipeError as error:
         raise RecipeError(f"{path}:{error}") from error
     except Exception as error:
@@ -51,7 +51,7 @@ def load(path: Path, find_writer: Callable[[str], Writer]) -> Recipe:
     return recipe
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """A recipe file's text. Raises UsageError where it cannot be read, RecipeError where it is none."""
     try:
         return read_whole(path, _MAX_FILE).decode()
@@ -63,7 +63,7 @@ def _read_text(path: Path) -> str:
         raise RecipeError(f"{path}: not UTF-8 text") from error
 
 
-def _parse(text: str, *, json_only: bool) -> tuple[Any, Any]:
+def parse(text: str, *, json_only: bool) -> tuple[Any, Any]:
     """The data in a file, and its YAML nodes, which know where they stand. Raises RecipeError with a line, or what parsers do."""
     import yaml
 
@@ -176,7 +176,7 @@ def run(path: Path, name: str | None) -> Recipe:
         UsageError: the file cannot be read, or has several and no name is given.
         RecipeError: it cannot be run, or holds none.
     """
-    code = _read_text(path)
+    code = read_text(path)
     names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(compile(code, str(path), "exec"), names)  # noqa: S102 - its user named it on the command line to have it run

@@ -110,7 +110,8 @@ def test_what_is_kept_of_a_run_is_what_decides_which_it_is():
         "ignore": None, "adapter": None, "graft": None, "take": None, "replace": None,
         "rename": None, "drop": None, "only": None, "sidecars_from": "c",
         "variant": None,
-        "format": None, "max_shard_size": 1_000_000, "single_file": None, "align": None, "src": str(Path("a").absolute()),
+        "format": None, "max_shard_size": 1_000_000, "single_file": None, "align": None, "random_seed": None,
+        "src": str(Path("a").absolute()),
     }  # fmt: skip
     recipe = streamconv.recipes.get("llama-hf2meta")
     assert PlanOptions("a", "b", recipe=recipe).identity() == PlanOptions("a", "c", recipe="llama-hf2meta").identity()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 
 from streamconv.cli.console import Console
@@ -12,6 +13,7 @@ from streamconv.cli.showing import ending_softly, make_progress, print_result, s
 from streamconv.conversion import api
 from streamconv.conversion.options import ConvertOptions
 from streamconv.errors import UsageError, writing
+from streamconv.running.results import Result
 from streamconv.storage import is_url
 
 
@@ -19,18 +21,24 @@ def execute(args: argparse.Namespace, out: Console) -> int:
     """Converts, and says what it came to."""
     if args.reclaim_source and not args.yes:
         _confirm(args, out)
+    result = make(args, out, api.convert)
+    suggest_recipes(args, result.plan, out)
+    return 0
+
+
+def make(args: argparse.Namespace, out: Console, call: Callable[..., Result]) -> Result:
+    """Has a call that takes the options of a conversion make it, and says what it came to."""
     progress = make_progress(args)
     options = read_options(args, ConvertOptions)
     with ending_softly() if is_url(args.dst) else nullcontext():
-        result = api.convert(**options, progress=progress)
+        result = call(**options, progress=progress)
     if args.report:
         from streamconv.diagnose import report_page
 
         with writing():
             report_page.write(args.report, report_page.describe_conversion(result, ConvertOptions(**options), progress))
     print_result(args, out, result)
-    suggest_recipes(args, result.plan, out)
-    return 0
+    return result
 
 
 def _confirm(args: argparse.Namespace, out: Console) -> None:

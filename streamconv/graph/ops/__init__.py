@@ -18,24 +18,28 @@ if TYPE_CHECKING:
     from streamconv.graph.ops.fnuz import FnuzCodes, FnuzScales
     from streamconv.graph.ops.integers import PackIntegers, UnpackIntegers
     from streamconv.graph.ops.lora import MergeLora
+    from streamconv.graph.ops.merging import Alignment, Cutoff, KeptShare, MergeDeltas, MergeLinear, MergeSlerp, Pick
     from streamconv.graph.ops.quantized import DequantizeBlocks, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
     from streamconv.graph.ops.quantizing import Quantize, SharedScale
     from streamconv.graph.ops.sampled import SampleRows
     from streamconv.graph.ops.tuned import AddProducts, ColumnNorms, Kronecker, Magnify, ScaleLines
 
 __all__ = [
-    "Add", "AddProducts", "Blocks", "Cast", "ColumnNorms", "Compute", "Constant", "Dequantize", "DequantizeBlocks", "DequantizeFloats",
-    "DequantizeIntegers", "DequantizeQuantiles", "Elementwise", "FnuzCodes", "FnuzScales", "InvFreq", "Kronecker", "Layout", "Magnify",
-    "MergeLora", "Op", "PackIntegers", "Quantize", "Rearrange", "Reduce", "Reshape", "Rows", "SampleRows", "Scale", "ScaleLines",
-    "SharedScale", "Strided", "UnpackIntegers", "Values", "Zeros", "as_torch", "from_json",
+    "Add", "AddProducts", "Alignment", "Blocks", "Cast", "ColumnNorms", "Compute", "Constant", "Cutoff", "Dequantize", "DequantizeBlocks",
+    "DequantizeFloats", "DequantizeIntegers", "DequantizeQuantiles", "Elementwise", "FnuzCodes", "FnuzScales", "InvFreq", "KeptShare",
+    "Kronecker", "Layout", "Magnify", "MergeDeltas", "MergeLinear", "MergeLora", "MergeSlerp", "Op", "PackIntegers", "Pick", "Quantize",
+    "Rearrange", "Reduce", "Reshape", "Rows", "SampleRows", "Scale", "ScaleLines", "SharedScale", "Strided", "UnpackIntegers", "Values",
+    "Zeros", "as_torch", "from_json",
 ]  # fmt: skip
 
 _HOMES = {
-    "Add": "arithmetic", "AddProducts": "tuned", "Blocks": "blocks", "Cast": "cast", "ColumnNorms": "tuned", "Constant": "constants",
-    "Dequantize": "blocks", "DequantizeBlocks": "quantized", "DequantizeFloats": "quantized", "DequantizeIntegers": "quantized",
-    "DequantizeQuantiles": "quantized", "FnuzCodes": "fnuz", "FnuzScales": "fnuz", "InvFreq": "constants", "Kronecker": "tuned",
-    "Magnify": "tuned", "MergeLora": "lora", "PackIntegers": "integers", "Quantize": "quantizing", "SampleRows": "sampled",
-    "Scale": "arithmetic", "ScaleLines": "tuned", "SharedScale": "quantizing", "UnpackIntegers": "integers", "Zeros": "constants",
+    "Add": "arithmetic", "AddProducts": "tuned", "Alignment": "merging", "Blocks": "blocks", "Cast": "cast", "ColumnNorms": "tuned",
+    "Constant": "constants", "Cutoff": "merging", "Dequantize": "blocks", "DequantizeBlocks": "quantized",
+    "DequantizeFloats": "quantized", "DequantizeIntegers": "quantized", "DequantizeQuantiles": "quantized", "FnuzCodes": "fnuz",
+    "FnuzScales": "fnuz", "InvFreq": "constants", "KeptShare": "merging", "Kronecker": "tuned", "Magnify": "tuned",
+    "MergeDeltas": "merging", "MergeLinear": "merging", "MergeLora": "lora", "MergeSlerp": "merging", "PackIntegers": "integers",
+    "Pick": "merging", "Quantize": "quantizing", "SampleRows": "sampled", "Scale": "arithmetic", "ScaleLines": "tuned",
+    "SharedScale": "quantizing", "UnpackIntegers": "integers", "Zeros": "constants",
 }  # fmt: skip
 
 

@@ -1,0 +1,251 @@
+"""A tensor of the result, made of those of models by a method."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from streamconv.dtypes import CASTABLE
+from streamconv.errors import CoverageError
+from streamconv.graph.node import AnyNode, Node, apply
+from streamconv.graph.ops import Alignment, Cast, Cutoff, KeptShare, MergeDeltas, MergeLinear, MergeSlerp, Op, Pick, Scale
+from streamconv.graph.ops.merging import ALL, CHANCES, LARGEST, NONE, RANDOM
+from streamconv.merging.file import Input, MergeFile, Slice
+from streamconv.merging.parameters import Lookup
+
+_ELECTING = ("ties", "dare_ties")
+_RULES = {"ties": LARGEST, "dare_linear": RANDOM, "dare_ties": RANDOM}
+_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.weight", re.DOTALL)
+_PARTS = {"w1": (1, 0), "gate_proj": (1, 0), "w3": (1, 1), "up_proj": (1, 1), "w2": (2, 0), "down_proj": (2, 0)}
+"""Parts of an expert: which of the two tensors that hold those of all it goes into, and in what order."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A model's tensor that goes into one of the result."""
+
+    one: Input
+    name: str
+    node: AnyNode
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor of the result, and what it is made of.
+
+    Attributes:
+        name: its own.
+        part: the slice that it is in.
+        position: of its layer in that slice, from 0 to 1.
+        operands: in the order of the slice's inputs.
+    """
+
+    name: str
+    part: Slice
+    position: float
+    operands: tuple[Operand, ...]
+
+
+def units_of(targets: Sequence[Target]) -> list[list[Target]]:
+    """Tensors whose norms and largest deltas are looked for in all of them at once: those of a layer's experts, else each its own."""
+    units: dict[tuple[str, int], list[tuple[tuple[int, int], Target]]] = {}
+    for target in targets:
+        match = _EXPERT.fullmatch(target.name)
+        if match and match["part"] in _PARTS:
+            tensor, order = _PARTS[match["part"]]
+            units.setdefault((match["experts"], tensor), []).append(((int(match["number"]), order), target))
+        else:
+            units.setdefault((target.name, 0), []).append(((0, 0), target))
+    return [[target for _, target in sorted(unit, key=lambda item: item[0])] for unit in units.values()]
+
+
+class Arithmetic:
+    """Makes tensors of the result by a file's method, of one dtype each. What several of them take is made once.
+
+    Args:
+        file: what is merged how.
+        seed: of what is picked at random.
+
+    Attributes:
+        replicas: tensors that are no floating numbers, and must be the same in all models: two each, and the name.
+    """
+
+    def __init__(self, file: MergeFile, seed: int) -> None:
+        self._file, self._seed = file, seed
+        self._nodes: dict[tuple[Op, tuple[int, ...]], Node] = {}
+        self._operands_of: dict[str, list[AnyNode]] = {}
+        self.replicas: list[tuple[AnyNode, AnyNode, tuple[str, str]]] = []
+
+    def merge(self, unit: Sequence[Target]) -> dict[str, AnyNode]:
+        """The tensors of a unit, by name.
+
+        Raises:
+            CoverageError: tensors that do not fit each other.
+            RecipeError: the file does not say what it takes, or says what cannot be.
+        """
+        nodes = {}
+        plain = [target for target in unit if self._is_plain(target)]
+        for target in unit:
+            nodes[target.name] = self._copied(target) if target not in plain else self._merged(target, plain)
+        return nodes
+
+    def _is_plain(self, target: Target) -> bool:
+        """Whether a tensor consists of numbers that can be merged. Raises CoverageError where models do not agree in its shape or kind."""
+        first, *others = target.operands
+        for other in others:
+            if other.node.spec.shape != first.node.spec.shape:
+                self._fail_shape(target, first, other)
+        castable = [operand.node.spec.dtype.name in CASTABLE for operand in target.operands]
+        if all(castable):
+            return first.node.spec.numel > 0
+        odd = target.operands[castable.index(False)]
+        alike = all(operand.node.spec == first.node.spec for operand in others)
+        if len(target.operands) > 1 and (odd.node.spec.dtype.floating or odd.node.spec.dtype.is_packed or not alike):
+            way = "convert the models with --dequantize, or to one dtype, first"
+            raise CoverageError(f"{self._file.path}: {odd.name} of {odd.one.model} is {odd.node.spec}, which is not merged: {way}")
+        return False
+
+    def _fail_shape(self, target: Target, first: Operand, other: Operand) -> None:
+        shapes = f"{first.node.spec} in {first.one.model} and {other.node.spec} in {other.one.model}"
+        rows, others = first.node.spec.shape[:1], other.node.spec.shape[:1]
+        way = "merge models of one shape"
+        if rows != others and first.node.spec.shape[1:] == other.node.spec.shape[1:]:
+            way = f"rows are {rows[0]} and {others[0]}; for other vocabularies say tokenizer_source: base"
+        raise CoverageError(f"{self._file.path}:{other.one.line}: {target.name} is {shapes}: {way}")
+
+    def _copied(self, target: Target) -> AnyNode:
+        """The first of tensors that must all be the same."""
+        first, *others = target.operands
+        self.replicas += [(first.node, other.node, (first.name, other.name)) for other in others if other.node is not first.node]
+        return first.node
+
+    def _merged(self, target: Target, unit: Sequence[Target]) -> AnyNode:
+        lookup = Lookup(self._file, target.part, target.position)
+        method = self._file.method
+        if method == "passthrough":
+            node = self._scaled(target, lookup)
+        elif method == "linear":
+            node = self._linear(target, lookup)
+        elif method == "slerp":
+            node = self._slerp(target, unit, lookup)
+        else:
+            node = self._added(target, unit, lookup)
+        dtype = self._file.out_dtype
+        return self._apply(Cast(dtype), node) if dtype and dtype != node.spec.dtype.name else node
+
+    def _scaled(self, target: Target, lookup: Lookup) -> AnyNode:
+        (operand,) = target.operands
+        (node,) = self._operands(target)
+        scale = lookup.number("scale", operand.name, operand.one)
+        return node if scale is None else self._apply(Scale(scale), node)
+
+    def _linear(self, target: Target, lookup: Lookup) -> AnyNode:
+        weights = tuple(lookup.needed("weight", operand.name, operand.one) for operand in target.operands)
+        normalize = lookup.flag("normalize", target.name, usual=True)
+        if normalize and abs(total := math.fsum(weights)) < _NOTHING:
+            problem = f"weights of {target.name} add up to {total:g}, by which nothing can be divided: say normalize: false"
+            self._file.fail(target.part.line, problem)
+        return self._apply(MergeLinear(weights, normalize), *self._operands(target))
+
+    def _slerp(self, target: Target, unit: Sequence[Target], lookup: Lookup) -> AnyNode:
+        base = self._base_of(target)
+        bases, others = self._columns(unit, base), self._columns(unit, 1 - base)
+        own = unit.index(target)
+        alignment = self._apply(Alignment(), *bases, *others)
+        return self._apply(MergeSlerp(lookup.needed("t", target.name)), bases[own], others[own], alignment)
+
+    def _added(self, target: Target, unit: Sequence[Target], lookup: Lookup) -> AnyNode:
+        """A base and what the other models add to it."""
+        method, base = self._file.method, self._base_of(target)
+        numbers = [k for k in range(len(target.operands)) if k != base]
+        bases = self._columns(unit, base)
+        own = unit.index(target)
+        if not numbers:
+            return bases[own]
+        rescales = lookup.flag("rescale", target.name, usual=_RULES.get(method) == RANDOM)
+        weights, picks, tensors, small = [], [], [], []
+        for k in numbers:
+            operand = target.operands[k]
+            weights.append(lookup.needed("weight", operand.name, operand.one))
+            density = lookup.number("density", operand.name, operand.one)
+            columns = self._columns(unit, k)
+            choice = self._picks(unit, k, 1.0 if density is None else density)
+            cutoff = []
+            if choice[own].rule == LARGEST:
+                total = sum(node.spec.numel for node in bases)
+                cutoff = [self._apply(Cutoff(max(1, int((density or 0) * total))), *bases, *columns)]
+            is_rescaled = rescales and choice[own].rule in (LARGEST, RANDOM)
+            share = [self._apply(KeptShare(tuple(choice)), *bases, *columns, *cutoff)] if is_rescaled else []
+            picks.append(replace(choice[own], rescaled=is_rescaled))
+            tensors.append(columns[own])
+            small += [*cutoff, *share]
+        op = MergeDeltas(
+            tuple(weights),
+            tuple(picks),
+            normalize=lookup.flag("normalize", target.name, usual=method == "ties"),
+            factor=_or_one(lookup.number("lambda", target.name)),
+            elects=method in _ELECTING,
+        )
+        return self._apply(op, bases[own], *tensors, *small)
+
+    def _picks(self, unit: Sequence[Target], k: int, density: float) -> list[Pick]:
+        """Which deltas of operand ``k`` count, in each tensor of a unit."""
+        rule = _RULES.get(self._file.method, ALL)
+        chances = math.ceil(density * CHANCES)
+        if rule == ALL or chances >= CHANCES:
+            return [Pick()] * len(unit)
+        if chances <= 0:
+            return [Pick(NONE)] * len(unit)
+        picks, offset = [], 0
+        for target in unit:
+            picks.append(Pick(rule, offset=offset) if rule == LARGEST else Pick(rule, chances, _key(self._seed, target.name, k)))
+            offset += target.operands[k].node.spec.numel
+        return picks
+
+    def _base_of(self, target: Target) -> int:
+        """Which operand is the base's."""
+        return [operand.one.model for operand in target.operands].index(str(target.part.base))
+
+    def _columns(self, unit: Sequence[Target], k: int) -> list[AnyNode]:
+        """Operand ``k`` of each tensor of a unit, in the dtype that they are merged in."""
+        return [self._operands(target)[k] for target in unit]
+
+    def _operands(self, target: Target) -> list[AnyNode]:
+        """What a tensor is made of, in one dtype."""
+        operands = self._operands_of.get(target.name)
+        if operands is None:
+            nodes = [operand.node for operand in target.operands]
+            dtype = self._file.dtype or _promoted([node.spec.dtype.name for node in nodes])
+            operands = [self._apply(Cast(dtype), node) if dtype != node.spec.dtype.name else node for node in nodes]
+            self._operands_of[target.name] = operands
+        return operands
+
+    def _apply(self, op: Op, *inputs: AnyNode) -> Node:
+        key = op, tuple(map(id, inputs))
+        if key not in self._nodes:
+            self._nodes[key] = apply(op, *inputs)
+        return self._nodes[key]
+
+
+_NOTHING = 1e-7
+
+
+def _promoted(names: Sequence[str]) -> str:
+    """The dtype that holds what these hold."""
+    kinds = set(names)
+    if len(kinds) == 1:
+        return names[0]
+    return "float64" if "float64" in kinds else "float32"
+
+
+def _or_one(number: float | None) -> float:
+    return 1.0 if number is None else number
+
+
+def _key(seed: int, name: str, number: int) -> int:
+    """A key for what is picked at random of a model's tensor: another one for each."""
+    text = f"{seed}\0{name}\0{number}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,222 @@
+"""Which tensors the result of a merge has, of which tensors of which models, and what its config says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamconv.errors import CoverageError
+from streamconv.graph.node import AnyNode
+from streamconv.merging.arithmetic import Arithmetic, Operand, Target, units_of
+from streamconv.merging.file import Input, MergeFile, Slice
+from streamconv.merging.models import TIES, Model
+from streamconv.merging.parameters import unknown_parameters
+
+_NEED_BASE = ("slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+_SHOWN = 4  # names that a refusal gives
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge makes.
+
+    Attributes:
+        entries: tensors by name.
+        sources: the names, in the models, of what each is made of.
+        replicas: tensors that must be the same, two each, and their names.
+        config: keys of config.json that are others than in the first model's.
+        notes: what should be known of it.
+    """
+
+    entries: Mapping[str, AnyNode]
+    sources: Mapping[str, tuple[str, ...]]
+    replicas: Sequence[tuple[AnyNode, AnyNode, tuple[str, str]]]
+    config: Mapping[str, Any]
+    notes: Sequence[str]
+
+
+def merge(file: MergeFile, models: Mapping[str, Model], seed: int) -> Merged:
+    """The result of a merge, of models by the names that a file has for them.
+
+    Raises:
+        CoverageError: models that do not fit each other.
+        RecipeError: the file does not say what the method takes, or says what cannot be.
+    """
+    if file.aligns_vocabulary:
+        file.fail(file.lines["tokenizer_source"], "tokenizer_source: base is not supported: leave it out for models of one vocabulary")
+    _check_models(file, models)
+    targets = list(_targets(file, models))
+    arithmetic = Arithmetic(file, seed)
+    made: dict[str, AnyNode] = {}
+    for unit in units_of(targets):
+        made |= arithmetic.merge(unit)
+    entries = {target.name: made[target.name] for target in targets}
+    sources = {target.name: tuple(dict.fromkeys(operand.name for operand in target.operands)) for target in targets}
+    config, notes = _config_of(file, models, targets)
+    notes += [f"{file.path}: {name} is no parameter of {file.method}, and changes nothing" for name in unknown_parameters(file)]
+    return Merged(entries, sources, arithmetic.replicas, config, notes)
+
+
+def first_of(file: MergeFile) -> str:
+    """The model whose config and tokenizer are the result's."""
+    return file.base_model if file.base_model is not None else file.slices[0].inputs[0].model
+
+
+# What fits ---------------------------------------------------------------------------------------------------------
+
+
+def _check_models(file: MergeFile, models: Mapping[str, Model]) -> None:
+    """Raises RecipeError or CoverageError where a method does not take the models of a slice, or these are of different kinds."""
+    for part in file.slices:
+        names = [one.model for one in part.inputs]
+        if file.method in _NEED_BASE and part.base is None:
+            file.fail(part.line, f"{file.method} needs base_model: name one of the models")
+        if file.method in _NEED_BASE and part.base not in names:
+            file.fail(part.line, f"base_model {part.base} is none of the slice's sources, which {file.method} needs it to be: add it")
+        if file.method == "slerp" and len(names) != 2:
+            file.fail(part.line, f"slerp goes between two models, one of them base_model, found {len(names)}")
+        if file.method == "passthrough" and len(names) != 1:
+            file.fail(part.line, f"passthrough takes one model in each slice, found {len(names)}: {', '.join(names)}")
+        for one in part.inputs:
+            _check_range(file, one, models[one.model])
+    kinds = {name: model.config.get("model_type") for name, model in models.items()}
+    for name, line in file.models.items():
+        first = first_of(file)
+        if None not in (kinds[name], kinds[first]) and kinds[name] != kinds[first]:
+            file.fail(line, f"{name} is a model of type {kinds[name]}, {first} one of {kinds[first]}: merge models of one type")
+        if "quantization_config" in models[name].config and file.method != "passthrough":
+            file.fail(line, f"{name} is quantized: merge what streamconv convert --dequantize makes of it")
+
+
+def _check_range(file: MergeFile, one: Input, model: Model) -> None:
+    if one.layers is None:
+        return
+    if len(model.depths) != 1:
+        stacks = ", ".join(model.depths) or "none"
+        file.fail(one.line, f"slices are of models with one stack of layers, {one.model} has {stacks}: give models instead of slices")
+    (depth,) = model.depths.values()
+    if one.layers.stop > depth:
+        file.fail(one.line, f"layer_range ends at {one.layers.stop}, and {one.model} has {depth} layers")
+
+
+# Which of which ------------------------------------------------------------------------------------------------------
+
+
+def _targets(file: MergeFile, models: Mapping[str, Model]) -> Iterator[Target]:
+    """The result's tensors: those before the layers, layer by layer, those behind."""
+    first, last = file.slices[0], file.slices[-1]
+    yield from _outside(file, models, first, before=True)
+    if first.inputs[0].layers is None:
+        stacks = list(dict.fromkeys(stack for one in first.inputs for stack in models[one.model].depths))
+        for stack in stacks:
+            depth = max(models[one.model].depths.get(stack, 0) for one in first.inputs)
+            for k in range(depth):
+                yield from _layer(file, models, first, stack, [k] * len(first.inputs), k, k / (depth - 1) if depth > 1 else 1.0)
+    else:
+        number = 0
+        for part in file.slices:
+            (stack,) = models[part.inputs[0].model].depths
+            ranges = [one.layers or range(0) for one in part.inputs]
+            count = len(ranges[0])
+            for k in range(count):
+                numbers = [layers[k] for layers in ranges]
+                yield from _layer(file, models, part, stack, numbers, number, k / (count - 1) if count > 1 else 1.0)
+                number += 1
+    yield from _outside(file, models, last, before=False)
+
+
+def _outside(file: MergeFile, models: Mapping[str, Model], part: Slice, *, before: bool) -> Iterator[Target]:
+    """The tensors before, or behind, all layers."""
+    names = [models[one.model].outside(before=before) for one in part.inputs]
+    for name, owners in _matched(file, models, part, names):
+        yield Target(name, part, 0.0, owners)
+
+
+def _layer(
+    file: MergeFile, models: Mapping[str, Model], part: Slice, stack: str, numbers: Sequence[int], number: int, position: float
+) -> Iterator[Target]:
+    """The tensors of a layer, which is layer ``numbers`` of the slice's inputs."""
+    names = [models[one.model].layer(stack, own) for one, own in zip(part.inputs, numbers, strict=True)]
+    for name, owners in _matched(file, models, part, names, f"{stack}.{number}"):
+        yield Target(f"{stack}.{number}.{name}", part, position, owners)
+
+
+def _matched(
+    file: MergeFile, models: Mapping[str, Model], part: Slice, names: Sequence[Mapping[str, str]], where: str = ""
+) -> Iterator[tuple[str, tuple[Operand, ...]]]:
+    """Names that all inputs have, and the tensors behind them. Raises CoverageError where one lacks what another has."""
+    everything = list(dict.fromkeys(name for own in names for name in own))
+    lacks: dict[str, list[str]] = {}
+    for name in everything:
+        operands = []
+        for one, own in zip(part.inputs, names, strict=True):
+            model = models[one.model]
+            source = own.get(name) or model.stand_in(name)
+            if source is None:
+                lacks.setdefault(one.model, []).append(f"{where}.{name}" if where else name)
+            else:
+                operands.append(Operand(one, source, model.entries[source]))
+        if not lacks:
+            yield name, tuple(operands)
+    for model_name, absent in lacks.items():
+        more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+        line = file.models[model_name]
+        shown = f"{', '.join(absent[:_SHOWN])}{more}"
+        raise CoverageError(f"{file.path}:{line}: {model_name} has no {shown}, which others have: merge models of the same tensors")
+
+
+# config.json -----------------------------------------------------------------------------------------------------------
+
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def _config_of(file: MergeFile, models: Mapping[str, Model], targets: Sequence[Target]) -> tuple[dict[str, Any], list[str]]:
+    """Keys of config.json that change, and notes."""
+    own = models[first_of(file)].config
+    config: dict[str, Any] = {}
+    notes: list[str] = []
+    if file.slices[0].inputs[0].layers is not None:
+        config |= _with_layers(file, models, own, notes)
+    heads = [target for target in targets if any(models[operand.one.model].stand_in(target.name) for operand in target.operands)]
+    if heads:
+        config |= _untied(own)
+    return {key: value for key, value in config.items() if key not in own or own[key] != value}, notes
+
+
+def _with_layers(file: MergeFile, models: Mapping[str, Model], own: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """A config's keys that count layers, or list something for each, as they are of the result."""
+    depth = sum(len(part.inputs[0].layers or ()) for part in file.slices)
+    parts = [(models[part.inputs[0].model].config, part.inputs[0].layers or range(0)) for part in file.slices]
+    config: dict[str, Any] = {}
+    for key, value in own.items():
+        if key == "text_config" and isinstance(value, dict):
+            inner = _with_layers_of(value, [(config.get(key, {}), layers) for config, layers in parts], depth, notes)
+            config[key] = {**value, **inner}
+    return config | _with_layers_of(own, parts, depth, notes)
+
+
+def _with_layers_of(
+    own: Mapping[str, Any], parts: Sequence[tuple[Mapping[str, Any], range]], depth: int, notes: list[str]
+) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    count = next((own[key] for key in _DEPTHS if type(own.get(key)) is int), None)
+    if count is None:
+        return config
+    for key, value in own.items():
+        if key in _DEPTHS and value == count:
+            config[key] = depth
+        elif isinstance(value, list) and len(value) == count and ("layer" in key or "block" in key or "attention" in key):
+            lists = [(of.get(key), layers) for of, layers in parts]
+            if all(isinstance(one, list) and layers.stop <= len(one) for one, layers in lists):
+                config[key] = [entry for one, layers in lists for entry in (one or [])[layers.start : layers.stop]]
+        elif isinstance(value, list) and value and all(type(one) is int and one <= count for one in value) and "layer" in key:
+            notes.append(f"config.json: {key} names layers by number, and stays as it is: {value}")
+    return config
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config that say whether the head is the embedding, where it is not."""
+    text = config.get("text_config")
+    inner = {"text_config": {**text, TIES: False}} if isinstance(text, dict) and TIES in text else {}
+    return {TIES: False, **inner} if TIES in config or not inner else inner

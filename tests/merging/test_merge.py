@@ -1,0 +1,252 @@
+"""``streamconv merge``: the tensors of the result, for every method, and which of which they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import ROOMY, assert_same, random_tensor, read, run, write
+from merged_models import added, largest, linear, merge_file, merged, models, slerp
+
+import streamconv
+from streamconv.merging.models import layer_of
+
+Q, UP = "self_attn.q_proj.weight", "mlp.up_proj.weight"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def of(name: str, **parameters: Any) -> dict[str, Any]:
+    return {"model": name, "parameters": parameters}
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(dtype: torch.dtype, tmp_path: Path) -> None:
+    first, second = models(tmp_path, 2, dtype)
+    made = merged(tmp_path, {"models": [of("{m0}", weight=0.3), of("{m1}", weight="6e-1")], "merge_method": "linear"})
+    assert_same(made, {name: linear([first[name], second[name]], [0.3, 0.6]) for name in first})
+
+
+def test_filters_and_gradients(tmp_path: Path) -> None:
+    first, second = models(tmp_path, 2)
+    weights = [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"filter": "up_proj", "value": [0.2, 0.4]}]
+    made = merged(
+        tmp_path,
+        {
+            "models": [of("{m0}", weight=1), of("{m1}", weight=weights)],
+            "merge_method": "linear",
+            "parameters": {"normalize": False, "weight": 0.25},
+            "dtype": "float32",
+            "out_dtype": "float16",
+        },
+    )
+    for k, (attention, up) in enumerate(zip((0, 0.5, 1), (0.2, 0.30000000000000004, 0.4), strict=True)):
+        for name, weight in ((Q, attention), (UP, up), ("norm.weight", 0.25)):
+            own = f"model.layers.{k}.{name}"
+            wanted = linear([first[own].float(), second[own].float()], [1, weight], normalize=False)
+            assert torch.equal(made[own], wanted.half()), own
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_task_arithmetic(normalize: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    base, first, second = models(tmp_path, 3, dtype)
+    text = {
+        "models": [of("{m1}", weight=0.3), of("{m0}"), of("{m2}", weight=0.7)],
+        "merge_method": "task_arithmetic",
+        "base_model": "{m0}",
+        "parameters": {"normalize": normalize, "lambda": 0.9},
+    }
+    made = merged(tmp_path, text)
+    wanted = {}
+    for name in base:
+        wanted[name] = added(base[name], [first[name], second[name]], [0.3, 0.7], normalize=normalize, factor=0.9)
+    assert_same(made, wanted)
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slerp(dtype: torch.dtype, tmp_path: Path) -> None:
+    first, second = models(tmp_path, 2, dtype)
+    text = {"models": [{"model": "{m1}"}, {"model": "{m0}"}], "merge_method": "slerp", "base_model": "{m0}", "parameters": {"t": 0.3}}
+    made = merged(tmp_path, text)
+    assert made.keys() == first.keys()
+    for name, tensor in made.items():
+        wanted = slerp(first[name], second[name], 0.3)
+        bound = (first[name].abs().float() + second[name].abs().float()) * (torch.finfo(dtype).eps if dtype != torch.float32 else 2**-22)
+        assert ((tensor.float() - wanted.float()).abs() <= bound).all(), name
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rescale", [False, True])
+def test_ties(rescale: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    base, first, second = models(tmp_path, 3, dtype)
+    text = {
+        "models": [of("{m1}", weight=0.3, density=0.4), of("{m2}", weight=0.7, density=0.9)],
+        "merge_method": "ties",
+        "base_model": "{m0}",
+        "parameters": {"rescale": rescale},
+    }
+    made = merged(tmp_path, text)
+    wanted = {}
+    for name in base:
+        masks = [largest(first[name] - base[name], 0.4), largest(second[name] - base[name], 0.9)]
+        both = [first[name], second[name]]
+        wanted[name] = added(base[name], both, [0.3, 0.7], masks, normalize=True, elects=True, rescale=rescale)
+    assert_same(made, wanted)
+
+
+def test_of_deltas_of_one_size_those_count_that_lie_first(tmp_path: Path) -> None:
+    base, other = torch.zeros(100, 300), torch.ones(100, 300)
+    other[::7] = -1
+    other[50:, 5] = 2
+    for k, tensor in enumerate((base, other)):
+        write(tmp_path / f"m{k}", {"w": tensor.bfloat16()})
+    text = {"models": [of("{m1}", weight=1, density=0.5)], "merge_method": "ties", "base_model": "{m0}"}
+    wanted = other * largest(other, 0.5)
+    assert torch.equal(merged(tmp_path, text)["w"].float(), wanted)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare(method: str, tmp_path: Path) -> None:
+    base, first, _ = models(tmp_path, 3)
+    text: dict[str, Any] = {
+        "models": [of("{m1}", weight=1.0, density=0.5), of("{m2}", weight=0.0, density=0.3)],
+        "merge_method": method,
+        "base_model": "{m0}",
+        "parameters": {"rescale": False},
+    }
+    made = merged(tmp_path, text)
+    masks = {name: made[name] != base[name] for name in base}
+    differing = sum(int((first[name] != base[name]).sum()) for name in base)
+    share = sum(int(mask.sum()) for mask in masks.values()) / differing
+    assert 0.4 < share < 0.6
+    assert_same(made, {name: added(base[name], [first[name]], [1.0], [masks[name]]) for name in base})
+    del text["parameters"]
+    assert_same(merged(tmp_path, text), {name: added(base[name], [first[name]], [1.0], [masks[name]], rescale=True) for name in base})
+    other = merged(tmp_path, text, "--random-seed", 7)
+    assert any(not torch.equal(other[name] != base[name], masks[name]) for name in base)
+
+
+def test_slices_of_layers(tmp_path: Path) -> None:
+    first, second = models(tmp_path, 2)
+    text = """
+slices:
+  - sources: [{model: "{m0}", layer_range: [0, 2]}]
+  - sources:
+      - model: "{m1}"
+        layer_range: [1, 3]
+        parameters:
+          scale: [{filter: up_proj, value: 0.3}]
+merge_method: passthrough
+"""
+    made = merged(tmp_path, text)
+    wanted = {name: first[name] for name in first if not name.startswith("model.layers.2")}
+    wanted |= {name: second[name] for name in ("lm_head.weight", "model.norm.weight")}
+    for k, own in ((2, 1), (3, 2)):
+        wanted |= {f"model.layers.{k}.{name}": second[f"model.layers.{own}.{name}"] for name in (Q, "norm.weight")}
+        wanted[f"model.layers.{k}.{UP}"] = second[f"model.layers.{own}.{UP}"] * 0.3
+    assert_same(made, wanted)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 4
+    assert config["layer_types"] == ["full", "sliding", "sliding", "linear"]
+    plan = streamconv.plan(tmp_path / "merge.yaml", tmp_path / "p", max_memory=ROOMY)
+    assert plan.account is not None
+    assert (plan.account.copied, plan.account.computed) == (13, 2)
+    (row,) = [row for row in plan.mapping if row.target == f"model.layers.3.{Q}"]
+    assert (row.sources, row.layout) == ((f"model.layers.2.{Q}",), "")
+
+
+def test_a_layer_that_stands_twice_is_stored_twice(tmp_path: Path) -> None:
+    (only,) = models(tmp_path, 1)
+    source = {"model": "{m0}", "layer_range": [0, 2]}
+    made = merged(tmp_path, {"slices": [{"sources": [source]}, {"sources": [source]}], "merge_method": "passthrough"})
+    assert len(made) == 15
+    assert torch.equal(made[f"model.layers.3.{Q}"], only[f"model.layers.1.{Q}"])
+
+
+def test_heads_of_tied_models(tmp_path: Path) -> None:
+    models(tmp_path, 2, tie_word_embeddings=True)
+    tied, other = read(tmp_path / "m0"), read(tmp_path / "m1")
+    del tied["lm_head.weight"]
+    write(tmp_path / "m0", tied)
+    text = {"models": [of("{m0}", weight=1), of("{m1}", weight=1)], "merge_method": "linear"}
+    made = merged(tmp_path, text)
+    assert torch.equal(made["lm_head.weight"], linear([tied["model.embed_tokens.weight"], other["lm_head.weight"]], [1, 1]))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    del other["lm_head.weight"]
+    write(tmp_path / "m1", other)
+    assert "lm_head.weight" not in merged(tmp_path, text)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_whole_numbers_must_be_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = {"w": random_tensor(4, 4), "position_ids": torch.arange(6)}
+    write(tmp_path / "m0", base)
+    write(tmp_path / "m1", base)
+    text = {"models": [of("{m0}", weight=1), of("{m1}", weight=1)], "merge_method": "linear"}
+    assert_same(merged(tmp_path, text), base)
+    write(tmp_path / "m1", base | {"position_ids": torch.arange(1, 7)})
+    assert run("merge", merge_file(tmp_path, text), tmp_path / "none", "--quiet", "--max-memory", ROOMY) == 2
+    assert "position_ids" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_experts_are_one_tensor_where_all_of_it_counts(tmp_path: Path) -> None:
+    names = [f"model.layers.0.mlp.experts.{k}.{part}_proj.weight" for k in range(2) for part in ("gate", "up")]
+    both = []
+    for k in range(2):
+        tensors = {name: random_tensor(4, 6, seed=seed) + k * random_tensor(4, 6, seed=50 + seed) for seed, name in enumerate(names)}
+        write(tmp_path / f"m{k}", tensors)
+        both.append(tensors)
+    fused = [torch.stack([tensors[name] for name in names]) for tensors in both]
+    ties = {"models": [of("{m1}", weight=1, density=0.3)], "merge_method": "ties", "base_model": "{m0}"}
+    wanted = added(fused[0], [fused[1]], [1], [largest(fused[1] - fused[0], 0.3)], normalize=True, elects=True)
+    assert_same(merged(tmp_path, ties), dict(zip(names, wanted, strict=True)))
+    text = {"models": [{"model": "{m0}"}, {"model": "{m1}"}], "merge_method": "slerp", "base_model": "{m0}", "parameters": {"t": 0.4}}
+    made = merged(tmp_path, text)
+    assert ((torch.stack([made[name] for name in names]) - slerp(*fused, 0.4)).abs() < 1e-6).all()
+
+
+def test_an_adapter_behind_a_model(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    (only,) = models(tmp_path, 1, torch.float32)
+    module = "model.layers.1.self_attn.q_proj"
+    down, up = torch.eye(2, 6), torch.eye(6, 2)
+    (tmp_path / "a").mkdir()
+    keys = {f"base_model.model.{module}.lora_A.weight": down, f"base_model.model.{module}.lora_B.weight": up}
+    save_file(keys, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    text = {"models": [of("{m0}", weight=0), of(f"{{m0}}+{tmp_path / 'a'}", weight=1)], "merge_method": "linear"}
+    made = merged(tmp_path, text)
+    assert_same(made, only | {f"{module}.weight": only[f"{module}.weight"] + 2 * up @ down})
+
+
+def test_the_call(tmp_path: Path) -> None:
+    first, second = models(tmp_path, 2)
+    text = {"models": [of("{m0}", weight=1), of("{m1}", weight=1)], "merge_method": "linear", "parameters": {"int8_mask": True}}
+    result = streamconv.merge(merge_file(tmp_path, text), tmp_path / "out", max_memory=ROOMY, verify=True)
+    assert result.verified
+    assert any("int8_mask is no parameter of linear" in note for note in result.notes)
+    assert_same(read(tmp_path / "out"), {name: linear([first[name], second[name]], [1, 1]) for name in first})
+    assert {Path(source.path).parent.name for source in result.plan.sources} == {"m0", "m1"}
+    with pytest.raises(streamconv.UsageError, match=r"a file of mergekit"):
+        streamconv.merge(tmp_path / "m0", tmp_path / "none")
+
+
+def test_what_a_name_says() -> None:
+    assert layer_of("model.layers.10.mlp.experts.3.w1.weight").name == "mlp.experts.3.w1.weight"
+    assert (layer_of("transformer.h.2.attn.weight").stack, layer_of("h.2.attn.weight").number) == ("transformer.h", 2)
+    assert [layer_of(name).is_before for name in ("wte.weight", "model.embed_tokens.weight", "embed_out.weight", "norm.weight")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
