@@ -14,7 +14,8 @@ from streamconv.graph.node import AnyNode
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
+PREFIX, WRAPPER = "base_model.model.", "base_layer"
+"""What the names of all its tensors begin with, and what PEFT calls a module within its own."""
 _TRANSPOSED = ("gpt2", "gpt_neo", "imagegpt", "decision_transformer", "openai-gpt")
 """Model types whose linear weights are (inputs, outputs)."""
 
@@ -43,11 +44,10 @@ class Adapter:
         if not self.config:
             raise UsageError(f"{title}: no {CONFIG} in it, which says how its tensors are merged: give the folder of a PEFT adapter")
         self.weight, self.model = weight, model
-        self.tensors: dict[str, AnyNode] = {}
-        for key, node in opened.contents.entries.items():
-            if not key.startswith(_PREFIX):
-                raise CoverageError(f"{title}: {key} does not begin with {_PREFIX}, as those of an adapter do: save it with PEFT")
-            self.tensors[key.removeprefix(_PREFIX)] = node
+        self.tensors: dict[str, AnyNode] = dict(opened.contents.entries)
+        for key in self.tensors:
+            if not key.startswith(PREFIX):
+                raise CoverageError(f"{title}: {key} does not begin with {PREFIX}, as those of an adapter do: save it with PEFT")
 
     @property
     def kind(self) -> str:

@@ -6,12 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streamconv.adapters.folder import Adapter
+from streamconv.adapters.folder import PREFIX, WRAPPER, Adapter
 from streamconv.adapters.kind import Kind, Layer
 from streamconv.adapters.tokens import SLOTS as TOKENS
 from streamconv.errors import CoverageError, UsageError
 
-_WRAPPER = ".base_layer"
 _SLOT = re.compile(
     r"(?P<module>.+?)\.(?P<slot>(?:lora|ia3|hada|lokr|vera|oft|boft|hra|ada)_\w+|(?:token_adapter\.)?trainable_tokens_delta)"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?P<end>\.(?:weight|bias))?"
@@ -46,11 +45,12 @@ def sort_keys(adapter: Adapter, kind: Kind) -> Contents:
     whole, saved, under = dict[str, str](), dict[str, str](), dict[str, str]()
     names: set[str] = set()
     for key in adapter.tensors:
-        match = _SLOT.fullmatch(key)
+        name = key.removeprefix(PREFIX)
+        match = _SLOT.fullmatch(name)
         if match:
             module, depth = match["module"], 0
-            while module.endswith(_WRAPPER):
-                module, depth = module.removesuffix(_WRAPPER), depth + 1
+            while module.endswith(f".{WRAPPER}"):
+                module, depth = module.removesuffix(f".{WRAPPER}"), depth + 1
             slot = match["slot"] + (match["end"] if match["end"] == ".bias" else "")
             if slot not in kind.slots and slot not in TOKENS:
                 raise CoverageError(f"{adapter.title}: {key} is not merged here: merge it with PEFT's merge_and_unload")
@@ -58,14 +58,14 @@ def sort_keys(adapter: Adapter, kind: Kind) -> Contents:
             own = slots.setdefault((module, depth), {})
             if own.setdefault(slot, key) != key:
                 raise CoverageError(f"{adapter.title}: {key} and {own[slot]} are both for {module}: save one adapter")
-        elif not _ORIGINAL.fullmatch(key):
-            wrapped = _SAVED.fullmatch(key)
+        elif not _ORIGINAL.fullmatch(name):
+            wrapped = _SAVED.fullmatch(name)
             if wrapped:
                 saved[wrapped["module"] + wrapped["last"]] = key
-            elif f"{_WRAPPER}." in key:
-                under[key.replace(f"{_WRAPPER}.", ".")] = key
+            elif f".{WRAPPER}." in name:
+                under[name.replace(f".{WRAPPER}.", ".")] = key
             else:
-                whole[key] = key
+                whole[name] = key
     if len(names) > 1:
         raise UsageError(f"{adapter.title}: it holds several adapters, {', '.join(sorted(names))}: save one of them")
     layers = tuple(Layer(adapter, module, depth, own) for (module, depth), own in slots.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from streamconv.adapters.folder import CONFIG
+from streamconv.adapters.folder import CONFIG, PREFIX, WRAPPER
 from streamconv.adapters.kind import Layer
 from streamconv.adapters.weights import ADDED, Weights
 from streamconv.graph.node import AnyNode, apply
@@ -75,8 +75,9 @@ def _fits(base: AnyNode, up: AnyNode, down: AnyNode) -> bool:
 
 def _place(layer: Layer) -> int:
     """How many wrappers of the same module are inside this one: keys know how many are around it."""
-    depths = [re.findall(r"\.base_layer(?=\.)", name) for name in layer.adapter.tensors if name.startswith(f"{layer.module}.")]
-    return max(map(len, depths)) - layer.depth
+    start = f"{PREFIX}{layer.module}."
+    depths = [key.removeprefix(start).count(WRAPPER) for key in layer.adapter.tensors if key.startswith(start)]
+    return max(depths) - layer.depth
 
 
 def _is_turned(layer: Layer, shape: tuple[int, ...], outputs: int, inputs: int) -> bool:

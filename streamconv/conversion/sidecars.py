@@ -45,7 +45,7 @@ def make_sidecars(
         conversion: what it made.
         dtype: what its floating tensors have become; None: what they were.
         quantizations: what was made of a quantized source, and what weights are quantized by.
-        additions: keys that config.json has afterwards, and what it says of them.
+        additions: keys that config.json has afterwards, with dots if they are within others, and what it says of them.
     """
     dequantization, quantization = quantizations
     root = beside or checkpoint.folder
@@ -78,7 +78,7 @@ def make_sidecars(
     if CONFIG in sidecars or CONFIG in contents_of:
         before = contents_of.get(CONFIG, config)
         after = _change(revise(CONFIG, before), dtype, conversion.config)
-        after = {**(quantization.revise(CONFIG, after) if quantization else after), **additions}
+        after = _with(quantization.revise(CONFIG, after) if quantization else after, additions)
         if CONFIG in contents_of or after != before:
             contents_of[CONFIG] = after
     configs = [*(f"{folder}/{CONFIG}" for folder in checkpoint.components if folder), *([PARAMS] if dequantization else [])]
@@ -89,6 +89,15 @@ def make_sidecars(
         if name not in sidecars or contents != (config if name == CONFIG else None):
             sidecars[name] = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
     return sidecars, notes
+
+
+def _with(config: Mapping[str, Any], additions: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with more or other keys; those with dots are within the one before the dot."""
+    result = dict(config)
+    for key, value in additions.items():
+        outer, dot, inner = key.partition(".")
+        result[outer] = _with(result.get(outer) or {}, {inner: value}) if dot else value
+    return result
 
 
 def _keep(_name: str, before: Mapping[str, Any]) -> Mapping[str, Any]:
