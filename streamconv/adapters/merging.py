@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from streamconv.adapters.folder import Adapter
 from streamconv.adapters.keys import sort_keys
 from streamconv.adapters.kind import Kind
+from streamconv.adapters.names import with_names
 from streamconv.adapters.ties import check_words, replace_whole, untie
 from streamconv.adapters.tokens import SLOTS as TOKENS
 from streamconv.adapters.tokens import merge_tokens
@@ -44,8 +45,10 @@ def merge(adapter: Adapter, weights: Weights) -> str:
         UsageError: one of a kind that is not merged here.
         CoverageError: a tensor of it that fits none of the model's.
     """
-    kind, before = kind_of(adapter), dict(weights.entries)
+    kind = kind_of(adapter)
     contents = sort_keys(adapter, kind)
+    weights = with_names(adapter, contents, weights)
+    before = dict(weights.entries)
     whole = untie(adapter, contents, weights)
     replace_whole(adapter, {**whole, **contents.under}, weights)
     for layer in contents.layers:
@@ -55,6 +58,7 @@ def merge(adapter: Adapter, weights: Weights) -> str:
         if tokens.keys() != layer.keys.keys():
             kind.merge(layer, weights)
     check_words(adapter, before, weights)
+    weights.conclude(adapter.title)
     return f"{adapter.title}: {_count(len(contents.layers), whole, kind)}{_trained_beside(adapter)}"
 
 

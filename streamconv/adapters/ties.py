@@ -20,6 +20,11 @@ _MANY = re.compile(r"(?:.*\.)?shared\.weight")
 _TEXT = "text_config"
 
 
+def is_of_words(name: str) -> bool:
+    """Whether a tensor is an embedding of words, or a head."""
+    return (_EMBEDDING.fullmatch(name) or _HEAD.fullmatch(name)) is not None
+
+
 def untie(adapter: Adapter, contents: Contents, weights: Weights) -> Mapping[str, str]:
     """Has a head of its own beside the embedding, where they are one and the adapter is for one of them; gives what it replaces.
 
@@ -81,8 +86,7 @@ def replace_whole(adapter: Adapter, replaced: Mapping[str, str], weights: Weight
     for name, key in replaced.items():
         own = adapter.tensors[key]
         base = weights.find(name, adapter.title, key)
-        is_of_words = _EMBEDDING.fullmatch(name) or _HEAD.fullmatch(name)
-        fits = own.spec.shape == base.spec.shape or (is_of_words and own.spec.shape[1:] == base.spec.shape[1:])
+        fits = own.spec.shape == base.spec.shape or (is_of_words(name) and own.spec.shape[1:] == base.spec.shape[1:])
         if not fits:
             raise CoverageError(f"{adapter.title}: {key} is {own.spec}, and {name} of SRC {base.spec}: is it an adapter of this model?")
         weights.replace(name, own, adapter.title, REPLACED)
@@ -94,7 +98,7 @@ def check_words(adapter: Adapter, before: Mapping[str, Any], weights: Weights) -
     Raises:
         CoverageError: the embedding and the head do not agree.
     """
-    names = [name for name in weights.entries if _EMBEDDING.fullmatch(name) or _HEAD.fullmatch(name)]
+    names = [name for name in weights.entries if is_of_words(name)]
     if all(weights.entries[name].spec.shape == before[name].spec.shape for name in names if name in before):
         return
     rows = {name: weights.entries[name].spec.shape[0] for name in names}

@@ -27,13 +27,14 @@ class Weights:
         changed: those that are others now -> how.
         config_changes: keys of the config, with dots, that go with that -> what they say.
         former: tensors that have come -> the one that they were.
+        recast: in which dtype those shall be that adapters change.
 
     Args:
         dtype_of: in which dtype those shall be that adapters change, so that they are rounded once.
     """
 
     def __init__(self, entries: Mapping[str, AnyNode], config: Mapping[str, Any], dtype_of: DTypeOf) -> None:
-        self.entries, self.config, self._dtype_of = dict(entries), config, dtype_of
+        self.entries, self.config, self.recast = dict(entries), config, dtype_of
         self.changed: dict[str, str] = {}
         self.config_changes: dict[str, Any] = {}
         self.former: dict[str, str] = {}
@@ -53,7 +54,7 @@ class Weights:
     def dtype_of(self, name: str) -> str:
         """The dtype of what becomes of a tensor."""
         spec = self.entries[name].spec
-        return self._dtype_of(name, spec) or spec.dtype.name
+        return self.recast(name, spec) or spec.dtype.name
 
     def set(self, name: str, node: AnyNode, how: str) -> None:
         """Has another tensor in the place of one."""
@@ -70,3 +71,6 @@ class Weights:
             raise UsageError(f"{title}: {name} is replaced by {self._replaced[name]}, too: leave one of them out")
         dtype = self.entries[name].spec.dtype
         self.set(name, node if node.spec.dtype == dtype else apply(Cast(dtype.name), node), how)
+
+    def conclude(self, title: str) -> None:
+        """Is called when all of an adapter is merged: weights under other names go back to their own."""

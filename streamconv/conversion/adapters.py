@@ -30,7 +30,8 @@ def adapt(options: Options, checkpoint: Checkpoint, casting: Casting, *, is_rena
     """
 
     def dtype_of(name: str, spec: TensorSpec) -> str | None:
-        return None if is_renamed and casting.keeps_some else casting(name, spec)
+        is_own = not is_renamed and name in checkpoint
+        return casting(name, spec) if is_own or not casting.keeps_some else None
 
     texts = list(options.adapter)
     return merge_adapters(checkpoint, texts, dtype_of) if texts else None
@@ -43,7 +44,7 @@ def merge_adapters(checkpoint: Checkpoint, texts: Iterable[str], dtype_of: Recas
     weights = Weights(checkpoint.contents.entries, checkpoint.config, dtype_of)
     notes = []
     for text in texts:
-        path, weight = _split(text)
+        path, weight = _split(str(text))
         notes.append(merge(Adapter(path, weight, checkpoint.config, f"{OPTION} {locate(path)}"), weights))
     contents = replace(checkpoint.contents, entries=weights.entries)
     return Altered(checkpoint.with_contents(contents), weights.changed, notes, weights.config_changes, weights.former)

@@ -19,7 +19,7 @@ class Altered:
         checkpoint: it.
         changed: for each tensor that is another now, how.
         notes: what was done.
-        config: keys of config.json that go with it.
+        config: keys of config.json that go with it, with dots if they are within others.
         former: for each tensor that has another name now, the one that it had.
         dropped: tensors that are left out, by the names that they had, and why.
         sources: for each tensor that is not called as what it is made of, what that is called.
@@ -59,3 +59,12 @@ class Altered:
 
     def _former(self, name: str) -> str:
         return self.former.get(name, name)
+
+
+def with_keys(config: Mapping[str, Any], additions: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with more or other keys; those with dots are within the one before the dot."""
+    result = dict(config)
+    for key, value in additions.items():
+        outer, dot, inner = key.partition(".")
+        result[outer] = with_keys(result.get(outer) or {}, {inner: value}) if dot else value
+    return result

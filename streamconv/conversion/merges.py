@@ -8,7 +8,7 @@ from pathlib import Path
 from streamconv import memory
 from streamconv.checkpoint.opening import Checkpoint, read_config
 from streamconv.conversion.adapters import merge_adapters
-from streamconv.conversion.altered import Altered
+from streamconv.conversion.altered import Altered, with_keys
 from streamconv.conversion.naming import name_as_model
 from streamconv.conversion.options import PlanOptions
 from streamconv.conversion.sides import open_side
@@ -60,7 +60,7 @@ def _open(file: MergeFile, name: str, line: int) -> Model:
 
 def _with_adapter(checkpoint: Checkpoint, adapter: str) -> Checkpoint:
     tuned = merge_adapters(checkpoint, [adapter], keep_dtype)
-    return tuned.checkpoint.replace(tuned.checkpoint.components, {"": {**checkpoint.config, **tuned.config}})
+    return tuned.checkpoint.replace(tuned.checkpoint.components, {"": with_keys(checkpoint.config, tuned.config)})
 
 
 def _altered(file: MergeFile, models: dict[str, Model], merged: Merged) -> Altered:

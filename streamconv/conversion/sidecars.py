@@ -10,6 +10,7 @@ from typing import Any
 
 from streamconv.checkpoint.components import find_components, find_pointers, look_beside, shorten
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, read_config
+from streamconv.conversion.altered import with_keys
 from streamconv.conversion.dequantizing import PARAMS, Dequantization
 from streamconv.conversion.quantizing import Quantization
 from streamconv.errors import RecipeError, UsageError
@@ -78,7 +79,7 @@ def make_sidecars(
     if CONFIG in sidecars or CONFIG in contents_of:
         before = contents_of.get(CONFIG, config)
         after = _change(revise(CONFIG, before), dtype, conversion.config)
-        after = _with(quantization.revise(CONFIG, after) if quantization else after, additions)
+        after = with_keys(quantization.revise(CONFIG, after) if quantization else after, additions)
         if CONFIG in contents_of or after != before:
             contents_of[CONFIG] = after
     configs = [*(f"{folder}/{CONFIG}" for folder in checkpoint.components if folder), *([PARAMS] if dequantization else [])]
@@ -89,15 +90,6 @@ def make_sidecars(
         if name not in sidecars or contents != (config if name == CONFIG else None):
             sidecars[name] = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
     return sidecars, notes
-
-
-def _with(config: Mapping[str, Any], additions: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with more or other keys; those with dots are within the one before the dot."""
-    result = dict(config)
-    for key, value in additions.items():
-        outer, dot, inner = key.partition(".")
-        result[outer] = _with(result.get(outer) or {}, {inner: value}) if dot else value
-    return result
 
 
 def _keep(_name: str, before: Mapping[str, Any]) -> Mapping[str, Any]:

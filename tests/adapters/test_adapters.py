@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapter_files import adapter, added, low_rank
 from checkpoint_files import ROOMY, assert_same, random_tensor, read, refusal, run, write
-from safetensors.torch import save_file
 
 from streamconv.planning import fitting
 
@@ -22,30 +21,6 @@ BASE = {
     "model.conv.weight": random_tensor(4, 3, 2, 2, seed=4),
     "lm_head.weight": random_tensor(20, 6, dtype=torch.bfloat16, seed=5),
 }
-PREFIX = "base_model.model."
-
-
-def adapter(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
-    folder.mkdir()
-    save_file({f"{PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
-    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "init_lora_weights": True, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(said))
-    return folder
-
-
-def low_rank(module: str, outputs: int, inputs: int, rank: int = 2, seed: int = 10) -> dict[str, torch.Tensor]:
-    down, up = random_tensor(rank, inputs, seed=seed), random_tensor(outputs, rank, seed=seed + 1)
-    return {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
-
-
-def added(weight: torch.Tensor, tensors: dict[str, torch.Tensor], scale: float, *, twice: bool = False) -> torch.Tensor:
-    down, up = tensors.values()
-    product = torch.zeros(len(up), down[0].numel())
-    for k in range(len(down)):  # as with a fused multiply-add
-        product = (product.double() + up.flatten(1)[:, k, None].double() * down.flatten(1)[k].double()).float()
-    product *= torch.tensor(scale, dtype=torch.float32)
-    product = product.to(weight.dtype).float() if twice else product
-    return (weight.float().flatten(1) + product).to(weight.dtype).reshape(weight.shape)
 
 
 def merged(

@@ -137,3 +137,89 @@ def test_kinds(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     check(made, wanted, how)
     said = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("out", "wanted")]
     assert said[0].get("tie_word_embeddings") == said[1].get("tie_word_embeddings")
+
+
+# Names and experts ---------------------------------------------------------------------------------------------------
+
+
+def text_and_images(kind: str, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **more: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    words = {**SIZES, "num_key_value_heads": 2, **(text or {})}
+    images = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, **(vision or {})}
+    config = transformers.CONFIG_MAPPING[kind](text_config=words, vision_config=images, **more)
+    return transformers.AutoModelForImageTextToText.from_config(config)
+
+
+def causal(kind: str, **more: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    own = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1}
+    return transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING[kind](**SIZES, **own, **more))
+
+
+def of_experts(*names: str, **more: Any) -> Any:
+    return lora(target_modules=more.pop("target_modules", ["q_proj"]), target_parameters=list(names), **more)
+
+
+STACKS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "mixtral": (lambda: experts("mixtral"), lambda: of_experts(*STACKS, "mlp.gate.weight")),
+    "mixtral, one parameter": (lambda: experts("mixtral"), lambda: of_experts(STACKS[1])),
+    "qwen3_moe": (lambda: experts("qwen3_moe"), lambda: of_experts(*STACKS)),
+    "qwen2_moe": (lambda: experts("qwen2_moe"), lambda: of_experts(*STACKS)),
+    "olmoe": (lambda: experts("olmoe"), lambda: of_experts(*STACKS)),
+    "gpt_oss": (lambda: experts("gpt_oss"), lambda: of_experts(*STACKS)),
+    "deepseek_v3": (
+        lambda: causal(
+            "deepseek_v3",
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            moe_intermediate_size=24,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+            kv_lora_rank=8,
+            q_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+        ),
+        lambda: of_experts(*STACKS, target_modules=["q_a_proj", "o_proj"]),
+    ),
+    "llava": (
+        lambda: text_and_images("llava", {"model_type": "llama"}, {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}),
+        lambda: lora(target_modules=["q_proj", "lm_head"]),
+    ),
+    "qwen2_vl": (
+        lambda: text_and_images(
+            "qwen2_vl",
+            {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+            {"embed_dim": 32, "depth": 1, "num_heads": 2, "hidden_size": 32, "patch_size": 4},
+            tie_word_embeddings=False,
+        ),
+        lambda: lora(target_modules=["q_proj", "patch_embed.proj", "qkv"]),
+    ),
+    "qwen2": (lambda: causal("qwen2"), lora),
+    "qwen3": (lambda: causal("qwen3"), lora),
+    "mistral": (lambda: causal("mistral"), lora),
+    "gemma": (lambda: causal("gemma"), lora),
+    "gemma2": (lambda: causal("gemma2"), lora),
+    "phi3": (lambda: causal("phi3"), lambda: lora(target_modules=["qkv_proj", "down_proj"])),
+    "olmo2": (lambda: causal("olmo2"), lora),
+    "granite": (lambda: causal("granite"), lora),
+    "cohere": (lambda: causal("cohere"), lora),
+    "gpt_neox": (lambda: causal("gpt_neox"), lambda: lora(target_modules=["query_key_value", "dense_4h_to_h"])),
+    "opt": (
+        lambda: causal("opt", ffn_dim=48, word_embed_proj_dim=32),
+        lambda: lora(target_modules=["q_proj", "fc1"], modules_to_save=["final_layer_norm"]),
+    ),
+    "stablelm": (lambda: causal("stablelm"), lora),
+    "starcoder2": (lambda: causal("starcoder2"), lambda: lora(target_modules=["q_proj", "c_fc"])),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", MODELS)
+def test_models(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, config = MODELS[case]
+    made, wanted = merged_by_both(tmp_path, model(), config(), dtype)
+    check(made, wanted)
