@@ -41,7 +41,7 @@ PACKAGES = {
     "engine": 850,  # bytes of one machine, tensors read side by side
     "running": 2_370,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
     "merging": 680,  # what a file of mergekit says, of tensors' names and of arithmetic
-    "conversion": 1_275,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back
+    "conversion": 1_310,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back
     "changes": 370,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
     "diagnose": 1_390,  # what is said of checkpoints
     "front": 530,  # what people meet: the command, the demo
