@@ -43,8 +43,9 @@ PACKAGES = {
     "merging": 680,  # what a file of mergekit says, of tensors' names and of arithmetic
     "conversion": 1_310,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back
     "changes": 370,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
-    "diagnose": 1_390,  # what is said of checkpoints
-    "front": 530,  # what people meet: the command, the demo
+    "advice": 430,  # what a checkpoint is, what people want, which options follow, and which recipes fit
+    "diagnose": 1_305,  # what is said of checkpoints
+    "front": 610,  # what people meet: the command, from what they want to options, the demo
 }
 FRONT = {"demo", "__main__", ""}
 

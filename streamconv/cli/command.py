@@ -10,7 +10,7 @@ from importlib import import_module
 
 from streamconv import interrupts
 from streamconv.cli.console import Console, StdoutError
-from streamconv.cli.parser import build_parser
+from streamconv.cli.parser import FIRST, build_parser
 from streamconv.errors import Interrupted, StreamconvError
 from streamconv.storage import is_url
 
@@ -58,6 +58,8 @@ def _execute(arguments: Sequence[str], out: Console, *, is_process: bool) -> int
     """Runs a command; says what went wrong; returns the exit code."""
     verbose = "-v" in arguments or "--verbose" in arguments
     try:
+        if not arguments:
+            out.say(FIRST.rstrip("\n"))
         args = build_parser().read(list(_read_given(arguments)))
         code: int = import_module(f"streamconv.cli.commands.{args.command}").execute(args, out)
         out.flush()

@@ -35,8 +35,23 @@ class _Completion(argparse.Action):
         parser.exit()
 
 
+FIRST = """\
+streamconv inspect SRC                 what is in a checkpoint, and what can be done with it
+streamconv convert SRC DST --to WHAT   make it hf, meta, ms, bf16, fp8, int4, safetensors, ...
+streamconv verify A B                  whether two checkpoints are the same
+streamconv doctor SRC                  whether one is whole, and as its config says
+
+"""
+"""The commands that people need first."""
+
+
 class Parser(argparse.ArgumentParser):
-    """Reports mistakes as one line of ours, with what comes near to what was given."""
+    """Reports mistakes as one line of ours, with what comes near to what was given; its help begins with ``first``."""
+
+    first = ""
+
+    def format_help(self) -> str:
+        return self.first + super().format_help()
 
     def error(self, message: str) -> Any:
         raise UsageError(f"{message}; see '{self.prog} --help'")
@@ -78,7 +93,11 @@ class Parser(argparse.ArgumentParser):
 # What a command takes beside the options of a conversion ------------------------------------------------------------
 
 
+TO = "what SRC shall become, from which recipe and options follow: hf, meta, ms, tp=4, bf16, fp8, safetensors, ... (repeatable; commas)"
+
+
 def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", metavar="WHAT", action="append", default=[], help=TO)
     parser.add_argument("--yes", action="store_true", help="do not ask whether --reclaim-source is meant")
 
 
@@ -87,6 +106,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", metavar="WHAT", action="append", default=[], help=TO)
     parser.add_argument("--out", metavar="FILE", help="write the plan itself to this file")
 
 
@@ -168,6 +188,8 @@ COMMANDS = {
     "convert": Command(
         "Convert or re-shard a checkpoint.",
         (
+            "Meta-Llama-3-8B Llama-3-8B --to hf",
+            "Llama-3-8B small --to fp8",
             "Llama-3-70B out --max-shard-size 2GB --verify",
             "pytorch_model.bin model.safetensors",
             "Qwen3-8B Qwen3-8B-fp32 --dtype float32 --keep-dtype '*.norm.weight'",
@@ -234,6 +256,7 @@ COMMANDS = {
 def build_parser() -> Parser:
     """The parser of the whole command line."""
     parser = Parser(prog="streamconv", description="Converts model checkpoints bigger than the machine, in bounded memory.")
+    parser.first = FIRST
     parser.add_argument("--version", action="version", version=f"streamconv {__version__}")
     parser.add_argument("--print-completion", action=_Completion, choices=["bash", "zsh", "tcsh"], help="completion for that shell")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -51,9 +51,9 @@ def print_result(args: argparse.Namespace, out: Console, result: Result) -> None
 
 def suggest_recipes(args: argparse.Namespace, plan: Plan, out: Console) -> None:
     """Names the recipes that config.json points at, where none was asked for."""
-    if args.recipe or args.json or args.quiet:
+    if args.recipe or args.to or args.json or args.quiet:
         return
-    from streamconv.diagnose import matching  # which loads recipes, and all that these need
+    from streamconv.advice import matching  # which loads recipes, and all that these need
 
     with suppress(StreamconvError):
         if names := matching.suggest_recipes(args.src, _names_of(plan)):

@@ -11,11 +11,13 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+from streamconv.advice.matching import rank_recipes, suggest_merging
+from streamconv.advice.recognition import recognize
+from streamconv.advice.suggestions import Suggestion, list_suggestions, suggest
 from streamconv.checkpoint.components import find_pointers, find_weighted, look_beside
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
 from streamconv.diagnose.contradictions import Stated, check_config, check_layers, check_types
 from streamconv.diagnose.findings import Finding
-from streamconv.diagnose.matching import match_recipes, suggest_merging
 from streamconv.diagnose.quantized import PIECE, check_quantization, check_scales
 from streamconv.diagnose.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
 from streamconv.dtypes import TensorSpec
@@ -55,6 +57,7 @@ class Examination:
         tensors: how many there are.
         nbytes: of all tensors.
         recipes: the names of those that fit, the likeliest first.
+        suggestions: what can be done with it, if nothing is wrong.
     """
 
     path: str
@@ -64,6 +67,7 @@ class Examination:
     tensors: int = 0
     nbytes: int = 0
     recipes: list[str] = field(default_factory=list)
+    suggestions: list[Suggestion] = field(default_factory=list)
 
     @property
     def healthy(self) -> bool:
@@ -78,7 +82,8 @@ class Examination:
         lines = [*map(str, self.findings), f"{self.path}: {self.format}, {self.tensors} tensors, {format_size(self.nbytes)} ({kinds})"]
         lines += [f"recipes that fit: {', '.join(self.recipes)}"] if self.recipes else []
         problems = sum(finding.problem for finding in self.findings)
-        return join_lines([*lines, (f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")])
+        lines.append(f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")
+        return join_lines([*lines, *list_suggestions(self.suggestions)])
 
 
 def doctor(path: AnyPath, *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
@@ -101,7 +106,11 @@ def doctor(path: AnyPath, *, data: bool = False, root: str | None = None, varian
     """
     examination = examine(path, data=data, root=root, variant=variant)
     with suppress(StreamconvError):
-        examination.recipes = match_recipes(path)
+        matches = rank_recipes(path)
+        examination.recipes = [match.recipe.name for match in matches if match.fits]
+        if examination.healthy:
+            source = recognize(path, root=root, variant=variant, thorough=True, matches=matches)
+            examination.suggestions = suggest(source)
     return examination
 
 

@@ -69,7 +69,7 @@ select = REGISTRY.select
 
 def match(src: str | os.PathLike[str]) -> list[str]:
     """The names of the recipes that fit a checkpoint, the likeliest first."""
-    matching = import_module("streamconv.diagnose.matching")  # opens checkpoints and so stands above this: when it is asked for only
+    matching = import_module("streamconv.advice.matching")  # opens checkpoints and so stands above this: when it is asked for only
     names: list[str] = matching.match_recipes(src)
     return names
 

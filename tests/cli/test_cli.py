@@ -18,6 +18,7 @@ from small_source import INDEX, SIDECARS, document, streamconv_process, strict_j
 
 import streamconv
 from streamconv.cli import command as cli
+from streamconv.cli.parser import COMMANDS, FIRST
 from tools.make_checkpoint import write_shard
 
 # JSON ------------------------------------------------------------------------------------------------------------
@@ -253,6 +254,18 @@ def test_a_path_that_is_no_text(source, tmp_path):
         assert b"6 tensors" in done.stdout
 
 
+def test_alone_it_says_what_people_need_first(capsys):
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == FIRST.rstrip("\n") + "\n"
+    assert err == "streamconv: error: the following arguments are required: COMMAND; see 'streamconv --help'\n"
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert capsys.readouterr().out.startswith(FIRST)
+    for line in FIRST.strip().splitlines():
+        assert line.split()[1] in COMMANDS
+
+
 def test_version_and_help(capsys):
     for arguments in (["--version"], ["--help"], ["convert", "--help"]):
         with pytest.raises(SystemExit) as stopped:
@@ -279,7 +292,6 @@ RECIPES = {
     "unused.yaml": "rules: [{rule: '{rest*}', right: '{rest*}'}, {rule: 'other.weight', right: 'o'}]",
 }
 REFUSED = {
-    "no command": ([], "required"),
     "unknown command": (["frobnicate"], "frobnicate"),
     "no arguments": (["convert"], "SRC, DST"),
     "one argument": (["convert", "{src}"], "DST"),

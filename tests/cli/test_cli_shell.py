@@ -14,10 +14,10 @@ from checkpoint_files import numbered, run, write, write_bin, write_ckpt
 from seeded_defects import CONFIG, llama
 
 import streamconv
+from streamconv.advice import matching
+from streamconv.advice.matching import rank_recipes, suggest_recipes
 from streamconv.cli.parser import COMMANDS, build_parser
-from streamconv.diagnose import matching
 from streamconv.diagnose.doctor import examine
-from streamconv.diagnose.matching import rank_recipes, suggest_recipes
 from streamconv.errors import CoverageError
 from streamconv.library import bridge, parallel
 from streamconv.recipes import registry

@@ -67,7 +67,9 @@ def data_of(path: Path) -> dict:
 
 def test_inspect_is_a_tree_with_layers_folded(source, capsys):
     assert run("inspect", source) == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, _, suggested = capsys.readouterr().out.partition("you can:\n")
+    assert suggested.count("streamconv convert ") == len(suggested.splitlines()) > 0
+    lines = out.splitlines()
     assert any(line.endswith("  layers.[0-5].self_attn.q_proj.weight  bf16 [8, 8] x6") for line in lines)
     assert any(line.strip() == "800 B  embed_tokens.weight  bf16 [50, 8]" for line in lines)
     assert "lm_head  800 B  400 parameters" in lines

@@ -27,7 +27,7 @@ from meta_models import (
 from safetensors.torch import load_file, save_file
 
 import streamconv
-from streamconv.diagnose.matching import match_recipes
+from streamconv.advice.matching import match_recipes
 from streamconv.notation import expressions
 from streamconv.recipes.originals import llama_meta
 from tools import make_checkpoint as made

@@ -23,8 +23,8 @@ from servers import Fault, computed, flaky, nginx, s3, silent_port, unavailable
 
 import streamconv
 from streamconv import StreamconvError
+from streamconv.advice import matching
 from streamconv.checkpoint.opening import Checkpoint
-from streamconv.diagnose import matching
 from streamconv.diagnose.doctor import examine
 from streamconv.storage import retries
 from streamconv.storage.folder import IrregularFile

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from streamconv.cli.console import Console
+from streamconv.cli.deciding import decide_options
 from streamconv.cli.parser import read_options
 from streamconv.cli.showing import ending_softly, make_progress, print_result, suggest_recipes
 from streamconv.conversion import api
@@ -29,6 +30,8 @@ def execute(args: argparse.Namespace, out: Console) -> int:
 def make(args: argparse.Namespace, out: Console, call: Callable[..., Result]) -> Result:
     """Has a call that takes the options of a conversion make it, and says what it came to."""
     progress = make_progress(args)
+    if args.to:
+        decide_options(args, out)
     options = read_options(args, ConvertOptions)
     with ending_softly() if is_url(args.dst) else nullcontext():
         result = call(**options, progress=progress)

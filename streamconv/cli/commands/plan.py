@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from streamconv.cli.console import Console
+from streamconv.cli.deciding import decide_options
 from streamconv.cli.parser import read_options
 from streamconv.cli.showing import suggest_recipes
 from streamconv.conversion import api
@@ -22,6 +23,8 @@ def execute(args: argparse.Namespace, out: Console) -> int:
     """Plans, says so, and writes the plan if a file is given."""
     if is_url(args.src):
         args.src = locate(args.src)  # what is listed for the plan is known afterwards
+    if args.to:
+        decide_options(args, out)
     plan = api.plan(**read_options(args, PlanOptions))
     if args.out:
         _write(args.out, plan)

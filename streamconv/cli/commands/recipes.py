@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from streamconv import recipes
+from streamconv.advice import matching
 from streamconv.cli.console import Console
-from streamconv.diagnose import explanation, matching
+from streamconv.diagnose import explanation
 from streamconv.text import one_line
 
 NEAR = 0.25  # of the tensors that have a rule, times the rules that have a tensor: a recipe worth a look

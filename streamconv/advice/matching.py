@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from streamconv import recipes
 from streamconv.checkpoint.opening import Checkpoint, choose_files, find_checkpoint, open_checkpoint, read_config
-from streamconv.conversion.sides import open_side
 from streamconv.errors import StreamconvError
 from streamconv.formats.registry import containers
-from streamconv.library.parallel import TensorParallel
 from streamconv.recipe import Recipe, Side
 from streamconv.storage.folder import AnyPath, Location
 
@@ -30,7 +28,7 @@ class Match:
     """How well a recipe fits a checkpoint: the shares of its tensors that have a rule, and of the rules that must have a tensor.
 
     ``fits``: nothing is left over, missing or of the wrong shape; ``named``: it goes by the model type that config.json says; ``needs``: a
-    package that knows the facts, and is not there to be asked: it may fit.
+    package that knows the facts, and is not asked, or not there to be: it may fit; ``config``: what the recipe takes for the source's.
     """
 
     recipe: Recipe
@@ -39,6 +37,7 @@ class Match:
     fits: bool
     named: bool
     needs: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 def match_recipes(src: AnyPath) -> list[str]:
@@ -46,25 +45,33 @@ def match_recipes(src: AnyPath) -> list[str]:
     return [match.recipe.name for match in rank_recipes(src) if match.fits]
 
 
-def rank_recipes(src: AnyPath, *, library: bool = False) -> list[Match]:
+def rank_recipes(
+    src: AnyPath,
+    *,
+    library: bool = False,
+    among: Callable[[str], bool] | None = None,
+    prepare: Callable[[Checkpoint], Checkpoint] | None = None,
+) -> list[Match]:
     """The recipes that fit a checkpoint and then the others, the nearest first.
 
     Args:
         src: where it is.
         library: those too that have no rules of their own and ask transformers, which is loaded for it if it is there.
+        among: only those of such names; those of others are not loaded, nor is transformers.
+        prepare: what is done to the checkpoint before a recipe sees it.
 
     Raises:
         StreamconvError: it cannot be read.
     """
     location, _ = find_checkpoint(src)
-    readings = _Readings(location)
+    readings = _Readings(location, prepare)
     matches: list[Match] = []
-    for recipe in recipes.registry().values():
-        reading = readings.get(recipe.source) if recipe.rules or library else None
+    for recipe in recipes.registry().values() if among is None else recipes.select(among):
+        reading = readings.get(recipe.source) if recipe.rules or library or among else None
         if reading is not None:
             checkpoint, kinds = reading
-            matches.append(_match(recipe, checkpoint, kinds) if recipe.rules else _match_library(recipe, checkpoint))
-    if not matches:
+            matches.append(_match(recipe, checkpoint, kinds) if recipe.rules else _match_library(recipe, checkpoint, tries=not among))
+    if not matches and among is None:
         open_checkpoint(location)  # which says what is wrong with it
     return sorted(matches, key=_nearness)
 
@@ -92,6 +99,8 @@ def _merging_by_plan(src: Location) -> list[str]:
     candidates = [recipe for recipe in for_ranks if choose_files(src, recipe.source.ranks, ())[1]]
     if not candidates:
         return []
+    from streamconv.conversion.sides import open_side  # where something is opened, and not to look at names
+
     kinds = _count_kinds(name.partition("/")[2] for name in open_side(src, candidates[0].source))
     own = [recipe.name for recipe in candidates if recipe.then and recipe.then.coverage(kinds)[0] == 1]
     return own or [recipe.name for recipe in candidates if not recipe.then]
@@ -100,8 +109,8 @@ def _merging_by_plan(src: Location) -> list[str]:
 class _Readings:
     """A checkpoint as different sides read it, each reading of its files once."""
 
-    def __init__(self, src: Location) -> None:
-        self._src = src
+    def __init__(self, src: Location, prepare: Callable[[Checkpoint], Checkpoint] | None = None) -> None:
+        self._src, self._prepare = src, prepare
         self._files: dict[tuple[tuple[str, ...], ...], tuple[list[str], bool] | None] = {}
         self._readings: dict[str, tuple[Checkpoint, dict[str, int]] | None] = {}
 
@@ -121,7 +130,11 @@ class _Readings:
 
     def _read(self, side: Side) -> tuple[Checkpoint, dict[str, int]] | None:
         """The model's own component, which is what a recipe is for, and the kinds of its names; None where a side cannot read it."""
+        from streamconv.conversion.sides import open_side
+
         checkpoint = _try(partial(open_side, self._src, side))
+        if checkpoint and self._prepare:
+            checkpoint = _try(partial(self._prepare, checkpoint))
         own = checkpoint.components.get("") if checkpoint else None
         return (Checkpoint(checkpoint.location, own), _count_kinds(own.entries)) if checkpoint and own else None
 
@@ -152,24 +165,26 @@ def _match(recipe: Recipe, checkpoint: Checkpoint, kinds: Mapping[str, int]) -> 
             fits = True
     except Exception:  # noqa: BLE001, S110 - whatever keeps it from being applied, it does not fit
         pass
-    return Match(recipe, tensors, rules, fits, recipes.is_named(recipe.name, checkpoint.config))
+    return Match(recipe, tensors, rules, fits, recipes.is_named(recipe.name, checkpoint.config), config=checkpoint.config)
 
 
-def _match_library(recipe: Recipe, checkpoint: Checkpoint) -> Match:
-    """A recipe without rules: tried, unless it asks transformers and that is not there: then it may fit where a config says the model."""
+def _match_library(recipe: Recipe, checkpoint: Checkpoint, *, tries: bool = True) -> Match:
+    """A recipe without rules: tried, unless it asks transformers and that is not to be, or not there: then it may fit by its config."""
+    from streamconv.library.parallel import TensorParallel
+
     needs = "" if isinstance(recipe, TensorParallel) and recipe.own else LIBRARY
     config = checkpoint.config
     both_by_rank = bool(recipe.source.ranks) == any("/" in name for name in checkpoint)
-    no_match = Match(recipe, 0.0, 0.0, fits=False, named=False)
+    no_match = Match(recipe, 0.0, 0.0, fits=False, named=False, config=config)
     if not both_by_rank or (needs and not (config.get("model_type") and config.get("architectures"))):
         return no_match
-    if needs and find_spec(LIBRARY) is None:
+    if needs and (not tries or find_spec(LIBRARY) is None):
         return replace(no_match, needs=needs)
     try:
         recipe.apply(checkpoint.contents.entries, config, {name: SIZE for name in recipe.settings if name in COUNTS})
     except Exception:  # noqa: BLE001 - as above
         return no_match
-    return Match(recipe, 1.0, 1.0, fits=True, named=False, needs=needs)
+    return Match(recipe, 1.0, 1.0, fits=True, named=False, needs=needs, config=config)
 
 
 def suggest_recipes(src: AnyPath, names: Iterable[str]) -> list[str]:

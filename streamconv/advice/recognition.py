@@ -1,0 +1,245 @@
+"""What a checkpoint is, as far as that decides what can be made of it: from names, shapes and configs, before a tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+from streamconv.advice.goals import SCHEMES
+from streamconv.advice.matching import COUNTS, LIBRARY, Match, rank_recipes, suggest_merging, suggest_recipes
+from streamconv.checkpoint.opening import Checkpoint, find_checkpoint, open_checkpoint, read_config
+from streamconv.dtypes import CASTABLE
+from streamconv.errors import StreamconvError
+from streamconv.formats.registry import containers
+from streamconv.schemes.configs import FILES, with_files
+from streamconv.schemes.detection import Quantization, find_quantization
+from streamconv.storage.folder import AnyPath, Folder
+from streamconv.storage.locations import as_given
+
+ADAPTER = "adapter_config.json"
+MOST_TRIED = 20_000  # tensors
+RELATED: Mapping[str, tuple[str, ...]] = {
+    "mcore": ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3"),
+    "qwen": ("qwen2", "qwen2_moe"),
+    "qwen2_5": ("qwen2",),
+    "mixtral-8x7b": ("mixtral",),
+    "deepseek3": ("deepseek_v3",),
+    "gpt": ("gpt2",),
+    "glm": ("chatglm",),
+    "glm-n": ("chatglm", "glm"),
+    "chatglm2": ("chatglm",),
+    "chatglm3": ("chatglm",),
+    "baichuan2": ("baichuan",),
+    "cogvlm2": ("cogvlm",),
+    "wizardcoder": ("gpt_bigcode",),
+    "mae": ("vit_mae",),
+    "telechat2": ("telechat",),
+    "qwenvl": ("qwen",),
+}
+"""Families of recipes -> the model types of their configs, where these are not what the family is called."""
+MARKS: Mapping[str, tuple[str, bool]] = {"mistral-original2hf": ("hidden_dim", True), "llama-meta2hf": ("hidden_dim", False)}
+"""Recipes whose sources are told apart by a key of params.json, and whether theirs have it."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A recipe that can be applied to a checkpoint.
+
+    Attributes:
+        name: the recipe's.
+        related: the config says a model of its family, or says none.
+        tried: shapes fit too; else names do, and it may want options, or a library.
+        dequantized: it fits the numbers that codes stand for.
+        missing: the package that it asks, if that is not there.
+        ranks: the option that says how many ranks it makes; "": it has none.
+    """
+
+    name: str
+    related: bool = True
+    tried: bool = True
+    dequantized: bool = False
+    missing: str = ""
+    ranks: str = ""
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What a checkpoint is.
+
+    Attributes:
+        path: where it is, as the caller says it.
+        format: its container; "" where its files are ranks that no container joins.
+        model_type: what its config says; "": nothing.
+        named: a config says model type and class, as transformers' do.
+        dtypes: of its floating tensors that can be cast.
+        quantization: by which method its weights are codes; "": they are none.
+        decodable: these can be made numbers.
+        is_trained: a trainer left it.
+        components: the folders that it consists of; none where it is one model, beside which others may be.
+        adapter_of: the base that it is an adapter of; "": one that is not named; None: it is none.
+        fits: recipes that can be applied.
+        quantizable: ways of quantizing that take all of its weights.
+        files: how many its tensors lie in.
+    """
+
+    path: str
+    format: str = ""
+    model_type: str = ""
+    named: bool = False
+    dtypes: frozenset[str] = frozenset()
+    quantization: str = ""
+    decodable: bool = False
+    is_trained: bool = False
+    components: tuple[str, ...] = ()
+    adapter_of: str | None = None
+    fits: tuple[Fit, ...] = ()
+    quantizable: frozenset[str] = frozenset()
+    files: int = 1
+
+
+def recognize(
+    path: AnyPath,
+    wanted: Callable[[str], bool] = lambda _: True,
+    *,
+    beside: Folder | None = None,
+    root: str | None = None,
+    variant: str | None = None,
+    thorough: bool = False,
+    matches: Sequence[Match] | None = None,
+) -> Recognition:
+    """What a checkpoint is, and which recipes fit it.
+
+    Args:
+        path: where it is.
+        wanted: whether a recipe of such a name is of interest; others are not loaded.
+        beside: the folder that configs come from instead of its own.
+        root: the key of the dict of tensors in a file that nests them.
+        variant: which variant of the weights is read.
+        thorough: whether ways of quantizing are tried, and codes made numbers: what is only said to be possible is possible then.
+        matches: what `rank_recipes` says of it, if that is known.
+
+    Raises:
+        StreamconvError: it cannot be read.
+    """
+    from streamconv.conversion.naming import name_as_model
+
+    location, _ = find_checkpoint(path)
+    try:
+        checkpoint = name_as_model(open_checkpoint(location, root=root, variant=variant), None, beside)
+    except StreamconvError:  # ranks may be a checkpoint to a recipe only
+        fits = _fits_of(rank_recipes(location) if matches is None else matches)
+        fits += [Fit(name, tried=False) for name in suggest_merging(location)]
+        if not fits:
+            raise
+        return Recognition(as_given(path, location), fits=tuple({fit.name: fit for fit in reversed(fits)}.values()))
+    own = beside or (checkpoint.folder.folder(checkpoint.contents.beside) if checkpoint.contents.beside else None)
+    source = describe(checkpoint, as_given(path, location), (read_config(own) if own else {}) or checkpoint.config)
+    fits = _fits_of(rank_recipes(location, among=wanted) if matches is None else matches)
+    if source.decodable and not any(fit.tried for fit in fits):
+        fits += [replace(fit, dequantized=True) for fit in _fits_of(_match_numbers(location, wanted))]
+    source = replace(source, fits=tuple(fits))
+    return _try_numbers(source, checkpoint) if thorough else source
+
+
+def recognize_names(checkpoint: Checkpoint, path: str) -> Recognition:
+    """What an open checkpoint is, with the recipes of its config's family that have a rule for each of its names: no shape is looked at."""
+    source = describe(checkpoint, path, checkpoint.config)
+    source = _try_numbers(source, checkpoint, ()) if source.quantization else source
+    if source.components:
+        return source
+    named = suggest_recipes(checkpoint.location, checkpoint) if source.model_type else []
+    own = rank_recipes(checkpoint.location, among=lambda name: name.rpartition("-")[2].startswith(f"{checkpoint.format}2"))
+    return replace(source, fits=(*map(Fit, named), *_fits_of(own)))
+
+
+def describe(checkpoint: Checkpoint, path: str, config: Mapping[str, Any]) -> Recognition:
+    """What an open checkpoint is, but for recipes; ``config`` is its model's, ``path`` what it is called."""
+    quantization = _quantization_of(checkpoint)
+    folders = () if "" in checkpoint.components else tuple(checkpoint.components)
+    adapter = read_config(checkpoint.folder, ADAPTER) if checkpoint.location.is_folder else {}
+    return Recognition(
+        path,
+        checkpoint.format,
+        str(config.get("model_type") or ""),
+        bool(config.get("model_type") and config.get("architectures")),
+        frozenset(entry.spec.dtype.name for entry in checkpoint.contents.entries.values()).intersection(CASTABLE),
+        quantization.method if quantization else "",
+        quantization is not None and quantization.scheme is not None,
+        containers()[checkpoint.format].is_trained,
+        folders,
+        str(adapter.get("base_model_name_or_path") or "") if adapter.get("peft_type") else None,
+        files=len(checkpoint.contents.files),
+    )
+
+
+def _quantization_of(checkpoint: Checkpoint) -> Quantization | None:
+    """How the first component that is quantized is."""
+    for folder, contents in checkpoint.components.items():
+        where = checkpoint.folder.folder(folder) if folder else checkpoint.folder
+        config = with_files(checkpoint.config_of(folder), {name: read_config(where, name) for name in FILES})
+        quantization = find_quantization(config, {}, {name: node.spec for name, node in contents.entries.items()})
+        if quantization is not None:
+            return quantization
+    return None
+
+
+def _fits_of(matches: Sequence[Match]) -> list[Fit]:
+    """The recipes that can be applied, those that were tried before others whose names fit."""
+    fits = []
+    for match in matches:
+        if match.fits or match.needs or (match.tensors, match.rules) == (1, 1):
+            option = next((key for key in COUNTS if key in match.recipe.settings), "")
+            missing = match.needs if match.needs and find_spec(match.needs) is None else ""
+            fits.append(Fit(match.recipe.name, _is_related(match), match.fits, missing=missing, ranks=option))
+    return fits
+
+
+def _is_related(match: Match) -> bool:
+    """Whether a config says that its model is of a recipe's family, or nothing of it."""
+    name, kind = match.recipe.name, str(match.config.get("model_type") or "")
+    if kind:
+        return match.named or match.needs == LIBRARY or kind in RELATED.get(name.rpartition("-")[0], ())
+    key, is_there = MARKS.get(name, ("", False))
+    return not match.config or (key in match.config) == is_there
+
+
+def _match_numbers(location: AnyPath, wanted: Callable[[str], bool]) -> list[Match]:
+    """The recipes that fit the numbers that a checkpoint's codes stand for."""
+    with suppress(StreamconvError):
+        return rank_recipes(location, among=wanted, prepare=_dequantized)
+    return []
+
+
+def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    from streamconv.conversion.casting import Casting
+    from streamconv.conversion.dequantizing import dequantize
+
+    return dequantize(checkpoint, Casting(None, ()), renames=True).checkpoint
+
+
+def _try_numbers(source: Recognition, checkpoint: Checkpoint, schemes: Sequence[str] = SCHEMES) -> Recognition:
+    """What is known after codes have been made numbers, or numbers codes; of very many tensors neither is tried, and nothing known."""
+    if len(checkpoint) > MOST_TRIED or not (source.quantization or source.named) or source.components:
+        return replace(source, decodable=False)
+    if not source.quantization:
+        return replace(source, quantizable=frozenset(name for name in schemes if _takes(name, checkpoint)))
+    try:
+        _dequantized(checkpoint)
+    except StreamconvError:
+        return replace(source, decodable=False)
+    return source
+
+
+def _takes(scheme: str, checkpoint: Checkpoint) -> bool:
+    """Whether a way of quantizing takes a checkpoint's weights."""
+    from streamconv.conversion.quantizing import find_preset, quantize
+    from streamconv.recipe import identity
+
+    try:
+        quantize(identity(checkpoint.components[""].entries), find_preset(scheme), (), checkpoint.config, ())
+    except StreamconvError:
+        return False
+    return True

@@ -1,0 +1,122 @@
+"""What `inspect` and `doctor` suggest: commands that do what they say, of checkpoints of many kinds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import golden_plans
+import pytest
+import torch
+from checkpoint_files import numbered, run, write, write_bin, write_ckpt
+from safetensors.torch import save_file
+from seeded_defects import CONFIG, llama
+from small_source import strict_json
+
+from streamconv.advice.suggestions import MOST
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+WIDE = {**CONFIG, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
+
+
+def wide(folder: Path) -> Path:
+    """A Llama that can be quantized in groups of 128."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (16, 128), "model.norm.weight": (128,), "lm_head.weight": (16, 128)}
+    stem = "model.layers.0"
+    shapes |= {f"{stem}.self_attn.{name}_proj.weight": (64 if name in "kv" else 128, 128) for name in "qkvo"}
+    shapes |= {f"{stem}.mlp.{name}_proj.weight": (128, 128) for name in ("gate", "up", "down")}
+    shapes |= {f"{stem}.{name}.weight": (128,) for name in ("input_layernorm", "post_attention_layernorm")}
+    return write(folder, numbered(shapes, torch.bfloat16), shards=2, config=WIDE)
+
+
+def quantized(scheme: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        assert run("convert", wide(folder / "whole"), folder / scheme, "--quantize", scheme, "--quiet") == 0
+        return folder / scheme
+
+    return make
+
+
+def adapter(folder: Path) -> Path:
+    """A LoRA beside its base."""
+    base, own = wide(folder / "base"), folder / "lora"
+    own.mkdir()
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{stem}.lora_A.weight": torch.ones(2, 128), f"{stem}.lora_B.weight": torch.ones(128, 2)}, own / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": str(base)}
+    (own / "adapter_config.json").write_text(json.dumps(said))
+    return own
+
+
+def pipeline(folder: Path) -> Path:
+    for name in ("unet", "vae"):
+        (folder / name).mkdir(parents=True)
+        save_file({"conv.weight": torch.ones(2, 3)}, folder / name / "diffusion_pytorch_model.safetensors")
+        (folder / name / "config.json").write_text('{"_class_name": "Model"}')
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Pipeline", "unet": ["diffusers", "M"], "vae": ["diffusers", "M"]}))
+    return folder
+
+
+def family(name: str) -> Callable[[Path], Path]:
+    return golden_plans.families()[name].write
+
+
+KINDS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
+    "llama": (wide, ["meta", "ms", "mcore", "fp8", "int4"]),
+    "pickles": (lambda folder: write_bin(folder, llama(), config=CONFIG), ["hf", "meta", "ms"]),
+    "mindspore": (lambda folder: write_ckpt(folder, numbered({"w": (2, 3)})), ["safetensors", "bf16"]),
+    "fp8": (quantized("fp8"), ["meta", "ms", "mcore", "bf16"]),
+    "int4": (quantized("W4A16"), ["meta", "ms", "mcore", "bf16"]),
+    "adapter": (adapter, ["merged", "bf16"]),
+    "pipeline": (pipeline, ["bf16", "one-file"]),
+    "dcp": (lambda _: GOLDEN / "trainers" / "fsdp2.dcp", ["safetensors", "bf16", "one-file"]),
+    "zero": (lambda _: GOLDEN / "trainers" / "z3_bf16", ["safetensors", "bf16", "one-file"]),
+    "meta": (family("originals/llama"), ["hf"]),
+    "mistral": (family("originals/mistral"), ["hf"]),
+    "gguf": (family("originals/gguf"), ["hf", "safetensors", "bf16"]),
+}
+
+
+def suggestions(source: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What both commands suggest, by the word that is aimed at."""
+    commands = {}
+    for command in ("inspect", "doctor"):
+        assert run(command, source, "--json") in (0, 1)
+        rows = strict_json(capsys.readouterr().out)["suggestions"]
+        assert len(rows) <= MOST
+        commands |= {row["command"].rpartition(" --to ")[2]: row["command"] for row in rows}
+    return commands
+
+
+def check_commands(commands: dict[str, str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Carries suggestions out as they are; what they print is what the result is compared by."""
+    folder.mkdir(exist_ok=True)
+    with contextlib.chdir(folder):
+        for command in commands.values():
+            program, *words = shlex.split(command)
+            assert program == "streamconv"
+            assert run(*words) == 0, (command, capsys.readouterr().err)
+            first, *rest = shlex.split(capsys.readouterr().out.splitlines()[0])
+            assert (first, rest[:2], rest[3]) == ("=", ["streamconv", "convert"], words[2])
+            compared = re.sub(r" --(format \S+|single-file)", "", shlex.join(["verify", *rest[2:]]))
+            hollow = "mixtral-hf2original" in rest  # of so few tensors some of its eight files have none
+            assert hollow or run(*shlex.split(compared), "--quiet") == 0, compared
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_suggested_works(kind, tmp_path, capsys):
+    make, words = KINDS[kind]
+    commands = suggestions(make(tmp_path / "model"), capsys)
+    assert set(words) <= set(commands)
+    check_commands(commands, tmp_path / "out", capsys)
+
+
+@pytest.mark.sampled(31)
+@pytest.mark.parametrize("name", golden_plans.families())
+def test_what_is_suggested_works_for_every_family(name, tmp_path, capsys):
+    check_commands(suggestions(golden_plans.families()[name].write(tmp_path / "model"), capsys), tmp_path / "out", capsys)
