@@ -7,6 +7,7 @@ Facts: mindformers/checkpoint of MindSpore Transformers 1.9.0 and 2.1.0.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -104,8 +105,8 @@ def _assemble_all(folder: Folder, tables: Mapping[str, Mapping[str, AnyNode]], r
     for name, entry in state.items():
         shape, boxes = _boxes(path, name, entry)
         pieces: list[Piece] = []
-        for offsets, sizes in boxes:
-            places = storage.get(str((name, offsets)))
+        for key, offsets, sizes in boxes:
+            places = storage.get(str((name, key)))
             listed = [_file_of(place) for place in places] if isinstance(places, list) else []
             kinds = {match["kind"] for match in map(_FILE.fullmatch, listed) if match}
             if not kinds:
@@ -134,13 +135,41 @@ def _file_of(place: Any) -> str:
     return name if name.endswith(".safetensors") else f"{name}.safetensors"
 
 
-def _boxes(path: Location, name: str, entry: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """A tensor's shape, and where each of its boxes begins and how large it is."""
+def _boxes(path: Location, name: str, entry: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]:
+    """A tensor's shape, and of each of its boxes what it is called, where it begins and how large it is."""
     try:
         shape = read_sizes(entry["global_shape"])
-        return shape, [(read_sizes(chunk["global_offset"]), read_sizes(chunk["local_shape"])) for chunk in entry["chunk"]]
-    except (KeyError, TypeError, ValueError) as error:
+        chunks = [(read_sizes(chunk["global_offset"]), read_sizes(chunk["local_shape"])) for chunk in entry["chunk"]]
+        cuts = entry.get("axis_fragmentations")
+        if cuts is None:
+            return shape, [(offsets, offsets, sizes) for offsets, sizes in chunks]
+        parts = read_sizes(cuts)
+        layout = entry.get("layout")
+        if isinstance(layout, dict) and layout.get("interleaved_parallel"):
+            raise ValueError("its parts are interleaved")
+        return shape, [(key, _offsets(key, sizes, shape, parts, chunks), sizes) for key, sizes in chunks]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"what it says of its boxes cannot be read ({type(error).__name__} {short.repr(str(error))})", name) from error
+
+
+def _offsets(
+    key: tuple[int, ...],
+    sizes: tuple[int, ...],
+    shape: tuple[int, ...],
+    parts: tuple[int, ...],
+    chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+) -> tuple[int, ...]:
+    """Where a box begins: its ``global_offset`` is its number among all that a tensor is cut in, or says it of each axis."""
+    count = math.prod(parts)
+    if len(key) != 1 or (len(shape) == 1 and any(start >= count for (start,), _ in chunks)):
+        return key
+    if len(sizes) != len(shape) or [size * part for size, part in zip(sizes, parts, strict=True)] != list(shape) or key[0] >= count:
+        raise ValueError(f"part {key[0]} of {list(sizes)}, of {list(shape)} cut in {list(parts)}")
+    number, places = key[0], []
+    for part in reversed(parts):
+        number, place = divmod(number, part)
+        places.append(place)
+    return tuple(place * size for place, size in zip(reversed(places), sizes, strict=True))
 
 
 def lay_out(specs: Mapping[str, TensorSpec], *, max_shard_size: int | None = None, file: str | None = None) -> list[FileLayout]:  # noqa: ARG001

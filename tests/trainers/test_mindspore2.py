@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from checkpoint_files import ROOMY, assert_same, random_tensor, read, read_any, refusal, run, write
 from safetensors.torch import save_file
 
+GOLDEN = Path(__file__).parent.parent / "golden" / "trainers"
 TENSORS = {
     "model.tok_embeddings.embedding_weight": random_tensor(7, 6, dtype=torch.bfloat16),
     "model.layers.0.attention.wq.weight": random_tensor(8, 4, seed=1),
@@ -73,6 +75,26 @@ def test_a_replica_may_be_missing_and_a_box_may_not(tmp_path: Path, capsys: pyte
     assert "its box at [0] lies in no file" in refusal(capsys, "convert", whole, tmp_path / "out")
     (other / "iteration_00000012" / "metadata.json").unlink()
     assert "no metadata.json" in refusal(capsys, "convert", other, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"axis_fragmentations": [4, 2]}, "part 0 of [4, 3], of [8, 6] cut in [4, 2]"),
+        ({"axis_fragmentations": [1, 1], "global_shape": [4, 3]}, "part 1 of [4, 3], of [4, 3] cut in [1, 1]"),
+        ({"layout": {"interleaved_parallel": True}}, "its parts are interleaved"),
+        ({"axis_fragmentations": [2, 0]}, "part 0 of"),
+    ],
+)
+def test_parts_that_are_numbered_otherwise(
+    change: dict[str, object], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = Path(shutil.copytree(GOLDEN / "mindspore2", tmp_path / "src"))
+    path = src / "iteration_00000012" / "metadata.json"
+    table = json.loads(path.read_text())
+    table["state_dict_metadata"]["embedding.word_embeddings.weight"] |= change
+    path.write_text(json.dumps(table))
+    assert told in refusal(capsys, "convert", src, tmp_path / "out")
 
 
 def test_of_one_device(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ KINDS = {
     },
     **{kind: f"{kind}.expected" for kind in DEEPSPEED},
     **{f"{kind}.universal": f"{kind}.universal.expected" for kind in UNIVERSAL},
+    **{kind: f"{kind}.expected" for kind in ("mindspore2", "mindspore2_single")},
 }
 FROZEN = {"frozen.weight", "frozen.bias"}  # DeepSpeed's script leaves them out in some versions
 
