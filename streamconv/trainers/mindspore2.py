@@ -135,30 +135,30 @@ def _file_of(place: Any) -> str:
     return name if name.endswith(".safetensors") else f"{name}.safetensors"
 
 
-def _boxes(path: Location, name: str, entry: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]:
+_Numbers = tuple[int, ...]
+
+
+def _boxes(path: Location, name: str, entry: Any) -> tuple[_Numbers, list[tuple[_Numbers, _Numbers, _Numbers]]]:
     """A tensor's shape, and of each of its boxes what it is called, where it begins and how large it is."""
     try:
-        shape = read_sizes(entry["global_shape"])
-        chunks = [(read_sizes(chunk["global_offset"]), read_sizes(chunk["local_shape"])) for chunk in entry["chunk"]]
-        cuts = entry.get("axis_fragmentations")
-        if cuts is None:
-            return shape, [(offsets, offsets, sizes) for offsets, sizes in chunks]
-        parts = read_sizes(cuts)
-        layout = entry.get("layout")
-        if isinstance(layout, dict) and layout.get("interleaved_parallel"):
-            raise ValueError("its parts are interleaved")
-        return shape, [(key, _offsets(key, sizes, shape, parts, chunks), sizes) for key, sizes in chunks]
+        return _read_boxes(entry)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, f"what it says of its boxes cannot be read ({type(error).__name__} {short.repr(str(error))})", name) from error
 
 
-def _offsets(
-    key: tuple[int, ...],
-    sizes: tuple[int, ...],
-    shape: tuple[int, ...],
-    parts: tuple[int, ...],
-    chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
-) -> tuple[int, ...]:
+def _read_boxes(entry: Any) -> tuple[_Numbers, list[tuple[_Numbers, _Numbers, _Numbers]]]:
+    shape = read_sizes(entry["global_shape"])
+    chunks = [(read_sizes(chunk["global_offset"]), read_sizes(chunk["local_shape"])) for chunk in entry["chunk"]]
+    cuts, layout = entry.get("axis_fragmentations"), entry.get("layout")
+    if cuts is None:
+        return shape, [(offsets, offsets, sizes) for offsets, sizes in chunks]
+    if isinstance(layout, dict) and layout.get("interleaved_parallel"):
+        raise ValueError("its parts are interleaved")
+    parts = read_sizes(cuts)
+    return shape, [(key, _offsets(key, sizes, shape, parts, chunks), sizes) for key, sizes in chunks]
+
+
+def _offsets(key: _Numbers, sizes: _Numbers, shape: _Numbers, parts: _Numbers, chunks: Sequence[tuple[_Numbers, _Numbers]]) -> _Numbers:
     """Where a box begins: its ``global_offset`` is its number among all that a tensor is cut in, or says it of each axis."""
     count = math.prod(parts)
     if len(key) != 1 or (len(shape) == 1 and any(start >= count for (start,), _ in chunks)):

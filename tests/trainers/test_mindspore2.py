@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import ROOMY, assert_same, random_tensor, read, read_any, refusal, run, write
+from mindformers_models import config_of, llama
 from safetensors.torch import save_file
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "trainers"
@@ -105,3 +106,14 @@ def test_of_one_device(tmp_path: Path) -> None:
     assert_same(read_any(tmp_path / "out"), TENSORS)
     assert run("convert", tmp_path / "out", tmp_path / "back", "--quiet", "--max-memory", ROOMY) == 0
     assert_same(read(tmp_path / "back"), TENSORS)
+
+
+def test_a_family_out_and_in(tmp_path: Path) -> None:
+    sizes = (4, 2, 2, 8, 12, 2)  # heads, groups, their width, width, inner width, layers
+    src = write(tmp_path / "src", llama(*sizes), config={"model_type": "llama", **config_of(*sizes)})
+    there = ("--recipe", "llama-hf2ms", "--format", "mindspore2", "--quiet", "--max-memory", ROOMY)
+    assert run("convert", src, tmp_path / "there", *there) == 0
+    assert (tmp_path / "there" / "iteration_00000000" / "model-0000000-0000001.safetensors").exists()
+    back = ("--recipe", "llama-ms2hf", "--sidecars-from", src, "--quiet", "--max-memory", ROOMY)
+    assert run("convert", tmp_path / "there", tmp_path / "back", *back) == 0
+    assert_same(read(tmp_path / "back"), read(src))
