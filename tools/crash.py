@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ WORKERS = 2
 SHARD = 1 << 20
 PAUSE = 0.004  # seconds after each task
 PARTS, AT_ONCE, KILLED = 16, 3, 3
-LAYERS, HIDDEN, KV, FFN, VOCAB = 4, 256, 128, 768, 1024
+LAYERS, HIDDEN, KV, FFN, VOCAB, RANK = 4, 256, 128, 768, 1024, 8
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FFN, "vocab_size": VOCAB,
     "num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
@@ -77,8 +77,12 @@ KINDS = {
     "overwrite": ["--max-shard-size", str(SHARD), "--format", "torch", "--overwrite"],
     "reclaim": ["--max-shard-size", str(SHARD), "--reclaim-source", "--yes"],
     "reclaim-fuse": ["--max-shard-size", str(SHARD), "--recipe", "{src}/../fuse.yaml", "--reclaim-source", "--yes"],
+    "adapter": ["--max-shard-size", str(SHARD), "--adapter", "{src}/../lora"],
+    "graft": ["--max-shard-size", str(SHARD), "--graft", "{src}/../donor", "--take", "*", "--replace"],
+    "rename": ["--max-shard-size", str(SHARD), "--rename", "model.{{name*}} -> decoder.{{name*}}", "--drop", "*_layernorm.weight"],
     "parts": ["--max-shard-size", str(SHARD // 2)],
     "parts-fuse": ["--max-shard-size", str(SHARD // 2), "--recipe", "{src}/../fuse.yaml"],
+    "parts-adapter": ["--max-shard-size", str(SHARD // 2), "--adapter", "{src}/../lora"],
 }
 """What to convert how; the source is always the same."""
 
@@ -99,13 +103,13 @@ class Count:
 
     def __str__(self) -> str:
         return (
-            f"{self.kind:12} {self.kills:4} runs, {self.hits:4} killed while at work, all gone on with to the same bytes; "
+            f"{self.kind:13} {self.kills:4} runs, {self.hits:4} killed while at work, all gone on with to the same bytes; "
             f"written twice for a kill: {self.twice} bytes at most, {self.allowed} allowed"
         )
 
 
 def make_source(folder: Path) -> None:
-    """A small checkpoint of Llama's names, in three files, and the recipe that fuses its q, k and v."""
+    """A small checkpoint of Llama's names, in three files; beside it the recipe that fuses its q, k and v, an adapter, and a graft."""
     numbers = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for i in range(LAYERS):
@@ -118,19 +122,37 @@ def make_source(folder: Path) -> None:
     names = list(shapes)
     where = {name: f"model-{1 + k * 3 // len(names):05d}-of-00003.safetensors" for k, name in enumerate(names)}
     for file in sorted(set(where.values())):
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        at, data = 0, []
-        for name in (name for name in names if where[name] == file):
-            values = numbers.standard_normal(shapes[name], dtype=np.float32).tobytes()
-            header[name] = {"dtype": "F32", "shape": shapes[name], "data_offsets": [at, at + len(values)]}
-            at += len(values)
-            data.append(values)
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        (folder / file).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
+        _write(folder / file, {name: shapes[name] for name in names if where[name] == file}, numbers)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder.parent / "fuse.yaml").write_text(yaml.safe_dump(FUSE))
+
+    low_rank = {}
+    for name, (outputs, inputs) in ((name, shape) for name, shape in shapes.items() if "_proj" in name):
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        low_rank |= {f"{module}.lora_A.weight": (RANK, inputs), f"{module}.lora_B.weight": (outputs, RANK)}
+    adapter, graft = folder.parent / "lora", folder.parent / "donor"
+    for other in (adapter, graft):
+        other.mkdir()
+    _write(adapter / "adapter_model.safetensors", low_rank, numbers)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}))
+    grafted = {name: shape for name, shape in shapes.items() if ".layers.0." in name or "lm_head" in name}
+    _write(graft / "model.safetensors", grafted, numbers)
+    (graft / "config.json").write_text(json.dumps(CONFIG))
+
+
+def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], numbers: np.random.Generator) -> None:
+    """A safetensors file of random float32 tensors."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at, data = 0, []
+    for name, shape in shapes.items():
+        values = numbers.standard_normal(shape, dtype=np.float32).tobytes()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + len(values)]}
+        at += len(values)
+        data.append(values)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:

@@ -66,6 +66,8 @@ KINDS = {
     "overwrite": [*_SMALL, "--overwrite"],
     "reclaim": [*_SMALL, "--reclaim-source", "--yes"],
     "reclaim-fuse": [*_FUSE, "--reclaim-source", "--yes"],
+    "adapter": [*_SMALL, "--adapter", "{src}/../lora"],
+    "graft": [*_SMALL, "--graft", "{src}/../donor", "--take", "*", "--replace"],
     "parts": _SMALL,
     "parts-torch": [*_SMALL, "--format", "torch"],
 }
