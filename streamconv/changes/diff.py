@@ -128,6 +128,7 @@ class Diff:
         elsewhere: how many equal ones are in a file of another name.
         config: keys of config.json with other values.
         headers: whether no tensor was read.
+        notes: on other sources that went into A.
     """
 
     tensors_a: int = 0
@@ -138,6 +139,7 @@ class Diff:
     elsewhere: int = 0
     config: list[KeyDiff] = field(default_factory=list)
     headers: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
@@ -181,6 +183,7 @@ class Diff:
             "config": [{"key": row.key, "a": _as_json(row.a), "b": _as_json(row.b)} for row in self.config],
             "kinds": [kind.summary() for kind in self.kinds()],
             "tensors": [row.summary() for row in self.tensors],
+            **({"notes": self.notes} if self.notes else {}),
         }
 
     def __repr__(self) -> str:
@@ -217,6 +220,7 @@ class Diff:
         yield from _tabulate([HEAD, *(kind.cells() for kind in kinds)])
         worst = [(row.name, row.spec, *describe_columns(row.distance)) for row in self.worst()[:WORST]]
         yield from _tabulate([("most changed", "", *HEAD[2:-1]), *worst])
+        yield from (f"note: {note}" for note in self.notes)
 
     def _distance_of(self, state: str) -> Distance:
         return sum((row.distance for row in self._measured() if row.state == state), Distance())

@@ -37,7 +37,7 @@ def diff(options: DiffOptions) -> Diff:
     sides = open_sides(options, is_either_quantized=True)
     workers = check_workers(options.workers, remote=is_url(options.a) or is_url(options.b))
     limits = Limits(workers, parse_size(options.max_memory), options.read_backend)
-    result = Diff(len(sides.expected), len(sides.actual), headers=options.headers)
+    result = Diff(len(sides.expected), len(sides.actual), headers=options.headers, notes=list(sides.notes))
     if not (options.recipe or options.dtype or options.dequantize or options.quantize):
         result.config = diff_configs(sides.a.config, sides.b.config)
     rows = {name: (node, sides.actual[name]) for name, node in sides.expected.items() if name in sides.actual}

@@ -158,7 +158,7 @@ def verify(options: VerifyOptions) -> Comparison:
     sides = open_sides(options)
     total = sum(entry.spec.nbytes for entry in sides.actual.values())
     with bar(total, "comparing", show=options.progress) as tell:
-        return compare(
+        comparison = compare(
             sides.expected,
             sides.actual,
             workers=check_workers(options.workers, remote=is_url(options.a) or is_url(options.b)),
@@ -166,6 +166,7 @@ def verify(options: VerifyOptions) -> Comparison:
             read_backend=options.read_backend,
             progress=tell,
         )
+    return replace(comparison, notes=list(sides.notes))
 
 
 def _with_comparison(plan: Plan, limit: int) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streamconv.checkpoint.opening import Checkpoint
@@ -26,12 +26,14 @@ class Sides:
         b: the second.
         expected: the tensors that the first becomes, by name.
         actual: those of the second.
+        notes: on other sources that went into the first.
     """
 
     a: Checkpoint
     b: Checkpoint
     expected: Mapping[str, AnyNode]
     actual: Mapping[str, AnyNode]
+    notes: Sequence[str]
 
 
 def open_sides(options: VerifyOptions, *, is_either_quantized: bool = False) -> Sides:
@@ -56,10 +58,11 @@ def open_sides(options: VerifyOptions, *, is_either_quantized: bool = False) -> 
         dequantization = dequantize_as_asked(options, a, casting, renames=is_renamed)
     if dequantization is not None:
         changed = dequantization.checkpoint
-    changed, _ = alter_as_asked(options, changed, casting, is_renamed=is_renamed)
+    changed, altered = alter_as_asked(options, changed, casting, is_renamed=is_renamed)
     is_stated = dequantization is None and not is_renamed
     conversion = convert_tensors(changed, recipe, settings, casting, find_own_beside(options, changed), is_stated=is_stated)
     conversion, _ = quantize_as_asked(options, conversion, changed)
     other, unsigned = dequantize_other(options, b, casting)
     actual = other.contents.entries if is_renamed else all_tensors(other)
-    return Sides(a, b, without_sign_of_zero(conversion.outputs, unsigned), without_sign_of_zero(actual, unsigned))
+    notes = [note for one in altered for note in one.notes]
+    return Sides(a, b, without_sign_of_zero(conversion.outputs, unsigned), without_sign_of_zero(actual, unsigned), notes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
 from functools import wraps
@@ -392,6 +393,9 @@ class PlanOptions(Options):
             "src": name_source(self.src),
             "recipe": getattr(self.recipe, "name", self.recipe) or None,
             "max_shard_size": parse_size(self.max_shard_size),
+            "adapter": [_name_other(text) for text in self.adapter] or None,
+            "graft": _name_other(self.graft),
+            "sidecars_from": _name_other(self.sidecars_from),
         }
         described: dict[str, Any] = json.loads(json.dumps(stated, default=str))
         return described
@@ -441,6 +445,11 @@ def name_source(src: AnyPath) -> str:
 
         return shown(str(src))
     return os.path.abspath(str(src))  # noqa: PTH100 - links stay
+
+
+def _name_other(path: AnyPath | None) -> AnyPath | None:
+    """What another source is called beside a run: as it was given, a URL without its query; what stands behind an @ stays."""
+    return re.sub(r"\?[^@]*", "", str(path)) if path is not None and is_url(path) else path
 
 
 def options_of(command: str) -> list[Field[Any]]:

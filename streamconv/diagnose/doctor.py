@@ -16,6 +16,7 @@ from streamconv.advice.recognition import recognize
 from streamconv.advice.suggestions import Suggestion, list_suggestions, suggest
 from streamconv.checkpoint.components import find_pointers, find_weighted, look_beside
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, detect_format, find_checkpoint, open_checkpoint, read_config
+from streamconv.diagnose.adapters import check_adapter
 from streamconv.diagnose.contradictions import Stated, check_config, check_layers, check_types
 from streamconv.diagnose.findings import Finding
 from streamconv.diagnose.quantized import PIECE, check_quantization, check_scales
@@ -185,6 +186,7 @@ def _examine_component(path: Location, root: str | None, *, data: bool, is_compo
         entries = dict(next(iter(rank_tables.values()), {}))  # one stands for all
     specs = {tensor: entry.spec for tensor, entry in entries.items()}
     examination.findings += check_layers(specs)
+    examination.findings += check_adapter(path.folder, str(path), specs) if path.is_folder else []
     by_rank = ranks is not None
     examination.findings += _check_quantities(path.folder, specs, checkpoint, is_component=is_component, by_rank=by_rank)
     if data and checkpoint:

@@ -131,6 +131,7 @@ def describe_comparison(comparison: Comparison, options: VerifyOptions, progress
         "figures": figures,
         "checks": list(_describe_checks(specs, comparison)),
         "checked": _describe_check(comparison),
+        "notes": comparison.notes,
     }
 
 
@@ -161,7 +162,7 @@ def describe_diff(changes: Diff, options: DiffOptions, progress: Progress) -> di
         },
         "checks": list(_describe_changes(changes)),
         "checked": ", ".join(f"{counts[state]:,} {text}" for state, text in STATES.items() if counts[state]),
-        "notes": [f"config.json: {row}" for row in changes.config],
+        "notes": [*changes.notes, *(f"config.json: {row}" for row in changes.config)],
     }
 
 

@@ -39,7 +39,8 @@ class Comparison:
     """The result of a comparison.
 
     ``l2`` sums over tensors the L2 norm of the difference in float32; differences that are not finite are counted in
-    ``nonfinite`` and kept out of ``l2`` and ``max_abs``. ``equal``: same names, dtypes, shapes and bytes.
+    ``nonfinite`` and kept out of ``l2`` and ``max_abs``. ``equal``: same names, dtypes, shapes and bytes. ``notes``: on
+    other sources that went into the first.
     """
 
     compared: int = 0
@@ -52,6 +53,7 @@ class Comparison:
     max_abs: float = 0.0
     nonfinite: int = 0
     tensors: list[TensorDifference] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
@@ -84,6 +86,7 @@ class Comparison:
             "max_abs": self.max_abs,
             "nonfinite": self.nonfinite,
             "tensors": rows,
+            **({"notes": self.notes} if self.notes else {}),
         }
 
     def __str__(self) -> str:
@@ -104,7 +107,7 @@ class Comparison:
         lines.append(f"  L2 distance {self.l2:.6f}, per parameter {self.l2_per_parameter:.8f}, largest difference {self.max_abs:.6g}")
         if self.nonfinite:
             lines.append(f"  {self.nonfinite} differences are not finite and not in these figures")
-        return join_lines(lines)
+        return join_lines([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def compare(

@@ -7,7 +7,7 @@ of a node, cut into tiles. Files are independent of each other: each is a functi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -111,8 +111,8 @@ class Plan:
         if is_url(self.root):
             disk = f"at most {format_size(totals.disk_needed)} at a time, until it is uploaded" if totals.disk_needed else "none"
         return [
-            ("reads", f"{format_size(totals.bytes_read)}: {_list_files((source.path, source.size) for source in self.sources)}"),
-            ("writes", f"{format_size(totals.bytes_written)}: {_list_files((file.path, file.size) for file in self.files)}"),
+            ("reads", f"{format_size(totals.bytes_read)}: {_list_files(_name_sources(self.sources))}"),
+            ("writes", f"{format_size(totals.bytes_written)}: {_list_files((Path(file.path).name, file.size) for file in self.files)}"),
             *([("sidecars", self._list_sidecars())] if self.sidecars else []),
             ("moves", f"{format_size(totals.bytes_copied)} copied, {format_size(totals.bytes_computed)} computed"),
             ("memory", f"peak memory at most {format_size(self.peak_memory)}, with {workers}"),
@@ -332,6 +332,21 @@ def _as_texts(row: Row) -> tuple[Hashable, tuple[str, ...]]:
     return (row.layout, row.spec), (row.target, *names)
 
 
+def _name_sources(files: Sequence[SourceFile]) -> Iterator[tuple[str, int]]:
+    """Names and sizes of what is read; where that lies in several folders, none of them in another, with its folder."""
+    folders = sorted({file.path.rpartition("/")[0] for file in files}, key=lambda folder: folder.split("/"))
+    roots: list[str] = []
+    for folder in folders:
+        if not roots or not f"{folder}/".startswith(f"{roots[-1]}/"):
+            roots.append(folder)
+    for file in files:
+        name = file.path.rpartition("/")[2]
+        if len(roots) > 1:
+            root = next((root for root in roots if file.path.startswith(f"{root}/")), "")
+            name = file.path[len(root.rpartition("/")[0]) :].lstrip("/")
+        yield name, file.size
+
+
 def _list_files(files: Iterable[tuple[str, int]]) -> str:
     """``model-[1-9].safetensors x9, config.json``: the names, folded; the largest first."""
     entries = list(files)
@@ -339,6 +354,6 @@ def _list_files(files: Iterable[tuple[str, int]]) -> str:
     def total(kind: Fold) -> int:
         return sum(entries[position][1] for position in kind.members)
 
-    kinds = sorted(fold((None, (Path(path).name,)) for path, _ in entries), key=total, reverse=True)
+    kinds = sorted(fold((None, (name,)) for name, _ in entries), key=total, reverse=True)
     texts = [f"{kind.texts[0]}{f' x{len(kind.members)}' if len(kind.members) > 1 else ''}" for kind in kinds[:4]]
     return ", ".join(texts) + (f", and {len(kinds) - 4} more" if len(kinds) > 4 else "")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import streamconv
 from streamconv.changes import moved
 from streamconv.engine import side_by_side
+from streamconv.errors import BudgetError
 
 LAYERS = 4
 NAN, INF = math.nan, math.inf
@@ -193,7 +194,8 @@ def test_options_say_what_the_first_becomes(tmp_path, capsys):
     assert run("diff", tmp_path / "a", tmp_path / "b", "--dtype", "fp16", "--rename", "k -> key", "--quiet") == 0
     assert run("diff", tmp_path / "a", tmp_path / "b", "--rename", "k -> key", "--quiet") == 1
     assert "no such file" in refusal(capsys, "diff", tmp_path / "a", tmp_path / "none")
-    assert "too small to compare" in refusal(capsys, "diff", tmp_path / "a", tmp_path / "b", "--max-memory", "1MB")
+    with pytest.raises(BudgetError, match="too small to compare"):
+        streamconv.diff(tmp_path / "a", tmp_path / "b", max_memory="1MB")
 
 
 def test_packed_types_are_bytes(tmp_path):
