@@ -41,10 +41,10 @@ PACKAGES = {
     "engine": 850,  # bytes of one machine, tensors read side by side
     "running": 2_370,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
     "merging": 680,  # what a file of mergekit says, of tensors' names and of arithmetic
-    "conversion": 1_320,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back
+    "conversion": 1_310,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
     "advice": 430,  # what a checkpoint is, what people want, which options follow, and which recipes fit
-    "diagnose": 1_360,  # what is said of checkpoints, and of adapters
+    "diagnose": 1_345,  # what is said of checkpoints, and of adapters
     "front": 610,  # what people meet: the command, from what they want to options, the demo
 }
 FRONT = {"demo", "__main__", ""}

@@ -14,6 +14,7 @@ from streamconv.cli.parser import FIRST, build_parser
 from streamconv.errors import Interrupted, StreamconvError
 from streamconv.storage import is_url
 
+_WEIGHT = re.compile(r"(?<=.)@[+-]?[\d.]+(?:[eE][+-]?\d+)?$")  # of an adapter
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*", re.DOTALL)
 
 
@@ -30,10 +31,11 @@ def _read_given(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _show_url(url: str) -> str:
-    """A URL without its query."""
-    from streamconv.storage.locations import shown
+    """A URL without its query; the weight of an adapter behind it stays."""
+    from streamconv.storage.locations import Shown, shown
 
-    return shown(url)
+    weight = _WEIGHT.search(url) if "?" in url else None
+    return Shown(f"{shown(url[: weight.start()])}{weight[0]}") if weight else shown(url)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

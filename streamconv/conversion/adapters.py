@@ -54,5 +54,5 @@ def _split(text: str) -> tuple[str, float | None]:
     """An adapter's folder, and what its scale is multiplied with, if anything is said."""
     folder, at, weight = text.rpartition("@")
     if at and re.fullmatch(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", weight):
-        return folder, float(weight)
+        return type(text)(folder), float(weight)  # a URL whose query is known stays one
     return text, None

@@ -14,8 +14,13 @@ from checkpoint_files import ROOMY, failure, refusal, run
 from fsspec.implementations.memory import MemoryFileSystem
 
 import streamconv
+from streamconv.cli.command import _read_given
+from streamconv.conversion.adapters import _split
+from streamconv.conversion.options import PlanOptions
 from streamconv.planning.plan import Plan
 from streamconv.running import filling
+from streamconv.storage.addresses import private
+from streamconv.storage.locations import Shown
 from tools import crash
 from tools.crash import read_tree
 
@@ -111,12 +116,24 @@ def test_behind_urls(folder, served, capsys):
     assert f"{served}/lora" in refusal(capsys, "convert", f"{served}/src", "no", *options, *SMALL, "--quiet")
 
 
+def test_what_follows_the_query_of_an_adapter_is_its_weight(folder):
+    """And no query is kept beside a run, or shown."""
+    (word,) = _read_given(["https://host/lora?sig=hunter2@0.5"])
+    path, weight = _split(word)
+    assert (word, path, weight) == ("https://host/lora@0.5", "https://host/lora", 0.5)
+    assert isinstance(path, Shown)  # as which its query is not forgotten
+    assert private(path) == "https://host/lora?sig=hunter2"
+    urls = {"graft": "https://host/donor?sig=hunter2", "sidecars_from": "https://host/base?sig=hunter2"}
+    kept = PlanOptions("src", "out", adapter=["https://host/lora?sig=hunter2@0.5"], **urls).identity()
+    assert (kept["adapter"], kept["graft"], kept["sidecars_from"]) == (["https://host/lora@0.5"], "https://host/donor", "https://host/base")
+
+
 def test_all_sources_are_named(folder, capsys):
     assert run("plan", "src", "out", *BOTH, *SMALL) == 0
     shown = capsys.readouterr().out
     reads = next(line for line in shown.splitlines() if line.startswith("  reads "))
     assert {"src/model-[00001-00003]-of-00003.safetensors x3", *FILES.values()} <= set(re.split(r"[:,] ", reads.strip()))
-    assert "  note: --adapter lora: 14 weights " in shown
+    assert "  note: --adapter lora: 14 " in shown
     assert "  note: --graft donor: 10 of its 10 tensors, " in shown
     paths = {
         Path(source.path) for source in Plan.from_json(streamconv.plan("src", "out", adapter=["lora"], max_memory=ROOMY).to_json()).sources
@@ -124,11 +141,11 @@ def test_all_sources_are_named(folder, capsys):
     assert folder / FILES["adapter"] in {path.absolute() for path in paths}
     assert run("convert", "src", "out", *BOTH, *SMALL, "--report", "page.html", "--quiet") == 0
     page = (folder / "page.html").read_text()
-    assert "lora: 14 weights have" in page
+    assert "lora: 14 " in page
     assert '["graft", "donor"]' in page
     for command in ("verify", "diff"):
         assert run(command, "src", "out", *BOTH, "--max-memory", ROOMY, "--report", "page.html", "--no-progress") == 0
-        assert "note: --adapter lora: 14 weights " in capsys.readouterr().out
+        assert "note: --adapter lora: 14 " in capsys.readouterr().out
         assert "donor: 10 of its 10 tensors" in (folder / "page.html").read_text()
         assert run(command, "src", "out", *BOTH, "--max-memory", ROOMY, "--json", "--no-progress") == 0
         assert len(json.loads(capsys.readouterr().out)["notes"]) == 2
