@@ -25,10 +25,10 @@ PRIVATE: dict[str, int] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if ha
 _STATUS = Path("/proc/self/status")
 
 
-def _status() -> dict[str, int]:
-    """VmHWM, VmRSS, RssAnon, RssFile, ... of this process; empty where there is no /proc."""
+def _status(path: Path = _STATUS) -> dict[str, int]:
+    """VmHWM, VmRSS, RssAnon, RssFile, ... of this process or another; empty where there is no such process, or no /proc."""
     try:
-        text = _STATUS.read_text()
+        text = path.read_text()
     except OSError:
         return {}
     rows = (line.split() for line in text.splitlines() if line.endswith(" kB"))
@@ -90,6 +90,11 @@ def peak() -> int:
 def anonymous() -> int:
     """Resident memory that no file stands behind (where the kernel tells; else all resident memory)."""
     return _status().get("RssAnon") or resident()
+
+
+def anonymous_of(process: int) -> int:
+    """That of another process, by its number; 0 where the kernel does not tell, or it has ended."""
+    return _status(Path(f"/proc/{process}/status")).get("RssAnon", 0)
 
 
 def allocate_pages(nbytes: int, *, end_at_huge_page: bool = False) -> memoryview:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from streamconv.conversion.options import ConvertOptions, Options, PlanOptions, VerifyOptions
 
-pytest_plugins = ("processes", "ranked_models", "seeded_defects", "small_source", "toy_model")
+pytest_plugins = ("fake_libraries", "processes", "ranked_models", "seeded_defects", "small_source", "toy_model")
 """Modules of tests/fixtures with fixtures of pytest."""
 
 # Where a change is judged, the same examples are tried each time; at a desk, new ones.

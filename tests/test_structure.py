@@ -34,17 +34,17 @@ PACKAGES = {
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 910,  # quantizations, a module for each, and the list of them that others add to
     "recipe": 1_450,  # the mechanism of recipes
-    "library": 760,  # what other libraries know, and the op that runs their code
+    "library": 1_130,  # what other libraries know, the op that runs their code, and the process in which four of them open checkpoints
     "adapters": 560,  # what PEFT trains beside a model, a module for each kind
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_110,  # nodes to plans
     "engine": 850,  # bytes of one machine, tensors read side by side
-    "running": 2_370,  # runs of a plan, the state of an output, files cut into stretches, and the executors that others add to
+    "running": 2_400,  # runs of a plan, the state of an output, files cut into stretches, the executors that others add to, --check-load
     "merging": 680,  # what a file of mergekit says, of tensors' names and of arithmetic
     "conversion": 1_310,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
     "advice": 430,  # what a checkpoint is, what people want, which options follow, and which recipes fit
-    "diagnose": 1_345,  # what is said of checkpoints, and of adapters
+    "diagnose": 1_365,  # what is said of checkpoints, and of adapters, by libraries that open them too
     "front": 610,  # what people meet: the command, from what they want to options, the demo
 }
 FRONT = {"demo", "__main__", ""}
@@ -335,7 +335,7 @@ def test_third_party_imports_are_declared():
     allowed = {re.split(r"[<>=!~\[ ]", name)[0].lower() for name in PROJECT["project"]["dependencies"]}
     allowed = {{"pyyaml": "yaml"}.get(name, name) for name in allowed} | {"streamconv"} | sys.stdlib_module_names
     # By its user\'s own choice, with a message where it is missing.
-    optional = {"fsspec", "huggingface_hub", "ml_dtypes", "ray", "requests", "shtab", "torch", "transformers", "urllib3"}
+    optional = {"fsspec", "huggingface_hub", "ml_dtypes", "ray", "requests", "safetensors", "shtab", "torch", "transformers", "urllib3"}
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -136,6 +136,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     _add_source(parser)
     parser.add_argument("--data", action="store_true", help="look at the numbers too: NaN, Inf, constant tensors")
+    parser.add_argument("--check-load", action="store_true", help="have the library that the config names open it, without data")
 
 
 def _add_recipes(parser: argparse.ArgumentParser) -> None:

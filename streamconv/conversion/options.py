@@ -422,6 +422,12 @@ class ConvertOptions(PlanOptions):
         default=False,
         metadata=about("write SHA256SUMS, too, for 'sha256sum --check'", commands=RUNNING),
     )
+    check_load: bool = field(
+        default=False,
+        metadata=about(
+            "then have the library that the config names open it, without data; exit code 1 if a tensor is amiss", commands=RUNNING
+        ),
+    )
     report: str | os.PathLike[str] | None = field(
         default=None,
         metadata=about("write a page about it to this .html file", metavar="FILE", commands=("convert", "merge", "verify", "diff")),

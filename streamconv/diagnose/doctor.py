@@ -23,13 +23,14 @@ from streamconv.diagnose.quantized import PIECE, check_quantization, check_scale
 from streamconv.diagnose.ranks import RankSet, by_file, check_ranks, find_ranks, open_with_ranks
 from streamconv.dtypes import TensorSpec
 from streamconv.engine.comparison import compare
-from streamconv.errors import FormatError, StreamconvError
+from streamconv.errors import FormatError, StreamconvError, UsageError
 from streamconv.formats.container import Names
 from streamconv.formats.files import read_bytes
 from streamconv.formats.json_text import MAX_JSON, read_json
 from streamconv.formats.registry import containers
 from streamconv.formats.selection import choose_variant
 from streamconv.graph.node import AnyNode
+from streamconv.library.loading import Loading, check_load
 from streamconv.running.log import read_head
 from streamconv.running.output import EARLIER, LOG, STATE
 from streamconv.storage.folder import AnyPath, Folder, Location, each
@@ -59,6 +60,7 @@ class Examination:
         nbytes: of all tensors.
         recipes: the names of those that fit, the likeliest first.
         suggestions: what can be done with it, if nothing is wrong.
+        load: what the library says that opens it, where that was asked for.
     """
 
     path: str
@@ -69,6 +71,7 @@ class Examination:
     nbytes: int = 0
     recipes: list[str] = field(default_factory=list)
     suggestions: list[Suggestion] = field(default_factory=list)
+    load: Loading | None = None
 
     @property
     def healthy(self) -> bool:
@@ -76,18 +79,23 @@ class Examination:
 
     def summary(self) -> dict[str, Any]:
         """What ``doctor --json`` prints."""
-        return {"healthy": self.healthy, **asdict(self)}
+        summary = {"healthy": self.healthy, **asdict(replace(self, load=None))}
+        del summary["load"]
+        return summary | ({"load": self.load.summary()} if self.load else {})
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{name} {count}" for name, count in self.dtypes.items())
         lines = [*map(str, self.findings), f"{self.path}: {self.format}, {self.tensors} tensors, {format_size(self.nbytes)} ({kinds})"]
+        lines += [self.load.verdict] if self.load and self.load.fits else []
         lines += [f"recipes that fit: {', '.join(self.recipes)}"] if self.recipes else []
         problems = sum(finding.problem for finding in self.findings)
         lines.append(f"{problems} problem{'s' * (problems > 1)}" if problems else "healthy")
         return join_lines([*lines, *list_suggestions(self.suggestions)])
 
 
-def doctor(path: AnyPath, *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:
+def doctor(
+    path: AnyPath, *, data: bool = False, root: str | None = None, variant: str | None = None, check_load: bool = False
+) -> Examination:
     """Looks for damage and contradictions in a checkpoint, and for the recipes that fit it.
 
     Args:
@@ -95,6 +103,7 @@ def doctor(path: AnyPath, *, data: bool = False, root: str | None = None, varian
         data: look at the numbers, too: NaN, Inf, constant tensors.
         root: the key of the dict of tensors in a file that torch.save wrote.
         variant: which variant of the weights is looked at.
+        check_load: have the library that the config names open it, without data: see `Examination.load`.
 
     Raises:
         StreamconvError: there is nothing at ``path`` that could be a checkpoint.
@@ -105,7 +114,11 @@ def doctor(path: AnyPath, *, data: bool = False, root: str | None = None, varian
     >>> examination.tensors, examination.nbytes, examination.recipes
     (3, 40, [])
     """
+    load = _open_by_library(path, variant) if check_load else None
     examination = examine(path, data=data, root=root, variant=variant)
+    if load is not None:
+        examination.load = load
+        examination.findings += _judge(load)
     with suppress(StreamconvError):
         matches = rank_recipes(path)
         examination.recipes = [match.recipe.name for match in matches if match.fits]
@@ -113,6 +126,22 @@ def doctor(path: AnyPath, *, data: bool = False, root: str | None = None, varian
             source = recognize(path, root=root, variant=variant, thorough=True, matches=matches)
             examination.suggestions = suggest(source)
     return examination
+
+
+def _open_by_library(path: AnyPath, variant: str | None) -> Loading:
+    """What the library says of a checkpoint that its config names. Raises UsageError."""
+    location, _ = find_checkpoint(path)
+    if location.local is None or not location.is_folder:
+        raise UsageError(f"--check-load: libraries open folders of this machine, SRC is {location}: give its folder, or leave it out")
+    return check_load(location.local, variant=variant)
+
+
+def _judge(load: Loading) -> Iterator[Finding]:
+    """What is wrong where a library opens a checkpoint, and what it could not look at."""
+    for fault in load.faults():
+        yield Finding(fault, load.opener, "the model would not be the one that is stored", "use the config or the recipe of this model")
+    for part in load.unchecked:
+        yield Finding(f"not checked: {part}", load.opener, "its tensors may not fit", "look at it with its own loader", problem=False)
 
 
 def examine(path: AnyPath, *, data: bool = False, root: str | None = None, variant: str | None = None) -> Examination:

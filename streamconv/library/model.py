@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache, partial
 from itertools import chain
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from streamconv.errors import CoverageError, StreamconvError, UsageError
@@ -64,40 +65,64 @@ def placed_modules(config: Mapping[str, Any], modules: Iterable[str], title: str
     return [name.removesuffix(".weight") for name in placed if name in model.meta and name.endswith(".weight")]
 
 
+def find_class(config: Mapping[str, Any], title: str) -> tuple[ModuleType, Any, Any]:
+    """transformers, and the classes that it has for the config and the model that config.json names.
+
+    Args:
+        config: config.json, with model_type and architectures.
+        title: what messages begin with.
+
+    Raises:
+        UsageError: transformers is not installed, or has no such class: code that lies beside a checkpoint is not run.
+    """
+    kind, classes = config.get("model_type"), config.get("architectures") or []
+    if not kind or not classes:
+        raise UsageError(f"{title}: config.json with model_type and architectures is needed beside SRC, found {kind!r}, {classes}")
+    try:
+        import torch  # noqa: F401
+        import transformers
+
+        model_class = getattr(transformers, str(classes[0]), None)
+    except ImportError as error:
+        raise _too_old(title, error) from error
+    known = transformers.CONFIG_MAPPING
+    if kind not in known or not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        raise UsageError(
+            f"{title}: transformers {transformers.__version__} has no {kind!r} {classes[0]}; code beside a checkpoint is not run"
+        )
+    return transformers, known[kind], model_class
+
+
+def _too_old(title: str, error: ImportError) -> UsageError:
+    """What to say where transformers, or what is needed of it, is not there."""
+    return UsageError(f"{title} takes transformers 5 or later: pip install 'streamconv[transformers]' ({error})")
+
+
 class LibraryModel:
     """A model's class without data, and what the library does to names and tensors when it loads or saves it."""
 
     def __init__(self, config: Mapping[str, Any], title: str) -> None:
         self.title, self.config = title, config
-        kind, classes = config.get("model_type"), config.get("architectures") or []
-        if not kind or not classes:
-            raise UsageError(f"{self.title}: config.json with model_type and architectures is needed beside SRC, found {kind!r}, {classes}")
+        transformers, config_class, model_class = find_class(config, title)
         try:
             import torch
-            import transformers
             from transformers import conversion_mapping, core_model_loading
-
-            model_class = getattr(transformers, str(classes[0]), None)
         except ImportError as error:
-            raise UsageError(f"{self.title} takes transformers 5 or later: pip install 'streamconv[transformers]' ({error})") from error
+            raise _too_old(title, error) from error
         self._loading, self._mapping = core_model_loading, conversion_mapping
-        config_classes = transformers.CONFIG_MAPPING
-        if kind not in config_classes or not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
-            raise UsageError(
-                f"{self.title}: transformers {transformers.__version__} has no {kind!r} {classes[0]}; code beside a checkpoint is not run"
-            )
         quiet = transformers.utils.logging.get_verbosity()
         transformers.utils.logging.set_verbosity(50)  # critical only
         try:
             values = {key: value for key, value in config.items() if key != "quantization_config"}
-            own = config_classes[kind].from_dict(config_classes[kind]._decode_special_floats(values))
+            own = config_class.from_dict(config_class._decode_special_floats(values))
             with torch.device("meta"), warnings.catch_warnings(action="ignore"):
                 self.model = model_class(own)
             self._quantizer = self._read_quantizer(config.get("quantization_config"))
         except StreamconvError:
             raise
         except Exception as error:
-            raise UsageError(f"{self.title}: {classes[0]} cannot be built from config.json: {type(error).__name__}: {error}") from error
+            what = f"{model_class.__name__} cannot be built from config.json: {type(error).__name__}: {error}"
+            raise UsageError(f"{self.title}: {what}") from error
         finally:
             transformers.utils.logging.set_verbosity(quiet)
         self.meta = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}

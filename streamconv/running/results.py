@@ -14,6 +14,7 @@ from streamconv.engine.comparison import Comparison
 from streamconv.engine.io import describe_os_error
 from streamconv.errors import DestinationError, RunError
 from streamconv.graph.losses import TOO_LARGE, Loss
+from streamconv.library.loading import Loading
 from streamconv.notebook import table
 from streamconv.planning.plan import Plan
 from streamconv.running.progress import Progress, bar
@@ -127,7 +128,10 @@ class Changes:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run took, of a part that part's share. Memory in bytes, of the whole process. ``place``: where to read it, if not at DST."""
+    """What a run took, of a part that part's share. Memory in bytes, of the whole process.
+
+    ``place``: where to read it, if not at DST. ``load``: what the library says that opens it, where that was asked for.
+    """
 
     plan: Plan
     seconds: float
@@ -140,6 +144,12 @@ class Result:
     overflow: Overflow = field(default_factory=Overflow)
     unscaled: Overflow = field(default_factory=Overflow)
     losses: Changes | None = None
+    load: Loading | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the library that was to open what was made, if any was, found it as its model has it."""
+        return self.load is None or self.load.fits
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -167,6 +177,7 @@ class Result:
         summary |= {"unscaled": self.unscaled.summary()}
         summary |= {"losses": self.losses.summary()} if self.losses else {}
         summary |= {"comparison": self.comparison.summary()} if self.comparison else {}
+        summary |= {"load": self.load.summary()} if self.load else {}
         return summary | ({"part": asdict(self.part)} if self.part else {})
 
     def __repr__(self) -> str:
@@ -186,7 +197,7 @@ class Result:
         took = f"in {self.seconds:.2f} s ({rate}/s); {moved}" if not self.part or self.part.name else f"checked in {self.seconds:.2f} s"
         first = f"{self.plan.destination}: {len(self.plan.mapping)} tensors, {format_size(totals.bytes_written)} {took}{checked}; "
         lines = [f"{first}peak memory {format_size(self.peak_rss)}", self.part or self.plan.account]
-        return join_lines([*lines, *(self.losses.lines() if self.losses else [])])
+        return join_lines([*lines, *(self.losses.lines() if self.losses else []), *(self.load.lines() if self.load else [])])
 
 
 @contextmanager

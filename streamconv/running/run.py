@@ -30,6 +30,7 @@ from streamconv.running.executors import LOCAL, Executor, MakeFiles, executor_of
 from streamconv.running.filling import check_sources
 from streamconv.running.kept import check_sources_stay
 from streamconv.running.lease import Lease, files_to_make
+from streamconv.running.loadable import check_loadable, open_output
 from streamconv.running.lock import Lock
 from streamconv.running.output import LOG, Output, check_earlier, check_free, finished_files, tidy
 from streamconv.running.progress import Progress, Shown, bar, how_to_show
@@ -68,6 +69,7 @@ def run(
     engine: str = LOCAL,
     ray_address: str | None = None,
     create_pr: bool = False,
+    check_load: bool = False,
 ) -> Result:
     """Runs a plan.
 
@@ -86,6 +88,7 @@ def run(
         engine: where files are made: ``local``, in this process, ``ray``, by a task for each, or whatever `running.executors` knows.
         ray_address: of the Ray cluster; unless given, Ray finds or starts one.
         create_pr: make what is uploaded to the Hub a pull request; it also removes the old weights and indices of the same container.
+        check_load: then have the library that the config names open it, without data: see `Result.load`.
 
     Raises:
         StreamconvError: see the classes; nothing is lost.
@@ -106,6 +109,8 @@ def run(
     _check_share(plan, part, finish=finish, overwrite=overwrite, resume=resume, checksum=checksum)
     if is_alone and checksum:  # the source's own, if it has one, is of other files
         plan = replace(plan, files=tuple(file for file in plan.files if file.path != SUMS))
+    if check_load:
+        check_loadable(plan, part)
     reclaim = Reclaim(plan) if reclaim_source else None
     hold: Lock | Lease
     if is_alone:
@@ -114,8 +119,11 @@ def run(
         hold = Lease(_open_output(plan, create_pr=create_pr), plan, part)
     overwrite, resume = hold.settle(overwrite=overwrite, resume=resume)
     terms = _Terms(part, finish, overwrite, resume, verify, checksum, progress)
-    job = _Run(plan, hold, reclaim, terms)
-    return job.run(executor, ray_address)
+    result = _Run(plan, hold, reclaim, terms).run(executor, ray_address)
+    if not check_load:
+        return result
+    with writing():
+        return replace(result, load=open_output(plan))
 
 
 def _check_known(plan: Plan) -> None:

@@ -24,7 +24,7 @@ def execute(args: argparse.Namespace, out: Console) -> int:
         _confirm(args, out)
     result = make(args, out, api.convert)
     suggest_recipes(args, result.plan, out)
-    return 0
+    return 0 if result.fits else 1
 
 
 def make(args: argparse.Namespace, out: Console, call: Callable[..., Result]) -> Result:

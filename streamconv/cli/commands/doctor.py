@@ -14,7 +14,7 @@ from streamconv.storage import is_url
 def execute(args: argparse.Namespace, out: Console) -> int:
     """Says what is wrong with a checkpoint; the exit code is 1 if anything is."""
     src = locate(args.src) if is_url(args.src) else args.src
-    examination = doctor(src, data=args.data, root=read_root(args), variant=args.variant)
+    examination = doctor(src, data=args.data, root=read_root(args), variant=args.variant, check_load=args.check_load)
     if args.json:
         out.say_json(examination.summary())
     elif not args.quiet:

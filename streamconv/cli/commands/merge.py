@@ -11,5 +11,4 @@ from streamconv.conversion import api
 
 def execute(args: argparse.Namespace, out: Console) -> int:
     """Merges, and says what it came to."""
-    make(args, out, api.merge)
-    return 0
+    return 0 if make(args, out, api.merge).fits else 1

@@ -36,7 +36,7 @@ def execute(args: argparse.Namespace, out: Console) -> int:
             **read_options(args, ConvertOptions),
         )
     print_result(args, out, result)
-    return 0
+    return 0 if result.fits else 1
 
 
 def _find_plan(path: str, *, goes_on: bool) -> tuple[Plan, Line]:
