@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,8 @@ def _below(node: AnyNode, numel: int, *, scattered: bool = False) -> int:
         return scratch_of(numel * node.spec.dtype.itemsize) if scattered else 0
     op, specs = node.op, [child.spec for child in node.inputs]
     if isinstance(op, Layout):
-        return max((_below(child, numel, scattered=True) for child in node.inputs), default=0)
+        one_of_each = {_made_alike(child): child for child in node.inputs}  # of hundreds of experts
+        return max((_below(child, numel, scattered=True) for child in one_of_each.values()), default=0)
     if isinstance(op, Reduce):  # which reads its inputs in order, whatever region is wanted
         buffers = op.buffers(specs)
         below = max(_below(child, buffers[0][0]) for child in node.inputs)
@@ -53,6 +54,11 @@ def _below(node: AnyNode, numel: int, *, scattered: bool = False) -> int:
     alike = [scattered or not (isinstance(op, Elementwise) and k == 0) for k in range(len(parts))]  # other regions may be of any kind
     below = max((_below(child, count, scattered=kind) for (child, count), kind in zip(parts, alike, strict=True)), default=0)
     return below + op.scratch(specs) + sum(round_up_placed(count * child.spec.dtype.itemsize) for child, count in parts)
+
+
+def _made_alike(node: AnyNode) -> Hashable:
+    """What nodes have in common that take as much to evaluate, wherever what they are made of is stored."""
+    return (node.spec, node.op, tuple(map(_made_alike, node.inputs))) if isinstance(node, Node) else node.spec
 
 
 def evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read) -> None:

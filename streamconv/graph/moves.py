@@ -211,6 +211,14 @@ def split_stack(move: Move, count: int, numel: int) -> Iterator[tuple[int, Move]
     if count == 1:
         yield 0, move
         return
+    number, start = divmod(move.src, numel)
+    axis = next((k for k, (n, s) in enumerate(zip(move.sizes, move.src_strides, strict=True)) if s == numel and n > 1), None)
+    span = sum((n - 1) * s for k, (n, s) in enumerate(zip(move.sizes, move.src_strides, strict=True)) if k != axis)
+    if axis is not None and start + span < numel and 0 not in move.sizes:  # one after the other, as most are
+        sizes, step = (*move.sizes[:axis], 1, *move.sizes[axis + 1 :]), move.dst_strides[axis]
+        for k in range(move.sizes[axis]):
+            yield number + k, Move(sizes, move.dst + k * step, move.dst_strides, start, move.src_strides)
+        return
     parts = Parts(tuple(range(0, count * numel, numel)), tuple(Axis("at", 1, Leaf(k)) for k in range(count)))
     for number, piece, digits in pull(parts, move):
         yield number, place(piece, digits, Place(0, 0, {"at": 1}))

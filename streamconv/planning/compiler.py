@@ -194,7 +194,7 @@ class _Compiler:
                 extent = next(extents(piece.leaf), None)
                 leaf_item = piece.leaf.spec.dtype.itemsize if isinstance(piece.leaf, Source) else 0
                 where = (self.source(extent.path), extent.offset) if extent else (0, 0)
-                whole = replace(move, dst=move.dst + start // itemsize)
+                whole = replace(move, dst=move.dst + start // itemsize) if start else move
                 # What has to see all of its input makes all of its output: in one tile, once.
                 tile = move.sizes if is_made_whole(piece.leaf) else ()
                 yield Compute(self.node(node), slot - start, whole, tile, *where, leaf_item)

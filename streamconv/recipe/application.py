@@ -214,16 +214,18 @@ class Application:
             return [[name]], (), [name]
         members: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
         copies = [self.sizes.repeats(rule, n) for n in binding.left_only.counts]
+        repeated = any(count != 1 for count in copies)
         minimums = [(self.sizes.dim(rule, n, firm=True) or 0) * c for n, c in zip(binding.left_only.counts, copies, strict=True)]
         totals = []
         for k, minimum in enumerate(minimums):
             last = max(counts[k] for _, counts in group.members)
             totals.append(max(1 + last, minimum))
         for (choice, counts), alike in sorted(group.members.items()):
-            name = alike[min(alike)]
-            first = members.setdefault((choice, tuple(n // c for n, c in zip(counts, copies, strict=True))), name)
+            name = alike[min(alike)] if len(alike) > 1 else next(iter(alike.values()))
+            places = tuple(n // c for n, c in zip(counts, copies, strict=True)) if repeated else counts
+            first = members.setdefault((choice, places), name)
             spec = self.entries[first].spec
-            for other in (name, *alike.values()):
+            for other in alike.values() if len(alike) > 1 or name != first else ():
                 if self.entries[other].spec != spec:
                     raise CoverageError(f"{self.title}: {other} is {self.entries[other].spec} and should repeat {first}, which is {spec}")
             self._unread += len(alike) - (name == first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streamconv.errors import CoverageError
@@ -63,8 +63,10 @@ class Grouping:
                 self.dropped[name] = fact.left
                 continue
             binding = fact.binding
-            key = tuple(values[left] for left, _ in binding.each)
-            group = groups[number].setdefault(key, Group({left: values[left] for left, _ in binding.each}))
+            key = tuple([values[left] for left, _ in binding.each])
+            group = groups[number].get(key)
+            if group is None:
+                group = groups[number][key] = Group({left: values[left] for left, _ in binding.each})
             only = binding.left_only
             copies = group.members.setdefault((_numbers(values, only.lists), _numbers(values, only.counts)), {})
             copies[_numbers(values, only.alike)] = name
@@ -81,7 +83,7 @@ class Grouping:
 
     def _hold(self, fact: Rule | Drop, numbers: Values, left: Numbering, right: Numbering | None) -> Values | None:
         """The values of captures for the numbers in a name, or None where the fact is not for it."""
-        values = left.read(numbers)
+        values = left.read(numbers) if left.shifts or left.places else numbers
         if values is None or (fact.where and not expressions.evaluate(fact.where, {**self._sizes.scope, **values})):
             return None
         if isinstance(fact, Rule) and right and not right.has({theirs: values[mine] for mine, theirs in fact.binding.each}):
@@ -155,9 +157,9 @@ class Grouping:
         return ends
 
 
-def _numbers(values: Values, names: Iterable[str]) -> tuple[int, ...]:
+def _numbers(values: Values, names: Sequence[str]) -> tuple[int, ...]:
     """The values of these captures, which are numbers."""
-    return tuple(int(values[name]) for name in names)
+    return tuple([int(values[name]) for name in names]) if names else ()
 
 
 def _is_sparse(rule: Rule) -> bool:

@@ -123,8 +123,13 @@ def _beside(name: str, lower: Mapping[str, str]) -> str:
     """The first tensor beside another that a quantization of that has; "": there is none."""
     small = name.lower()
     stem, module = _STEMS.sub("", small), _MODULE.sub("", small)
-    near = [f"{small}{end}" for end in _AFTER] + [f"{stem}{end}" for end in _AFTER] + [f"{module}.{end}" for end in _BESIDE]
-    return next((lower[one] for one in near if one in lower and one != small), "")
+    for stems, ends in (((small, stem), _AFTER), ((f"{module}.",), _BESIDE)):
+        for start in stems:
+            for end in ends:
+                near = start + end
+                if near in lower and near != small:
+                    return lower[near]
+    return ""
 
 
 def _guess(name: str, beside: str, spec: TensorSpec) -> str:
