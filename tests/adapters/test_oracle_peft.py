@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import ROOMY, read, run
+from adapter_files import adapter, added, low_rank
+from checkpoint_files import ROOMY, read, run, write
+from safetensors.torch import save_file
 
 pytestmark = [
     pytest.mark.oracle,
@@ -223,3 +225,130 @@ def test_models(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, config = MODELS[case]
     made, wanted = merged_by_both(tmp_path, model(), config(), dtype)
     check(made, wanted)
+
+
+# What is read again --------------------------------------------------------------------------------------------------
+
+
+def reloaded(folder: Path, model: Any, *adapters: str) -> dict[str, torch.Tensor]:
+    """A model with adapters loaded from their folders and merged, one after the other, each saved before the next."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = folder / "src"
+    for number, name in enumerate(adapters):
+        own = type(model).from_pretrained(base, dtype="auto")
+        assert isinstance(own, transformers.PreTrainedModel)
+        base = folder / f"merged-{number}"
+        peft.PeftModel.from_pretrained(own, folder / name).merge_and_unload().save_pretrained(base)
+    return read(base)
+
+
+def trained(folder: Path, name: str, model: Any, config: Any, seed: int, **saving: Any) -> None:
+    """An adapter in a folder of that name."""
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(model, config)
+    disturb(tuned, seed)
+    tuned.save_pretrained(folder / name, **saving)
+    tuned.unload()
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("is_pickle", [False, True])
+def test_dtypes_of_base_and_adapter(is_pickle: bool, dtype: torch.dtype, stored: torch.dtype, tmp_path: Path) -> None:
+    model = llama().to(dtype)
+    model.save_pretrained(tmp_path / "src")
+    trained(tmp_path, "a", model, lora(modules_to_save=["lm_head"]), 1)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = {name: tensor.to(stored) for name, tensor in read(file).items()}
+    if is_pickle:
+        file.unlink()
+        torch.save(tensors, file.with_suffix(".bin"))
+    else:
+        save_file(tensors, file)
+    assert run("convert", tmp_path / "src", tmp_path / "out", "--adapter", tmp_path / "a", "--quiet", "--max-memory", ROOMY) == 0
+    check(read(tmp_path / "out"), reloaded(tmp_path, model, "a"))
+
+
+def test_several(tmp_path: Path) -> None:
+    model = llama().bfloat16()
+    model.save_pretrained(tmp_path / "src")
+    names = ("a", "b", "c")
+    configs = lora(use_dora=True), lora(), other("IA3Config", target_modules=["q_proj"], feedforward_modules=[])
+    for seed, (name, config) in enumerate(zip(names, configs, strict=True)):
+        trained(tmp_path, name, model, config, seed)
+    options = [word for name in names for word in ("--adapter", tmp_path / name)]
+    assert run("convert", tmp_path / "src", tmp_path / "out", *options, "--quiet", "--max-memory", ROOMY) == 0
+    check(read(tmp_path / "out"), reloaded(tmp_path, model, *names), NEAR)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_more_words(is_tied: bool, tmp_path: Path) -> None:
+    """PEFT wants its user to resize the model first; here the adapter's rows are enough."""
+    model = llama(tie_word_embeddings=is_tied).bfloat16()
+    model.save_pretrained(tmp_path / "src")
+    model.resize_token_embeddings(45)
+    trained(tmp_path, "a", model, lora(), 1, save_embedding_layers=True)
+    peft = pytest.importorskip("peft")
+    own = type(model).from_pretrained(tmp_path / "src", dtype="auto")
+    own.resize_token_embeddings(45)
+    peft.PeftModel.from_pretrained(own, tmp_path / "a").merge_and_unload().save_pretrained(tmp_path / "wanted")
+    assert run("convert", tmp_path / "src", tmp_path / "out", "--adapter", tmp_path / "a", "--quiet", "--max-memory", ROOMY) == 0
+    check(read(tmp_path / "out"), read(tmp_path / "wanted"))
+    said = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("out", "wanted")]
+    assert said[0]["vocab_size"] == said[1]["vocab_size"] == 45
+    assert said[0]["tie_word_embeddings"] == said[1]["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"target_modules": ["embed_tokens"]}, {"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens", "lm_head"]}],
+    ids=str,
+)
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("make", [llama, gpt2, lambda **more: causal("gemma", **more)], ids=["llama", "gpt2", "gemma"])
+def test_a_tied_model_computes_what_the_adapted_one_does(make: Any, together: bool, more: dict[str, Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = make(tie_word_embeddings=True)
+    kind = type(model)
+    model.save_pretrained(tmp_path / "src")
+    if kind.__name__.startswith("GPT2"):
+        more = {"target_modules": [{"embed_tokens": "wte"}.get(name, name) for name in more["target_modules"]]}
+    tuned = peft.get_peft_model(model, lora(**more, ensure_weight_tying=together))
+    disturb(tuned)
+    tuned.save_pretrained(tmp_path / "a")
+    words = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        wanted = tuned.eval()(words).logits
+        assert run("convert", tmp_path / "src", tmp_path / "out", "--adapter", tmp_path / "a", "--quiet", "--max-memory", ROOMY) == 0
+        made = kind.from_pretrained(tmp_path / "out").eval()(words).logits
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_experts_one_by_one(is_native: bool, tmp_path: Path) -> None:
+    """As transformers 4 had them, of files in either layout."""
+    model = experts("mixtral")
+    model.save_pretrained(tmp_path / "hub")
+    stored = read(tmp_path / "hub")
+    if is_native:
+        model.save_pretrained(tmp_path / "src", save_original_format=False)
+    else:
+        (tmp_path / "hub").rename(tmp_path / "src")
+    module = "model.layers.1.block_sparse_moe.experts.3.w1"
+    tensors = low_rank(module, 48, 32)
+    path = adapter(tmp_path / "adapter", tensors)
+    assert run("convert", tmp_path / "src", tmp_path / "out", "--adapter", path, "--quiet", "--max-memory", ROOMY) == 0
+    write(
+        tmp_path / "wanted",
+        {**stored, f"{module}.weight": added(stored[f"{module}.weight"], tensors, 3 / 2)},
+        config=model.config.to_dict(),
+    )
+    made, wanted = (type(model).from_pretrained(tmp_path / name).state_dict() for name in ("out", "wanted"))
+    check(made, wanted)
+    assert read(tmp_path / "out").keys() == read(tmp_path / "src").keys()
+
+
+def test_convolutions_with_magnitudes(tmp_path: Path) -> None:
+    model = MODELS["qwen2_vl"][0]
+    made, wanted = merged_by_both(tmp_path, model(), lora(target_modules=["patch_embed.proj", "qkv"], use_dora=True), torch.bfloat16)
+    check(made, wanted, NEAR)
