@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from streamconv.checkpoint.opening import open_checkpoint, read_config
-from streamconv.errors import CoverageError, UsageError
+from streamconv.checkpoint.opening import Checkpoint, open_checkpoint, read_config
+from streamconv.errors import CoverageError, StreamconvError, UsageError
 from streamconv.formats.catalog import locate
 from streamconv.graph.node import AnyNode
 
@@ -35,11 +35,8 @@ class Adapter:
     """
 
     def __init__(self, path: str, weight: float | None, model: Mapping[str, Any], title: str) -> None:
-        location = locate(path)
-        if location.is_folder and not any(location.folder.has_file(name) for name in FILES):
-            raise UsageError(f"{title}: no {' or '.join(FILES)} in it: give the folder of a PEFT adapter")
-        opened = open_checkpoint(path)
         self.title = title
+        opened = self._open(path)
         self.config = read_config(opened.folder, CONFIG)
         if not self.config:
             raise UsageError(f"{title}: no {CONFIG} in it, which says how its tensors are merged: give the folder of a PEFT adapter")
@@ -48,6 +45,19 @@ class Adapter:
         for key in self.tensors:
             if not key.startswith(PREFIX):
                 raise CoverageError(f"{title}: {key} does not begin with {PREFIX}, as those of an adapter do: save it with PEFT")
+
+    def _open(self, path: str) -> Checkpoint:
+        location = locate(path)
+        missing = UsageError(f"{self.title}: no {' or '.join(FILES)} in it: give the folder of a PEFT adapter")
+        try:
+            opened = open_checkpoint(path)
+        except StreamconvError as error:
+            if location.is_folder and not any(location.folder.has_file(name) for name in FILES):
+                raise missing from error
+            raise
+        if location.is_folder and not {file.name for file in opened.contents.files} <= {*FILES}:
+            raise missing
+        return opened
 
     @property
     def kind(self) -> str:

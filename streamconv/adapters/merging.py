@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 
 from streamconv.adapters.folder import Adapter
 from streamconv.adapters.keys import sort_keys
@@ -59,15 +58,6 @@ def merge(adapter: Adapter, weights: Weights) -> str:
             kind.merge(layer, weights)
     check_words(adapter, before, weights)
     weights.conclude(adapter.title)
-    return f"{adapter.title}: {_count(len(contents.layers), whole, kind)}{_trained_beside(adapter)}"
-
-
-def _count(layers: int, whole: Mapping[str, str], kind: Kind) -> str:
-    parts = [f"{layers} layers of {kind.name} are merged"] if layers else []
-    return ", ".join([*parts, *([f"{len(whole)} tensors are the adapter's"] if whole else [])])
-
-
-def _trained_beside(adapter: Adapter) -> str:
-    name = adapter.config.get("base_model_name_or_path")
-    own = adapter.model.get("_name_or_path")
-    return f"; it was trained beside {name}" if isinstance(name, str) and name and name != own else ""
+    parts = [f"{len(contents.layers)} layers of {kind.name} are merged"] if contents.layers else []
+    parts += [f"{len(whole)} tensors are the adapter's"] if whole else []
+    return f"{adapter.title}: {', '.join(parts) or 'there is nothing in it'}"

@@ -53,6 +53,7 @@ class _Renamed(Weights):
 
         Raises:
             CoverageError: they cannot be taken back to the names of the files.
+            UsageError: see `Weights.conclude`.
         """
         files = {id(node): name for name, node in self._weights.entries.items()}
         own = {name: files.get(id(self._before[name])) if name in self._before else None for name in self.changed}
@@ -69,6 +70,8 @@ class _Renamed(Weights):
             if name not in self._weights.entries and name not in come:
                 raise CoverageError(f"{title}: transformers would store {name}, which SRC has not: convert it to that layout first")
             self._weights.set(name, node, how)
+        self._weights.replaced |= {own.get(name) or name for name in self.replaced}
+        self._weights.conclude(title)
         self._weights.config_changes |= self.config_changes
         self._weights.former |= {name: files[id(self._before[embedding])] for name, embedding in come.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 from streamconv.adapters.folder import Adapter
 from streamconv.adapters.keys import Contents
 from streamconv.adapters.tokens import SLOTS as TOKENS
-from streamconv.adapters.weights import REPLACED, UNTIED, Weights
+from streamconv.adapters.weights import UNTIED, Weights
 from streamconv.errors import CoverageError
 
 TIES, VOCABULARY = "tie_word_embeddings", "vocab_size"
@@ -81,7 +81,6 @@ def replace_whole(adapter: Adapter, replaced: Mapping[str, str], weights: Weight
 
     Raises:
         CoverageError: one that the model has not, or of another shape.
-        UsageError: another adapter has replaced it.
     """
     for name, key in replaced.items():
         own = adapter.tensors[key]
@@ -89,7 +88,7 @@ def replace_whole(adapter: Adapter, replaced: Mapping[str, str], weights: Weight
         fits = own.spec.shape == base.spec.shape or (is_of_words(name) and own.spec.shape[1:] == base.spec.shape[1:])
         if not fits:
             raise CoverageError(f"{adapter.title}: {key} is {own.spec}, and {name} of SRC {base.spec}: is it an adapter of this model?")
-        weights.replace(name, own, adapter.title, REPLACED)
+        weights.replace(name, own)
 
 
 def check_words(adapter: Adapter, before: Mapping[str, Any], weights: Weights) -> None:

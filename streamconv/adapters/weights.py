@@ -14,6 +14,7 @@ from streamconv.notation.names import nearest
 ADDED, SCALED, REPLACED, UNTIED = "add an adapter", "scale by an adapter", "replaced by an adapter", "untied by an adapter"
 """How tensors have become others."""
 
+QUANTIZED = "quantization_config"
 DTypeOf = Callable[[str, TensorSpec], str | None]
 """Which dtype a tensor shall have, None: its own."""
 
@@ -26,8 +27,9 @@ class Weights:
         config: the model's.
         changed: those that are others now -> how.
         config_changes: keys of the config, with dots, that go with that -> what they say.
-        former: tensors that have come -> the one that they were.
         recast: in which dtype those shall be that adapters change.
+        former: tensors that have come -> the one that they were.
+        replaced: those that the adapter at hand replaces.
 
     Args:
         dtype_of: in which dtype those shall be that adapters change, so that they are rounded once.
@@ -38,13 +40,16 @@ class Weights:
         self.changed: dict[str, str] = {}
         self.config_changes: dict[str, Any] = {}
         self.former: dict[str, str] = {}
-        self._replaced: dict[str, str] = {}
+        self.replaced: set[str] = set()
+        self._replaced_by: dict[str, str] = {}
 
     def find(self, name: str, title: str, key: str) -> AnyNode:
         """The tensor that one of an adapter is for. Raises CoverageError: there is none, or it holds no numbers."""
         if name not in self.entries:
             near = nearest(name, self.entries)
             hint = f"; the nearest is {near[0]}" if near else ""
+            if QUANTIZED in self.config:
+                raise CoverageError(f"{title}: {key}: SRC has no {name}{hint}: it is quantized: dequantize it with --dequantize")
             raise CoverageError(f"{title}: {key}: SRC has no {name}{hint}: is it an adapter of this model?")
         node = self.entries[name]
         if node.spec.dtype.name not in CASTABLE:
@@ -59,18 +64,19 @@ class Weights:
     def set(self, name: str, node: AnyNode, how: str) -> None:
         """Has another tensor in the place of one."""
         self.entries[name] = node
-        self.changed[name] = how if self.changed.get(name, how) == how else f"{self.changed[name]}, then {how}"
+        steps = [*filter(None, [self.changed.get(name)]), *([how] if not self.changed.get(name, "").endswith(how) else [])]
+        self.changed[name] = ", then ".join(steps)
 
-    def replace(self, name: str, node: AnyNode, title: str, how: str = REPLACED) -> None:
-        """Has an adapter's own tensor in the place of one, in the dtype of that.
-
-        Raises:
-            UsageError: another adapter has replaced it.
-        """
-        if self._replaced.setdefault(name, title) != title:
-            raise UsageError(f"{title}: {name} is replaced by {self._replaced[name]}, too: leave one of them out")
+    def replace(self, name: str, node: AnyNode) -> None:
+        """Has an adapter's own tensor in the place of one, in the dtype of that."""
         dtype = self.entries[name].spec.dtype
-        self.set(name, node if node.spec.dtype == dtype else apply(Cast(dtype.name), node), how)
+        self.replaced.add(name)
+        self.set(name, node if node.spec.dtype == dtype else apply(Cast(dtype.name), node), REPLACED)
 
     def conclude(self, title: str) -> None:
-        """Is called when all of an adapter is merged: weights under other names go back to their own."""
+        """Is called when all of an adapter is merged. Raises UsageError where it replaces what another one has replaced."""
+        for name in sorted(self.replaced):
+            if name in self._replaced_by:
+                raise UsageError(f"{title}: {name} is replaced by {self._replaced_by[name]}, too: leave one of them out")
+            self._replaced_by[name] = title
+        self.replaced.clear()

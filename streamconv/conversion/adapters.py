@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import PurePath
 
 from streamconv.adapters.folder import Adapter
 from streamconv.adapters.merging import merge
@@ -45,9 +46,20 @@ def merge_adapters(checkpoint: Checkpoint, texts: Iterable[str], dtype_of: Recas
     notes = []
     for text in texts:
         path, weight = _split(str(text))
-        notes.append(merge(Adapter(path, weight, checkpoint.config, f"{OPTION} {locate(path)}"), weights))
+        adapter = Adapter(path, weight, checkpoint.config, f"{OPTION} {locate(path)}")
+        notes.append(merge(adapter, weights) + _base_of(adapter, checkpoint))
     contents = replace(checkpoint.contents, entries=weights.entries)
     return Altered(checkpoint.with_contents(contents), weights.changed, notes, weights.config_changes, weights.former)
+
+
+def _base_of(adapter: Adapter, checkpoint: Checkpoint) -> str:
+    """What an adapter was trained beside, where that is called otherwise than the checkpoint."""
+    name = adapter.config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        return ""
+    own = (checkpoint.path, str(checkpoint.config.get("_name_or_path")))
+    ends = (PurePath(name).name, f"models--{name.replace('/', '--')}")
+    return "" if any(end in PurePath(path).parts for path in own for end in ends) else f"; it was trained beside {name}"
 
 
 def _split(text: str) -> tuple[str, float | None]:

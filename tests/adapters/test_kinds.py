@@ -207,3 +207,15 @@ def test_what_is_refused(
     src = write(tmp_path / "src", BASE, config={"model_type": "toy"})
     path = adapter(tmp_path / "adapter", tensors, **config)
     assert told in refusal(capsys, "convert", src, tmp_path / "out", "--adapter", f"{path}@0.5")
+
+
+def test_what_is_refused_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = write(tmp_path / "src", BASE, config={"model_type": "toy"})
+    head = adapter(tmp_path / "adapter", {"lm_head.weight": SAVED})
+    assert "lm_head.weight is replaced by --adapter" in refusal(capsys, "convert", src, tmp_path / "out", *["--adapter", head] * 2)
+    told = refusal(capsys, "convert", src, tmp_path / "out", "--adapter", src)
+    assert "no adapter_model.safetensors or adapter_model.bin in it" in told
+    (head / "adapter_config.json").unlink()
+    assert "no adapter_config.json in it" in refusal(capsys, "convert", src, tmp_path / "out", "--adapter", head)
+    (head / "adapter_model.safetensors").unlink()
+    assert "no adapter_model.safetensors or" in refusal(capsys, "convert", src, tmp_path / "out", "--adapter", head)
