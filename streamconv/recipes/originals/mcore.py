@@ -63,7 +63,7 @@ def _rows(name: str, own: str, **more: Any) -> Rule:
 
 def _experts(parent: str, gate: str, up: str, down: str, when: str) -> Iterator[Rule]:
     experts = f"{parent}.experts.{{e}}"
-    whole = {"optional": True, "sparse": True}
+    whole: dict[str, Any] = {"optional": True, "sparse": True}
     own = "mlp.experts.experts"
     joined, single = (f"{_MOE} and {when} and {where}" for where in (_JOINED, f"{_SINGLE} and not stacked"))
     yield from _layer(f"{experts}.{{{gate},{up}}}.weight", f"{own}.linear_fc1.weight", "e f c, e f c -> e (f + f) c", joined, **whole)
@@ -73,7 +73,7 @@ def _experts(parent: str, gate: str, up: str, down: str, when: str) -> Iterator[
     yield from _layer(f"{parent}.gate.weight", "mlp.router.weight", "n c -> n c", when=f"{_MOE} and {when}", **whole)
 
 
-RULES = (
+RULES: tuple[Rule | Make, ...] = (
     _rows("model.embed_tokens.weight", "embedding.word_embeddings.weight"),
     _rows("lm_head.weight", "output_layer.weight", optional=True),
     Rule("model.norm.weight", "decoder.final_layernorm.weight"),
