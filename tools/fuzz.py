@@ -116,13 +116,14 @@ TRAINERS = Path(__file__).parent.parent / "tests" / "golden" / "trainers"
 FOLDERS = {  # of a trainer's checkpoint: the folder, the file that is mutated, and the module that reads the folder
     "dcp": ("fsdp2.dcp", ".metadata", dcp),
     "dcp-items": ("tp2d.dcp", "__1_0.distcp", dcp),
+    "dcp-tables": ("fsdp2.tables", "__1.metadata", dcp),
     "torch_dist": ("mcore_llama", ".metadata", torch_dist),
     "fsdp": ("tp2d.ranks", "model_world_size_4_rank_1.pt", fsdp),
     "hf_shards": ("tp2d.shards", "shard-00001-model-00001-of-00001.safetensors", hf_shards),
     "zero": ("z2_bf16_shuffled/global_step2", "mp_rank_00_model_states.pt", zero),
     "zero-optimizer": ("z3_bf16_groups/global_step2", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", zero),
     "zero-universal": ("z2_bf16_shuffled.universal/global_step2_universal", "mp_rank_00_model_states.pt", zero),
-    "mindspore2": ("mindspore2", "metadata.json", mindspore2),
+    "mindspore2": ("mindspore2/iteration_00000012", "metadata.json", mindspore2),
 }
 
 

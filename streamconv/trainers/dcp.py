@@ -30,7 +30,7 @@ from streamconv.storage.filenames import find_fault
 from streamconv.storage.folder import Folder, Location
 from streamconv.trainers.dcp_files import lay_out
 from streamconv.trainers.leftovers import note_left_out
-from streamconv.trainers.pieces import Piece, assemble, read_sizes
+from streamconv.trainers.pieces import Piece, Replica, assemble, read_sizes
 from streamconv.trainers.records import TableMachine, find_asked, open_table
 
 METADATA = ".metadata"
@@ -39,6 +39,7 @@ _RECORDS = (
     "torch.distributed.checkpoint.metadata.MetadataIndex",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
 )
+_RANKED = re.compile(r"__(?P<rank>\d+)\.metadata")  # of a save without coordination: each rank's own
 _ITERATION = "latest_checkpointed_iteration.txt"  # Megatron's, above the folders of iterations
 _INNER = "pytorch_model_fsdp_0"  # Accelerate's, in the folder of a checkpoint
 _SPLIT = re.compile(r"(optimizer|optim|chained_\d+|rng_state|rerun_state_machine_state)[./](.*)", re.DOTALL)
@@ -48,7 +49,7 @@ KIND = Names(
     (".distcp",),
     "__0_0",
     (r".*\.distcp",),
-    weights=("*.distcp", METADATA),
+    weights=("*.distcp", METADATA, "__*.metadata"),
 )
 
 
@@ -100,6 +101,9 @@ def _iteration(folder: Folder, names: Sequence[str]) -> Iterator[str]:
 # The table of contents -------------------------------------------------------------------------------------------
 
 
+_Key = tuple[str, tuple[int, ...]]
+
+
 @dataclass(slots=True)
 class _Table:
     """What ``.metadata`` says.
@@ -109,12 +113,48 @@ class _Table:
         objects: names of what is no tensor.
         paths: the keys of the dicts that a name is made of, where they are known.
         items: where each box lies, by the name and its offsets.
+        replicas: further places of boxes that several ranks saved.
     """
 
     tensors: dict[str, _Stored]
     objects: list[str]
     paths: Mapping[str, Any]
-    items: dict[tuple[str, tuple[int, ...]], _Item]
+    items: dict[_Key, _Item]
+    replicas: dict[_Key, list[_Item]] = field(default_factory=dict)
+
+
+def _find_tables(folder: Folder, names: Sequence[str]) -> list[Location]:
+    """The file with the table of contents, or those with each rank's. Raises FormatError where there is none, or ranks are missing."""
+    if METADATA in names:
+        return [folder.file(METADATA)]
+    ranked = {int(match["rank"]): match.string for match in map(_RANKED.fullmatch, names) if match}
+    if not ranked:
+        what = f"no {METADATA}, which is written last: the save was not finished, or the file was not fetched"
+        raise FormatError(f"{show(folder.file(''))}: {what}: fetch it, or take an earlier checkpoint")
+    missing = sorted(set(range(max(ranked) + 1)) - set(ranked))
+    if missing or len(ranked) != sum(_RANKED.fullmatch(name) is not None for name in names):
+        what = f"no __{missing[0]}.metadata" if missing else "two files of one rank's table"
+        raise FormatError(f"{show(folder.file(''))}: {what}, and each rank wrote its own: fetch the files of all ranks")
+    return [folder.file(ranked[rank]) for rank in sorted(ranked)]
+
+
+def _join_tables(paths: Sequence[Location]) -> _Table:
+    """The tables of all ranks as one: each says the whole shapes, and its own boxes."""
+    whole = _read_table(paths[0])
+    for path in paths[1:]:
+        own = _read_table(path)
+        for name, stored in own.tensors.items():
+            there = whole.tensors.setdefault(name, _Stored(stored.spec))
+            if there.spec != stored.spec:
+                what = f"{short.repr(name)} is {stored.spec}, and {there.spec} by {paths[0].name}"
+                raise FormatError(f"{show(path)}: {what}: the files are of several runs")
+            there.chunks += [box for box in stored.chunks if (name, box[0]) not in whole.items]
+        for key, item in own.items.items():
+            if whole.items.setdefault(key, item) is not item:
+                whole.replicas.setdefault(key, []).append(item)
+        whole.objects = [*dict.fromkeys([*whole.objects, *own.objects])]
+        whole.paths = {**own.paths, **whole.paths}
+    return whole
 
 
 def _read_table(path: Location) -> _Table:
@@ -127,7 +167,7 @@ def _read_table(path: Location) -> _Table:
             tensors[name] = _stored(path, name, entry)
         else:
             objects.append(name)
-    items: dict[tuple[str, tuple[int, ...]], _Item] = {}
+    items: dict[_Key, _Item] = {}
     while storage:
         _, place = storage.popitem()  # a table has very many
         if type(place) is not Located:
@@ -222,12 +262,8 @@ def read(
     """
     names = path.folder.list()
     folder = find_folder(path.folder, names) or path.folder
-    table_file = folder.file(METADATA)
-    if not folder.has(METADATA):
-        what = f"no {METADATA}, which is written last: the save was not finished, or the file was not fetched"
-        own = " (each rank has a table of its own, which no reader joins)" if any(name.endswith(METADATA) for name in names) else ""
-        raise FormatError(f"{show(folder.file(''))}: {what}{own}: fetch it, or take an earlier checkpoint")
-    table = _read_table(table_file)
+    table_files = _find_tables(folder, folder.list())
+    table_file, table = table_files[0], _join_tables(table_files)
     weights = find_weights(table_file, _tree(table), root)
     chosen = {
         name: leaf.storage.key for name, leaf in weights.named if type(leaf) is Tensor and not (root is None and _EXTRA.fullmatch(name))
@@ -235,13 +271,15 @@ def read(
     left = [stored.spec.nbytes for name, stored in table.tensors.items() if name not in set(chosen.values())]
     pieces = _read_pieces(folder, table_file, table, set(chosen.values()))
     entries: dict[str, AnyNode] = {}
+    replicas: list[Replica] = []
     for name, stored_name in chosen.items():
-        entries[name], _ = assemble(table_file, name, table.tensors[stored_name].spec, pieces[stored_name])
+        entries[name], same = assemble(table_file, name, table.tensors[stored_name].spec, pieces[stored_name])
+        replicas += same
     if not entries:
         raise FormatError(f"{show(table_file)}: no tensor below root {weights.root!r}: give another root")
     check_unicode(table_file, entries)
     listed = dict.fromkeys(item.file for item in table.items.values())
-    contents = Contents("dcp", entries, [folder.file(name) for name in sorted(listed)], [table_file])
+    contents = Contents("dcp", entries, [folder.file(name) for name in sorted(listed)], table_files, replicas=replicas)
     contents.notes += note_root(weights.root)
     contents.notes += note_left_out(len(left), sum(left), table.objects, nests=True)
     return contents
@@ -297,7 +335,8 @@ def _read_pieces(folder: Folder, path: Location, table: _Table, names: set[str])
             item = table.items.get((name, offsets))
             if item is None:
                 raise damaged(path, f"its box at {list(offsets)} lies in no file", name)
-            wanted.setdefault(item.file, []).append((item.offset, item.nbytes, name, offsets, sizes))
+            for one in (item, *table.replicas.get((name, offsets), ())):
+                wanted.setdefault(one.file, []).append((one.offset, one.nbytes, name, offsets, sizes))
     for file_name, items in sorted(wanted.items()):
         where = folder.file(file_name)
         if not folder.has(file_name):

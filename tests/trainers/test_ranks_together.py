@@ -22,6 +22,7 @@ KINDS = {
     **{
         f"{kind}.{form}": f"{kind}.expected" for kind in TORCH for form in ("dcp", "ranks", "shards") if (kind, form) != ("fsdp1", "shards")
     },
+    "fsdp2.tables": "fsdp2.expected",
     **{kind: f"{kind}.expected" for kind in DEEPSPEED},
     **{f"{kind}.universal": f"{kind}.universal.expected" for kind in UNIVERSAL},
     **{kind: f"{kind}.expected" for kind in ("mindspore2", "mindspore2_single")},
@@ -167,6 +168,8 @@ def test_a_trainer_s_files_are_not_given_back(tmp_path: Path, capsys: pytest.Cap
     [
         ("fsdp2.dcp", ".metadata", "no .metadata, which is written last: the save was not finished"),
         ("fsdp2.dcp", "__1_0.distcp", "__1_0.distcp: not there, and "),
+        ("fsdp2.tables", "__1.metadata", "no __1.metadata, and each rank wrote its own"),
+        ("fsdp2.tables", "__2.metadata", "is in no file: fetch the files of all ranks"),
         ("hsdp.ranks", "model_world_size_4_rank_2.pt", "the file of rank 2 is not there, of 4 ranks"),
         ("z2_fp32", "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt", "1 files of an optimizer's state, of 2 ranks"),
         ("z3_bf16", "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "the file of rank 1 beside"),
