@@ -28,6 +28,7 @@ from streamconv.notation.folding import fold, fold_names
 from streamconv.planning.plan import Compute, Copy, FilePlan, Plan
 from streamconv.recipe import Side
 from streamconv.recipes import get
+from streamconv.running.changed import ChangedWeights
 from streamconv.running.progress import Progress
 from streamconv.running.results import Changes, Result
 from streamconv.storage.folder import AnyPath
@@ -102,7 +103,7 @@ def describe_conversion(result: Result, options: ConvertOptions, progress: Progr
         "files": _describe_files(plan),
         "checks": list(_describe_checks(specs, comparison)) if result.verified or comparison else [],
         "checked": check,
-        "losses": _describe_losses(result.losses),
+        "losses": _describe_losses(result.losses, result.changed),
         "notes": list(result.notes),
     }
 
@@ -234,16 +235,21 @@ def _describe_environment(workers: int | None) -> list[tuple[str, str]]:
     return rows + ([("workers", str(workers))] if workers else [])
 
 
-def _describe_losses(changes: Changes | None) -> dict[str, Any]:
-    """What casts and quantization changed: in words, and of each kind of tensor the relative L2 error by layer, the worst kinds first."""
+def _describe_losses(changes: Changes | None, changed: ChangedWeights) -> dict[str, Any]:
+    """What casts and quantization changed: in words, and of each kind of tensor the relative L2 error by layer, the worst kinds first.
+
+    Then how many weights adapters changed, of each kind of layer.
+    """
+    told = [*changed.lines(), *(f"{kind}: {kind.changed:,} of {kind.weights:,}" for kind in changed.kinds()[:KINDS])]
     if changes is None:
-        return {"lines": [], "kinds": []}
+        return {**({"title": "What adapters changed"} if told else {}), "lines": told, "kinds": []}
     points: dict[str, list[tuple[int, float]]] = {}
     for row in changes.summary():
         numbers = NUMBER.findall(row["target"])
         points.setdefault(NUMBER.sub("*", row["target"]), []).append((int(numbers[0]) if numbers else 0, row["relative_l2"]))
     kinds = sorted(points, key=lambda kind: (-max(error for _, error in points[kind]), kind))
-    return {"lines": list(changes.lines()), "kinds": [{"kind": kind, "points": sorted(points[kind])} for kind in kinds[:KINDS]]}
+    drawn = [{"kind": kind, "points": sorted(points[kind])} for kind in kinds[:KINDS]]
+    return {"lines": [*changes.lines(), *told], "kinds": drawn}
 
 
 def _describe_account(plan: Plan) -> list[tuple[str, int, str]]:

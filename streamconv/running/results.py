@@ -17,6 +17,7 @@ from streamconv.graph.losses import TOO_LARGE, Loss
 from streamconv.library.loading import Loading
 from streamconv.notebook import table
 from streamconv.planning.plan import Plan
+from streamconv.running.changed import ChangedWeights
 from streamconv.running.progress import Progress, bar
 from streamconv.text import join_lines
 from streamconv.threads import looking
@@ -144,6 +145,7 @@ class Result:
     overflow: Overflow = field(default_factory=Overflow)
     unscaled: Overflow = field(default_factory=Overflow)
     losses: Changes | None = None
+    changed: ChangedWeights = field(default_factory=ChangedWeights)
     load: Loading | None = None
 
     @property
@@ -176,6 +178,7 @@ class Result:
         summary |= {"outputs": plan["outputs"], "verified": self.verified, "notes": list(self.notes), "overflowed": self.overflow.summary()}
         summary |= {"unscaled": self.unscaled.summary()}
         summary |= {"losses": self.losses.summary()} if self.losses else {}
+        summary |= {"changed": changed} if (changed := self.changed.summary()) else {}
         summary |= {"comparison": self.comparison.summary()} if self.comparison else {}
         summary |= {"load": self.load.summary()} if self.load else {}
         return summary | ({"part": asdict(self.part)} if self.part else {})
@@ -196,7 +199,8 @@ class Result:
         checked = ", verified" if self.verified else ""
         took = f"in {self.seconds:.2f} s ({rate}/s); {moved}" if not self.part or self.part.name else f"checked in {self.seconds:.2f} s"
         first = f"{self.plan.destination}: {len(self.plan.mapping)} tensors, {format_size(totals.bytes_written)} {took}{checked}; "
-        lines = [f"{first}peak memory {format_size(self.peak_rss)}", self.part or self.plan.account]
+        lines: list[object] = [f"{first}peak memory {format_size(self.peak_rss)}", self.part or self.plan.account]
+        lines += self.changed.lines()
         return join_lines([*lines, *(self.losses.lines() if self.losses else []), *(self.load.lines() if self.load else [])])
 
 

@@ -25,6 +25,7 @@ from streamconv.graph.losses import UNSCALED, Losses
 from streamconv.interrupts import Unwinding
 from streamconv.planning.plan import Plan
 from streamconv.running.bucket import Bucket
+from streamconv.running.changed import ChangedWeights
 from streamconv.running.directory import Directory
 from streamconv.running.executors import LOCAL, Executor, MakeFiles, executor_of
 from streamconv.running.filling import check_sources
@@ -338,8 +339,19 @@ class _Run:
         overflow = Overflow(self._losses.overflowed, complete=complete)
         unscaled = Overflow(self._losses.unscaled, complete=complete, said=UNSCALED)
         losses = Changes(self._losses, complete=complete) if plan.measures else None
+        changed = ChangedWeights(self._losses, complete=complete)
         return Result(
-            plan, seconds, memory.peak(), anonymous, verified, part=part, place=place, overflow=overflow, unscaled=unscaled, losses=losses
+            plan,
+            seconds,
+            memory.peak(),
+            anonymous,
+            verified,
+            part=part,
+            place=place,
+            overflow=overflow,
+            unscaled=unscaled,
+            losses=losses,
+            changed=changed,
         )
 
     def _describe_part(self, lease: Lease) -> Part:

@@ -219,3 +219,18 @@ def test_what_is_refused_of_folders(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no adapter_config.json in it" in refusal(capsys, "convert", src, tmp_path / "out", "--adapter", head)
     (head / "adapter_model.safetensors").unlink()
     assert "no adapter_model.safetensors or" in refusal(capsys, "convert", src, tmp_path / "out", "--adapter", head)
+
+
+def test_how_many_weights_change_at_all(tmp_path: Path) -> None:
+    """A delta may be too little for bfloat16; it is told of each kind of layer."""
+    tensors = {**low_rank("model.q", 8, 6), **low_rank("model.conv", 4, 12)}
+    tensors["model.q.lora_B.weight"][2:] = 0
+    tensors["model.conv.lora_B.weight"] *= 1e-20
+    write(tmp_path / "src", BASE, config={"model_type": "toy"})
+    path = adapter(tmp_path / "adapter", tensors)
+    result = streamconv.convert(tmp_path / "src", tmp_path / "out", adapter=[path], max_memory=ROOMY, progress=False)
+    assert result.summary()["changed"] == [
+        {"kind": "model.conv.weight", "tensors": 1, "weights": 48, "changed": 0},
+        {"kind": "model.q.weight", "tensors": 1, "weights": 48, "changed": 12},
+    ]
+    assert "adapters changed 12 of 96 weights (12.5%); the fewest: model.conv.weight 0.0%, model.q.weight 25.0%" in str(result)
