@@ -39,7 +39,7 @@ PACKAGES = {
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_110,  # nodes to plans
     "engine": 850,  # bytes of one machine, tensors read side by side
-    "running": 2_435,  # runs of a plan, the state of an output, files cut into stretches, the executors that others add to, --check-load
+    "running": 2_480,  # runs of a plan, what shows while one is planned, the state of an output, executors, --check-load
     "merging": 680,  # what a file of mergekit says, of tensors' names and of arithmetic
     "conversion": 1_310,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words

@@ -15,6 +15,7 @@ from streamconv.checkpoint.opening import Checkpoint, choose_files, find_checkpo
 from streamconv.errors import StreamconvError
 from streamconv.formats.registry import containers
 from streamconv.recipe import Recipe, Side
+from streamconv.stage import begin
 from streamconv.storage.folder import AnyPath, Location
 
 LIBRARY = "transformers"
@@ -66,7 +67,9 @@ def rank_recipes(
     location, _ = find_checkpoint(src)
     readings = _Readings(location, prepare)
     matches: list[Match] = []
-    for recipe in recipes.registry().values() if among is None else recipes.select(among):
+    candidates = list(recipes.registry().values()) if among is None else recipes.select(among)
+    for number, recipe in enumerate(candidates, 1):
+        begin(f"trying recipe {number} of {len(candidates)}: {recipe.name}")
         reading = readings.get(recipe.source) if recipe.rules or library or among else None
         if reading is not None:
             checkpoint, kinds = reading

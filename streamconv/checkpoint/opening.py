@@ -27,6 +27,7 @@ from streamconv.formats.variants import check_variant, of_variant, variant_of
 from streamconv.notation.names import natural_key, nearest, select
 from streamconv.notation.names import parse as parse_names
 from streamconv.notebook import SHOWN, table
+from streamconv.stage import begin
 from streamconv.storage import hub_cache
 from streamconv.storage.folder import AnyPath, Folder, Location
 from streamconv.storage.locations import as_given
@@ -263,6 +264,7 @@ def open_checkpoint(
     if variant is not None:
         check_variant(variant)
     where, notes = find_checkpoint(path)
+    begin("reading headers")
     folders = find_weighted(where) if components else []
     if folders:
 

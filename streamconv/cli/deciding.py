@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 from streamconv.cli.console import Console
 from streamconv.cli.parser import read_settings
+from streamconv.cli.showing import shows_bar
 from streamconv.conversion.options import about_of, flags_of, options_of
 from streamconv.errors import StreamconvError, UsageError
 from streamconv.formats.catalog import locate
+from streamconv.running.ahead import showing_stage
 from streamconv.storage import is_url
 
 
@@ -26,14 +28,15 @@ def decide_options(args: argparse.Namespace, out: Console) -> None:
     root = settings.get("root")
     src = locate(args.src) if is_url(args.src) else args.src  # what is listed here is known afterwards
     try:
-        decision = resolve(
-            src,
-            args.to,
-            recipe=args.recipe,
-            sidecars_from=args.sidecars_from,
-            root=None if root is None else str(root),
-            variant=args.variant,
-        )
+        with showing_stage(shows_bar(args)):
+            decision = resolve(
+                src,
+                args.to,
+                recipe=args.recipe,
+                sidecars_from=args.sidecars_from,
+                root=None if root is None else str(root),
+                variant=args.variant,
+            )
     except StreamconvError as error:
         if args.command == "convert" and args.resume and args.reclaim_source:
             raise UsageError(f"--to: SRC is not whole any more: 'streamconv run {args.dst} --resume' goes on ({error})") from error

@@ -19,6 +19,7 @@ from streamconv.errors import BudgetError, FormatError, UsageError, writing
 from streamconv.planning.fitting import check_workers
 from streamconv.planning.plan import Plan
 from streamconv.recipe import Side
+from streamconv.running.ahead import showing_stage
 from streamconv.running.destination import RemoteTarget, Target, target_of
 from streamconv.running.kept import check_report, check_sources_stay
 from streamconv.running.output import check_earlier, tidy
@@ -103,7 +104,8 @@ def _convert(options: ConvertOptions) -> Result:
         plan = find_begun(options.src, target, reclaim_source=options.reclaim_source) if options.resume else None
         if plan is None:
             try:
-                plan = make_plan(options)
+                with showing_stage(options.progress):
+                    plan = make_plan(options)
             except (FormatError, UsageError) as error:
                 finished = find_finished(target, error) if options.reclaim_source and options.resume else None
                 if finished is None:
@@ -155,7 +157,8 @@ def verify(options: VerifyOptions) -> Comparison:
     >>> streamconv.verify("model", "model", max_memory="4GB").equal
     True
     """
-    sides = open_sides(options)
+    with showing_stage(options.progress):
+        sides = open_sides(options)
     total = sum(entry.spec.nbytes for entry in sides.actual.values())
     with bar(total, "comparing", show=options.progress) as tell:
         comparison = compare(

@@ -18,6 +18,7 @@ from streamconv.notation.names import Matcher, Pattern
 from streamconv.notation.names import parse as parse_names
 from streamconv.recipe import Conversion, Side
 from streamconv.running.destination import RemoteTarget, Target
+from streamconv.stage import begin
 from streamconv.storage.folder import AnyPath
 
 
@@ -75,6 +76,7 @@ class TargetSettings:
 
 def lay_out_components(checkpoint: Checkpoint, conversion: Conversion, side: Side | None, settings: TargetSettings) -> list[FileLayout]:
     """The files of the target, each component's in its folder; ``side`` is how a recipe has those of the checkpoint's own."""
+    begin(f"laying out {len(conversion.outputs)} tensors")
     tables: dict[str, dict[str, TensorSpec]] = {folder: {} for folder in sorted(checkpoint.components, reverse=True)}
     ties_in: dict[str, dict[str, str]] = {folder: {} for folder in tables}
     for name, node in conversion.outputs.items():

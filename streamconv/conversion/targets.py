@@ -12,6 +12,7 @@ from streamconv.library.model import choose_kept
 from streamconv.recipe import Conversion, Recipe, identity, read_identity_options
 from streamconv.recipe.vocabulary import resize_vocab
 from streamconv.schemes.configs import FILES
+from streamconv.stage import begin
 from streamconv.storage.folder import Folder
 
 
@@ -34,6 +35,7 @@ def convert_tensors(
         beside: the folder of the target model, whose config the recipe may read.
         is_stated: whether its configs say what of it is quantized; else what tensors look like does.
     """
+    begin(f"matching {len(checkpoint)} names")
     if recipe is None:
         conversion = resize_vocab(identity(all_tensors(checkpoint), casting), read_identity_options(settings))
     else:

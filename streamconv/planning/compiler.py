@@ -16,6 +16,7 @@ from streamconv.planning.plan import Account, Check, Compute, Copy, FilePlan, Pl
 from streamconv.planning.proof import Proof
 from streamconv.planning.segments import computations
 from streamconv.rows import Row
+from streamconv.stage import begin
 from streamconv.storage import is_url
 from streamconv.storage.filenames import find_fault
 from streamconv.storage.ranges import Fingerprint, fingerprints
@@ -71,7 +72,11 @@ def compile_plan(
     """
     _check_names([*(layout.path for layout in layouts), *(sidecars or ())])
     compiler = _Compiler(fingerprints(source_files(outputs.values()), opened), bytes_of_stream(root, (layout.size for layout in layouts)))
-    files = [compiler.file(layout, outputs) for layout in layouts]
+    stage = begin("finding copies and tiles of files", len(layouts))
+    files = []
+    for layout in layouts:
+        files.append(compiler.file(layout, outputs))
+        stage.done += 1
     beside = [compiler.sidecar(path, content) for path, content in (sidecars or {}).items()]
     files[-1:-1] = beside
     checks = [Check(compiler.node(items_of(a)), compiler.node(items_of(b)), names) for a, b, names in replicas]

@@ -226,6 +226,7 @@ class LocalEngine:
                 raise DestinationError(f"{self._path(number)}: is damaged, and its source was given back: restore it from a copy")
             self._log.forget(names[number])
         for number in set(finished) - wrong:
+            self._log.kept += self._plan.files[number].size
             self._progress(self._plan.files[number].size)
 
     def _is_noted(self, task: Task) -> bool:
@@ -262,6 +263,7 @@ class LocalEngine:
                     _task_nbytes(self._plan, task) for task in tasks_in_order(self._plan, [number]) if place_of(self._plan, task) in durable
                 )
                 self._remaining[number] -= done
+                self._log.kept += done
                 self._progress(done)
         for folder in {str(self._path(number).parent) for number in waiting}:
             sync_directory(folder)

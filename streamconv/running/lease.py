@@ -50,6 +50,7 @@ class Lease:
         self.output, self._plan, self._part = output, plan, part
         self._seen: dict[str, Version] = {}
         self.suffix = new_suffix()
+        self.kept = 0  # bytes of files that were there
 
     def settle(self, *, overwrite: bool, resume: bool) -> tuple[bool, bool]:
         """Which of both it is to be, if both are said: what is begun is gone on with."""
@@ -134,6 +135,7 @@ class Lease:
         done = self.find_done(numbers)
         if find_altered:
             done -= find_altered(sorted(done))
+        self.kept = sum(self._plan.files[number].size for number in done)
         missing = [number for number in numbers if number not in done]
         self.make_way(missing)
         return missing

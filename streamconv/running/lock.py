@@ -86,6 +86,11 @@ class Lock:
         """Of the files that `find_missing` gives, how many are there."""
         return len(self.log.finished)
 
+    @property
+    def kept(self) -> int:
+        """Bytes that an earlier run left, and that hold what they should."""
+        return self.log.kept
+
     def take(self, *, goes_on: bool, stale: Callable[[], Iterable[str]] | None = None) -> None:
         """Goes on with what is begun there, if something is and that is wanted, or begins; nobody else writes there until `release`.
 

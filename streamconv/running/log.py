@@ -80,12 +80,14 @@ class Log:
     Attributes:
         finished: files that are complete, durable and under their final names, with a digest where one is known.
         durable: of other files, by name, where the tasks begin whose bytes are durable.
+        kept: bytes that an earlier run left, and that hold what they should.
         is_kept: a run after this one will know, too.
     """
 
     def __init__(self, fd: int = -1) -> None:
         self.finished: dict[str, str] = {}
         self.durable: dict[str, set[int]] = {}
+        self.kept = 0
         self._fd = fd
         self._lock = threading.Lock()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,11 @@ SAMPLES = 600  # of a phase: when there are as many, every other one goes, and f
 EVERY = 10.0  # seconds between log lines
 WAITED = 5.0  # seconds for which a server may be waited for before that is said
 _YES = {"1", "ON", "YES", "TRUE"}
+_NARROW = (
+    (56, "{desc}: {percentage:3.0f}% {rate_fmt} {remaining}"),
+    (80, "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {rate_fmt} {remaining}"),
+)
+"""What a bar shows on a terminal of fewer columns than these."""
 
 
 @dataclass
@@ -109,7 +115,7 @@ def bar(total: int, title: str, *, show: Shown) -> Iterator[Callable[[int], None
     how = how_to_show(show)
     phase = Phase(title, total)
     with ExitStack() as stack:
-        shown = stack.enter_context(_open_bar(phase)) if how.show and _can_show() else None
+        shown = stack.enter_context(_open_bar(phase)) if how.show and can_show() else None
         writes = how.show and how.verbose
         if writes:
             stack.enter_context(_log_to_stderr(shown))
@@ -126,9 +132,24 @@ def bar(total: int, title: str, *, show: Shown) -> Iterator[Callable[[int], None
         yield tell
 
 
-def _can_show() -> bool:
+def can_show() -> bool:
+    """Whether anybody looks at stderr, and wants to see how far things are."""
     notebook = "ipykernel" in sys.modules
     return (notebook or sys.stderr.isatty()) and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() not in _YES
+
+
+def columns() -> int:
+    """How wide the terminal is, now."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
+
+
+def _format_bar() -> str | None:
+    """What a bar has room for; None: for all."""
+    width = columns()
+    return next((text for least, text in _NARROW if width < least), None)
 
 
 def _open_bar(phase: Phase) -> tqdm[Any]:
@@ -138,7 +159,16 @@ def _open_bar(phase: Phase) -> tqdm[Any]:
     if "ipykernel" in sys.modules:  # which alone needs what this loads
         from tqdm.auto import tqdm as kind
     colour = None if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else "cyan"
-    shown: tqdm[Any] = kind(total=phase.total, unit="B", unit_scale=True, desc=phase.title, dynamic_ncols=True, miniters=1, colour=colour)
+    shown: tqdm[Any] = kind(
+        total=phase.total,
+        unit="B",
+        unit_scale=True,
+        desc=phase.title,
+        dynamic_ncols=True,
+        miniters=1,
+        colour=colour,
+        bar_format=_format_bar(),
+    )
     return shown
 
 
@@ -154,6 +184,7 @@ def _sampling(how: Progress, phase: Phase, shown: tqdm[Any] | None, *, log: bool
         nonlocal logged
         sample = phase.sample()
         if shown is not None:
+            shown.bar_format = _format_bar()
             shown.set_postfix_str(how.describe_state(sample[2]), refresh=find_longest_wait()[0] >= WAITED)
         if log and time.perf_counter() - logged >= EVERY:
             logged = time.perf_counter()

@@ -131,7 +131,8 @@ class Changes:
 class Result:
     """What a run took, of a part that part's share. Memory in bytes, of the whole process.
 
-    ``place``: where to read it, if not at DST. ``load``: what the library says that opens it, where that was asked for.
+    ``place``: where to read it, if not at DST. ``load``: what the library says that opens it, where that was asked for. ``kept``: bytes
+    that an earlier run had left, and that hold what they should.
     """
 
     plan: Plan
@@ -147,6 +148,7 @@ class Result:
     losses: Changes | None = None
     changed: ChangedWeights = field(default_factory=ChangedWeights)
     load: Loading | None = None
+    kept: int = 0
 
     @property
     def fits(self) -> bool:
@@ -156,7 +158,9 @@ class Result:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know: of the conversion, and of the values that it made."""
-        return (*self.plan.notes, *filter(None, [str(self.overflow), str(self.unscaled)]))
+        total = sum(file.size for file in self.plan.files)
+        resumed = f"resumed: {format_size(self.kept)} of {format_size(total)} were there, and are kept" if self.kept else ""
+        return (*self.plan.notes, *filter(None, [resumed, str(self.overflow), str(self.unscaled)]))
 
     def summary(self) -> dict[str, Any]:
         """What ``convert --json`` prints."""

@@ -340,6 +340,7 @@ class _Run:
         unscaled = Overflow(self._losses.unscaled, complete=complete, said=UNSCALED)
         losses = Changes(self._losses, complete=complete) if plan.measures else None
         changed = ChangedWeights(self._losses, complete=complete)
+        kept = sum(file.size for file in plan.files) if is_done else self._hold.kept
         return Result(
             plan,
             seconds,
@@ -352,6 +353,7 @@ class _Run:
             unscaled=unscaled,
             losses=losses,
             changed=changed,
+            kept=kept if self._terms.is_whole and self._terms.resume else 0,
         )
 
     def _describe_part(self, lease: Lease) -> Part:

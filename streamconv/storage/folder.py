@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Protocol, TypeVar
 
+from streamconv.stage import begin
 from streamconv.storage.sources import in_parallel
 
 Walked = tuple[str, list[str], list[str]]
@@ -188,9 +189,16 @@ AnyPath = str | os.PathLike[str] | Location
 def each(files: Iterable[Location], work: Callable[[Location], _Result]) -> Iterator[_Result]:
     """What ``work`` makes of each; of several at a time where looking at one takes a request."""
     files = list(files)
-    if len(files) < 2 or all(file.local for file in files):
+    if len(files) < 2:
         return map(work, files)
-    return iter(in_parallel(work, files))
+    stage = begin("reading headers", len(files))
+
+    def look(file: Location) -> _Result:
+        result = work(file)
+        stage.done += 1
+        return result
+
+    return map(look, files) if all(file.local for file in files) else iter(in_parallel(look, files))
 
 
 def read_each(files: Iterable[Location], kind: object, read: Callable[[Location], _Result]) -> Iterator[_Result]:

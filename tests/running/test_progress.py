@@ -10,8 +10,13 @@ import types
 import pytest
 from checkpoint_files import numbered, run, write
 
-from streamconv.running import progress
+from streamconv import stage
+from streamconv.checkpoint import opening
+from streamconv.conversion import sides, targets
+from streamconv.planning import compiler
+from streamconv.running import ahead, progress
 from streamconv.running.progress import Phase, Progress, bar
+from streamconv.storage import folder
 
 
 @pytest.fixture
@@ -38,6 +43,70 @@ def test_a_bar_has_bytes_rate_and_memory_against_the_budget(terminal):
     assert "B/s" in text
     assert " of 123 MB]" in text
     assert "\x1b[36m" in text
+
+
+@pytest.mark.parametrize(("width", "shown", "hidden"), [(40, "%", "|"), (70, "4.00M/4.00M", "memory"), (120, "memory", "\0")])
+def test_a_bar_has_what_there_is_room_for(terminal, monkeypatch, width, shown, hidden):
+    monkeypatch.setattr(progress, "columns", lambda: width)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    work(Progress(budget=123_000_000))
+    lines = terminal().replace("\x1b[A", "").split("\r")
+    assert max(len(line.rstrip("\n")) for line in lines) <= width
+    assert shown in lines[-1]
+    assert hidden not in lines[-1]
+    assert "B/s" in lines[-1]
+
+
+def slow_planning(show: bool | Progress) -> None:
+    with ahead.showing_stage(show):
+        reading = stage.begin("reading headers", 3)
+        for _ in range(3):
+            reading.done += 1
+            time.sleep(0.03)
+        stage.begin("matching 1200 names \x1b[2J")
+        time.sleep(0.05)
+
+
+def test_what_planning_is_at_is_shown_on_a_terminal(terminal, monkeypatch):
+    monkeypatch.setattr(ahead, "AFTER", 0.02)
+    monkeypatch.setattr(ahead, "EVERY", 0.01)
+    monkeypatch.setattr(ahead, "columns", lambda: 40)
+    slow_planning(show=True)
+    text = terminal()
+    assert "reading headers: " in text
+    assert " of 3" in text
+    assert "matching 1200 names \\x1b[2J" in text
+    assert "\x1b" not in text
+    *lines, last, nothing = text.split("\r")
+    assert max(map(len, lines)) < 40
+    assert not last.strip()
+    assert not nothing
+    slow_planning(show=False)
+    assert not terminal()
+
+
+def test_nothing_is_shown_of_what_is_planned_at_once(terminal):
+    slow_planning(show=True)
+    assert not terminal()
+
+
+def test_planning_says_what_it_is_at(tmp_path, monkeypatch, capsys):
+    stages: list[str] = []
+    begin = stage.begin
+
+    def note(what: str, total: int = 0) -> stage.Stage:
+        stages.append(f"{what} {total}" if total else what)
+        return begin(what, total)
+
+    for module in (opening, folder, targets, sides, compiler):
+        monkeypatch.setattr(module, "begin", note)
+    source = write(tmp_path / "source", numbered({f"w{k}": (2, 3) for k in range(4)}), shards=2)
+    assert run("plan", source, tmp_path / "dst", "--quiet") == 0
+    assert stages == [
+        "reading headers", "reading headers 2", "matching 4 names", "laying out 4 tensors", "finding copies and tiles of files 1",
+    ]  # fmt: skip
+    assert capsys.readouterr() == ("", "")
 
 
 def test_no_colour(terminal, monkeypatch):

@@ -31,6 +31,7 @@ from streamconv.running.directory import Directory
 from streamconv.running.lock import Lock
 from streamconv.running.log import Log, read_lines
 from streamconv.running.output import begun_plan
+from streamconv.units import format_size
 from tools.crash import read_tree
 
 SMALL = ["--max-shard-size", "500KB", "--quiet", "-j", "1"]
@@ -95,6 +96,26 @@ def test_what_is_durable_is_not_done_again(source, tmp_path, monkeypatch, option
     assert run("convert", source, tmp_path / "whole", *SMALL, *options) == 0
     assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
     assert not (set(before) - kept) - set(after) - {task for task in before if task[0] in state.finished}
+
+
+def test_what_is_kept_is_said(source, tmp_path, monkeypatch, capsys):
+    dst = tmp_path / "dst"
+    interrupt(monkeypatch, source, dst)
+    state = Log()
+    state.replay(read_lines((dst / LOG).read_bytes())[0])
+    finished = sum((dst / name).stat().st_size for name in state.finished)
+    capsys.readouterr()
+    result = api.convert(source, dst, max_shard_size="500KB", workers=1, max_memory=ROOMY, resume=True)
+    total = sum(file.size for file in result.plan.files)
+    assert finished <= result.kept < total
+    assert result.kept > 0
+    kept = f"resumed: {format_size(result.kept)} of {format_size(total)} were there, and are kept"
+    assert kept in result.notes
+    loud = [option for option in SMALL if option != "--quiet"]
+    assert run("convert", source, dst, *loud, "--resume") == 0
+    assert f"note: resumed: {format_size(total)} of {format_size(total)} were there, and are kept\n" in capsys.readouterr().out
+    assert run("convert", source, tmp_path / "other", *loud, "--resume") == 0
+    assert "resumed" not in capsys.readouterr().out
 
 
 def flip(path: Path, at: int) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from streamconv.cli.console import Console
 from streamconv.cli.deciding import decide_options
 from streamconv.cli.parser import read_options
-from streamconv.cli.showing import suggest_recipes
+from streamconv.cli.showing import shows_bar, suggest_recipes
 from streamconv.conversion import api
 from streamconv.conversion.options import PlanOptions
 from streamconv.diagnose import report
 from streamconv.errors import UsageError
 from streamconv.formats.catalog import locate
 from streamconv.planning.plan import BEGINNING, Plan
+from streamconv.running.ahead import showing_stage
 from streamconv.running.kept import check_replaceable, check_report
 from streamconv.storage import is_url
 
@@ -25,7 +26,8 @@ def execute(args: argparse.Namespace, out: Console) -> int:
         args.src = locate(args.src)  # what is listed for the plan is known afterwards
     if args.to:
         decide_options(args, out)
-    plan = api.plan(**read_options(args, PlanOptions))
+    with showing_stage(shows_bar(args)):
+        plan = api.plan(**read_options(args, PlanOptions))
     if args.out:
         _write(args.out, plan)
     if args.json:
