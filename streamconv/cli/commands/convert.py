@@ -22,6 +22,8 @@ def execute(args: argparse.Namespace, out: Console) -> int:
     """Converts, and says what it came to."""
     if args.reclaim_source and not args.yes:
         _confirm(args, out)
+    if args.to:
+        decide_options(args, out)
     result = make(args, out, api.convert)
     suggest_recipes(args, result.plan, out)
     return 0 if result.fits else 1
@@ -30,8 +32,6 @@ def execute(args: argparse.Namespace, out: Console) -> int:
 def make(args: argparse.Namespace, out: Console, call: Callable[..., Result]) -> Result:
     """Has a call that takes the options of a conversion make it, and says what it came to."""
     progress = make_progress(args)
-    if args.to:
-        decide_options(args, out)
     options = read_options(args, ConvertOptions)
     with ending_softly() if is_url(args.dst) else nullcontext():
         result = call(**options, progress=progress)
