@@ -12,7 +12,7 @@ from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import AddProducts, Reshape, Strided
 from streamconv.schemes.beside import transpose
 
-_TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")  # model types whose experts have inputs before outputs
+_TRANSPOSED = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")  # model types whose experts have inputs before outputs
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as modules define their parameters
 _SINCE = (0, 19)  # versions of peft before this took inputs to come first in any model
 
