@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -45,7 +46,7 @@ def merge_adapters(checkpoint: Checkpoint, texts: Iterable[str], dtype_of: Recas
     weights = Weights(checkpoint.contents.entries, checkpoint.config, dtype_of)
     notes = []
     for text in texts:
-        path, weight = _split(str(text))
+        path, weight = _split(os.fspath(text))  # a URL stays what it is
         adapter = Adapter(path, weight, checkpoint.config, f"{OPTION} {locate(path)}")
         notes.append(merge(adapter, weights) + _base_of(adapter, checkpoint))
     contents = replace(checkpoint.contents, entries=weights.entries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ class Altered:
         config: keys of config.json that go with it, with dots if they are within others.
         former: for each tensor that has another name now, the one that it had.
         dropped: tensors that are left out, by the names that they had, and why.
+        brought: tensors that have come from another checkpoint.
         sources: for each tensor that is not called as what it is made of, what that is called.
         replicas: tensors that must hold the same bytes, two each, and their names.
         others: further checkpoints that it is made of.
@@ -34,15 +35,22 @@ class Altered:
     config: Mapping[str, Any] = field(default_factory=dict)
     former: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
+    brought: Collection[str] = ()
     sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     replicas: Sequence[Replica] = ()
     others: Sequence[Checkpoint] = ()
     dtype: str | None = None
 
-    def account(self, conversion: Conversion) -> Conversion:
-        """A conversion of that checkpoint that tells what was done, by the names that tensors had before."""
+    def account(self, conversion: Conversion, apart: Collection[str] = ()) -> Conversion:
+        """A conversion of that checkpoint that tells what was done, by the names that tensors had before.
+
+        Targets that are ``apart`` are made of what has come later: their sources are no tensors of this one.
+        """
         rows = []
         for row in conversion.rows:
+            if row.target in apart:
+                rows.append(row)
+                continue
             how = list(dict.fromkeys(self.changed[name] for name in row.sources if name in self.changed))
             layout = ", then ".join(filter(None, (*how, row.layout)))
             sources = dict.fromkeys(source for name in row.sources for source in self.sources.get(name, (self._former(name),)))
@@ -59,6 +67,15 @@ class Altered:
 
     def _former(self, name: str) -> str:
         return self.former.get(name, name)
+
+
+def account_for(altered: Sequence[Altered], conversion: Conversion) -> Conversion:
+    """A conversion that tells all that was done, one after the other, to what it is of."""
+    apart: set[str] = set()
+    for one in reversed(altered):
+        conversion = one.account(conversion, apart)
+        apart |= {row.target for row in conversion.rows if one.brought and {*row.sources} <= {*one.brought}}
+    return conversion
 
 
 def with_keys(config: Mapping[str, Any], additions: Mapping[str, Any]) -> dict[str, Any]:

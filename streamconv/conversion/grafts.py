@@ -60,7 +60,9 @@ def graft(options: Options, checkpoint: Checkpoint) -> Altered | None:
     said = f"; config.json has another {', '.join(config)} for them" if config else ""
     note = f"{OPTION} {other.path}: {len(taken.outputs)} of its {len(other)} tensors, {len(instead)} instead of SRC's own{said}"
     changed = {name: f"{'replaced' if name in instead else 'brought'} by a graft" for name in taken.outputs}
-    return Altered(checkpoint.with_contents(replace(checkpoint.contents, entries=entries)), changed, [note], config)
+    return Altered(
+        checkpoint.with_contents(replace(checkpoint.contents, entries=entries)), changed, [note], config, brought={*taken.outputs}
+    )
 
 
 def _config_of(own: Mapping[str, Any], other: Mapping[str, Any], names: list[str]) -> dict[str, Any]:

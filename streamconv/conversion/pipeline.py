@@ -10,7 +10,7 @@ from typing import Any
 from streamconv import memory
 from streamconv.checkpoint.opening import Checkpoint, read_config
 from streamconv.conversion.adapters import adapt
-from streamconv.conversion.altered import Altered
+from streamconv.conversion.altered import Altered, account_for
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
 from streamconv.conversion.grafts import graft
@@ -94,10 +94,10 @@ def make_plan(options: PlanOptions) -> Plan:
     checkpoint, altered = alter_as_asked(options, checkpoint, casting, is_renamed=is_renamed)
     altered = [*merged, *altered]
     conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, is_stated=dequantization is None and not is_renamed)
+    conversion = account_for(altered, conversion)
     additions: dict[str, Any] = {}
-    for one in reversed(altered):
-        conversion = one.account(conversion)
-        additions = {**one.config, **additions}
+    for one in altered:
+        additions |= one.config
         replicas += one.replicas
     if dequantization is not None:
         conversion = dequantization.account(conversion)
