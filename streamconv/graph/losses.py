@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 TOO_LARGE = "are too large for their new dtype"
 UNSCALED = "have no scale, for NaN or infinity in their block, or numbers too small for one"
 """What is said of values that are counted."""
-_PIECE, _LINE = 1 << 16, 1 << 8  # values that are measured at once, and that are added up in float32
+_PIECE, _LINE = 1 << 17, 1 << 8  # values that are measured at once, and that are added up in float32
 _LEAST, _MOST = 2.0**-60, 2.0**60  # sums of squares of which the single ones fit into float32
 
 
@@ -134,21 +134,22 @@ def _measure_singles(before: Array, after: Array, source: str, target: str) -> L
     """`measure` of rows of float32, piece by piece: each stays in the cache for all that is asked of it."""
     import numpy as np
 
-    total, difference = Loss(), np.empty(min(_PIECE, before.size), np.float32)
+    others, difference = Loss(), np.empty(min(_PIECE, before.size), np.float32)
+    rounded, zeros, most, squares, norm = 0, 0, 0.0, 0.0, 0.0
     for start in range(0, before.size, _PIECE):
         old, new = before[start : start + _PIECE], after[start : start + _PIECE]
         gap = np.subtract(old, new, out=difference[: old.size])
-        norm, squares = _sum_of_squares(old), _sum_of_squares(gap)
+        own_norm, own_squares = _sum_of_squares(old), _sum_of_squares(gap)
         has_zeros = not new.all()
-        rounded = int(np.count_nonzero(gap if has_zeros else gap.view(np.int32)))  # of other equal numbers the gap is a positive zero
-        if not (_LEAST < norm < _MOST and (not rounded or _LEAST < squares < _MOST)):
-            total += _measure(old, new, source, target)
+        count = int(np.count_nonzero(gap if has_zeros else gap.view(np.int32)))  # of other equal numbers the gap is a positive zero
+        if not (_LEAST < own_norm < _MOST and (not count or _LEAST < own_squares < _MOST)):
+            others += _measure(old, new, source, target)
             continue
-        zeros = 0
-        if rounded and has_zeros:
-            zeros = int(np.count_nonzero(old)) - int(np.count_nonzero(new))
-        total += Loss(0, source, target, rounded, zeros, max(float(gap.max()), -float(gap.min())), squares, norm)
-    return total
+        if count and has_zeros:
+            zeros += int(np.count_nonzero(old)) - int(np.count_nonzero(new))
+        most = max(most, float(gap.max()), -float(gap.min()))
+        rounded, squares, norm = rounded + count, squares + own_squares, norm + own_norm
+    return others + Loss(0, source, target, rounded, zeros, most, squares, norm)
 
 
 def sum_of_squares(values: Array) -> float:
@@ -166,7 +167,8 @@ def _sum_of_squares(values: Array) -> float:
     whole = values.size // _LINE * _LINE
     lines, rest = values[:whole].reshape(-1, _LINE), values[whole:]
     products = np.vecdot(lines, lines) if hasattr(np, "vecdot") else np.matmul(lines[:, None], lines[:, :, None])  # of numpy 2, 1
-    return float(products.sum(dtype=np.float64)) + float(np.square(rest, dtype=np.float64).sum())
+    total = float(products.sum(dtype=np.float64))
+    return total + float(np.square(rest, dtype=np.float64).sum()) if rest.size else total
 
 
 def _measure(before: Array, after: Array, source: str, target: str) -> Loss:
