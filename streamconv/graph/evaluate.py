@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +22,7 @@ from streamconv.graph.reductions import value_of
 if TYPE_CHECKING:
     from streamconv.graph.arena import Array
 
+_SMALL = 1 << 10  # bytes of a value that is kept, whether or not another needs it
 COMPARE = 1 << 20  # bytes of each side that are compared at a time
 Expect = Callable[[Iterable[tuple[str, int, int]]], None]
 """Is told what will be read next: path, offset and bytes."""
@@ -77,10 +77,17 @@ def _evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read, *
         for number, piece in op.pull(move):
             _evaluate(node.inputs[number], piece, out, arena, read, beside=beside)
     elif isinstance(op, Reduce):
-        overflowed, reduction = arena.overflowed, partial(_reduce, node, op, arena, read)
-        value = value_of(node, lambda: reduction().copy()) if beside else reduction()
-        if beside:  # the same values are counted where they are written
-            arena.overflowed = overflowed
+        overflowed = arena.overflowed
+        if beside or _is_kept(node):
+
+            def make() -> tuple[Array, int]:
+                value = _reduce(node, op, arena, read).copy()
+                return value, arena.overflowed - overflowed
+
+            value, count = value_of(node, make)
+            arena.overflowed = overflowed + (0 if beside else count)  # the same values are counted where they are written
+        else:
+            value = _reduce(node, op, arena, read)
         copy_strided(out[move.dst :], value[move.src :], list(zip(move.sizes, move.dst_strides, move.src_strides, strict=True)), arena)
     else:
         assert isinstance(op, Compute)
@@ -114,6 +121,11 @@ def _compute(node: Node, op: Compute, move: Move, out: Array, arena: Arena, read
             arena.loss = arena.loss + loss if arena.loss else loss
 
 
+def _is_kept(node: Node) -> bool:
+    """Whether a `Reduce` is made once, though it is an output itself: codes are likely made of it, and several outputs the same."""
+    return node.spec.nbytes <= _SMALL
+
+
 def _reduce(node: Node, op: Reduce, arena: Arena, read: Read) -> Array:
     """All of a node's output, in the arena."""
     specs = [child.spec for child in node.inputs]
@@ -133,7 +145,7 @@ def reads(node: AnyNode, move: Move, *, beside: bool = False) -> Iterator[tuple[
     elif isinstance(node.op, Layout):
         for number, piece in node.op.pull(move):
             yield from reads(node.inputs[number], piece, beside=beside)
-    elif isinstance(node.op, Compute) or not beside:
+    elif isinstance(node.op, Compute) or not (beside or _is_kept(node)):
         specs = [child.spec for child in node.inputs]
         children = list(descend(node, beside=beside))
         for part in node.op.cut(move, specs) if isinstance(node.op, Compute) else [move]:

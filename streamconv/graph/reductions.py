@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     Array = ndarray[Any, Any]
 
 _lock = Lock()
-_values: WeakKeyDictionary[Node, Array] = WeakKeyDictionary()
+_values: WeakKeyDictionary[Node, tuple[Array, int]] = WeakKeyDictionary()
 _making: WeakKeyDictionary[Node, Lock] = WeakKeyDictionary()
 
 
-def value_of(node: Node, make: Callable[[], Array]) -> Array:
-    """All of a node's output. Who comes while another thread makes it waits, and makes it where that has failed."""
+def value_of(node: Node, make: Callable[[], tuple[Array, int]]) -> tuple[Array, int]:
+    """All of a node's output, and how many values overflowed for it.
+
+    Who comes while another thread makes it waits, and makes it where that has failed.
+    """
     with _lock:
         making = _making.setdefault(node, Lock())
     with making:

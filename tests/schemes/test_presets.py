@@ -516,3 +516,19 @@ def test_any_tile_gives_the_codes_of_the_whole(data: st.DataObject) -> None:
         assert (part == every[top : top + down, left : left + across]).all()
         assert apply(node.op, *node.inputs).spec == node.spec
     assert (stored == before).all()
+
+
+def test_weights_that_share_a_scale_are_read_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the scale of all scales, whoever stores it, and once each for codes and scales."""
+    from streamconv.engine.worker import Worker
+
+    counted, original = [0], Worker._read
+
+    def read_and_count(self: Worker, path: str, offset: int, view: memoryview) -> None:
+        counted[0] += len(view.cast("B"))
+        original(self, path, offset, view)
+
+    src = source(tmp_path)
+    monkeypatch.setattr(Worker, "_read", read_and_count)
+    quantize(src, tmp_path / "out", "NVFP4A16")
+    assert counted == [3 * sum(tensor.nbytes for name, tensor in load_file(src / "model.safetensors").items() if "_proj" in name)]
