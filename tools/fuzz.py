@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 from streamconv import recipes
 from streamconv.errors import StreamconvError
-from streamconv.formats import mindspore, safetensors
+from streamconv.formats import gguf, mindspore, safetensors
 from streamconv.formats import torch as torch_files
 from streamconv.storage.locations import locate
 from streamconv.trainers import dcp, fsdp, hf_shards, mindspore2, torch_dist, zero
@@ -62,6 +62,41 @@ def mindspore_seeds() -> list[bytes]:
     """Files as MindSpore writes them."""
     folder = Path(__file__).parent.parent / "tests" / "data" / "ckpt"
     return [path.read_bytes() for path in sorted(folder.glob("*.ckpt")) if path.stat().st_size < 1 << 16]
+
+
+def gguf_seeds() -> list[bytes]:
+    """Files by the words of GGUF's specification: pairs of each type of value, tensors that are numbers, and blocks."""
+
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    words = [b"<s>", b"a", "\u00e9".encode()]
+    pairs = {
+        b"general.architecture": struct.pack("<I", 8) + text(b"llama"),
+        b"general.alignment": struct.pack("<II", 4, 32),
+        b"llama.block_count": struct.pack("<II", 4, 1),
+        b"llama.rope.freq_base": struct.pack("<If", 6, 1e4),
+        b"general.flag": struct.pack("<IB", 7, 1),
+        b"general.size": struct.pack("<IQ", 10, 1 << 40),
+        b"tokenizer.ggml.tokens": struct.pack("<IIQ", 9, 8, len(words)) + b"".join(map(text, words)),
+        b"tokenizer.ggml.scores": struct.pack("<IIQ3f", 9, 6, 3, 0.0, 1.0, 2.0),
+    }
+    tensors = {
+        b"token_embd.weight": (0, (4, 8), 128),
+        b"blk.0.attn_q.weight": (8, (2, 64), 136),
+        b"blk.0.ffn_up.weight": (12, (1, 256), 144),
+    }
+    seeds = []
+    for version, count in ((3, 3), (2, 1)):
+        head = b"GGUF" + struct.pack("<IQQ", version, count, len(pairs))
+        head += b"".join(text(key) + value for key, value in pairs.items())
+        offset, data = 0, b""
+        for name, (kind, shape, size) in list(tensors.items())[:count]:
+            head += text(name) + struct.pack("<I2QIQ", len(shape), *reversed(shape), kind, offset)
+            data += bytes(size + -size % 32)
+            offset = len(data)
+        seeds.append(head + bytes(-len(head) % 32) + data)
+    return seeds
 
 
 def torch_seeds() -> list[bytes]:
@@ -143,6 +178,7 @@ READERS: dict[str, tuple[Callable[[], list[bytes]], str, Callable[[Path], object
     "safetensors": (safetensors_seeds, "model.safetensors", lambda path: safetensors.read(locate(path))),
     "index": (index_seeds, "model.safetensors.index.json", read_index),
     "mindspore": (mindspore_seeds, "model.ckpt", lambda path: mindspore.read(locate(path))),
+    "gguf": (gguf_seeds, "model.gguf", lambda path: gguf.read(locate(path))),
     "torch": (torch_seeds, "model.bin", lambda path: torch_files.read(locate(path))),
     "recipe": (recipe_seeds, "recipe.json", recipes.load),
     "recipe-yaml": (yaml_seeds, "recipe.yaml", recipes.load),
