@@ -28,12 +28,14 @@ from streamconv.graph.node import apply
 from streamconv.graph.ops import Cast
 from streamconv.storage.folder import Folder, Location, read_each
 from streamconv.trainers.leftovers import note_left_out
+from streamconv.trainers.pieces import Replica
 
 _MARKERS = ("latest_universal", "latest")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<slice>\d+)_optim_states\.pt")
 _PARTS = re.compile(r"zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<slice>\d+)_model_states\.pt")
 _MODULE = re.compile(r"mp_rank_(?P<slice>\d+)_model_states\.pt")
-_EXPERT = re.compile(r"(?:layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt")
+_SLICE = re.compile(r"mp_rank_(?P<slice>\d+)_model_states")
+_EXPERT = re.compile(r"(?:layer_(?P<layer>\d+)_)?expert_(?P<expert>\d+)_mp_rank_\d+_model_states\.pt")
 _UNIVERSAL = "zero"  # the folder with one folder for each parameter
 _MASTER = "fp32.pt"
 _ALIGNED = 2  # elements for each rank that a group is padded to a multiple of
@@ -123,28 +125,31 @@ def read(
     """
     folder, marker = _find(path.folder)
     names = folder.list()
-    models = _numbered(folder, names, _MODULE) or _numbered(folder, names, _PARTS)
-    if not models:
-        raise FormatError(f"{show(folder.file(''))}: no *_model_states.pt, which says what parameters are called: fetch it")
-    if any(map(_EXPERT.fullmatch, names)):
-        raise FormatError(f"{show(folder.file(''))}: experts in files of their own, as DeepSpeed-MoE has them, are not read")
-    files_of = _open_all(folder, models.values())
-    optimizers = _numbered(folder, names, _OPTIMIZER)
-    is_universal = _UNIVERSAL in names and folder.has_folder(_UNIVERSAL)
+    is_universal = _UNIVERSAL in names and folder.has_folder(_UNIVERSAL) and master
+    models = _model_files(folder, names, sliced=is_universal)
+    experts = sorted(filter(_EXPERT.fullmatch, names))
+    if experts and master:
+        what = "experts in files of their own, as DeepSpeed-MoE has them, whose float32 parameters are not read"
+        raise FormatError(f"{show(folder.file(''))}: {what}: take the module's own tensors with --set master=false")
+    files_of = _open_all(folder, models)
+    optimizers = {} if is_universal else _numbered(folder, names, _OPTIMIZER)
     left: list[Any] = []
+    replicas: list[Replica] = []
     if not master:
-        entries, used = _module(files_of[0]), [folder.file(name) for name in models.values()]
+        entries, used = _module(files_of[0]), [folder.file(name) for name in (*models, *experts)]
+        _check_experts(folder, files_of[0], experts)
+        entries |= _experts(_open_all(folder, experts), entries)
     elif is_universal:
-        entries, used = _universal(folder, files_of)
+        entries, used, replicas = _universal(folder, files_of)
     else:
         states = _open_all(folder, optimizers.values())
         entries = _masters(folder, files_of, states)
-        used = [folder.file(name) for name in (*models.values(), *optimizers.values())]
+        used = [folder.file(name) for name in (*models, *optimizers.values())]
         left = [state.tree for state in states]
     if not entries:
         raise FormatError(f"{show(folder.file(''))}: there is no parameter in it")
     check_unicode(folder.file(""), entries)
-    contents = Contents("zero", entries, used, [path.folder.file(marker)] if marker else [])
+    contents = Contents("zero", entries, used, [path.folder.file(marker)] if marker else [], replicas=replicas)
     count, nbytes = measure_tensors(left)
     taken = sum(node.spec.nbytes for node in entries.values() if node.spec.dtype.name == "float32")
     if left and nbytes > taken:
@@ -171,6 +176,30 @@ def _find(folder: Folder) -> tuple[Folder, str]:
             if tag and "/" not in tag and folder.has_folder(tag):
                 return folder.folder(tag), marker
     raise FormatError(f"{show(folder.file(''))}: no step of DeepSpeed in it: give the folder with latest, or that of a step")
+
+
+def _model_files(folder: Folder, names: Sequence[str], *, sliced: bool) -> list[str]:
+    """The files that say what parameters are called; with ``sliced`` also those of further slices and stages.
+
+    Raises:
+        FormatError: there is none, or some are missing.
+    """
+    if not sliced:
+        models = [*(_numbered(folder, names, _MODULE) or _numbered(folder, names, _PARTS)).values()]
+    else:
+        by_slice: dict[int, list[str]] = {}
+        pattern = _MODULE if any(map(_MODULE.fullmatch, names)) else _PARTS
+        for name in sorted(names):
+            match = pattern.fullmatch(name)
+            if match:
+                by_slice.setdefault(int(match["slice"]), []).append(name)
+        missing = sorted(set(range(max(by_slice, default=-1) + 1)) - set(by_slice))
+        if missing:
+            raise FormatError(f"{show(folder.file(''))}: no *mp_rank_{missing[0]:02d}_model_states.pt: fetch the files of all ranks")
+        models = [name for number in sorted(by_slice) for name in (by_slice[number] if len(by_slice) == 1 else by_slice[number][:1])]
+    if not models:
+        raise FormatError(f"{show(folder.file(''))}: no *_model_states.pt, which says what parameters are called: fetch it")
+    return models
 
 
 def _numbered(folder: Folder, names: Iterable[str], pattern: re.Pattern[str]) -> dict[int, str]:
@@ -201,6 +230,33 @@ def _module(model: _File) -> dict[str, AnyNode]:
     entries = {name: model.tensor(name, leaf) for name, leaf in model.table("module").items()}
     if any(not node.spec.numel for node in entries.values()) and model.tree.get("param_shapes"):
         raise UsageError(f"{show(model.path)}: stage 3 keeps no module of its own: leave out --set master=false")
+    return entries
+
+
+def _check_experts(folder: Folder, model: _File, names: Sequence[str]) -> None:
+    """Raises FormatError where a layer's experts are not all there: the model says how many each layer has."""
+    numbers: dict[int, set[int]] = {}
+    for match in map(_EXPERT.fullmatch, names):
+        if match:
+            numbers.setdefault(int(match["layer"] or 0), set()).add(int(match["expert"]))
+    said = model.tree.get("num_experts")
+    counts = said if type(said) is list and all(type(one) is int for one in said) else []
+    for layer in range(max([*numbers, len(counts) - 1], default=-1) + 1):
+        own = numbers.get(layer, set())
+        count = counts[layer] if layer < len(counts) else max(own, default=0) + 1
+        missing = next((number for number in range(min(count, len(own) + 1)) if number not in own), None)
+        if missing is not None:
+            raise FormatError(f"{show(folder.file(''))}: no file of expert {missing} of layer {layer}: fetch the files of all experts")
+
+
+def _experts(files: Sequence[_File], module: Mapping[str, AnyNode]) -> dict[str, AnyNode]:
+    """The tensors of experts, which have files of their own. Raises FormatError where one has been seen."""
+    entries: dict[str, AnyNode] = {}
+    for file in files:
+        for name, leaf in file.tree.items():
+            if name in entries or name in module:
+                raise damaged(file.path, "another file has it, too", name)
+            entries[name] = file.tensor(name, leaf)
     return entries
 
 
@@ -413,14 +469,16 @@ def _join(path: Location, name: str, spec: TensorSpec, ranges: Sequence[tuple[An
 # Universal -------------------------------------------------------------------------------------------------------
 
 
-def _universal(folder: Folder, models: Sequence[_File]) -> tuple[dict[str, AnyNode], list[Location]]:
+def _universal(folder: Folder, models: Sequence[_File]) -> tuple[dict[str, AnyNode], list[Location], list[Replica]]:
     """All tensors of a universal checkpoint: a folder for each parameter; the rest is as in the files of the model."""
     below = folder.folder(_UNIVERSAL)
-    shapes = {name: shape for group in _shapes(models[0]) for name, shape in group.items()}
+    is_sliced = len({match["slice"] for match in map(_SLICE.search, (model.path.name for model in models)) if match}) > 1
+    shapes = {name: shape for model in (models if is_sliced else models[:1]) for group in _shapes(model) for name, shape in group.items()}
     missing = [name for name in shapes if not below.has(f"{name}/{_MASTER}")]
     if missing:
         raise FormatError(f"{show(folder.file(_UNIVERSAL))}: no {missing[0]}/{_MASTER}: fetch the folders of all parameters")
-    entries = _beside(models)
+    replicas: list[Replica] = []
+    entries = _beside_slices(models, replicas) if is_sliced else _beside(models)
     paths = [below.file(f"{name}/{_MASTER}") for name in shapes]
     opened = read_each(paths, KIND.noun, open_tree)
     for (name, shape), path, (tree, places) in zip(shapes.items(), paths, opened, strict=True):
@@ -428,15 +486,33 @@ def _universal(folder: Folder, models: Sequence[_File]) -> tuple[dict[str, AnyNo
         if type(leaf) is not Tensor:
             raise damaged(path, f"expected a tensor, found {short.repr(tree)}", name)
         node = locate_tensor(path, name, leaf, places)
-        spec = TensorSpec(node.spec.dtype, shape)
-        if node.spec.shape != shape:
+        is_whole = is_sliced and type(tree) is dict and len(node.spec.shape) == len(shape)  # and the shape that is said a slice's
+        if node.spec.shape != shape and not is_whole:
             rows = len(shape) > 0 and len(node.spec.shape) == len(shape) and node.spec.shape[1:] == shape[1:]
-            is_flat = node.spec.shape == (math.prod(shape),)
+            is_flat = node.spec.shape == (math.prod(shape),) and not is_sliced
             if not is_flat and not (rows and type(tree) is dict and "vocab_tensor" in tree and node.spec.shape[0] >= shape[0]):
                 raise damaged(path, f"it is {node.spec}, and {list(shape)} by {models[0].path.name}", name)
+            spec = TensorSpec(node.spec.dtype, shape)
             node = _join(path, name, spec, [(node, 0, spec.numel)])
         entries[name] = node
-    return _with_aliases(models, entries), [*paths, *(model.path for model in models)]
+    return _with_aliases(models, entries), [*paths, *(model.path for model in models)], replicas
+
+
+def _beside_slices(models: Sequence[_File], replicas: list[Replica]) -> dict[str, AnyNode]:
+    """Buffers of slices and stages, which should be the same where they have one name. Raises FormatError for frozen parameters."""
+    entries: dict[str, AnyNode] = {}
+    for model in models:
+        frozen = next(iter(model.table("frozen_param_shapes")), None)
+        if frozen is not None:
+            what = f"{short.repr(frozen)} is frozen, and in slices that nothing says how to join"
+            raise FormatError(f"{show(model.path)}: {what}: save it with one model parallel rank")
+        for name, node in _beside([model]).items():
+            other = entries.setdefault(name, node)
+            if other.spec != node.spec:
+                raise damaged(model.path, f"it is {node.spec}, and {other.spec} in another slice", name)
+            if other is not node:
+                replicas.append((other, node, name))
+    return entries
 
 
 CONTAINER = Container(

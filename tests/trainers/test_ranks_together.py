@@ -25,6 +25,7 @@ KINDS = {
     "fsdp2.tables": "fsdp2.expected",
     **{kind: f"{kind}.expected" for kind in DEEPSPEED},
     **{f"{kind}.universal": f"{kind}.universal.expected" for kind in UNIVERSAL},
+    "z1_slices.universal": "z1_slices.universal.expected",
     **{kind: f"{kind}.expected" for kind in ("mindspore2", "mindspore2_single")},
 }
 FROZEN = {"frozen.weight", "frozen.bias"}  # DeepSpeed's script leaves them out in some versions
@@ -72,6 +73,24 @@ def test_the_module_of_its_own_dtype(tmp_path: Path) -> None:
     model = torch.load(GOLDEN / "z2_bf16_shuffled/global_step2/mp_rank_00_model_states.pt", weights_only=False)["module"]
     assert_same(read(tmp_path / "out"), {name: tensor for name, tensor in model.items() if name != "head.weight"})  # tied
     assert read(tmp_path / "out")["a.weight"].dtype == torch.bfloat16
+
+
+def test_experts_in_files_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = copied("z2_experts", tmp_path)
+    assert "take the module's own tensors with --set master=false" in refusal(capsys, "convert", src, tmp_path / "out")
+    assert run("convert", src, tmp_path / "out", "--set", "master=false", "--quiet", "--max-memory", ROOMY) == 0
+    assert_same(read(tmp_path / "out"), load_file(GOLDEN / "z2_experts.expected.safetensors"))
+    for gone in (3, 1):
+        (src / "step" / f"layer_0_expert_{gone}_mp_rank_00_model_states.pt").unlink()
+        told = refusal(capsys, "convert", src, tmp_path / "no", "--set", "master=false")
+        assert f"no file of expert {gone} of layer 0: fetch the files of all experts" in told
+
+
+def test_slices_are_joined_by_their_own_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "merge them with DeepSpeed's ds_to_universal" in refusal(capsys, "convert", GOLDEN / "z1_slices", tmp_path / "out")
+    src = copied("z1_slices.universal", tmp_path)
+    (src / "step_universal" / "mp_rank_00_model_states.pt").unlink()
+    assert "no *mp_rank_00_model_states.pt" in refusal(capsys, "convert", src, tmp_path / "out")
 
 
 def test_the_folder_of_a_step_is_its_checkpoint(tmp_path: Path) -> None:
