@@ -45,6 +45,7 @@ REGISTRY = Registry(
         "originals.mcore": "mcore-hf2gpt mcore-gpt2hf",
         "originals.mistral": "mistral-hf2original mistral-original2hf",
         "originals.mixtral": "mixtral-hf2original mixtral-original2hf",
+        "originals.torchtitan": "llama-hf2titan llama-titan2hf",
         "originals.vipllava": "vipllava-original2hf vipllava-hf2original",
         "sat.cogvlm": "cogvlm-hf2sat cogvlm-sat2hf cogagent-hf2sat cogagent-sat2hf",
         "sat.language": (
