@@ -52,6 +52,7 @@ GOALS = (
     Goal("original", LAYOUT, "the layout of its makers", r".*-hf2(original|custom|meta|mp)"),
     Goal("ms", LAYOUT, "MindSpore Transformers' layout", r".*-hf2ms", also=("mindspore", "mindformers")),
     Goal("mcore", LAYOUT, "Megatron Core's torch_dist", r"mcore-hf2gpt", also=("megatron",)),
+    Goal("titan", LAYOUT, "torchtitan's distributed checkpoint", r".*-hf2titan", also=("torchtitan",)),
     Goal("sat", LAYOUT, "a SwissArmyTransformer folder", r".*-hf2sat"),
     Goal("mp", LAYOUT, "the ranks of DeepSeek's own code", r".*-hf2mp"),
     Goal("native", LAYOUT, "the layout that transformers keeps in memory", r"transformers-hub2native"),
