@@ -13,7 +13,8 @@ re-shard on a file system that shares blocks, mounted from an image (which takes
 ``llama-hf2ms`` converts about 2 GB at most to MindSpore's container, beside MindSpore Transformers (``pip install mindformers``, in an
 environment of its own). ``dequantize-...`` makes as much quantized by a format bfloat16, in 150 MB, beside compressed-tensors;
 ``quantize-...`` goes the other way, beside llm-compressor. ``merge-...`` puts together what trainers leave of a model over four ranks, in
-100 MB, beside their own mergers (``--trainers-python``: an interpreter that has verl and DeepSpeed).
+100 MB, beside their own mergers (``--trainers-python``: an interpreter that has verl and DeepSpeed). ``average`` merges two models of
+1.5 GB in 150 MB, beside mergekit (``--mergekit-python``).
 
 Prints a table in Markdown; writes ``results.json``, ``table.md``, ``time.png`` and ``memory.png`` (the pictures take matplotlib).
 """
@@ -68,6 +69,7 @@ OPERATIONS = {
     "merge-dcp": "DCP of 4 ranks to whole tensors",
     "merge-verl": "verl's 4 ranks to whole tensors",
     "merge-zero3": "ZeRO-3 of 4 ranks to float32",
+    "average": "Two models averaged",
     "cgroup": f"Re-shard in {GROUP_LIMIT}",
     "reflink-xfs": "Re-shard one file on XFS",
     "reflink-btrfs": "Re-shard one file on btrfs",
@@ -85,6 +87,8 @@ QUANTIZED = {f"quantize-{name.lower().replace('_', '-')}": name for name in ("FP
 DEQUANTIZED_MEMORY = "150MB"
 MERGED = {f"merge-{kind}": kind for kind in ("dcp", "verl", "zero3")}  # operation -> kind of `competitors.trained`
 MERGED_SIZE, MERGED_MEMORY = 1_500_000_000, "100MB"
+AVERAGE, AVERAGE_MEMORY = "average", "150MB"
+AVERAGED = "merge_method: linear\nmodels:\n  - {{model: {}, parameters: {{weight: 0.6}}}}\n  - {{model: {}, parameters: {{weight: 0.4}}}}\n"
 RECIPES = {
     "llama": {MINDSPORE: MINDSPORE, **{name: str(HERE / "recipes" / f"llama-{name}.yaml") for name in LAYOUTS}},
     "internvl": {"fuse": "internvl-hf2custom"},
@@ -148,7 +152,7 @@ def _script(name: str, job: Job, *options: str) -> list[str]:
 
 
 def _cp(job: Job) -> list[str] | None:
-    if job.operation == "cgroup":
+    if job.operation in ("cgroup", AVERAGE):
         return None
     return ["cp", "-r", *(["--reflink=never"] if job.image else []), str(job.source), str(job.target)]
 
@@ -156,7 +160,8 @@ def _cp(job: Job) -> list[str] | None:
 def _device(job: Job) -> list[str] | None:
     if job.operation in ("cgroup", *MERGED) or job.image:
         return None
-    sources = [str(path) for path in (job.source, job.other) if path and (path == job.source or not job.makes_files)]
+    takes_both = job.operation in ("verify", AVERAGE)
+    sources = [str(path) for path in (job.source, job.other) if path and (path == job.source or takes_both)]
     target = ["--target", str(job.target), "--bytes", str(job.output_bytes)] if job.makes_files else []
     return [sys.executable, str(COMPETITORS / "device.py"), *sources, *target, "--shard-size", str(job.shard_size)]
 
@@ -164,12 +169,20 @@ def _device(job: Job) -> list[str] | None:
 def _streamconv(job: Job) -> list[str]:
     command = [sys.executable, "-m", "streamconv"]
     limits = {"cgroup": GROUP_MEMORY} | dict.fromkeys((*DEQUANTIZED, *QUANTIZED), DEQUANTIZED_MEMORY)
-    limits |= dict.fromkeys(MERGED, MERGED_MEMORY)
+    limits |= dict.fromkeys(MERGED, MERGED_MEMORY) | {AVERAGE: AVERAGE_MEMORY}
     memory = ["--max-memory", limits.get(job.operation, job.max_memory)]
     if job.operation == "verify":
         return [*command, "verify", str(job.source), str(job.other), *memory, "--no-progress"]
     options = [*_recipe(job), "--max-shard-size", str(job.shard_size), *(["--align"] if job.image else [])]
-    return [*command, "convert", str(job.source), str(job.target), *options, *memory, "--no-progress"]
+    what = ["merge", str(_averaged(job))] if job.operation == AVERAGE else ["convert", str(job.source)]
+    return [*command, *what, str(job.target), *options, *memory, "--no-progress"]
+
+
+def _averaged(job: Job) -> Path:
+    """The file that says what is averaged."""
+    file = job.target.with_name("average.yaml")
+    file.write_text(AVERAGED.format(job.source, job.other), encoding="utf-8")
+    return file
 
 
 def _recipe(job: Job) -> list[str]:
@@ -188,7 +201,7 @@ def _streamconv_in_group(job: Job) -> list[str] | None:
 
 
 def _safetensors(job: Job) -> list[str] | None:
-    if job.operation in ("cgroup", MINDSPORE, *DEQUANTIZED, *QUANTIZED, *MERGED) or job.image:
+    if job.operation in ("cgroup", MINDSPORE, AVERAGE, *DEQUANTIZED, *QUANTIZED, *MERGED) or job.image:
         return None
     _needs("safetensors", "huggingface_hub")
     if job.operation == "verify":
@@ -212,14 +225,17 @@ def _transformers(job: Job) -> list[str] | None:
 
 
 def _mergekit(job: Job) -> list[str] | None:
-    """Passthrough. Its ``--low-cpu-memory`` keeps results on an accelerator and does nothing without one."""
-    if job.operation not in ("reshard", *DTYPES):
+    """Passthrough, or what is asked for. Its ``--low-cpu-memory`` keeps results on an accelerator and does nothing without one."""
+    if job.operation not in ("reshard", AVERAGE, *DTYPES):
         return None
     if subprocess.run([job.mergekit_python, "-c", "import mergekit"], capture_output=True, check=False).returncode:
         raise NotRunError("mergekit not installed (--mergekit-python gives the interpreter of another environment)")
-    dtype = f"dtype: {job.dtype}\n" if job.dtype else ""
-    config = job.target.with_name("mergekit.yaml")
-    config.write_text(f"merge_method: passthrough\nmodels:\n  - model: {job.source}\n{dtype}", encoding="utf-8")
+    if job.operation == AVERAGE:
+        config = _averaged(job)
+    else:
+        dtype = f"dtype: {job.dtype}\n" if job.dtype else ""
+        config = job.target.with_name("mergekit.yaml")
+        config.write_text(f"merge_method: passthrough\nmodels:\n  - model: {job.source}\n{dtype}", encoding="utf-8")
     shards = ["--out-shard-size", f"{max(1, job.shard_size // 10**6)}M"]
     options = ["--lazy-unpickle", "--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
     return [job.mergekit_python, "-m", "mergekit.scripts.run_yaml", str(config), str(job.target), *shards, *options]
@@ -276,7 +292,7 @@ TOOLS: dict[str, tuple[str, Callable[[Job], list[str] | None]]] = {
     "safetensors": ("safetensors load, save", _safetensors),
     "huggingface_hub": ("huggingface_hub save", _hub),
     "transformers": ("transformers load, save", _transformers),
-    "mergekit": ("mergekit passthrough", _mergekit),
+    "mergekit": ("mergekit", _mergekit),
     "dcp": ("torch DCP consolidation", _dcp),
     "mindformers": ("mindformers convert_weight", _mindformers),
     "llm-compressor": ("llm-compressor model_free_ptq", _llm_compressor),
@@ -352,7 +368,8 @@ def run_once(name: str, job: Job, command: list[str], *, cold: str, interval: fl
 
 def check_output(job: Job) -> str:
     """Compares a tool's output with what streamconv computes from the source: "equal", or what is not."""
-    command = [sys.executable, "-m", "streamconv", "verify", str(job.source), str(job.target), *_recipe(job), "--no-progress"]
+    source = _averaged(job) if job.operation == AVERAGE else job.source
+    command = [sys.executable, "-m", "streamconv", "verify", str(source), str(job.target), *_recipe(job), "--no-progress"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return "equal" if found.returncode == 0 else " ".join((found.stdout + found.stderr).split())[:300]
 
@@ -463,6 +480,13 @@ def _check_room(folder: Path, nbytes: float) -> None:
 def prepared(job: Job, names: Sequence[str]) -> Iterator[Job]:
     """The job with its second checkpoint, if it takes one."""
     other = job.target.with_name("other")
+    if job.operation == AVERAGE:
+        try:
+            make_checkpoint("llama-2-7b", other, size=MERGED_SIZE, seed=1)
+            yield replace(job, other=other, source_bytes=2 * job.source_bytes, made_bytes=job.source_bytes)
+        finally:
+            _remove(other)
+        return
     if job.operation == "verify":
         command = _streamconv(replace(job, operation="reshard", target=other))
     elif job.operation in MERGED:
@@ -540,8 +564,8 @@ def _job(operation: str, sources: Sources, options: argparse.Namespace) -> Itera
     if operation in (*LAYOUTS, MINDSPORE) and recipe is None:
         raise NotRunError(f"there is no recipe for {options.model}")
     size = min(options.size, SMALL_SIZE) if operation in (MINDSPORE, *DEQUANTIZED, *QUANTIZED) else options.size
-    size = min(size, MERGED_SIZE) if operation in MERGED else size
-    model = DEQUANTIZED.get(operation, "llama-2-7b" if operation in (*QUANTIZED, *MERGED) else None)
+    size = min(size, MERGED_SIZE) if operation in (AVERAGE, *MERGED) else size
+    model = DEQUANTIZED.get(operation, "llama-2-7b" if operation in (AVERAGE, *QUANTIZED, *MERGED) else None)
     source = sources.get("float32" if operation == "to-bf16" else "bfloat16", size, model)
     job = replace(_make_job(operation, source, options.work / "target", options, shard_size=options.shard_size), recipe=recipe)
     if operation in DEQUANTIZED:
@@ -709,7 +733,7 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             continue
         if name in TIMES and mine.ratio is not None:
             found.append(Goal(f"{title}: time / cp", mine.ratio, TIMES[name]))
-        if mine.device is not None and name not in QUANTIZED:
+        if mine.device is not None and name not in (AVERAGE, *QUANTIZED):
             found.append(Goal(f"{title}: time / device", mine.device, DEQUANTIZED_DEVICE if name in DEQUANTIZED else DEVICE))
         source, output = operation["source_bytes"], operation["output_bytes"]
         passes = 2 if name == "verify" else 1
@@ -723,6 +747,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
                     found.append(Goal(f"{title}: time of {other} / streamconv", tools[other].median / mine.median, bound, at_least=True))
             if "transformers" in tools:
                 found.append(Goal(f"{title}: peak memory of transformers / streamconv", tools["transformers"].peak / mine.peak, 20, True))  # noqa: FBT003
+        if name == AVERAGE and "mergekit" in tools:
+            found.append(Goal(f"{title}: time / mergekit", mine.median / tools["mergekit"].median, 0.6))
         if "mindformers" in tools:
             found.append(Goal(f"{title}: time of mindformers / streamconv", tools["mindformers"].median / mine.median, 1.0, at_least=True))
         peers = [peer for peer in ("compressed-tensors", "llm-compressor") if peer in tools]

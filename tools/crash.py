@@ -80,6 +80,7 @@ KINDS = {
     "adapter": ["--max-shard-size", str(SHARD), "--adapter", "{src}/../lora"],
     "graft": ["--max-shard-size", str(SHARD), "--graft", "{src}/../donor", "--take", "*", "--replace"],
     "rename": ["--max-shard-size", str(SHARD), "--rename", "model.{{name*}} -> decoder.{{name*}}", "--drop", "*_layernorm.weight"],
+    "merge": ["--max-shard-size", str(SHARD)],
     "parts": ["--max-shard-size", str(SHARD // 2)],
     "parts-fuse": ["--max-shard-size", str(SHARD // 2), "--recipe", "{src}/../fuse.yaml"],
     "parts-adapter": ["--max-shard-size", str(SHARD // 2), "--adapter", "{src}/../lora"],
@@ -109,7 +110,7 @@ class Count:
 
 
 def make_source(folder: Path) -> None:
-    """A small checkpoint of Llama's names, in three files; beside it the recipe that fuses its q, k and v, an adapter, and a graft."""
+    """A small checkpoint of Llama's names, in three files; beside it the recipe that fuses its q, k and v, an adapter, a graft, a merge."""
     numbers = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for i in range(LAYERS):
@@ -139,6 +140,9 @@ def make_source(folder: Path) -> None:
     grafted = {name: shape for name, shape in shapes.items() if ".layers.0." in name or "lm_head" in name}
     _write(graft / "model.safetensors", grafted, numbers)
     (graft / "config.json").write_text(json.dumps(CONFIG))
+    models = [{"model": f"{folder}+{adapter}", "parameters": {"weight": 0.7, "density": 0.3}}]
+    merge = {"merge_method": "ties", "base_model": str(folder), "models": models, "parameters": {"rescale": True}}
+    (folder.parent / "merge.yaml").write_text(yaml.safe_dump(merge))
 
 
 def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], numbers: np.random.Generator) -> None:
@@ -216,6 +220,8 @@ def crash(kind: str, kills: int, folder: Path, chance: random.Random) -> Count:
         make_source(original)
     src, dst, log = folder / kind / "src", folder / kind / "dst", folder / kind / "log"
     arguments = ["convert", str(src), str(dst), *(text.format(src=original) for text in KINDS[kind])]
+    if kind == "merge":
+        arguments[:2] = ["merge", str(original.with_name("merge.yaml"))]
 
     def clean() -> None:
         shutil.rmtree(folder / kind, ignore_errors=True)

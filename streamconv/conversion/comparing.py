@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from streamconv.checkpoint.opening import Checkpoint
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked, dequantize_other, is_quantized, without_sign_of_zero
+from streamconv.conversion.merges import merge_as_asked
 from streamconv.conversion.opening import check_backend, find_own_beside, find_recipe, open_both, split_settings
 from streamconv.conversion.options import VerifyOptions
 from streamconv.conversion.pipeline import alter_as_asked
 from streamconv.conversion.quantizing import quantize_as_asked
 from streamconv.conversion.renaming import names_change
+from streamconv.conversion.sides import open_other
 from streamconv.conversion.targets import all_tensors, convert_tensors
 from streamconv.graph.node import AnyNode
+from streamconv.recipe import Side
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ def open_sides(options: VerifyOptions, *, is_either_quantized: bool = False) -> 
     check_backend(options)
     recipe = find_recipe(options)
     reading, settings = split_settings(options, recipe)
-    a, b = open_both(options, recipe, reading)
+    merged = merge_as_asked(options.a, options)
+    side = recipe.target if recipe else Side()
+    a, b = (merged.checkpoint, open_other(options.b, side, options.variant)) if merged else open_both(options, recipe, reading)
     casting = Casting(options.dtype, options.keep_dtype)
     casting.ask_class(a.config)
     is_renamed = recipe is not None or names_change(options)

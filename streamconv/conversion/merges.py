@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streamconv import memory
 from streamconv.checkpoint.opening import Checkpoint, read_config
 from streamconv.conversion.adapters import merge_adapters
 from streamconv.conversion.altered import Altered, with_keys
 from streamconv.conversion.naming import name_as_model
-from streamconv.conversion.options import PlanOptions
+from streamconv.conversion.options import Options
 from streamconv.conversion.sides import open_side
 from streamconv.dtypes import CASTABLE
 from streamconv.errors import StreamconvError, UsageError
 from streamconv.formats.registry import DEFAULT
 from streamconv.graph.node import Node
-from streamconv.merging.file import SUFFIXES, MergeFile, read
-from streamconv.merging.merge import Merged, first_of, merge
-from streamconv.merging.models import Model
 from streamconv.recipe import Side
 from streamconv.recipe.application import keep_dtype
 from streamconv.storage import is_url
 from streamconv.storage.folder import AnyPath
 from streamconv.units import parse_size
+
+if TYPE_CHECKING:
+    from streamconv.merging.file import MergeFile
+    from streamconv.merging.merge import Merged
+    from streamconv.merging.models import Model
+
+SUFFIXES = (".yaml", ".yml")
 
 
 def is_merge_file(path: AnyPath) -> bool:
@@ -31,23 +36,28 @@ def is_merge_file(path: AnyPath) -> bool:
     return not is_url(path) and str(path).endswith(SUFFIXES) and not Path(str(path)).is_dir()
 
 
-def merge_as_asked(options: PlanOptions) -> Altered | None:
-    """What a file of mergekit makes of the models that it names; None: SRC is no such file.
+def merge_as_asked(path: AnyPath, options: Options) -> Altered | None:
+    """What a file of mergekit makes of the models that it names; None: the path is that of no such file.
 
     Raises:
         StreamconvError: it cannot be read, nor can a model; they do not fit each other; or what it asks for is not merged here.
     """
-    if not is_merge_file(options.src):
+    if not is_merge_file(path):
         return None
-    file = read(Path(str(options.src)))
+    from streamconv.merging.file import read
+    from streamconv.merging.merge import merge
+
+    file = read(Path(str(path)))
     with memory.bounded(parse_size(options.max_memory)):
         models = {name: _open(file, name, line) for name, line in file.models.items()}
-    merged = merge(file, models, options.random_seed)
+        merged = merge(file, models, options.random_seed)
     return _altered(file, models, merged)
 
 
 def _open(file: MergeFile, name: str, line: int) -> Model:
     """A model, with an adapter if one stands behind it; what is wrong is told with the line that names it."""
+    from streamconv.merging.models import Model
+
     path, _, adapter = (name, "", "") if is_url(name) or Path(name).exists() else name.partition("+")
     try:
         checkpoint = name_as_model(open_side(path, Side()), None, None)
@@ -60,11 +70,15 @@ def _open(file: MergeFile, name: str, line: int) -> Model:
 
 def _with_adapter(checkpoint: Checkpoint, adapter: str) -> Checkpoint:
     tuned = merge_adapters(checkpoint, [adapter], keep_dtype)
-    return tuned.checkpoint.replace(tuned.checkpoint.components, {"": with_keys(checkpoint.config, tuned.config)})
+    contents = tuned.checkpoint.contents
+    contents = replace(contents, notes=[*contents.notes, *tuned.notes])
+    return checkpoint.replace({"": contents}, {"": with_keys(checkpoint.config, tuned.config)})
 
 
 def _altered(file: MergeFile, models: dict[str, Model], merged: Merged) -> Altered:
     """The result, in the place of the model whose config and tokenizer are its own."""
+    from streamconv.merging.merge import first_of
+
     checkpoints = {name: model.checkpoint for name, model in models.items()}
     first = checkpoints[first_of(file)]
     files = [location for checkpoint in checkpoints.values() for location in checkpoint.contents.files]

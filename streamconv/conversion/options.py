@@ -235,6 +235,16 @@ class Options:
             decides=True,
         ),
     )
+    random_seed: int = field(
+        default=0,
+        metadata=about(
+            "what dare_linear and dare_ties keep, of the models that a file of mergekit names",
+            metavar="N",
+            parse=int,
+            commands=(*COMPARING, "merge"),
+            decides=True,
+        ),
+    )
     max_memory: str | int = field(
         default="1GB",
         metadata=about(
@@ -342,16 +352,6 @@ class PlanOptions(Options):
     align: bool = field(
         default=False,
         metadata=about("start data at whole blocks, so that file systems that share blocks need not copy", decides=True),
-    )
-    random_seed: int = field(
-        default=0,
-        metadata=about(
-            "what dare_linear and dare_ties keep, where SRC is a file of mergekit",
-            metavar="N",
-            parse=int,
-            commands=("merge", "plan"),
-            decides=True,
-        ),
     )
     engine: str = field(
         default=LOCAL,

@@ -150,7 +150,7 @@ def _open(
     Raises:
         StreamconvError: it cannot be read, or DST cannot be made of it.
     """
-    merged = merge_as_asked(options)
+    merged = merge_as_asked(options.src, options)
     checkpoint, left_behind = (merged.checkpoint, []) if merged else open_source(options, recipe, reading, target)
     check_reclaim(options, checkpoint)
     for source in [checkpoint, *(merged.others if merged else ())]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,14 +12,12 @@ from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode, Node, apply
 from streamconv.graph.ops import Alignment, Cast, Cutoff, KeptShare, MergeDeltas, MergeLinear, MergeSlerp, Op, Pick, Scale
 from streamconv.graph.ops.merging import ALL, CHANCES, LARGEST, NONE, RANDOM
+from streamconv.merging.experts import piece_of
 from streamconv.merging.file import Input, MergeFile, Slice
 from streamconv.merging.parameters import Lookup
 
 _ELECTING = ("ties", "dare_ties")
 _RULES = {"ties": LARGEST, "dare_linear": RANDOM, "dare_ties": RANDOM}
-_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.weight", re.DOTALL)
-_PARTS = {"w1": (1, 0), "gate_proj": (1, 0), "w3": (1, 1), "up_proj": (1, 1), "w2": (2, 0), "down_proj": (2, 0)}
-"""Parts of an expert: which of the two tensors that hold those of all it goes into, and in what order."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +48,11 @@ class Target:
 
 def units_of(targets: Sequence[Target]) -> list[list[Target]]:
     """Tensors whose norms and largest deltas are looked for in all of them at once: those of a layer's experts, else each its own."""
-    units: dict[tuple[str, int], list[tuple[tuple[int, int], Target]]] = {}
+    units: dict[str, list[tuple[tuple[int, int], Target]]] = {}
     for target in targets:
-        match = _EXPERT.fullmatch(target.name)
-        if match and match["part"] in _PARTS:
-            tensor, order = _PARTS[match["part"]]
-            units.setdefault((match["experts"], tensor), []).append(((int(match["number"]), order), target))
-        else:
-            units.setdefault((target.name, 0), []).append(((0, 0), target))
+        piece = piece_of(target.name)
+        unit, order = (piece.tensor, piece.order) if piece else (target.name, (0, 0))
+        units.setdefault(unit, []).append((order, target))
     return [[target for _, target in sorted(unit, key=lambda item: item[0])] for unit in units.values()]
 
 
@@ -218,7 +212,7 @@ class Arithmetic:
         operands = self._operands_of.get(target.name)
         if operands is None:
             nodes = [operand.node for operand in target.operands]
-            dtype = self._file.dtype or _promoted([node.spec.dtype.name for node in nodes])
+            dtype = self._file.dtype or promoted([node.spec.dtype.name for node in nodes])
             operands = [self._apply(Cast(dtype), node) if dtype != node.spec.dtype.name else node for node in nodes]
             self._operands_of[target.name] = operands
         return operands
@@ -233,7 +227,7 @@ class Arithmetic:
 _NOTHING = 1e-7
 
 
-def _promoted(names: Sequence[str]) -> str:
+def promoted(names: Sequence[str]) -> str:
     """The dtype that holds what these hold."""
     kinds = set(names)
     if len(kinds) == 1:

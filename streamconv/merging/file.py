@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 from streamconv.dtypes import CASTABLE, parse_dtype
 from streamconv.errors import RecipeError, UsageError
 from streamconv.recipe.files import parse, read_text
+from streamconv.storage.locations import shown
 from streamconv.text import did_you_mean
 
-SUFFIXES = (".yaml", ".yml")
 METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "passthrough")
 BASE = "base"
 
@@ -261,7 +261,7 @@ class _Reading:
         if not isinstance(item.value, str) or not item.value.strip():
             found = "a mapping" if isinstance(item.value, dict) else item.value
             self._fail(item.line, f"expected the path of a model, perhaps with +ADAPTER, found {found}")
-        return item.value.strip()
+        return shown(item.value.strip())
 
     def _dtype(self, keys: Mapping[str, _Item], key: str) -> str | None:
         item = keys.get(key)

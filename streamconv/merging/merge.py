@@ -10,8 +10,9 @@ from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode
 from streamconv.merging.arithmetic import Arithmetic, Operand, Target, units_of
 from streamconv.merging.file import Input, MergeFile, Slice
-from streamconv.merging.models import TIES, Model
+from streamconv.merging.models import TIES, Model, with_key
 from streamconv.merging.parameters import unknown_parameters
+from streamconv.merging.vocabulary import SIZE, Aligned, align
 
 _NEED_BASE = ("slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 _SHOWN = 4  # names that a refusal gives
@@ -43,9 +44,9 @@ def merge(file: MergeFile, models: Mapping[str, Model], seed: int) -> Merged:
         CoverageError: models that do not fit each other.
         RecipeError: the file does not say what the method takes, or says what cannot be.
     """
-    if file.aligns_vocabulary:
-        file.fail(file.lines["tokenizer_source"], "tokenizer_source: base is not supported: leave it out for models of one vocabulary")
     _check_models(file, models)
+    aligned = align(file, models, first_of(file)) if file.aligns_vocabulary else None
+    models = aligned.models if aligned else models
     targets = list(_targets(file, models))
     arithmetic = Arithmetic(file, seed)
     made: dict[str, AnyNode] = {}
@@ -53,7 +54,8 @@ def merge(file: MergeFile, models: Mapping[str, Model], seed: int) -> Merged:
         made |= arithmetic.merge(unit)
     entries = {target.name: made[target.name] for target in targets}
     sources = {target.name: tuple(dict.fromkeys(operand.name for operand in target.operands)) for target in targets}
-    config, notes = _config_of(file, models, targets)
+    config, notes = _config_of(file, models, targets, aligned)
+    notes += aligned.notes if aligned else ()
     notes += [f"{file.path}: {name} is no parameter of {file.method}, and changes nothing" for name in unknown_parameters(file)]
     return Merged(entries, sources, arithmetic.replicas, config, notes)
 
@@ -171,7 +173,9 @@ def _matched(
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-def _config_of(file: MergeFile, models: Mapping[str, Model], targets: Sequence[Target]) -> tuple[dict[str, Any], list[str]]:
+def _config_of(
+    file: MergeFile, models: Mapping[str, Model], targets: Sequence[Target], aligned: Aligned | None
+) -> tuple[dict[str, Any], list[str]]:
     """Keys of config.json that change, and notes."""
     own = models[first_of(file)].config
     config: dict[str, Any] = {}
@@ -180,7 +184,9 @@ def _config_of(file: MergeFile, models: Mapping[str, Model], targets: Sequence[T
         config |= _with_layers(file, models, own, notes)
     heads = [target for target in targets if any(models[operand.one.model].stand_in(target.name) for operand in target.operands)]
     if heads:
-        config |= _untied(own)
+        config |= with_key({**own, **config}, TIES, value=False)
+    if aligned:
+        config |= with_key({**own, **config}, SIZE, aligned.size)
     return {key: value for key, value in config.items() if key not in own or own[key] != value}, notes
 
 
@@ -213,10 +219,3 @@ def _with_layers_of(
         elif isinstance(value, list) and value and all(type(one) is int and one <= count for one in value) and "layer" in key:
             notes.append(f"config.json: {key} names layers by number, and stays as it is: {value}")
     return config
-
-
-def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config that say whether the head is the embedding, where it is not."""
-    text = config.get("text_config")
-    inner = {"text_config": {**text, TIES: False}} if isinstance(text, dict) and TIES in text else {}
-    return {TIES: False, **inner} if TIES in config or not inner else inner

@@ -102,4 +102,18 @@ class Model:
 
     @property
     def _says_untied(self) -> bool:
-        return self.config.get(TIES, (self.config.get("text_config") or {}).get(TIES)) is False
+        return self.config.get(TIES, text_config_of(self.config).get(TIES)) is False
+
+
+def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that is of the model of texts: its ``text_config``, or all of it."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def with_key(config: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The keys of a config that change where a key has this value, in that of its model of texts if it stands there."""
+    text = config.get("text_config")
+    if not isinstance(text, dict) or key not in text:
+        return {key: value}
+    return {**({key: value} if key in config else {}), "text_config": {**text, key: value}}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from streamconv.merging.experts import native_name
 from streamconv.merging.file import Input, MergeFile, Parameters, Scalar, Setting, Slice
 
 MODEL_WISE = {
@@ -72,8 +73,9 @@ class Lookup:
     def _settings(self, name: str, tensor: str, one: Input | None) -> Iterator[Setting]:
         """What each scope says of a parameter for a tensor, the narrowest first."""
         scopes = (one.parameters, *self.part.scopes) if one else self.part.scopes
+        names = (tensor, native_name(tensor))
         for scope in scopes:
-            fitting = (setting for setting in scope.get(name, ()) if setting.filter is None or setting.filter in tensor)
+            fitting = (setting for setting in scope.get(name, ()) if setting.filter is None or any(setting.filter in one for one in names))
             setting = next(fitting, None)
             if setting is not None and setting.values:
                 yield setting

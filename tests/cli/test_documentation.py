@@ -91,7 +91,7 @@ def test_every_console_block_is_run():
         shown = re.findall(r"^```console$", page.read_text(), re.MULTILINE)
         assert len(shown) == len(BLOCK.findall(page.read_text())), page
         every |= {name for _, block in BLOCK.findall(page.read_text()) for name in re.findall(r"streamconv (\w+)", block)}
-    assert {"convert", "plan", "run", "inspect", "doctor", "verify", "diff", "recipes", "demo"} <= every
+    assert {"convert", "plan", "run", "inspect", "doctor", "verify", "diff", "merge", "recipes", "demo"} <= every
 
 
 def jobs() -> list[str]:

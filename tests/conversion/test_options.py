@@ -108,9 +108,9 @@ def test_what_is_kept_of_a_run_is_what_decides_which_it_is():
     assert kept == {
         "recipe": None, "options": None, "dtype": "torch.bfloat16", "keep_dtype": None, "dequantize": None, "quantize": None,
         "ignore": None, "adapter": None, "graft": None, "take": None, "replace": None,
-        "rename": None, "drop": None, "only": None, "sidecars_from": "c",
+        "rename": None, "drop": None, "only": None, "sidecars_from": "c", "random_seed": None,
         "variant": None,
-        "format": None, "max_shard_size": 1_000_000, "single_file": None, "align": None, "random_seed": None,
+        "format": None, "max_shard_size": 1_000_000, "single_file": None, "align": None,
         "src": str(Path("a").absolute()),
     }  # fmt: skip
     recipe = streamconv.recipes.get("llama-hf2meta")

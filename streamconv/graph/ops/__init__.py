@@ -7,7 +7,7 @@ asked for. Whoever subclasses `Layout`, `Compute` or `Reduce` adds one of its ow
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from streamconv.graph.ops.layouts import Rearrange, Reshape, Rows, Strided
+from streamconv.graph.ops.layouts import PickRows, Rearrange, Reshape, Rows, Strided
 from streamconv.graph.ops.op import Compute, Elementwise, Layout, Op, Reduce, Values, as_torch, from_json
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Add", "AddProducts", "Alignment", "Blocks", "Cast", "ColumnNorms", "Compute", "Constant", "Cutoff", "Dequantize", "DequantizeBlocks",
     "DequantizeFloats", "DequantizeIntegers", "DequantizeQuantiles", "Elementwise", "FnuzCodes", "FnuzScales", "InvFreq", "KeptShare",
-    "Kronecker", "Layout", "Magnify", "MergeDeltas", "MergeLinear", "MergeLora", "MergeSlerp", "Op", "PackIntegers", "Pick", "Quantize",
-    "Rearrange", "Reduce", "Reshape", "Rows", "SampleRows", "Scale", "ScaleLines", "SharedScale", "Strided", "UnpackIntegers", "Values",
-    "Zeros", "as_torch", "from_json",
+    "Kronecker", "Layout", "Magnify", "MergeDeltas", "MergeLinear", "MergeLora", "MergeSlerp", "Op", "PackIntegers", "Pick", "PickRows",
+    "Quantize", "Rearrange", "Reduce", "Reshape", "Rows", "SampleRows", "Scale", "ScaleLines", "SharedScale", "Strided", "UnpackIntegers",
+    "Values", "Zeros", "as_torch", "from_json",
 ]  # fmt: skip
 
 _HOMES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -159,3 +160,40 @@ class Rows(Layout):
 
     def pull(self, move: Move) -> Iterator[tuple[int, Move]]:
         yield 0, replace(move, src=move.src + self.start * self.row)
+
+
+@dataclass(frozen=True)
+class PickRows(Layout):
+    """Rows of one or two tensors in another order: runs of them, one after the other.
+
+    Attributes:
+        runs: of each the number of its tensor, its first row there, and how many it has.
+        row: elements of one.
+    """
+
+    kind: ClassVar[str] = "pick_rows"
+
+    runs: tuple[tuple[int, int, int], ...]
+    row: int
+
+    @cached_property
+    def _tree(self) -> axes.Tree:
+        """Where each run begins."""
+        starts = itertools.accumulate((count * self.row for _, _, count in self.runs[:-1]), initial=0)
+        return axes.Parts(tuple(starts), tuple(Axis("at", 1, Leaf(k)) for k in range(len(self.runs))))
+
+    def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
+        inputs[0].dtype.itemsize  # noqa: B018 - refuses packed types
+        first = inputs[0]
+        fits = all(spec.dtype == first.dtype and spec.shape[1:] == first.shape[1:] for spec in inputs)
+        fits = fits and bool(first.shape) and math.prod(first.shape[1:]) == self.row
+        for tensor, start, count in self.runs:
+            fits = fits and 0 <= tensor < len(inputs) and start >= 0 < count and start + count <= inputs[tensor].shape[0]
+        if not fits or not self.runs:
+            raise CoverageError(f"{self.kind}: there are no such rows in {', '.join(map(str, inputs))}")
+        return TensorSpec(first.dtype, (sum(count for _, _, count in self.runs), *first.shape[1:]))
+
+    def pull(self, move: Move) -> Iterator[tuple[int, Move]]:
+        for k, piece, digits in pull(self._tree, move):
+            tensor, start, _ = self.runs[k]
+            yield tensor, place(piece, digits, axes.Place(tensor, start * self.row, {"at": 1}))
