@@ -13,8 +13,9 @@ re-shard on a file system that shares blocks, mounted from an image (which takes
 ``llama-hf2ms`` converts about 2 GB at most to MindSpore's container, beside MindSpore Transformers (``pip install mindformers``, in an
 environment of its own). ``dequantize-...`` makes as much quantized by a format bfloat16, in 150 MB, beside compressed-tensors;
 ``quantize-...`` goes the other way, beside llm-compressor. ``merge-...`` puts together what trainers leave of a model over four ranks, in
-100 MB, beside their own mergers (``--trainers-python``: an interpreter that has verl and DeepSpeed). ``average`` merges two models of
-1.5 GB in 150 MB, beside mergekit (``--mergekit-python``).
+100 MB, beside their own mergers (``--trainers-python``: an interpreter that has verl, DeepSpeed and PEFT); ``adapter`` merges a LoRA of
+rank 16 into as large a model, in 150 MB, beside PEFT. ``average`` merges two models of 1.5 GB in 150 MB, beside mergekit
+(``--mergekit-python``).
 
 Prints a table in Markdown; writes ``results.json``, ``table.md``, ``time.png`` and ``memory.png`` (the pictures take matplotlib).
 """
@@ -70,6 +71,7 @@ OPERATIONS = {
     "merge-verl": "verl's 4 ranks to whole tensors",
     "merge-zero3": "ZeRO-3 of 4 ranks to float32",
     "average": "Two models averaged",
+    "adapter": "LoRA of rank 16, merged",
     "cgroup": f"Re-shard in {GROUP_LIMIT}",
     "reflink-xfs": "Re-shard one file on XFS",
     "reflink-btrfs": "Re-shard one file on btrfs",
@@ -89,6 +91,7 @@ MERGED = {f"merge-{kind}": kind for kind in ("dcp", "verl", "zero3")}  # operati
 MERGED_SIZE, MERGED_MEMORY = 1_500_000_000, "100MB"
 AVERAGE, AVERAGE_MEMORY = "average", "150MB"
 AVERAGED = "merge_method: linear\nmodels:\n  - {{model: {}, parameters: {{weight: 0.6}}}}\n  - {{model: {}, parameters: {{weight: 0.4}}}}\n"
+ADAPTED, ADAPTED_MEMORY = "adapter", "150MB"
 RECIPES = {
     "llama": {MINDSPORE: MINDSPORE, **{name: str(HERE / "recipes" / f"llama-{name}.yaml") for name in LAYOUTS}},
     "internvl": {"fuse": "internvl-hf2custom"},
@@ -158,7 +161,7 @@ def _cp(job: Job) -> list[str] | None:
 
 
 def _device(job: Job) -> list[str] | None:
-    if job.operation in ("cgroup", *MERGED) or job.image:
+    if job.operation in ("cgroup", ADAPTED, *MERGED) or job.image:
         return None
     takes_both = job.operation in ("verify", AVERAGE)
     sources = [str(path) for path in (job.source, job.other) if path and (path == job.source or takes_both)]
@@ -169,7 +172,7 @@ def _device(job: Job) -> list[str] | None:
 def _streamconv(job: Job) -> list[str]:
     command = [sys.executable, "-m", "streamconv"]
     limits = {"cgroup": GROUP_MEMORY} | dict.fromkeys((*DEQUANTIZED, *QUANTIZED), DEQUANTIZED_MEMORY)
-    limits |= dict.fromkeys(MERGED, MERGED_MEMORY) | {AVERAGE: AVERAGE_MEMORY}
+    limits |= dict.fromkeys(MERGED, MERGED_MEMORY) | {AVERAGE: AVERAGE_MEMORY, ADAPTED: ADAPTED_MEMORY}
     memory = ["--max-memory", limits.get(job.operation, job.max_memory)]
     if job.operation == "verify":
         return [*command, "verify", str(job.source), str(job.other), *memory, "--no-progress"]
@@ -188,6 +191,7 @@ def _averaged(job: Job) -> Path:
 def _recipe(job: Job) -> list[str]:
     recipe = ["--recipe", job.recipe] if job.recipe else []
     quantization = ["--dequantize"] if job.operation in DEQUANTIZED else []
+    recipe += ["--adapter", str(job.other)] if job.operation == ADAPTED else []
     quantization += ["--quantize", QUANTIZED[job.operation]] if job.operation in QUANTIZED else []
     return [*recipe, *(["--dtype", job.dtype] if job.dtype else []), *quantization]
 
@@ -201,7 +205,7 @@ def _streamconv_in_group(job: Job) -> list[str] | None:
 
 
 def _safetensors(job: Job) -> list[str] | None:
-    if job.operation in ("cgroup", MINDSPORE, AVERAGE, *DEQUANTIZED, *QUANTIZED, *MERGED) or job.image:
+    if job.operation in ("cgroup", MINDSPORE, AVERAGE, ADAPTED, *DEQUANTIZED, *QUANTIZED, *MERGED) or job.image:
         return None
     _needs("safetensors", "huggingface_hub")
     if job.operation == "verify":
@@ -277,6 +281,19 @@ def _trained(action: str, operation: str) -> list[str]:
     return ["-W", "ignore", str(COMPETITORS / "trained.py"), action, MERGED[operation]]
 
 
+def _peft(job: Job) -> list[str] | None:
+    if job.operation != ADAPTED:
+        return None
+    if subprocess.run([job.trainers_python, "-c", "import peft"], capture_output=True, check=False).returncode:
+        raise NotRunError("peft not installed (--trainers-python gives the interpreter of another environment)")
+    places = [str(job.source), str(job.other), str(job.target), "--shard-size", str(job.shard_size)]
+    return [job.trainers_python, *_adapted("merge"), *places]
+
+
+def _adapted(action: str) -> list[str]:
+    return ["-W", "ignore", str(COMPETITORS / "adapted.py"), action]
+
+
 def _dcp(job: Job) -> list[str] | None:
     if job.operation != "reshard":
         return None
@@ -298,8 +315,9 @@ TOOLS: dict[str, tuple[str, Callable[[Job], list[str] | None]]] = {
     "llm-compressor": ("llm-compressor model_free_ptq", _llm_compressor),
     "compressed-tensors": ("compressed-tensors convert_checkpoint", _compressed_tensors),
     "trainer": ("the trainer's own merger", _trainer),
+    "peft": ("PEFT merge_and_unload", _peft),
 }
-WHOLE_MODEL = ("safetensors", "huggingface_hub", "transformers", "mindformers")
+WHOLE_MODEL = ("safetensors", "huggingface_hub", "transformers", "mindformers", "peft")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -491,6 +509,8 @@ def prepared(job: Job, names: Sequence[str]) -> Iterator[Job]:
         command = _streamconv(replace(job, operation="reshard", target=other))
     elif job.operation in MERGED:
         command = [job.trainers_python, *_trained("make", job.operation), str(job.source), str(other)]
+    elif job.operation == ADAPTED:
+        command = [job.trainers_python, *_adapted("make"), str(job.source), str(other)]
     elif job.operation == "reshard" and "dcp" in names:
         command = [*_script("consolidate", replace(job, target=other)), "--prepare"]
     else:
@@ -564,8 +584,8 @@ def _job(operation: str, sources: Sources, options: argparse.Namespace) -> Itera
     if operation in (*LAYOUTS, MINDSPORE) and recipe is None:
         raise NotRunError(f"there is no recipe for {options.model}")
     size = min(options.size, SMALL_SIZE) if operation in (MINDSPORE, *DEQUANTIZED, *QUANTIZED) else options.size
-    size = min(size, MERGED_SIZE) if operation in (AVERAGE, *MERGED) else size
-    model = DEQUANTIZED.get(operation, "llama-2-7b" if operation in (AVERAGE, *QUANTIZED, *MERGED) else None)
+    size = min(size, MERGED_SIZE) if operation in (AVERAGE, ADAPTED, *MERGED) else size
+    model = DEQUANTIZED.get(operation, "llama-2-7b" if operation in (AVERAGE, ADAPTED, *QUANTIZED, *MERGED) else None)
     source = sources.get("float32" if operation == "to-bf16" else "bfloat16", size, model)
     job = replace(_make_job(operation, source, options.work / "target", options, shard_size=options.shard_size), recipe=recipe)
     if operation in DEQUANTIZED:
@@ -757,6 +777,8 @@ def goals(results: dict[str, Any]) -> list[Goal]:
             found.append(Goal(f"{title}: time with --losses / without", tools["streamconv-losses"].median / mine.median, 1.1))
         if "trainer" in tools:
             found.append(Goal(f"{title}: time / the trainer's merger", mine.median / tools["trainer"].median, 0.6))
+        if "peft" in tools:
+            found.append(Goal(f"{title}: time / PEFT", mine.median / tools["peft"].median, 0.5))
         runs = next(tool["runs"] for tool in operation["tools"] if tool["name"] == "streamconv")
         if name in SHARING:
             found.append(Goal(f"{title}: new blocks / output", statistics.median(run["new_bytes"] for run in runs) / output, 0.1))
@@ -962,7 +984,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="compare what each tool makes in the first round, byte for byte")
     parser.add_argument("--mergekit-python", default=sys.executable, metavar="PATH", help="an interpreter that has mergekit")
     parser.add_argument("--mindspore-python", default=sys.executable, metavar="PATH", help="an interpreter that has mindformers")
-    parser.add_argument("--trainers-python", default=sys.executable, metavar="PATH", help="an interpreter that has verl and DeepSpeed")
+    parser.add_argument(
+        "--trainers-python", default=sys.executable, metavar="PATH", help="an interpreter that has verl, DeepSpeed and PEFT"
+    )
     parser.add_argument("--compressed-python", default=sys.executable, metavar="PATH", help="an interpreter that has compressed-tensors")
     parser.add_argument("--compressor-python", default=sys.executable, metavar="PATH", help="an interpreter that has llmcompressor")
     parser.add_argument("--render", type=Path, metavar="results.json", help="print and draw these results, run nothing")
