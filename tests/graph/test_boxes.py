@@ -14,9 +14,9 @@ from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.graph import casts
 from streamconv.graph.arena import Arena
 from streamconv.graph.evaluate import arena_bytes, evaluate, reads
-from streamconv.graph.moves import Move
+from streamconv.graph.moves import Move, identity
 from streamconv.graph.node import AnyNode, Extent, Source, apply
-from streamconv.graph.ops import DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
+from streamconv.graph.ops import AddProducts, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
 from streamconv.graph.ops.boxes import Boxed
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -226,3 +226,12 @@ def test_quantiles_of_blocks(data: st.DataObject) -> None:
     product = np.array(table, np.float32)[codes] * largest.repeat(block)[:numel]
     op = DequantizeQuantiles((1, numel), "float32", table, block, "bfloat16", inner, float(offset) if inner else 0.0)
     check(data, op, stored, inputs, product.astype(BF16).astype(np.float32).reshape(1, numel))
+
+
+def test_lines_of_a_wide_matrix_are_not_cut():
+    """They take all of what its lines share, however wide that is."""
+    op = AddProducts((300, 20_000), "float32", (16,), 1.0)
+    inputs = [TensorSpec(DTYPES["float32"], shape) for shape in ((300, 20_000), (300, 16), (16, 20_000))]
+    for region in (identity(4_000_000, 7), identity(20_000), identity(100)):
+        assert list(op.cut(region, inputs)) == [region]
+    assert op.reach(100, inputs)[2] < 16 * 20_000

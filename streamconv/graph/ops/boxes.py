@@ -200,13 +200,16 @@ class Boxed(Rounding):
         return [grid.items_of(box).region(grid.sizes) for grid in self.grids]
 
     def reach(self, numel: int, inputs: Sequence[TensorSpec]) -> list[int]:
-        """See `Compute.reach`: twice what so many elements side by side take, but of a few what they take each."""
+        """See `Compute.reach`: twice what so many elements side by side take, but of a few what they take each; or lines of them."""
+        *_, height, width = self.shape
+        lines = min(height, -(-numel // width) + 1)
         bounds = []
         for grid, spec in zip(self.grids, inputs, strict=True):
             down, across = grid.rows, grid.columns
             each = down.items * across.items
-            dense = -(-numel * down.items * across.items // (min(down.count, self.shape[-2]) * min(across.count, self.shape[-1])))
-            bounds.append(min(spec.numel, 2 * dense + each * min(numel, _FEW)))
+            dense = -(-numel * each // (min(down.count, height) * min(across.count, width)))
+            whole = each * -(-lines // down.count) * -(-min(numel, width) // across.count)
+            bounds.append(min(spec.numel, max(2 * dense + each * min(numel, _FEW), whole)))
         return bounds
 
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:
