@@ -65,6 +65,7 @@ _HOMES = {
     "open": "checkpoint.opening:open_checkpoint",
     "plan": "conversion.api",
     "run": "running.run",
+    "stream": "conversion.streaming",
     "verify": "conversion.api",
 }
 """Name -> the module that it is imported from when it is asked for, and what it is called there if that is another name."""
@@ -104,6 +105,7 @@ __all__ = [
     "plan",
     "recipes",
     "run",
+    "stream",
     "verify",
 ]
 

@@ -16,6 +16,7 @@ DOCUMENTED = (
     streamconv.plan,
     streamconv.run,
     streamconv.convert,
+    streamconv.stream,
     streamconv.verify,
     streamconv.doctor,
     streamconv.Checkpoint,

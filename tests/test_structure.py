@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
-    "storage": 1_630,  # where files are; most of it is what servers need, and parts of one file on their way at the same time
+    "storage": 1_690,  # where files are; most of it is what servers need, parts of one file on their way at a time, and what is held
     "graph": 2_870,  # nodes, ops (560 statements of adapters and merges), how regions are made, numbers, codes, what is lost
     "formats": 2_390,  # containers and all that is known of their names, the machine for pickles and its records, what files of others are
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
@@ -41,7 +41,7 @@ PACKAGES = {
     "engine": 850,  # bytes of one machine, tensors read side by side
     "running": 2_480,  # runs of a plan, what shows while one is planned, the state of an output, executors, --check-load
     "merging": 700,  # what a file of mergekit says, of tensors' names and of arithmetic
-    "conversion": 1_320,  # options and the calls that take them; from them to a plan, weights from codes to numbers and back
+    "conversion": 1_490,  # options and the calls that take them; tensors in Python; from them to a plan or a stream, codes and numbers
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
     "advice": 430,  # what a checkpoint is, what people want, which options follow, and which recipes fit
     "diagnose": 1_365,  # what is said of checkpoints, and of adapters, by libraries that open them too

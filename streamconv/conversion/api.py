@@ -28,6 +28,7 @@ from streamconv.running.reclaim import Reclaim
 from streamconv.running.results import Result
 from streamconv.running.run import run
 from streamconv.storage import is_url
+from streamconv.storage.held import Address, keep, resident
 from streamconv.storage.places import identify
 from streamconv.units import format_size, parse_size
 
@@ -49,7 +50,10 @@ def plan(options: PlanOptions) -> Plan:
     >>> [(file.path, file.size) for file in plan.files], plan.totals.bytes_computed
     ([('model.safetensors', 244)], 20)
     """
-    return make_plan(options)
+    made = make_plan(options)
+    if isinstance(options.src, Address):
+        keep(options.src, made)
+    return made
 
 
 @arguments_of(ConvertOptions)
@@ -165,7 +169,7 @@ def verify(options: VerifyOptions) -> Comparison:
             sides.expected,
             sides.actual,
             workers=check_workers(options.workers, remote=is_url(options.a) or is_url(options.b)),
-            max_memory=parse_size(options.max_memory),
+            max_memory=parse_size(options.max_memory) + resident(str(options.a)) + resident(str(options.b)),
             read_backend=options.read_backend,
             progress=tell,
         )

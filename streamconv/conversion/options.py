@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from streamconv.running.progress import Shown
     from streamconv.storage.folder import AnyPath
 
+    Source = Any  # a place, or tensors, as `given.as_source` takes them: a place is what it becomes
     AnyDType = str | torch.dtype | np.dtype[Any] | type[Any]
 
 P = ParamSpec("P")
@@ -274,9 +275,12 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        """Has a dtype be text, and patterns be a tuple, whatever they were given as."""
+        """Has a dtype be text, patterns be a tuple, and tensors be a place, whatever they were given as."""
         if self.dtype is not None:
             object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        for name in ("src", "a", "b"):
+            if hasattr(self, name):
+                object.__setattr__(self, name, _as_source(getattr(self, name)))
         for name in ("keep_dtype", "adapter", "take", "rename", "drop", "only"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -293,8 +297,8 @@ class Options:
 class VerifyOptions(Options):
     """The arguments of `verify`."""
 
-    a: AnyPath = field(metadata=about("a directory, a file, or a URL", metavar="A", commands=("verify", "diff")))
-    b: AnyPath = field(metadata=about("what it is compared with", metavar="B", commands=("verify", "diff")))
+    a: Source = field(metadata=about("a directory, a file, or a URL", metavar="A", commands=("verify", "diff")))
+    b: Source = field(metadata=about("what it is compared with", metavar="B", commands=("verify", "diff")))
     _: KW_ONLY
     progress: Shown = field(default=False, compare=False, repr=False, metadata=about("see `run`", commands=()))
 
@@ -311,10 +315,23 @@ class DiffOptions(VerifyOptions):
 
 
 @dataclass(frozen=True, repr=False)
+class StreamOptions(Options):
+    """The arguments of `stream`: what its tensors are, and in how many parts each comes."""
+
+    src: Source = field(metadata=about("a checkpoint: a directory, a file, or a URL; or tensors", commands=()))
+    _: KW_ONLY
+    parts: str | int | None = field(
+        default=None,
+        metadata=about("bytes of a part of a tensor, such as 64MB: whole rows of its first axis; whole tensors unless given", commands=()),
+    )
+    framework: str = field(default="torch", metadata=about("whose tensors: torch or numpy", commands=()))
+
+
+@dataclass(frozen=True, repr=False)
 class PlanOptions(Options):
     """The arguments of `plan`: what is written where, and what may be in the way there."""
 
-    src: AnyPath = field(
+    src: Source = field(
         metadata=about(
             "a checkpoint: a directory, a file, or a URL (https, hf, s3, gs); or what to merge, a file of mergekit", metavar="SRC"
         )
@@ -444,6 +461,14 @@ class ConvertOptions(PlanOptions):
     progress: Shown = field(default=False, compare=False, repr=False, metadata=about("see `run`", commands=()))
 
 
+def _as_source(src: Source) -> AnyPath:
+    if isinstance(src, str | os.PathLike):
+        return src
+    from streamconv.conversion.given import as_source
+
+    return as_source(src)
+
+
 def name_source(src: AnyPath) -> str:
     """What SRC is called beside a run: an absolute path, or a URL without what is secret in it."""
     if is_url(src):
@@ -465,7 +490,7 @@ def options_of(command: str) -> list[Field[Any]]:
 
 def every_option() -> list[Field[Any]]:
     """All options and arguments of all calls, in the order in which they are declared."""
-    return list({one.name: one for one in (*fields(ConvertOptions), *fields(DiffOptions))}.values())
+    return list({one.name: one for one in (*fields(StreamOptions), *fields(ConvertOptions), *fields(DiffOptions))}.values())
 
 
 def arguments_of(options: Callable[P, O]) -> Callable[[Callable[[O], R]], Callable[P, R]]:

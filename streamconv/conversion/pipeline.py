@@ -48,6 +48,7 @@ from streamconv.running.run import with_reclaim
 from streamconv.running.streams import staged_bytes
 from streamconv.storage import is_url
 from streamconv.storage.folder import Folder
+from streamconv.storage.held import resident
 from streamconv.units import parse_size
 
 
@@ -73,7 +74,8 @@ def make_plan(options: PlanOptions) -> Plan:
     executor = executor_of(options.engine)
     executor_bytes = executor.load(str(options.dst))
     workers = check_workers(executor.threads if options.workers is None else options.workers, remote=is_url(options.src))
-    budget = Budget(parse_size(options.max_memory), workers, lambda: _bytes_taken(floor) + executor_bytes)
+    limit = parse_size(options.max_memory) + resident(str(options.src))
+    budget = Budget(limit, workers, lambda: _bytes_taken(floor) + executor_bytes)
     shard_bytes = parse_size(options.max_shard_size)
     casting = Casting(options.dtype, options.keep_dtype)
     check_backend(options)
@@ -110,16 +112,16 @@ def make_plan(options: PlanOptions) -> Plan:
     if container.ties == "named":
         conversion = store_once(conversion, ties)
 
-    limit = None if options.single_file or target.file else shard_bytes
+    shard_limit = None if options.single_file or target.file else shard_bytes
     metadata = {"format": "pt", **sampling(conversion.outputs.values())}
-    target_settings = TargetSettings(target, limit, ties, metadata, BLOCK if options.align else None)
+    target_settings = TargetSettings(target, shard_limit, ties, metadata, BLOCK if options.align else None)
     layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, target_settings)
     dtype = casting.dtype or next((one.dtype for one in merged), None)
     sidecars, sidecar_notes = (
         ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, dtype, quantizations, additions)
     )
     notes = [*checkpoint.contents.notes, *left_behind, *filter(None, [kept]), *note_ties(ties), *conversion.notes, *sidecar_notes]
-    notes += note_layouts(checkpoint, target, layouts, limit)
+    notes += note_layouts(checkpoint, target, layouts, shard_limit)
     plan = compile_plan(
         conversion.outputs,
         layouts,

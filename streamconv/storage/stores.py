@@ -7,6 +7,7 @@ from functools import cache
 
 from streamconv.storage import Version
 from streamconv.storage.addresses import WEB, missing, scheme_of
+from streamconv.storage.held import SCHEME, Held
 from streamconv.storage.sources import Store
 
 opened: dict[str, Version] = {}
@@ -23,6 +24,8 @@ def store_of(url: str) -> Store:
     try:
         if scheme in WEB:
             return _web()
+        if scheme == SCHEME:
+            return Held()
         if scheme == "hf":
             return _hub(os.environ.get("HF_ENDPOINT") or None)
         from streamconv.storage.filesystems import FileSystem
