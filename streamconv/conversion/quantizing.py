@@ -137,6 +137,8 @@ def quantize(
     conversion = _replaced(conversion, made, preset, how)
     told = f"{repacked} of {len(chosen)} quantized weights hold the numbers of the source's codes: nothing is rounded"
     notes = [told] if repacked else []
+    if stacks := sum(len(weight.node.spec.shape) == 3 for weight in chosen):
+        notes.append(f"{stacks} stacks of experts stay so: transformers 5.24 reads their scales on GPUs, and leaves them out without one")
     if preset.by_module:
         names, missing = _names_of_readers(left, config)
         left += names

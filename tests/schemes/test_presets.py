@@ -422,11 +422,13 @@ def test_experts_of_gpt_oss_are_what_llm_compressor_makes_of_them(preset: str, t
     assert_same(bits(made), bits(read(tmp_path / "theirs")))
 
 
-def test_stacks_stay_stacks_in_fp8(tmp_path: Path) -> None:
+def test_stacks_stay_stacks_in_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     stack = torch.randn(3, 256, 128).to(BF16)
     src = write(tmp_path / "x", {f"{STACK}.gate_up_proj": stack}, config={"model_type": "qwen3_moe"})
     made = quantize(src, tmp_path / "out", "fp8")
+    assert run("plan", src, tmp_path / "again", "--quantize", "fp8", "--max-memory", ROOMY) == 0
+    assert "1 stacks of experts stay so" in capsys.readouterr().out
     for expert in range(3):
         alone = write(tmp_path / f"x{expert}", {"a.weight": stack[expert].contiguous()}, config={"model_type": "qwen3_moe"})
         one = quantize(alone, tmp_path / f"out{expert}", "fp8")
