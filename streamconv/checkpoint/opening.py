@@ -236,7 +236,7 @@ def open_checkpoint(
     config: str = CONFIG,
     components: bool = True,
     variant: str | None = None,
-    settings: Mapping[str, bool] | None = None,
+    settings: Mapping[str, bool | int] | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint: one file, or a directory with or without index, with its components in folders. No tensor data is read.
 
@@ -284,7 +284,7 @@ def open_checkpoint(
     if root is not None and not container.nests:
         raise UsageError(f"--set root={root}: {path} is a {name} checkpoint, whose tensors are not nested: leave it out")
     options: dict[str, Any] = dict(settings or {})
-    if unknown := next((key for key in options if key not in container.settings), None):
+    if unknown := next((key for key in options if key not in container.settings and key not in container.counts), None):
         raise UsageError(f"--set {unknown}: {path} is a {name} checkpoint, of which that cannot be chosen: leave it out")
     if root is not None:
         options["root"] = root

@@ -59,9 +59,18 @@ def split_settings(options: Options, recipe: Recipe | None) -> tuple[Reading, di
     settings = dict(options.options or {})
     taken = recipe.options if recipe is not None else ()
     root, prefix = (None if key in taken else settings.pop(key, None) for key in ("root", "prefix"))
-    known = {key for container in containers().values() for key in container.settings}
-    own = {key: _read_flag(key, settings.pop(key)) for key in sorted(known) if key in settings and key not in taken}
+    own: dict[str, bool | int] = {}
+    for container in containers().values():
+        for known, read in ((container.settings, _read_flag), (container.counts, _read_count)):
+            own |= {key: read(key, settings.pop(key)) for key in known if key in settings and key not in taken}
     return Reading(None if root is None else str(root), None if prefix is None else str(prefix), own), settings
+
+
+def _read_count(key: str, value: object) -> int:
+    text = str(value)
+    if not (text.isascii() and text.isdigit() and 0 < len(text) < 10):
+        raise UsageError(f"--set {key}={value}: expected a number")
+    return int(text)
 
 
 def _read_flag(key: str, value: object) -> bool:

@@ -34,7 +34,7 @@ class Reading:
 
     root: str | None = None
     prefix: str | None = None
-    settings: Mapping[str, bool] = field(default_factory=dict)
+    settings: Mapping[str, bool | int] = field(default_factory=dict)
 
 
 def open_side(path: AnyPath, side: Side, reading: Reading = Reading(), variant: str | None = None) -> Checkpoint:

@@ -154,6 +154,7 @@ class Container:
             finds its files itself.
         is_trained: it is what a trainer leaves, whose names may be those of what was around the model.
         settings: further keywords of `read` that ``--set`` gives, true or false, with what they mean.
+        counts: the same, of keywords that are numbers.
         by_rank: a checkpoint is a folder with a file for each rank, which `read` finds, and tensors are always ``<file>/<name>``.
     """
 
@@ -170,4 +171,5 @@ class Container:
     holds: Callable[[Folder, Sequence[str]], bool] | None = None
     is_trained: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, str] = field(default_factory=dict)
     by_rank: bool = False

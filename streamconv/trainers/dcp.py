@@ -41,6 +41,7 @@ _RECORDS = (
 )
 _RANKED = re.compile(r"__(?P<rank>\d+)\.metadata")  # of a save without coordination: each rank's own
 _ITERATION = "latest_checkpointed_iteration.txt"  # Megatron's, above the folders of iterations
+_ITERATIONS = re.compile(r"iter_\d{7}")
 _INNER = "pytorch_model_fsdp_0"  # Accelerate's, in the folder of a checkpoint
 _SPLIT = re.compile(r"(optimizer|optim|chained_\d+|rng_state|rerun_state_machine_state)[./](.*)", re.DOTALL)
 _EXTRA = re.compile(r"(?:.*\.)?_extra_state(?:/.*)?", re.DOTALL)
@@ -75,19 +76,23 @@ class _Stored:
 
 def holds(folder: Folder, names: Sequence[str]) -> bool:
     """Whether a folder is such a checkpoint, or names the folder in it that is one."""
-    if any(name in (METADATA, f"{METADATA}.tmp") or name.endswith(".distcp") for name in names):
+    if any(map(_is_own, names)):
         return True
-    return find_folder(folder, names) is not None
+    return find_folder(folder, names) is not None or (_ITERATION in names and any(map(_ITERATIONS.fullmatch, names)))
 
 
 def find_folder(folder: Folder, names: Sequence[str]) -> Folder | None:
-    """The folder with the table of contents: the given one, of such names, or one that it names; None: neither has it."""
-    if METADATA in names:
+    """The folder with the files of a save: the given one, of such names, or one that it names; None: neither is one."""
+    if any(map(_is_own, names)):
         return folder
     for name in (_INNER, *_iteration(folder, names)):
-        if name in names and folder.folder(name).has(METADATA):
+        if name in names and any(map(_is_own, folder.folder(name).list())):
             return folder.folder(name)
     return None
+
+
+def _is_own(name: str) -> bool:
+    return name in (METADATA, f"{METADATA}.tmp") or name.endswith(".distcp")
 
 
 def _iteration(folder: Folder, names: Sequence[str]) -> Iterator[str]:
@@ -261,7 +266,11 @@ def read(
         UsageError: the folder or the root is not there, or cannot be read.
     """
     names = path.folder.list()
-    folder = find_folder(path.folder, names) or path.folder
+    folder = find_folder(path.folder, names)
+    if folder is None:
+        named = next(_iteration(path.folder, names), "")
+        what = f"{_ITERATION} names {short.repr(named)}, in which there is no checkpoint" if named else "there is no checkpoint in it"
+        raise FormatError(f"{show(path.folder.file(''))}: {what}: fetch its files, or give the folder of another iteration")
     table_files = _find_tables(folder, folder.list())
     table_file, table = table_files[0], _join_tables(table_files)
     weights = find_weights(table_file, _tree(table), root)

@@ -7,24 +7,27 @@ these begin. How large the whole is follows from all of them. Facts: torch/distr
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from streamconv.dtypes import TensorSpec
-from streamconv.errors import FormatError
+from streamconv.errors import FormatError, UsageError
 from streamconv.formats import AnyNode, Contents
 from streamconv.formats import safetensors as safetensors_files
 from streamconv.formats.container import Container, Names
 from streamconv.formats.files import check_unicode, damaged, short, show
 from streamconv.formats.indexes import Explain, unexplained
+from streamconv.formats.json_text import MAX_CONFIG, read_json
 from streamconv.formats.selection import Selection
 from streamconv.storage.folder import Folder, Location, read_each
 from streamconv.trainers.pieces import Piece, Replica, assemble, read_sizes
 
 _FILE = re.compile(r"shard-(?P<rank>\d{5,})-.+\.safetensors", re.DOTALL)
 _INFO = "DCP_SHARDING_INFO"
+_CONFIG = "config.json"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "lm_head.weight")
 KIND = Names("a rank's file of torch's writer for Hugging Face", (), "shard", (), weights=("shard-*-*.safetensors",))
 
 
@@ -42,6 +45,7 @@ def holds(folder: Folder, names: Sequence[str]) -> bool:
 def read(
     path: Location,
     *,
+    ranks: int | None = None,
     by_rank: bool = False,  # noqa: ARG001 - boxes of all ranks are one tensor
     files: Sequence[str] | Selection | None = None,  # noqa: ARG001 - found by their names
     explain: Explain = unexplained,  # noqa: ARG001 - there is no index
@@ -50,6 +54,7 @@ def read(
 
     Args:
         path: the folder.
+        ranks: how many there are, since no file says it.
         by_rank: of no effect.
         files: of no effect.
         explain: of no effect.
@@ -58,10 +63,12 @@ def read(
         FormatError: a rank is missing, or boxes do not make a whole.
     """
     names = sorted(filter(_FILE.fullmatch, path.folder.list()))
-    ranks = {int(name.split("-")[1]) for name in names}
-    missing = sorted(set(range(1, max(ranks) + 1)) - ranks)
+    numbers = {int(name.split("-")[1]) for name in names}
+    missing = sorted(set(range(1, max(*numbers, ranks or 1) + 1)) - numbers)
     if missing:
         raise FormatError(f"{show(path)}: no shard-{missing[0]:05d}-*.safetensors: fetch the files of all ranks")
+    if ranks is not None and ranks < max(numbers):
+        raise UsageError(f"--set ranks={ranks}: {show(path)} has files of {max(numbers)} ranks: say how many there are")
     locations = [path.folder.file(name) for name in names]
     pieces: dict[str, list[Piece]] = {}
     for location, (table, metadata) in zip(locations, read_each(locations, KIND.noun, safetensors_files.read_file), strict=True):
@@ -79,10 +86,22 @@ def read(
         replicas += same
     check_unicode(path, entries)
     contents = Contents(CONTAINER.name, entries, locations, replicas=replicas)
-    contents.notes.append(
-        f"{len(ranks)} ranks: parts of {len(entries)} tensors are put together; that the last rows are there nothing says"
-    )
+    _check_vocabulary(path, entries)
+    unsaid = "" if ranks else "; that there are no more of them no file says (--set ranks=N makes sure)"
+    contents.notes.append(f"{len(numbers)} ranks: parts of {len(entries)} tensors are put together{unsaid}")
     return contents
+
+
+def _check_vocabulary(path: Location, entries: Mapping[str, AnyNode]) -> None:
+    """Raises FormatError where a config.json beside says more words than the embedding has rows: a rank with the last ones is missing."""
+    if not path.folder.has(_CONFIG):
+        return
+    config = read_json(path.folder.file(_CONFIG), MAX_CONFIG, "a config")
+    words = config.get("vocab_size") if isinstance(config, dict) else None
+    for name, node in entries.items():
+        if type(words) is int and name.endswith(_EMBEDDINGS) and node.spec.shape and node.spec.shape[0] < words:
+            what = f"{short.repr(name)} has {node.spec.shape[0]} rows, and config.json says {words} words"
+            raise FormatError(f"{show(path)}: {what}: fetch the files of all ranks")
 
 
 def _offsets(path: Location, text: str | None) -> dict[str, tuple[int, ...]]:
@@ -94,4 +113,12 @@ def _offsets(path: Location, text: str | None) -> dict[str, tuple[int, ...]]:
         raise damaged(path, f"its {_INFO} is {short.repr(text)}") from error
 
 
-CONTAINER = Container(name="hf_shards", summary="torch's shards for Hugging Face", names=KIND, read=read, holds=holds, is_trained=True)
+CONTAINER = Container(
+    name="hf_shards",
+    summary="torch's shards for Hugging Face",
+    names=KIND,
+    read=read,
+    holds=holds,
+    is_trained=True,
+    counts={"ranks": "how many ranks wrote files, so that a missing last one is told"},
+)

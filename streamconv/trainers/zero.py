@@ -30,6 +30,7 @@ from streamconv.storage.folder import Folder, Location, read_each
 from streamconv.trainers.leftovers import note_left_out
 from streamconv.trainers.pieces import Replica
 
+_STEP = re.compile(r"global_step\d+(_universal)?")  # what it calls a tag itself
 _MARKERS = ("latest_universal", "latest")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<slice>\d+)_optim_states\.pt")
 _PARTS = re.compile(r"zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<slice>\d+)_model_states\.pt")
@@ -56,6 +57,8 @@ def holds(folder: Folder, names: Sequence[str]) -> bool:
         if marker not in names:
             continue
         tag = read_line(folder.file(marker), KIND.noun)
+        if _STEP.fullmatch(tag) and not folder.has_folder(tag):
+            return True  # reading it says that it is not there
         if not tag or "/" in tag or not folder.has_folder(tag):
             continue
         inner = folder.folder(tag)
@@ -175,6 +178,8 @@ def _find(folder: Folder) -> tuple[Folder, str]:
             tag = read_line(folder.file(marker), KIND.noun)
             if tag and "/" not in tag and folder.has_folder(tag):
                 return folder.folder(tag), marker
+            what = f"it names {short.repr(tag)}, which is not there"
+            raise FormatError(f"{show(folder.file(marker))}: {what}: fetch that folder, or give the folder of another step")
     raise FormatError(f"{show(folder.file(''))}: no step of DeepSpeed in it: give the folder with latest, or that of a step")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from checkpoint_files import ROOMY, assert_same, read, refusal, run, write
 from fsspec.implementations.memory import MemoryFileSystem
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trainer_models import DEEPSPEED, TORCH, UNIVERSAL, make
 
 import streamconv
@@ -106,7 +107,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "optimizer.state.a.weight.exp_avg" in read(tmp_path / "all")
 
 
-ONE_OF_EACH = ("tp2d.dcp", "hsdp.ranks", "z2_bf16_shuffled", "z3_bf16.universal", "mcore_llama", "mindspore2")
+ONE_OF_EACH = ("tp2d.dcp", "hsdp.ranks", "z2_bf16_shuffled", "z3_bf16.universal", "mcore_llama", "mindspore2", "fsdp2.shards")
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
@@ -138,6 +139,18 @@ def test_an_interrupted_run_is_gone_on_with(kind: str, tmp_path: Path, monkeypat
             streamconv.convert(GOLDEN / kind, tmp_path / "out", **options)
     streamconv.convert(GOLDEN / kind, tmp_path / "out", resume=True, **options)
     streamconv.convert(GOLDEN / kind, tmp_path / "whole", **options)
+    assert_same(read(tmp_path / "out"), read(tmp_path / "whole"))
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_made_in_parts(kind: str, tmp_path: Path) -> None:
+    options = ("--max-shard-size", "300B", "--max-memory", ROOMY)
+    assert run("plan", GOLDEN / kind, tmp_path / "out", "--out", tmp_path / "plan.json", *options) == 0
+    for part in ("1/2", "2/2"):
+        assert run("run", tmp_path / "plan.json", "--part", part, "--quiet") == 0
+    assert run("run", tmp_path / "plan.json", "--finish", "--quiet") == 0
+    streamconv.convert(GOLDEN / kind, tmp_path / "whole", max_shard_size="300B", max_memory=ROOMY)
     assert_same(read(tmp_path / "out"), read(tmp_path / "whole"))
 
 
@@ -232,6 +245,28 @@ def test_files_of_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "are both of rank 2" in refusal(capsys, "convert", src, tmp_path / "again")
 
 
+def test_a_last_shard_that_no_file_tells_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = copied("fsdp2.shards", tmp_path)
+    (src / "shard-00003-model-00001-of-00001.safetensors").unlink()
+    assert run("plan", src, tmp_path / "out") == 0
+    assert "(--set ranks=N makes sure)" in capsys.readouterr().out
+    assert "no shard-00003-*.safetensors" in refusal(capsys, "convert", src, tmp_path / "out", "--set", "ranks=3")
+    assert "has files of 2 ranks" in refusal(capsys, "convert", src, tmp_path / "out", "--set", "ranks=1")
+    assert "expected a number" in refusal(capsys, "convert", src, tmp_path / "out", "--set", "ranks=all")
+    whole = copied("fsdp2.shards", tmp_path / "whole")
+    assert run("convert", whole, tmp_path / "out", "--set", "ranks=3", "--quiet", "--max-memory", ROOMY) == 0
+
+
+def test_words_that_no_shard_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (1, 2):
+        info = {"embed_tokens.weight": {"saved_offsets": [2 * (rank - 1), 0]}}
+        metadata = {"DCP_SHARDING_INFO": json.dumps(info)}
+        save_file({"embed_tokens.weight": torch.ones(2, 3)}, tmp_path / f"shard-0000{rank}-model-00001-of-00001.safetensors", metadata)
+    (tmp_path / "config.json").write_text('{"vocab_size": 6}')
+    told = refusal(capsys, "convert", tmp_path, tmp_path / "out")
+    assert "'embed_tokens.weight' has 4 rows, and config.json says 6 words: fetch the files of all ranks" in told
+
+
 def test_a_file_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = GOLDEN / "fsdp2.ranks" / "model_world_size_3_rank_0.pt"
     assert "give the folder with the files of all ranks" in refusal(capsys, "convert", file, tmp_path / "out")
@@ -273,6 +308,7 @@ def test_boxes_that_leave_a_hole_or_overlap(tmp_path: Path, capsys: pytest.Captu
             pickle.dump(table, file)
         told = refusal(capsys, "convert", src, tmp_path / "out")
         assert "'emb.weight'" in told
+        assert run("doctor", src) == 1
         assert ("is in no file" if number == 0 else "ends beyond it") in told
 
 
