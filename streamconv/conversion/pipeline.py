@@ -101,6 +101,7 @@ def make_plan(options: PlanOptions) -> Plan:
     for one in altered:
         additions |= one.config
         replicas += one.replicas
+    additions |= conversion.keys
     if dequantization is not None:
         conversion = dequantization.account(conversion)
     conversion, quantization = quantize_as_asked(options, conversion, checkpoint, target.format)
