@@ -38,12 +38,14 @@ def check_strict(options: PlanOptions) -> None:
         raise UsageError("--strict-values: the source's space would be given back before all values are known: leave out --reclaim-source")
 
 
-def check_reclaim(options: PlanOptions, checkpoint: Checkpoint) -> None:
+def check_reclaim(options: PlanOptions, checkpoint: Checkpoint, *, is_merged: bool) -> None:
     """Raises UsageError where giving the source back would lose what no output holds."""
     if not options.reclaim_source:
         return
     if options.graft is not None or list(options.adapter):
         raise UsageError("--reclaim-source: what --graft and --adapter read would be given back, too: leave one of them out")
+    if is_merged:
+        raise UsageError(f"--reclaim-source: {options.src} names several models, which would all be given back: leave it out")
     if containers()[checkpoint.format].is_trained:
         what = f"{checkpoint.path} holds what is the trainer's, too, which would be lost"
         raise UsageError(f"--reclaim-source: {what}: leave it out, and remove SRC afterwards")

@@ -147,8 +147,8 @@ def _open(
     """
     merged = merge_as_asked(options.src, options)
     checkpoint, left_behind = (merged.checkpoint, []) if merged else open_source(options, recipe, reading, target)
-    check_reclaim(options, checkpoint)
-    for source in [checkpoint, *(merged.others if merged else ())]:
+    check_reclaim(options, checkpoint, is_merged=merged is not None)
+    for source in [*(merged.others if merged else ()), checkpoint]:
         _check_target(target, source, options)
     return checkpoint, left_behind, [merged] if merged else []
 

@@ -11,7 +11,7 @@ from streamconv.dtypes import CASTABLE
 from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode, Node, apply
 from streamconv.graph.ops import Alignment, Cast, Cutoff, KeptShare, MergeDeltas, MergeLinear, MergeSlerp, Op, Pick, Scale
-from streamconv.graph.ops.merging import ALL, CHANCES, LARGEST, NONE, RANDOM
+from streamconv.graph.ops.picks import ALL, CHANCES, LARGEST, NONE, RANDOM
 from streamconv.merging.experts import piece_of
 from streamconv.merging.file import Input, MergeFile, Slice
 from streamconv.merging.parameters import Lookup

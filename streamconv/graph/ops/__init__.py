@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from streamconv.graph.ops.fnuz import FnuzCodes, FnuzScales
     from streamconv.graph.ops.integers import PackIntegers, UnpackIntegers
     from streamconv.graph.ops.lora import MergeLora
-    from streamconv.graph.ops.merging import Alignment, Cutoff, KeptShare, MergeDeltas, MergeLinear, MergeSlerp, Pick
+    from streamconv.graph.ops.merging import MergeDeltas, MergeLinear, MergeSlerp
+    from streamconv.graph.ops.picks import Pick
     from streamconv.graph.ops.quantized import DequantizeBlocks, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
     from streamconv.graph.ops.quantizing import Quantize, SharedScale
     from streamconv.graph.ops.sampled import SampleRows
+    from streamconv.graph.ops.statistics import Alignment, Cutoff, KeptShare
     from streamconv.graph.ops.tuned import AddProducts, ColumnNorms, Kronecker, Magnify, ScaleLines
 
 __all__ = [
@@ -33,12 +35,12 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Add": "arithmetic", "AddProducts": "tuned", "Alignment": "merging", "Blocks": "blocks", "Cast": "cast", "ColumnNorms": "tuned",
-    "Constant": "constants", "Cutoff": "merging", "Dequantize": "blocks", "DequantizeBlocks": "quantized",
+    "Add": "arithmetic", "AddProducts": "tuned", "Alignment": "statistics", "Blocks": "blocks", "Cast": "cast", "ColumnNorms": "tuned",
+    "Constant": "constants", "Cutoff": "statistics", "Dequantize": "blocks", "DequantizeBlocks": "quantized",
     "DequantizeFloats": "quantized", "DequantizeIntegers": "quantized", "DequantizeQuantiles": "quantized", "FnuzCodes": "fnuz",
-    "FnuzScales": "fnuz", "InvFreq": "constants", "KeptShare": "merging", "Kronecker": "tuned", "Magnify": "tuned",
+    "FnuzScales": "fnuz", "InvFreq": "constants", "KeptShare": "statistics", "Kronecker": "tuned", "Magnify": "tuned",
     "MergeDeltas": "merging", "MergeLinear": "merging", "MergeLora": "lora", "MergeSlerp": "merging", "PackIntegers": "integers",
-    "Pick": "merging", "Quantize": "quantizing", "SampleRows": "sampled", "Scale": "arithmetic", "ScaleLines": "tuned",
+    "Pick": "picks", "Quantize": "quantizing", "SampleRows": "sampled", "Scale": "arithmetic", "ScaleLines": "tuned",
     "SharedScale": "quantizing", "UnpackIntegers": "integers", "Zeros": "constants",
 }  # fmt: skip
 
