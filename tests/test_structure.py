@@ -33,7 +33,7 @@ PACKAGES = {
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 910,  # quantizations, a module for each, and the list of them that others add to
-    "recipe": 1_465,  # the mechanism of recipes, what config.json says afterwards with it
+    "recipe": 1_450,  # the mechanism of recipes
     "library": 1_130,  # what other libraries know, the op that runs their code, and the process in which four of them open checkpoints
     "adapters": 560,  # what PEFT trains beside a model, a module for each kind
     "recipes": None,  # declarations: as many as there are families
@@ -43,9 +43,9 @@ PACKAGES = {
     "merging": 700,  # what a file of mergekit says, of tensors' names and of arithmetic
     "conversion": 1_490,  # options and the calls that take them; tensors in Python; from them to a plan or a stream, codes and numbers
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
-    "advice": 430,  # what a checkpoint is, what people want, which options follow, and which recipes fit
+    "advice": 420,  # what a checkpoint is, what people want, which options follow, and which recipes fit
     "diagnose": 1_365,  # what is said of checkpoints, and of adapters, by libraries that open them too
-    "front": 610,  # what people meet: the command, from what they want to options, the demo
+    "front": 650,  # what people meet: the command, from what they want to options, what shells complete, the demo
 }
 FRONT = {"demo", "__main__", ""}
 

@@ -15,23 +15,17 @@ from streamconv.errors import UsageError
 from streamconv.text import did_you_mean
 
 ROOT = "root=KEY: the key of the dict of tensors in a file that torch.save wrote, dotted if it lies deeper"
-_PATHS = {"SRC", "DST", "A", "B", "FILE", "DIR", "NAME|FILE"}
+SHELLS = ("bash", "zsh", "tcsh", "fish")
 
 
 class _Completion(argparse.Action):
-    """Prints a shell's completion script, which shtab writes from the parser."""
+    """Prints a shell's completion script."""
 
     def __call__(self, parser: argparse.ArgumentParser, _namespace: object, shell: object, _option: str | None = None) -> None:
-        try:
-            import shtab
-        except ImportError:
-            raise UsageError("--print-completion needs shtab: pip install 'streamconv[completion]'") from None
+        from streamconv.cli.completion import write_script  # which loads all that it completes
+
         assert isinstance(parser, Parser)
-        actions: list[Any] = [action for command in parser.commands().values() for action in command._actions]
-        for action in actions:
-            if isinstance(action.metavar, str) and action.metavar in _PATHS:
-                action.complete = shtab.FILE
-        print(shtab.complete(parser, shell=str(shell)))
+        print(write_script(parser, parser.commands(), str(shell)), end="")
         parser.exit()
 
 
@@ -259,7 +253,7 @@ def build_parser() -> Parser:
     parser = Parser(prog="streamconv", description="Converts model checkpoints bigger than the machine, in bounded memory.")
     parser.first = FIRST
     parser.add_argument("--version", action="version", version=f"streamconv {__version__}")
-    parser.add_argument("--print-completion", action=_Completion, choices=["bash", "zsh", "tcsh"], help="completion for that shell")
+    parser.add_argument("--print-completion", action=_Completion, choices=SHELLS, help="completion for that shell")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         examples = "\n".join(f"  streamconv {name} {line}" for line in command.examples)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -108,22 +110,102 @@ def test_every_command_has_examples():
     assert set(COMMANDS) == set(commands)
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
-def test_completion(shell, capsys):
-    pytest.importorskip("shtab")
+def completion(shell, capsys):
+    """The script for a shell, from a parser of its own."""
+    build_parser.cache_clear()
     with pytest.raises(SystemExit) as ended:
         run("--print-completion", shell)
+    build_parser.cache_clear()
     assert ended.value.code == 0
-    script = capsys.readouterr().out
-    for word in ("convert", "max-shard-size", "recipes"):
-        assert word in script
+    return capsys.readouterr().out
+
+
+COMPLETED = {
+    "con": ["convert"],
+    "convert a b --max-sh": ["--max-shard-size"],
+    "convert a b --to m": ["mcore", "merged", "meta", "mp", "ms", "mxfp4", "mxfp8"],
+    "plan a b --recipe internvl-": ["internvl-custom2hf", "internvl-hf2custom"],
+    "recipes internvl-": ["internvl-custom2hf", "internvl-hf2custom"],
+    "verify a b --set n_h": ["n_head=", "n_heads="],
+    "convert a b --dtype b": ["bf16", "bfloat16"],
+    "convert a b --format d": ["dcp"],
+    "convert a b --quantize W8A1": ["W8A16"],
+    "inspect a --set ": ["root="],
+    "convert mod": ["model.safetensors"],
+    "plan a b --recipe mine": ["mine.yaml"],
+    "--print-completion f": ["fish"],
+}
+"""What is written -> what it may go on as."""
+BASH = """
+source ./script
+for line; do
+  IFS=' ' COMP_WORDS=(streamconv $line)
+  [[ $line == *' ' ]] && COMP_WORDS+=("")
+  COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+  _streamconv streamconv "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"
+  echo "${COMPREPLY[*]}"
+done
+"""
+FISH = """
+source ./script
+for line in $argv
+    complete -C "streamconv $line" | string split --fields 1 \\t | string join ' '
+end
+true
+"""
+SHELLS = {"bash": BASH, "fish": FISH}
+ZEROTH = {"bash": ["bash"], "fish": []}  # what is no argument to bash
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_completes_what_there_is(shell, tmp_path, capsys):
     if shell == "bash":
-        subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=600)
+        pytest.importorskip("shtab")
+    (tmp_path / "script").write_text(completion(shell, capsys))
+    for name in ("mine.yaml", "model.safetensors"):
+        (tmp_path / name).touch()
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell} here")
+    typed = COMPLETED | ({"convert a b --to meta,bf": ["meta,bf16"]} if shell == "bash" else {})
+    done = subprocess.run(
+        [shell, "-c", SHELLS[shell], *ZEROTH[shell], *typed], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=600
+    )
+    answers = [sorted(line.split()) for line in done.stdout.splitlines()]
+    assert dict(zip(typed, answers, strict=True)) == typed
 
 
-def test_completion_without_shtab(monkeypatch, capsys):
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh", "fish"])
+def test_completion_has_words_of_every_kind(shell, capsys):
+    if shell != "fish":
+        pytest.importorskip("shtab")
+    script = completion(shell, capsys)
+    for word in ("convert", "max-shard-size", "llama-meta2hf", "model_parallel=", "bfloat16", "mindspore", "W4A16", "mcore", "one-file"):
+        assert word in script, word
+    if shell == "zsh":
+        assert ":NAME|FILE:{_alternative 'recipes" in script
+        assert ":WHAT:{_values -s , what hf " in script
+    if shutil.which(shell) and shell != "tcsh":
+        subprocess.run([shell, "-n"], input=script, text=True, check=True, timeout=600)
+
+
+def test_completion_in_fish_is_of_one_command_each(capsys):
+    lines = completion("fish", capsys).splitlines()
+    assert all(line.startswith("complete -c streamconv -n ") for line in lines)
+    (to,) = [line for line in lines if "from convert' -l to " in line]
+    assert re.search(r"-l to -x -a '[\w= -]*\bmcore\b[\w= -]*' -d '", to)
+    (recipe,) = [line for line in lines if "from plan' -l recipe " in line]
+    assert " -r -a 'baichuan2-hf2ms " in recipe
+    (switch,) = [line for line in lines if "from run' -l overwrite " in line]
+    assert " -x" not in switch
+    assert sum("-f -a convert -d " in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_without_shtab(shell, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
-    assert run("--print-completion", "bash") == 2
+    build_parser.cache_clear()
+    assert run("--print-completion", shell) == 2
+    build_parser.cache_clear()
     assert "pip install 'streamconv[completion]'" in capsys.readouterr().err
 
 
@@ -180,7 +262,8 @@ def test_where_none_fits_the_nearest_are_shown(tmp_path, capsys):
 
 
 def test_convert_suggests_a_recipe_that_config_json_points_at(healthy, tmp_path, capsys):
-    assert set(suggest_recipes(healthy, streamconv.open(healthy))) == {"llama-hf2meta", "llama-hf2ms", "llama-hf2sat"}
+    named = {"llama-hf2meta", "llama-hf2ms", "llama-hf2sat", "llama-hf2titan"}
+    assert set(suggest_recipes(healthy, streamconv.open(healthy))) == named
     assert run("convert", healthy, tmp_path / "a") == 0
     assert "note: for another layout of this model: --recipe llama-hf2meta or" in capsys.readouterr().out
     assert run("plan", healthy, tmp_path / "b") == 0
