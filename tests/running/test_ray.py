@@ -31,7 +31,7 @@ from streamconv.running.filling import LocalEngine
 from streamconv.running.log import Log
 from streamconv.running.progress import Progress
 from streamconv.running.run import run
-from tools.crash import read_tree
+from tools.crash import make_source, read_tree
 
 STORE = 80_000_000  # bytes: the least that Ray takes
 
@@ -224,6 +224,17 @@ def test_the_files_are_those_of_the_local_engine(cluster, source, tmp_path, opti
     assert figures["verified"] is (True if "--verify" in options else None)
     assert figures["workers"] == (2 if "-j" in options else 1)
     assert figures["peak_rss"] < figures["peak_memory"]
+    assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_files_of_several_sources(cluster, tmp_path):
+    make_source(tmp_path / "src")
+    options = ["--adapter", tmp_path / "lora", "--graft", tmp_path / "donor", "--take", "*", "--replace"]
+    local = command("convert", tmp_path / "src", tmp_path / "whole", "--max-shard-size", "600KB", "--quiet", *options)
+    subprocess.run(local, check=True, timeout=600)
+    done = convert(cluster, tmp_path / "src", tmp_path / "dst", "--verify", "--json", *options)
+    assert (done.returncode, done.stderr) == (0, "")
     assert read_tree(tmp_path / "dst") == read_tree(tmp_path / "whole")
 
 
