@@ -16,7 +16,9 @@ from streamconv.errors import UsageError
 
 MODULES = {"LORA": "lora", "IA3": "ia3", "LOHA": "loha", "LOKR": "lokr", "LN_TUNING": "ln_tuning", "TRAINABLE_TOKENS": "tokens"}
 """Which module has which kind."""
-_PROMPTS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE", "XLORA", "POLY")
+_PROMPTS = (
+    "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE", "XLORA", "POLY", "LILY",
+)  # fmt: skip
 
 
 def kind_of(adapter: Adapter) -> Kind:

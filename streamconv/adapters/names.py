@@ -27,8 +27,9 @@ def with_names(adapter: Adapter, contents: Contents, weights: Weights) -> Weight
         stored, _ = model.save(weights.entries)
         if not _lacks(contents, stored):
             return _Renamed(weights, stored, model, is_native=False)
-    except (CoverageError, UsageError):
-        return weights  # which say what does not fit
+    except (CoverageError, UsageError) as error:  # weights say what does not fit
+        if isinstance(error.__cause__, ImportError):
+            weights.hint = f"; others that it may have are transformers': {error}"
     return weights
 
 

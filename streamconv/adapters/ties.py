@@ -15,7 +15,8 @@ from streamconv.errors import CoverageError
 TIES, VOCABULARY = "tie_word_embeddings", "vocab_size"
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|tokens_embed|shared)\.weight")
 _HEAD = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight")
-_HEADED = re.compile(r".*(?:ForCausalLM|LMHeadModel|ForConditionalGeneration|ForMaskedLM)")
+_OTHERS = re.compile(r".*(?:ForMaskedLM|ForPreTraining)")  # classes with heads of other names
+_HEADED = re.compile(rf".*(?:ForCausalLM|LMHeadModel|ForConditionalGeneration)|{_OTHERS.pattern}")
 _MANY = re.compile(r"(?:.*\.)?shared\.weight")
 _TEXT = "text_config"
 
@@ -29,7 +30,7 @@ def untie(adapter: Adapter, contents: Contents, weights: Weights) -> Mapping[str
     """Has a head of its own beside the embedding, where they are one and the adapter is for one of them; gives what it replaces.
 
     Raises:
-        CoverageError: a model ties more than these two.
+        CoverageError: a model ties more than these two, or its head is not known.
     """
     targets = {f"{layer.module}.weight" for layer in contents.layers if not any(slot in layer for slot in TOKENS)}
     saved = {name for name in contents.whole if adapter.names("modules_to_save", name.removesuffix(".weight"))}
@@ -48,14 +49,21 @@ def untie(adapter: Adapter, contents: Contents, weights: Weights) -> Mapping[str
         return contents.whole
     if not changed | replaced:
         return contents.whole
-    if _MANY.fullmatch(embedding):
-        raise CoverageError(f"{adapter.title}: {embedding} is tied to more than a head, which an adapter of it unties: merge it with PEFT")
+    if _MANY.fullmatch(embedding) or weights.config.get("is_encoder_decoder") or _OTHERS.fullmatch(_class_of(weights.config)):
+        raise CoverageError(f"{adapter.title}: {embedding} is tied to more than a head, or to one of another name: merge it with PEFT")
     if head not in weights.entries:
         weights.former[head] = embedding
         weights.entries[head] = weights.entries[embedding]
         weights.changed[head] = UNTIED
-    weights.config_changes[TIES] = False
+    text = weights.config.get(_TEXT)
+    weights.config_changes |= {TIES: False, **({f"{_TEXT}.{TIES}": False} if isinstance(text, Mapping) and TIES in text else {})}
     return contents.whole
+
+
+def _class_of(config: Mapping[str, Any]) -> str:
+    """The first of a config's classes, "": it says none."""
+    classes = config.get("architectures")
+    return str(classes[0]) if isinstance(classes, list) and classes else ""
 
 
 def _is_tied(config: Mapping[str, Any], *, has_head: bool, knows_head: bool) -> bool:
@@ -63,8 +71,7 @@ def _is_tied(config: Mapping[str, Any], *, has_head: bool, knows_head: bool) -> 
     said = [part[TIES] for part in (config, config.get(_TEXT) or {}) if isinstance(part, Mapping) and type(part.get(TIES)) is bool]
     if has_head:
         return bool(said) and said[0]
-    classes = config.get("architectures")
-    is_headed = not isinstance(classes, list) or not classes or _HEADED.fullmatch(str(classes[0])) is not None
+    is_headed = not _class_of(config) or _HEADED.fullmatch(_class_of(config)) is not None
     return (knows_head or is_headed) and (not said or said[0])
 
 

@@ -30,6 +30,7 @@ class Weights:
         recast: in which dtype those shall be that adapters change.
         former: tensors that have come -> the one that they were.
         replaced: those that the adapter at hand replaces.
+        hint: what a message adds that names do not fit.
 
     Args:
         dtype_of: in which dtype those shall be that adapters change, so that they are rounded once.
@@ -41,6 +42,7 @@ class Weights:
         self.config_changes: dict[str, Any] = {}
         self.former: dict[str, str] = {}
         self.replaced: set[str] = set()
+        self.hint = ""
         self._replaced_by: dict[str, str] = {}
 
     def find(self, name: str, title: str, key: str) -> AnyNode:
@@ -50,7 +52,7 @@ class Weights:
             hint = f"; the nearest is {near[0]}" if near else ""
             if QUANTIZED in self.config:
                 raise CoverageError(f"{title}: {key}: SRC has no {name}{hint}: it is quantized: dequantize it with --dequantize")
-            raise CoverageError(f"{title}: {key}: SRC has no {name}{hint}: is it an adapter of this model?")
+            raise CoverageError(f"{title}: {key}: SRC has no {name}{hint}: is it an adapter of this model?{self.hint}")
         node = self.entries[name]
         if node.spec.dtype.name not in CASTABLE:
             raise CoverageError(f"{title}: {name} of SRC is {node.spec}, no floating point: dequantize it with --dequantize")

@@ -169,6 +169,15 @@ def test_what_is_tied_comes_apart(
     assert after.get("tie_word_embeddings") == (False if head is not None else said.get("tie_word_embeddings"))
 
 
+@pytest.mark.parametrize("said", [{"is_encoder_decoder": True}, {"architectures": ["ToyForMaskedLM"]}], ids=str)
+def test_what_is_tied_in_other_ways_is_refused(said: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = write(tmp_path / "src", TIED, config={"model_type": "toy", "tie_word_embeddings": True, **said})
+    told = refusal(capsys, "convert", src, tmp_path / "out", "--adapter", adapter(tmp_path / "adapter", OF_WORDS))
+    assert "model.embed_tokens.weight is tied to more than a head" in told
+    write(src, BASE, config={"model_type": "toy", "tie_word_embeddings": False, **said})
+    streamconv.convert(src, tmp_path / "out", adapter=[tmp_path / "adapter"], max_memory=ROOMY, progress=False)
+
+
 def test_more_words(tmp_path: Path) -> None:
     tensors = {"model.embed_tokens.weight": random_tensor(23, 6, seed=20), "lm_head.weight": random_tensor(23, 6, seed=21)}
     made, config = merged(tmp_path, {**tensors, **low_rank("model.q", 8, 6)}, said={"text_config": {"vocab_size": 20, "x": 1}})
