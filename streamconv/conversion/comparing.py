@@ -52,14 +52,15 @@ def open_sides(options: VerifyOptions, *, is_either_quantized: bool = False) -> 
     check_backend(options)
     recipe = find_recipe(options)
     reading, settings = split_settings(options, recipe)
-    merged = merge_as_asked(options.a, options)
+    merger = merge_as_asked(options.a, options)
     side = recipe.target if recipe else Side()
-    a, b = (merged.checkpoint, open_other(options.b, side, options.variant)) if merged else open_both(options, recipe, reading)
+    a, b = (merger.checkpoint, open_other(options.b, side, options.variant)) if merger else open_both(options, recipe, reading)
     casting = Casting(options.dtype, options.keep_dtype)
     only_b = is_either_quantized and options.dequantize and is_quantized(b) and not is_quantized(a)
     expected, notes = convert_side(options, a, recipe, settings, casting, dequantizes=not only_b)
     other, unsigned = dequantize_other(options, b, casting)
     actual = other.contents.entries if recipe is not None or names_change(options) else all_tensors(other)
+    notes = [*(merger.notes if merger else ()), *notes]
     return Sides(a, b, without_sign_of_zero(expected, unsigned), without_sign_of_zero(actual, unsigned), notes)
 
 

@@ -56,9 +56,10 @@ def merge_as_asked(path: AnyPath, options: Options) -> Altered | None:
 
 def _open(file: MergeFile, name: str, line: int) -> Model:
     """A model, with an adapter if one stands behind it; what is wrong is told with the line that names it."""
+    from streamconv.merging.file import split_adapter
     from streamconv.merging.models import Model
 
-    path, _, adapter = (name, "", "") if is_url(name) or Path(name).exists() else name.partition("+")
+    path, adapter = split_adapter(name)
     try:
         checkpoint = name_as_model(open_side(path, Side()), None, None)
         if list(checkpoint.components) != [""]:

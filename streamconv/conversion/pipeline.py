@@ -84,7 +84,7 @@ def make_plan(options: PlanOptions) -> Plan:
     target = target_of(options.dst, options.format, recipe.target.format if recipe else DEFAULT, create_pr=options.create_pr)
     reading, settings = split_settings(options, recipe)
     keeps_ties = recipe is not None or read_identity_options(settings)["tied"] == "keep"
-    checkpoint, left_behind, merged = _open(options, recipe, reading, target)
+    checkpoint, left_behind, merger = _open(options, recipe, reading, target)
     replicas = [(one, other, (name, name)) for one, other, name in checkpoint.contents.replicas if options.check_replicas]
     beside = find_own_beside(options, checkpoint)
     kept = casting.ask_class(read_config(beside) if beside else checkpoint.config)
@@ -94,7 +94,7 @@ def make_plan(options: PlanOptions) -> Plan:
     if dequantization is not None:
         checkpoint = dequantization.checkpoint
     checkpoint, altered = alter_as_asked(options, checkpoint, casting, is_renamed=is_renamed)
-    altered = [*merged, *altered]
+    altered = [*merger, *altered]
     conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, is_stated=dequantization is None and not is_renamed)
     conversion = account_for(altered, conversion)
     additions: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def make_plan(options: PlanOptions) -> Plan:
     metadata = {"format": "pt", **sampling(conversion.outputs.values())}
     target_settings = TargetSettings(target, shard_limit, ties, metadata, BLOCK if options.align else None)
     layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, target_settings)
-    dtype = casting.dtype or next((one.dtype for one in merged), None)
+    dtype = casting.dtype or next((one.dtype for one in merger), None)
     sidecars, sidecar_notes = (
         ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, dtype, quantizations, additions)
     )
@@ -152,12 +152,12 @@ def _open(
     Raises:
         StreamconvError: it cannot be read, or DST cannot be made of it.
     """
-    merged = merge_as_asked(options.src, options)
-    checkpoint, left_behind = (merged.checkpoint, []) if merged else open_source(options, recipe, reading, target)
-    check_reclaim(options, checkpoint, is_merged=merged is not None)
-    for source in [*(merged.others if merged else ()), checkpoint]:
+    merger = merge_as_asked(options.src, options)
+    checkpoint, left_behind = (merger.checkpoint, []) if merger else open_source(options, recipe, reading, target)
+    check_reclaim(options, checkpoint, is_merged=merger is not None)
+    for source in [*(merger.others if merger else ()), checkpoint]:
         _check_target(target, source, options)
-    return checkpoint, left_behind, [merged] if merged else []
+    return checkpoint, left_behind, [merger] if merger else []
 
 
 def _check_target(target: Target | RemoteTarget, checkpoint: Checkpoint, options: PlanOptions) -> None:

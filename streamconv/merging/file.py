@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from streamconv.dtypes import CASTABLE, parse_dtype
 from streamconv.errors import RecipeError, UsageError
 from streamconv.recipe.files import parse, read_text
+from streamconv.storage import is_url
 from streamconv.storage.locations import shown
 from streamconv.text import did_you_mean
 
@@ -127,6 +128,15 @@ def read(path: Path) -> MergeFile:
     except Exception as error:
         raise RecipeError(f"{path}: cannot be parsed: {' '.join(str(error).split())[:300]}") from error
     return _Reading(str(path)).file(_item_of(node))
+
+
+def split_adapter(text: str) -> tuple[str, str]:
+    """A model, and the adapter that is named behind it with a plus, if one is."""
+    if not is_url(text) and Path(text).exists():
+        return text, ""
+    model, plus, adapter = text.rpartition("+")
+    is_adapter = bool(plus) and (not is_url(text) or is_url(adapter) or Path(adapter).exists())
+    return (model, adapter) if is_adapter else (text, "")
 
 
 @dataclass(frozen=True)
@@ -261,7 +271,8 @@ class _Reading:
         if not isinstance(item.value, str) or not item.value.strip():
             found = "a mapping" if isinstance(item.value, dict) else item.value
             self._fail(item.line, f"expected the path of a model, perhaps with +ADAPTER, found {found}")
-        return shown(item.value.strip())
+        model, adapter = split_adapter(item.value.strip())
+        return f"{shown(model)}+{shown(adapter)}" if adapter else shown(model)
 
     def _dtype(self, keys: Mapping[str, _Item], key: str) -> str | None:
         item = keys.get(key)

@@ -12,7 +12,7 @@ from streamconv.merging.arithmetic import Arithmetic, Operand, Target, units_of
 from streamconv.merging.file import Input, MergeFile, Slice
 from streamconv.merging.models import TIES, Model, with_key
 from streamconv.merging.parameters import unknown_parameters
-from streamconv.merging.vocabulary import SIZE, Aligned, align
+from streamconv.merging.vocabulary import SIZE, Vocabulary, align
 
 _NEED_BASE = ("slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 _SHOWN = 4  # names that a refusal gives
@@ -45,17 +45,17 @@ def merge(file: MergeFile, models: Mapping[str, Model], seed: int) -> Merged:
         RecipeError: the file does not say what the method takes, or says what cannot be.
     """
     _check_models(file, models)
-    aligned = align(file, models, first_of(file)) if file.aligns_vocabulary else None
-    models = aligned.models if aligned else models
+    vocabulary = align(file, models, first_of(file)) if file.aligns_vocabulary else None
+    models = vocabulary.models if vocabulary else models
     targets = list(_targets(file, models))
     arithmetic = Arithmetic(file, seed)
-    made: dict[str, AnyNode] = {}
+    nodes: dict[str, AnyNode] = {}
     for unit in units_of(targets):
-        made |= arithmetic.merge(unit)
-    entries = {target.name: made[target.name] for target in targets}
+        nodes |= arithmetic.merge(unit)
+    entries = {target.name: nodes[target.name] for target in targets}
     sources = {target.name: tuple(dict.fromkeys(operand.name for operand in target.operands)) for target in targets}
-    config, notes = _config_of(file, models, targets, aligned)
-    notes += aligned.notes if aligned else ()
+    config, notes = _config_of(file, models, targets, vocabulary)
+    notes += vocabulary.notes if vocabulary else ()
     notes += [f"{file.path}: {name} is no parameter of {file.method}, and changes nothing" for name in unknown_parameters(file)]
     return Merged(entries, sources, arithmetic.replicas, config, notes)
 
@@ -174,7 +174,7 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def _config_of(
-    file: MergeFile, models: Mapping[str, Model], targets: Sequence[Target], aligned: Aligned | None
+    file: MergeFile, models: Mapping[str, Model], targets: Sequence[Target], vocabulary: Vocabulary | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Keys of config.json that change, and notes."""
     own = models[first_of(file)].config
@@ -185,8 +185,8 @@ def _config_of(
     heads = [target for target in targets if any(models[operand.one.model].stand_in(target.name) for operand in target.operands)]
     if heads:
         config |= with_key({**own, **config}, TIES, value=False)
-    if aligned:
-        config |= with_key({**own, **config}, SIZE, aligned.size)
+    if vocabulary:
+        config |= with_key({**own, **config}, SIZE, vocabulary.size)
     return {key: value for key, value in config.items() if key not in own or own[key] != value}, notes
 
 

@@ -24,7 +24,7 @@ SIZE = "vocab_size"
 
 
 @dataclass(frozen=True)
-class Aligned:
+class Vocabulary:
     """Models whose embeddings have the rows of one tokenizer's tokens, how many these are, and notes."""
 
     models: Mapping[str, Model]
@@ -32,7 +32,7 @@ class Aligned:
     notes: Sequence[str]
 
 
-def align(file: MergeFile, models: Mapping[str, Model], base: str) -> Aligned:
+def align(file: MergeFile, models: Mapping[str, Model], base: str) -> Vocabulary:
     """The models with the vocabulary of ``base``; a token that one lacks has the base's row.
 
     Raises:
@@ -46,14 +46,14 @@ def align(file: MergeFile, models: Mapping[str, Model], base: str) -> Aligned:
     names = sorted(tokens, key=tokens.__getitem__)
     if [tokens[name] for name in names] != list(range(len(names))):
         file.fail(file.lines["tokenizer_source"], f"tokens of {base} are not numbered one after the other: merge without tokenizer_source")
-    aligned, notes = {}, []
+    rearranged, notes = {}, []
     for name, model in models.items():
         own = tokens if name == base else _tokens_of(model)
         if own is None:
             notes.append(f"{file.path}: {name} has no tokenizer.json: its tokens are taken to be those of {base}")
         rows = [(own or tokens).get(token, -1) for token in names]
-        aligned[name] = _with_rows(file, model, models[base], rows)
-    return Aligned(aligned, len(names), notes)
+        rearranged[name] = _with_rows(file, model, models[base], rows)
+    return Vocabulary(rearranged, len(names), notes)
 
 
 def _tokens_of(model: Model) -> dict[str, int] | None:

@@ -144,6 +144,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LINEAR = "models: [{model: '{m0}', parameters: {weight: 1}}, {model: '{m1}', parameters: {weight: 1}}]\nmerge_method: linear\n"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("text", "line"),
     [

@@ -6,16 +6,20 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoint_files import ROOMY, assert_same, random_tensor, read, refusal, run, write
+from fsspec.implementations.memory import MemoryFileSystem
 from merged_models import merge_file, merged, models
+from safetensors.torch import save_file
 
 from streamconv.conversion import api
 from streamconv.errors import RunError
+from streamconv.merging.file import read as read_file
 
 TIES: dict[str, Any] = {
     "models": [{"model": "{m1}", "parameters": {"weight": 0.6, "density": 0.3}}],
@@ -65,6 +69,40 @@ def test_no_model_is_written_over_or_given_back(tmp_path: Path, capsys: pytest.C
     assert "--reclaim-source: " in refusal(capsys, "convert", file, tmp_path / "out", "--reclaim-source", "--yes")
     assert_same(read(tmp_path / "m0"), first)
     assert_same(read(tmp_path / "m1"), second)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """Two models and an adapter in fsspec's file system in memory."""
+    models(tmp_path, 2)
+    low_rank = {"lora_A.weight": torch.eye(2, 6), "lora_B.weight": torch.eye(6, 2)}
+    (tmp_path / "a").mkdir()
+    module = "base_model.model.model.layers.1.self_attn.q_proj"
+    save_file({f"{module}.{name}": tensor for name, tensor in low_rank.items()}, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    files = MemoryFileSystem()
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        files.pipe_file(f"/merged/{path.relative_to(tmp_path).as_posix()}", path.read_bytes())
+    yield "memory://merged"
+    files.store.clear()
+
+
+def test_models_behind_urls(served: str, tmp_path: Path) -> None:
+    text = json.dumps({**TIES, "models": [{"model": "{m1}+{a}", "parameters": {"weight": 0.6, "density": 0.3}}]})
+    whole = merged(tmp_path, text.replace("{a}", str(tmp_path / "a")), "--max-shard-size", "200")
+    remote = text.replace("{m0}", f"{served}/m0").replace("{m1}+{a}", f"{served}/m1+{served}/a")
+    assert_same(merged(tmp_path, remote), whole)
+    file = merge_file(tmp_path, remote)
+    assert run("merge", file, f"{served}/out", "--quiet", "--max-memory", ROOMY) == 0
+    assert run("verify", file, f"{served}/out", "--quiet") == 0
+
+
+def test_no_secret_of_a_url_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for url in ("https://127.0.0.1:9/model?sig=hunter2", "https://127.0.0.1:9/model?sig=hunter2+https://127.0.0.1:9/a?sig=hunter2"):
+        text = {"models": [{"model": url, "parameters": {"weight": 1}}], "merge_method": "linear"}
+        line = read_file(merge_file(tmp_path, text)).slices[0].inputs[0].model
+        assert line.count("https://") == url.count("https://")
+        assert "hunter2" not in line
 
 
 def test_what_verify_and_diff_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
