@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoint_files import ROOMY, run
 from safetensors.torch import load_file
+from transformers_logits import logits_of
 
 MAKER = Path(__file__).parent.parent / "fixtures" / "megatron_logits.py"
 pytestmark = pytest.mark.oracle
@@ -20,20 +21,6 @@ def make(folder: Path, kind: str, *flags: str) -> Path:
     pytest.importorskip("transformers")
     subprocess.run([sys.executable, "-W", "ignore", MAKER, folder, kind, *flags], check=True, capture_output=True)
     return folder
-
-
-def logits_of(folder: Path, words: torch.Tensor) -> torch.Tensor:
-    """What transformers computes; names that it misses, or that are not its own, are errors."""
-    import transformers
-
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32, experts_implementation="eager"
-    )
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
-    assert not told["mismatched_keys"]
-    with torch.no_grad():
-        return model.eval()(words).logits
 
 
 @pytest.mark.parametrize("flags", [(), ("apart",)], ids=str)

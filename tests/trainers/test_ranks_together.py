@@ -312,6 +312,18 @@ def test_boxes_that_leave_a_hole_or_overlap(tmp_path: Path, capsys: pytest.Captu
         assert ("is in no file" if number == 0 else "ends beyond it") in told
 
 
+def test_items_that_are_compressed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = copied("fsdp2.dcp", tmp_path)
+    with (src / ".metadata").open("rb") as file:
+        table = pickle.load(file)
+    for info in table.storage_data.values():
+        info.transform_descriptors = ["stream.zstd/1"]
+    with (src / ".metadata").open("wb") as file:
+        pickle.dump(table, file)
+    told = refusal(capsys, "convert", src, tmp_path / "out")
+    assert "is stored by way of ['stream.zstd/1'], which is not read: save the checkpoint without it" in told
+
+
 class Hostile:
     def __reduce__(self) -> tuple[object, ...]:
         return print, ("it ran",)
