@@ -65,6 +65,7 @@ _HOMES = {
     "open": "checkpoint.opening:open_checkpoint",
     "plan": "conversion.api",
     "run": "running.run",
+    "step": "recipe.functions",
     "stream": "conversion.streaming",
     "verify": "conversion.api",
 }
@@ -105,6 +106,7 @@ __all__ = [
     "plan",
     "recipes",
     "run",
+    "step",
     "stream",
     "verify",
 ]

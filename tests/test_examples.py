@@ -16,6 +16,7 @@ DOCUMENTED = (
     streamconv.plan,
     streamconv.run,
     streamconv.convert,
+    streamconv.step,
     streamconv.stream,
     streamconv.verify,
     streamconv.doctor,

@@ -28,12 +28,12 @@ PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
     "storage": 1_690,  # where files are; most of it is what servers need, parts of one file on their way at a time, and what is held
-    "graph": 2_870,  # nodes, ops (560 statements of adapters and merges), how regions are made, numbers, codes, what is lost
+    "graph": 2_960,  # nodes, ops (630 statements of adapters, merges and functions), how regions are made, numbers, codes, what is lost
     "formats": 2_390,  # containers and all that is known of their names, the machine for pickles and its records, what files of others are
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 910,  # quantizations, a module for each, and the list of them that others add to
-    "recipe": 1_450,  # the mechanism of recipes
+    "recipe": 1_505,  # the mechanism of recipes, with functions as steps
     "library": 1_130,  # what other libraries know, the op that runs their code, and the process in which four of them open checkpoints
     "adapters": 560,  # what PEFT trains beside a model, a module for each kind
     "recipes": None,  # declarations: as many as there are families

@@ -61,6 +61,23 @@ def step(name: str) -> Callable[[Step], Step]:
     return register
 
 
+_OWN: set[str] = set()
+"""Names of steps that are somebody's own functions."""
+
+
+def replaceable_step(name: str, function: Step) -> None:
+    """Makes a function the step of that name, instead of an earlier one that was made so: a file may be run again.
+
+    Raises:
+        RecipeError: another step has the name.
+    """
+    if name in _STEPS and name not in _OWN:
+        raise RecipeError(f"there is an op {name} already: give it another name")
+    _OWN.add(name)
+    _STEPS[name] = function
+    _parameters.cache_clear()
+
+
 def take(name: str, nodes: Sequence[AnyNode], parameters: Mapping[str, Any], entries: Lookup) -> AnyNode:
     """The node of step ``name`` on ``nodes``; ``entries`` are all tensors, for steps that look at another one.
 
