@@ -38,7 +38,7 @@ PACKAGES = {
     "adapters": 560,  # what PEFT trains beside a model, a module for each kind
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_110,  # nodes to plans
-    "engine": 850,  # bytes of one machine, tensors read side by side
+    "engine": 890,  # bytes of one machine, tensors read side by side, what threads spend their time with
     "running": 2_480,  # runs of a plan, what shows while one is planned, the state of an output, executors, --check-load
     "merging": 700,  # what a file of mergekit says, of tensors' names and of arithmetic
     "conversion": 1_490,  # options and the calls that take them; tensors in Python; from them to a plan or a stream, codes and numbers

@@ -23,7 +23,7 @@ from streamconv.conversion.options import ConvertOptions, DiffOptions, Options, 
 from streamconv.diagnose.report import LAYER, module_of
 from streamconv.dtypes import TensorSpec
 from streamconv.engine.comparison import Comparison, TensorDifference
-from streamconv.errors import RunError
+from streamconv.errors import Interrupted, RunError
 from streamconv.notation.folding import fold, fold_names
 from streamconv.planning.plan import Compute, Copy, FilePlan, Plan
 from streamconv.recipe import Side
@@ -38,6 +38,7 @@ from streamconv.units import format_size
 TEMPLATE = Path(__file__).with_name("report_page.html")
 DIFFERING = 300  # rows of tensors that differ; of more, those with the largest differences
 KINDS = 24  # of tensors whose losses are drawn
+GROUPS, DRAWN = 3, 6  # groups that are drawn, and sources of one
 PARTS = 200  # pieces of a file in the map
 
 
@@ -97,6 +98,8 @@ def describe_conversion(result: Result, options: ConvertOptions, progress: Progr
         "state": state,
         "verdict": verdict,
         "figures": figures,
+        "times": _describe_times(result, progress),
+        "groups": list(_choose_groups(plan)),
         "account": _describe_account(plan),
         "mapping": list(_describe_mapping(plan)),
         "dropped": fold_names(plan.dropped),
@@ -105,6 +108,29 @@ def describe_conversion(result: Result, options: ConvertOptions, progress: Progr
         "checked": check,
         "losses": _describe_losses(result.losses, result.changed),
         "notes": list(result.notes),
+    }
+
+
+def describe_failure(error: Exception, options: ConvertOptions, progress: Progress) -> dict[str, Any]:
+    """The page of a conversion that has failed on its way: how far it came, and why it went no further."""
+    last = progress.phases[-1]
+    seconds, done, _ = last.samples[-1]
+    share = 100 * done // max(last.total, 1)
+    peak = max(resident for phase in progress.phases for _, _, resident in phase.samples)
+    figures = [
+        ("came to", f"{share} %", f"of {last.title}: {format_size(done)} of {format_size(last.total)}"),
+        ("time", _show_seconds(last.began - progress.phases[0].began + seconds), f"{format_size(done / max(seconds, 1e-9))}/s"),
+        ("peak memory", format_size(peak), f"of {format_size(progress.budget or 0)}"),
+    ]
+    return {
+        **_describe_run("Conversion", options.src, options.dst, options, progress, options.workers),
+        "state": "bad",
+        "verdict": "interrupted" if isinstance(error, Interrupted) else "failed",
+        "figures": figures,
+        "checks": [],
+        "checked": "",
+        "failure": str(error),
+        "losses": None,
     }
 
 
@@ -250,6 +276,29 @@ def _describe_losses(changes: Changes | None, changed: ChangedWeights) -> dict[s
     kinds = sorted(points, key=lambda kind: (-max(error for _, error in points[kind]), kind))
     drawn = [{"kind": kind, "points": sorted(points[kind])} for kind in kinds[:KINDS]]
     return {"lines": [*changes.lines(), *told], "kinds": drawn}
+
+
+def _describe_times(result: Result, progress: Progress) -> list[tuple[str, float]]:
+    """Seconds of all threads while files were made, by what they were spent with; the rest of it they waited, or had nothing to do."""
+    made = [phase for phase in progress.phases if phase.title == "converting"]
+    spent = [(one.name, getattr(result.times, one.name)) for one in fields(result.times)]
+    total = sum(seconds for _, seconds in spent)
+    threads = sum(phase.samples[-1][0] for phase in made) * result.plan.workers
+    return [*((name, round(seconds, 4)) for name, seconds in spent), ("wait", round(max(0.0, threads - total), 4))] if total else []
+
+
+def _choose_groups(plan: Plan) -> Iterator[dict[str, Any]]:
+    """What targets of a few kinds are made of, one of each kind: those of the most sources first, and layouts that differ."""
+    folds = [(row, members) for row, members in plan.fold_mapping() if row.layout or len(members[0].sources) > 1]
+    folds.sort(key=lambda fold: (-min(len(fold[1][0].sources), DRAWN), fold[0].target))
+    layouts: set[str] = set()
+    for row, members in folds:
+        if row.layout not in layouts and len(layouts) < GROUPS:
+            layouts.add(row.layout)
+            one = members[0]
+            more = len(one.sources) - DRAWN
+            sources = [*one.sources[:DRAWN], *([f"and {more} more"] if more > 0 else [])]
+            yield {"sources": sources, "layout": one.layout, "target": one.target, "spec": str(one.spec), "count": len(members)}
 
 
 def _describe_account(plan: Plan) -> list[tuple[str, int, str]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from streamconv.engine.io import CHUNK, data_ranges, is_sparse, share_descriptors
 from streamconv.engine.order import tile_pieces
 from streamconv.engine.readers import BACKENDS, known_urls, make_reader
+from streamconv.engine.times import Times, keep
 from streamconv.engine.writers import Writer
 from streamconv.errors import Interrupted
 from streamconv.graph.losses import Loss, Losses
@@ -45,6 +47,8 @@ class Worker:
         self._is_sparse = cache(is_sparse)
         self.losses = Losses()
         """Of the values that this worker has evaluated, by target."""
+        self.times = Times()
+        self._thread = threading.get_ident()
 
     def close(self) -> None:
         if self._ahead:
@@ -57,7 +61,13 @@ class Worker:
         from concurrent.futures import ThreadPoolExecutor
 
         self._ahead = self._ahead or ThreadPoolExecutor(1)
-        return self._ahead.submit(work).result
+        future = self._ahead.submit(work)
+
+        def wait() -> None:
+            with self.times.spent("read"):
+                future.result()
+
+        return wait
 
     def raise_if_stopped(self) -> None:
         if self._stop.is_set():
@@ -74,7 +84,8 @@ class Worker:
         itemsize = node.spec.dtype.itemsize
         out = arena.take(tile.numel, itemsize, segment.dst + tile.dst * itemsize)
         self.reader.expect(reads(node, region(tile)))
-        evaluate(node, region(tile), out, arena, self._read)
+        with self.times.spent("compute"):
+            evaluate(node, region(tile), out, arena, self._read)
         if arena.overflowed or arena.loss:
             is_quantized = isinstance(node, Node) and node.op.counts == "unscaled"
             counted = Loss(unscaled=arena.overflowed) if is_quantized else Loss(overflowed=arena.overflowed)
@@ -97,7 +108,8 @@ class Worker:
 
     def _read(self, path: str, offset: int, view: memoryview) -> None:
         self.raise_if_stopped()
-        self.reader.read(path, offset, view)
+        with self.times.spent("read") if threading.get_ident() == self._thread else nullcontext():  # else this one waits for it
+            self.reader.read(path, offset, view)
 
     def copy(self, segment: Copy, writer: Writer) -> int:
         """Has the writer take bytes as they are in a source; how many."""
@@ -109,7 +121,9 @@ class Worker:
         fd = self.reader.fd(path)
         for begin, end in data_ranges(fd, start, stop) if self._is_sparse(path) else [(start, stop)]:
             dst = segment.dst + begin - start
-            if not writer.copy_from(fd, begin, end - begin, dst, path):
+            with self.times.spent("copy"):
+                is_copied = writer.copy_from(fd, begin, end - begin, dst, path)
+            if not is_copied:
                 self._hand_over(path, begin, end - begin, dst, writer)
         return segment.nbytes
 
@@ -119,16 +133,19 @@ class Worker:
         while position < nbytes:
             self.raise_if_stopped()
             size = min(CHUNK - (dst + position) % BLOCK, nbytes - position)
-            at = self.reader.load(path, offset + position, size, buffer)
-            writer.write(buffer[at : at + size], dst + position)
+            with self.times.spent("read"):
+                at = self.reader.load(path, offset + position, size, buffer)
+            with self.times.spent("write"):
+                writer.write(buffer[at : at + size], dst + position)
             position += size
 
     def compute(self, segment: Compute, tile: Move, writer: Writer) -> int:
         """Has the writer take a tile; how many bytes."""
         itemsize = self._plan.nodes[segment.node].spec.dtype.itemsize
         items = self.evaluate(segment, tile)
-        for at, offset, nbytes in tile_pieces(tile, itemsize):
-            writer.write(items[at : at + nbytes], segment.dst + offset)
+        with self.times.spent("write"):
+            for at, offset, nbytes in tile_pieces(tile, itemsize):
+                writer.write(items[at : at + nbytes], segment.dst + offset)
         return tile.numel * itemsize
 
 
@@ -180,4 +197,5 @@ class Workers:
             self.own.close()
             with self._lock:
                 self.losses += self.own.losses
+            keep(self.own.times)
             del self._local.worker

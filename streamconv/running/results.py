@@ -12,6 +12,7 @@ from streamconv import memory
 from streamconv.engine.check import OutputCheck
 from streamconv.engine.comparison import Comparison
 from streamconv.engine.io import describe_os_error
+from streamconv.engine.times import Times
 from streamconv.errors import DestinationError, RunError
 from streamconv.graph.losses import TOO_LARGE, Loss
 from streamconv.library.loading import Loading
@@ -149,6 +150,7 @@ class Result:
     changed: ChangedWeights = field(default_factory=ChangedWeights)
     load: Loading | None = None
     kept: int = 0
+    times: Times = field(default_factory=Times)
 
     @property
     def fits(self) -> bool:

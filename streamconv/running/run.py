@@ -19,6 +19,7 @@ from streamconv.engine.check import OutputCheck, check_replicas
 from streamconv.engine.io import describe_os_error
 from streamconv.engine.order import tasks_in_order
 from streamconv.engine.readers import BACKENDS
+from streamconv.engine.times import Times, counted
 from streamconv.errors import DestinationError, FormatError, Interrupted, RunError, UsageError, writing
 from streamconv.formats.registry import containers
 from streamconv.graph.losses import UNSCALED, Losses
@@ -191,6 +192,7 @@ class _Run:
         self._mine = plan.for_files(self._numbers) if terms.part else plan
         self._missing: list[int] = []
         self._losses = Losses()
+        self._times = Times()
         self._made = 0
 
     def run(self, executor: Executor, address: str | None) -> Result:
@@ -206,7 +208,8 @@ class _Run:
             is_done = self._is_done()
             if not is_done:
                 try:
-                    self._make(executor, address, finished)
+                    with counted() as self._times:
+                        self._make(executor, address, finished)
                 except DestinationError:
                     if self._terms.is_whole or not (is_done := self._is_done()):  # else other processes have finished it by now
                         raise
@@ -354,6 +357,7 @@ class _Run:
             losses=losses,
             changed=changed,
             kept=kept if self._terms.is_whole and self._terms.resume else 0,
+            times=self._times,
         )
 
     def _describe_part(self, lease: Lease) -> Part:

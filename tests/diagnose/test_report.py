@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import numbered, refusal, run, write
+from checkpoint_files import failure, numbered, refusal, run, write
 
 import streamconv
 from streamconv.diagnose import report
@@ -212,6 +212,26 @@ def test_a_page_of_a_conversion(source, recipe, tmp_path, monkeypatch):
         assert sum(part[3] for part in file["parts"]) == file["tensors"]
         assert sum(part[2] for part in file["parts"]) in (file["copied"] + file["computed"], 0)
     assert dict(found["settings"])["recipe"] == "~/toy.json"
+    (group,) = found["groups"]
+    assert (len(group["sources"]), group["target"], group["count"]) == (3, "blocks.0.qkv.weight", LAYERS)
+    assert group["layout"] == "a c, b c, d c -> (a + b + d) c"
+    spent = dict(found["times"])
+    assert list(spent) == ["read", "compute", "write", "copy", "wait"]
+    assert sum(spent.values()) > 0
+
+
+def test_a_run_that_fails_has_a_page_of_how_far_it_came(tmp_path, capsys):
+    write(tmp_path / "src", {"w": torch.full((64, 64), 1e30), "v": torch.ones(8)})
+    page = tmp_path / "report.html"
+    options = ["--dtype", "fp16", "--strict-values", "--report", page]
+    assert "too large" in failure(capsys, 3, "convert", tmp_path / "src", tmp_path / "dst", *options)
+    found = data_of(page)
+    assert (found["state"], found["verdict"]) == ("bad", "failed")
+    assert "too large" in found["failure"]
+    assert found["phases"][0]["title"] == "converting"
+    page.unlink()
+    failure(capsys, 2, "convert", tmp_path / "src", tmp_path / "src", *options)
+    assert not page.exists(), "nothing had begun"
 
 
 def test_a_page_of_what_values_lost(tmp_path):
@@ -323,6 +343,8 @@ def test_a_page_in_a_browser(browser, source, recipe, tmp_path, scheme, width):
     rows = page.locator("#mapping-list .row")
     assert rows.count() == 5
     assert "[object" not in page.locator("body").inner_text()
+    assert page.locator("#spent rect").count() >= 1
+    assert page.locator("#groups rect").count() == 5
 
     page.locator("#mapping-list input").fill("QKV blocks")
     assert rows.count() == 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from typing import Any
 
 from streamconv.cli.console import Console
 from streamconv.cli.deciding import decide_options
@@ -13,7 +14,8 @@ from streamconv.cli.parser import read_options
 from streamconv.cli.showing import ending_softly, make_progress, print_result, suggest_recipes
 from streamconv.conversion import api
 from streamconv.conversion.options import ConvertOptions
-from streamconv.errors import UsageError, writing
+from streamconv.errors import RunError, StreamconvError, UsageError, writing
+from streamconv.running.progress import Progress
 from streamconv.running.results import Result
 from streamconv.storage import is_url
 
@@ -33,8 +35,12 @@ def make(args: argparse.Namespace, out: Console, call: Callable[..., Result]) ->
     """Has a call that takes the options of a conversion make it, and says what it came to."""
     progress = make_progress(args)
     options = read_options(args, ConvertOptions)
-    with ending_softly() if is_url(args.dst) else nullcontext():
-        result = call(**options, progress=progress)
+    try:
+        with ending_softly() if is_url(args.dst) else nullcontext():
+            result = call(**options, progress=progress)
+    except (StreamconvError, OSError) as error:
+        _report_failure(args, options, progress, error)
+        raise
     if args.report:
         from streamconv.diagnose import report_page
 
@@ -42,6 +48,15 @@ def make(args: argparse.Namespace, out: Console, call: Callable[..., Result]) ->
             report_page.write(args.report, report_page.describe_conversion(result, ConvertOptions(**options), progress))
     print_result(args, out, result)
     return result
+
+
+def _report_failure(args: argparse.Namespace, options: dict[str, Any], progress: Progress, error: Exception) -> None:
+    """Writes the page of a run that has begun and failed; nothing where none had begun, or it cannot be written either."""
+    if args.report and progress.phases:
+        from streamconv.diagnose import report_page
+
+        with suppress(RunError):
+            report_page.write(args.report, report_page.describe_failure(error, ConvertOptions(**options), progress))
 
 
 def _confirm(args: argparse.Namespace, out: Console) -> None:
