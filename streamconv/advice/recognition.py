@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 from streamconv.advice.goals import SCHEMES
 from streamconv.advice.matching import COUNTS, LIBRARY, Match, rank_recipes, suggest_merging, suggest_recipes
@@ -127,17 +127,17 @@ def recognize(
     from streamconv.conversion.naming import name_as_model
 
     location, _ = find_checkpoint(path)
+    rename = partial(name_as_model, prefix=None, beside=beside)
     try:
-        checkpoint = name_as_model(open_checkpoint(location, root=root, variant=variant), None, beside)
+        checkpoint = rename(open_checkpoint(location, root=root, variant=variant))
     except StreamconvError:  # ranks may be a checkpoint to a recipe only
         fits = _fits_of(rank_recipes(location) if matches is None else matches)
         fits += [Fit(name, tried=False) for name in suggest_merging(location)]
         if not fits:
             raise
         return Recognition(as_given(path, location), fits=tuple({fit.name: fit for fit in reversed(fits)}.values()))
-    own = beside or (checkpoint.folder.folder(checkpoint.contents.beside) if checkpoint.contents.beside else None)
-    source = describe(checkpoint, as_given(path, location), (read_config(own) if own else {}) or checkpoint.config)
-    fits = _fits_of(rank_recipes(location, among=wanted) if matches is None else matches)
+    source = describe(checkpoint, as_given(path, location), beside)
+    fits = _fits_of(rank_recipes(location, among=wanted, prepare=rename) if matches is None else matches)
     if source.decodable and not any(fit.tried for fit in fits):
         fits += [replace(fit, dequantized=True) for fit in _fits_of(_match_numbers(location, wanted))]
     source = replace(source, fits=tuple(fits))
@@ -146,7 +146,7 @@ def recognize(
 
 def recognize_names(checkpoint: Checkpoint, path: str) -> Recognition:
     """What an open checkpoint is, with the recipes of its config's family that have a rule for each of its names: no shape is looked at."""
-    source = describe(checkpoint, path, checkpoint.config)
+    source = describe(checkpoint, path)
     source = _try_numbers(source, checkpoint, ()) if source.quantization else source
     if source.components:
         return source
@@ -155,8 +155,16 @@ def recognize_names(checkpoint: Checkpoint, path: str) -> Recognition:
     return replace(source, fits=(*map(Fit, named), *_fits_of(own)))
 
 
-def describe(checkpoint: Checkpoint, path: str, config: Mapping[str, Any]) -> Recognition:
-    """What an open checkpoint is, but for recipes; ``config`` is its model's, ``path`` what it is called."""
+def describe(checkpoint: Checkpoint, path: str, beside: Folder | None = None) -> Recognition:
+    """What an open checkpoint is, but for recipes.
+
+    Args:
+        checkpoint: it.
+        path: what it is called.
+        beside: the folder that its config comes from, if not its own, or the one in it that its container names.
+    """
+    own = beside or (checkpoint.folder.folder(checkpoint.contents.beside) if checkpoint.contents.beside else None)
+    config = (read_config(own) if own else {}) or checkpoint.config
     quantization = _quantization_of(checkpoint)
     folders = () if "" in checkpoint.components else tuple(checkpoint.components)
     adapter = read_config(checkpoint.folder, ADAPTER) if checkpoint.location.is_folder else {}
