@@ -48,6 +48,9 @@ def merge(adapter: Adapter, weights: Weights) -> str:
     """
     kind = kind_of(adapter)
     contents = sort_keys(adapter, kind)
+    for layer in contents.layers:
+        if f"{layer.module}.in_proj_weight" in weights.entries:
+            raise adapter.refuse(f"{layer.key}, of the in_proj of nn.MultiheadAttention,")
     weights = with_names(adapter, contents, weights)
     before = dict(weights.entries)
     whole = untie(adapter, contents, weights)

@@ -21,6 +21,7 @@ BASE = {
     "model.experts.gate_up_proj": random_tensor(3, 10, 6, dtype=torch.bfloat16, seed=5),
     "model.experts.down_proj": random_tensor(3, 6, 5, dtype=torch.bfloat16, seed=6),
     "model.norm.weight": random_tensor(6, dtype=torch.bfloat16, seed=7),
+    "model.attention.in_proj_weight": random_tensor(18, 6, dtype=torch.bfloat16, seed=9),
     "lm_head.weight": random_tensor(20, 6, dtype=torch.bfloat16, seed=8),
 }
 Q, WORDS = BASE["model.q.weight"], BASE["model.embed_tokens.weight"]
@@ -113,6 +114,17 @@ def test_experts(kind: str, tmp_path: Path) -> None:
         tmp_path, tensors, base=base, said={"model_type": kind}, target_parameters=["experts.gate_up_proj", "experts.down_proj"]
     )
     assert_same(changed(made, base), wanted)
+
+
+@pytest.mark.parametrize(("version", "is_turned"), [("0.21.2", False), ("0.18.1", True), (None, True)])
+def test_experts_as_high_as_wide(version: str | None, is_turned: bool, tmp_path: Path) -> None:
+    """Earlier versions of PEFT took inputs to come first, and say so by their number, or by none."""
+    weight, a, b = random_tensor(3, 4, 4, seed=1), random_tensor(6, 4, seed=2), random_tensor(4, 6, seed=3)
+    tensors = {"model.experts.lora_A.weight": a, "model.experts.lora_B.weight": b}
+    base = {"model.experts.down_proj": weight}
+    made, _ = merged(tmp_path, tensors, base=base, peft_version=version, target_parameters=["experts.down_proj"])
+    delta = torch.einsum("ore,eri->eoi", b.reshape(4, 2, 3), a.reshape(3, 2, 4)) * 1.5
+    torch.testing.assert_close(made["model.experts.down_proj"], weight + (delta.mT if is_turned else delta))
 
 
 def test_rows_norms_and_biases(tmp_path: Path) -> None:
