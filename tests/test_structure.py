@@ -33,7 +33,7 @@ PACKAGES = {
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds
     "schemes": 910,  # quantizations, a module for each, and the list of them that others add to
-    "recipe": 1_505,  # the mechanism of recipes, with functions as steps
+    "recipe": 1_520,  # the mechanism of recipes, with functions as steps, what config.json says afterwards with it
     "library": 1_130,  # what other libraries know, the op that runs their code, and the process in which four of them open checkpoints
     "adapters": 560,  # what PEFT trains beside a model, a module for each kind
     "recipes": None,  # declarations: as many as there are families

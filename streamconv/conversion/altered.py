@@ -75,7 +75,11 @@ def account_for(altered: Sequence[Altered], conversion: Conversion) -> Conversio
     for one in reversed(altered):
         conversion = one.account(conversion, apart)
         apart |= {row.target for row in conversion.rows if one.brought and {*row.sources} <= {*one.brought}}
-    return conversion
+    keys: dict[str, Any] = {}
+    for one in altered:
+        keys |= one.config
+    replicas = [replica for one in altered for replica in one.replicas]
+    return replace(conversion, keys={**keys, **conversion.keys}, replicas=[*conversion.replicas, *replicas])
 
 
 def with_keys(config: Mapping[str, Any], additions: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from streamconv import memory
 from streamconv.checkpoint.opening import Checkpoint, read_config
@@ -97,10 +96,6 @@ def make_plan(options: PlanOptions) -> Plan:
     altered = [*merger, *altered]
     conversion = convert_tensors(checkpoint, recipe, settings, casting, beside, is_stated=dequantization is None and not is_renamed)
     conversion = account_for(altered, conversion)
-    additions: dict[str, Any] = {}
-    for one in altered:
-        additions |= one.config
-        replicas += one.replicas
     if dequantization is not None:
         conversion = dequantization.account(conversion)
     conversion, quantization = quantize_as_asked(options, conversion, checkpoint, target.format)
@@ -117,9 +112,7 @@ def make_plan(options: PlanOptions) -> Plan:
     target_settings = TargetSettings(target, shard_limit, ties, metadata, BLOCK if options.align else None)
     layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, target_settings)
     dtype = casting.dtype or next((one.dtype for one in merger), None)
-    sidecars, sidecar_notes = (
-        ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, dtype, quantizations, additions)
-    )
+    sidecars, sidecar_notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, dtype, quantizations)
     notes = [*checkpoint.contents.notes, *left_behind, *filter(None, [kept]), *note_ties(ties), *conversion.notes, *sidecar_notes]
     notes += note_layouts(checkpoint, target, layouts, shard_limit)
     plan = compile_plan(

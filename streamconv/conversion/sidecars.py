@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import PurePosixPath
-from types import MappingProxyType
 from typing import Any
 
 from streamconv.checkpoint.components import find_components, find_pointers, look_beside, shorten
@@ -25,7 +24,6 @@ LARGE = 10_000_000  # bytes: above, a file that is not known to belong beside we
 
 Sidecars = dict[str, str | bytes]
 """Relative path -> the file to copy, or the bytes to write."""
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 def make_sidecars(
@@ -35,7 +33,6 @@ def make_sidecars(
     conversion: Conversion,
     dtype: str | None,
     quantizations: tuple[Dequantization | None, Quantization | None] = (None, None),
-    additions: Mapping[str, Any] = EMPTY,
 ) -> tuple[Sidecars, list[str]]:
     """The files beside the target's weights, and notes about them.
 
@@ -46,7 +43,6 @@ def make_sidecars(
         conversion: what it made.
         dtype: what its floating tensors have become; None: what they were.
         quantizations: what was made of a quantized source, and what weights are quantized by.
-        additions: keys that config.json has afterwards, with dots if they are within others, and what it says of them.
     """
     dequantization, quantization = quantizations
     root = beside or checkpoint.folder
@@ -79,7 +75,7 @@ def make_sidecars(
     if CONFIG in sidecars or CONFIG in contents_of:
         before = contents_of.get(CONFIG, config)
         after = _change(revise(CONFIG, before), dtype, conversion.config)
-        after = with_keys(quantization.revise(CONFIG, after) if quantization else after, additions)
+        after = with_keys(quantization.revise(CONFIG, after) if quantization else after, conversion.keys)
         if CONFIG in contents_of or after != before:
             contents_of[CONFIG] = after
     configs = [*(f"{folder}/{CONFIG}" for folder in checkpoint.components if folder), *([PARAMS] if dequantization else [])]

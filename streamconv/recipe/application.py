@@ -39,6 +39,7 @@ class Conversion:
     replicas: list[Replica] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, tuple[int, int]] = field(default_factory=dict)  # key of config.json -> what it was and what it is now
+    keys: dict[str, Any] = field(default_factory=dict)  # of config.json, with dots if within others -> what they say now
     reasons: dict[str, str] = field(default_factory=dict)  # of the dropped ones -> the rule that drops it
     tied: list[str] = field(default_factory=list)  # sources and targets that repeat another
 

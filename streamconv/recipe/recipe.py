@@ -45,6 +45,8 @@ class Recipe:
         dims: axis sizes that shapes do not give.
         options: what ``--set`` accepts, by name.
         requires: expressions over options, config and tensors that must hold, and what to say where one does not, with options in {}.
+        config: keys of the target's config.json, with dots if they are within others, and expressions of what these say; without a
+            value a key stays as it is.
         left: how checkpoints of the source are stored.
         right: how those of the target are.
         reference: the script and version that the facts come from.
@@ -65,6 +67,7 @@ class Recipe:
     dims: Dims = field(default_factory=dict)
     options: Annotated[Mapping[str, Option], Meta(max_length=MOST)] = field(default_factory=dict)
     requires: Annotated[Mapping[str, str], Meta(max_length=MOST)] = field(default_factory=dict)
+    config: Annotated[Mapping[str, str], Meta(max_length=MOST)] = field(default_factory=dict)
     left: Side = PLAIN
     right: Side = PLAIN
     reference: str = ""
@@ -77,8 +80,8 @@ class Recipe:
             object.__setattr__(self, "then", replace(self.then, name="", summary="", reference=""))
         try:
             _check_sizes(self.dims)
-            for condition in self.requires:
-                expressions.check(condition)
+            for expression in (*self.requires, *self.config.values()):
+                expressions.check(expression)
             for option in self.options.values():
                 if isinstance(option.default, str) and option.default.startswith("{"):
                     expressions.check(option.default[1:-1])
@@ -124,9 +127,9 @@ class Recipe:
         return replace(whole, name=name, summary=summary or f"the way back of {self.name}", reference=self.reference)
 
     def flip(self) -> Recipe:
-        """One stage of `inverse`."""
+        """One stage of `inverse`; what a config said before it does not know."""
         rules = tuple(fact.flip() for fact in self.rules)
-        return replace(self, name="", summary="", reference="", rules=rules, left=self.right, right=self.left)
+        return replace(self, name="", summary="", reference="", rules=rules, config={}, left=self.right, right=self.left)
 
     @property
     def lost(self) -> list[str]:
@@ -218,11 +221,14 @@ class Recipe:
         resizing = {key for key in vocabulary.OPTIONS if key not in self.settings} if "resize_vocab" in arguments else set()
         values = self.read_options({key: value for key, value in arguments.items() if key not in resizing}, scope_of(nodes, scope))
         conversions: list[Conversion] = []
+        keys: dict[str, Any] = {}
         for stage in self.stages:
+            own = {key: expressions.evaluate(text, scope_of(nodes, {**scope, **values})) for key, text in stage.config.items()}
+            keys |= {key: value for key, value in own.items() if value is not None}
             casts = recast if len(conversions) == len(self.stages) - 1 else keep_dtype
             conversions.append(replace(stage, name=self.name).make(nodes, rows, scope, values, casts))
             nodes, rows = conversions[-1].outputs, {row.target: row for row in conversions[-1].rows}
-        whole = Conversion(conversions[-1].outputs, conversions[-1].rows, options=values)
+        whole = Conversion(conversions[-1].outputs, conversions[-1].rows, options=values, keys=keys)
         for conversion in conversions:
             whole.dropped.extend(conversion.dropped)
             whole.notes.extend(conversion.notes)

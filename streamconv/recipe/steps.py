@@ -3,6 +3,7 @@
 add       value                             every value plus a number, in the tensor's dtype as torch adds; the way back subtracts it
 scale     value                             every value times a number; the way back divides by it. ``inverse``: 1: these are the way back
 rows      start, stop                       some rows of a tensor
+pick      numbers                           the rows of these numbers, in their order, such as those of some experts
 pad       rows                              zero rows at the end, up to ``rows``
 grow      rows, first, seed, stream, like   new rows from ``first`` on, sampled like those of ``like``, or its own (see `ops.SampleRows`)
 zeros     size, rows, dtype, like           made of nothing: zeros, with ``rows`` a matrix, in the dtype of the tensor ``like``
@@ -37,7 +38,15 @@ Count = Annotated[int, Meta(ge=0)]
 """Of rows, columns or elements."""
 Factor = Annotated[float, Meta(description="other than 0")]
 
-_WORDS = {int: "expected a whole number", float: "expected a number", bool: "expected true or false", str: "expected a text"}
+Numbers = Annotated[tuple[int, ...], Meta(min_length=1)]
+
+_WORDS = {
+    int: "expected a whole number",
+    float: "expected a number",
+    bool: "expected true or false",
+    str: "expected a text",
+    tuple[int, ...]: "expected a list of whole numbers",
+}
 
 Step = Callable[..., AnyNode]
 """Makes a node of a rule's, and of all tensors by name; what it takes of a recipe are its keyword arguments, by their types."""
@@ -189,6 +198,21 @@ def _rows(nodes: Sequence[AnyNode], _entries: Lookup, *, stop: Count, start: Cou
     (node,) = nodes
     count, *rest = node.spec.shape or (0,)
     return node if (start, stop) == (0, count) else apply(Rows(start, stop, math.prod(rest)), node)
+
+
+@step("pick")
+def _pick(nodes: Sequence[AnyNode], _entries: Lookup, *, numbers: Numbers) -> AnyNode:
+    (node,) = nodes
+    count, *rest = node.spec.shape or (0,)
+    if not all(0 <= number < count for number in numbers):
+        raise CoverageError(f"pick: {node.spec} has no rows {list(numbers)}: they count from 0")
+    parts: list[range] = []
+    for number in numbers:
+        if parts and parts[-1].stop == number:
+            parts[-1] = range(parts[-1].start, number + 1)
+        else:
+            parts.append(range(number, number + 1))
+    return join_rows([apply(Rows(part.start, part.stop, math.prod(rest)), node) for part in parts])
 
 
 @step("pad")
