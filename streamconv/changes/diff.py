@@ -302,7 +302,7 @@ def describe_columns(distance: Distance) -> tuple[str, str, str, str]:
     relative, cosine = distance.relative_l2, distance.cosine
     return (
         f"{100 * distance.share:.3g}%",
-        "of zeros" if relative is None else f"{relative:.3g}",
+        ("unknown" if distance.squares_a else "of zeros") if relative is None else f"{relative:.3g}",
         "" if cosine is None else f"{cosine:.6f}",
         f"{distance.max_abs:.3g}",
     )

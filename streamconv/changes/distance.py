@@ -61,14 +61,18 @@ class Distance:
 
     @property
     def relative_l2(self) -> float | None:
-        """The L2 norm of the differences, as a part of that of A; None where A is all zeros."""
-        return math.sqrt(self.squares / self.squares_a) if self.squares_a else None
+        """The L2 norm of the differences, as a part of that of A; None where A is all zeros, or squares are too large for float64."""
+        return math.sqrt(self.squares / self.squares_a) if self.squares_a and self._is_finite else None
+
+    @property
+    def _is_finite(self) -> bool:
+        return math.isfinite(self.squares + self.squares_a + self.squares_b)
 
     @property
     def cosine(self) -> float | None:
-        """Of the angle between A and B; None where one is all zeros."""
+        """Of the angle between A and B; None where one is all zeros, or squares are too large for float64."""
         a, b = math.sqrt(self.squares_a), math.sqrt(self.squares_b)
-        if not (a and b):
+        if not (a and b and self._is_finite):
             return None
         longer = (self.squares_a - self.squares_b) / (a + b)
         return max(-1.0, 1.0 - (self.squares - longer**2) / (2 * a * b))

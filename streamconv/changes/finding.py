@@ -73,9 +73,10 @@ def _compare_headers(ours: AnyNode, theirs: AnyNode) -> str:
 
 
 def _is_to_be_read(ours: AnyNode, theirs: AnyNode) -> bool:
-    """Whether reading two tensors can tell more: they have one shape, and numbers, or blocks of the same kind."""
+    """Whether reading two tensors can tell more: they have one shape, and numbers of one dimension, or elements of the same type."""
     dtypes = ours.spec.dtype, theirs.spec.dtype
-    return ours.spec.shape == theirs.spec.shape and (dtypes[0] == dtypes[1] or not any(dtype.is_packed for dtype in dtypes))
+    are_plain = not any(dtype.is_packed or dtype.name == "complex64" for dtype in dtypes)
+    return ours.spec.shape == theirs.spec.shape and (dtypes[0] == dtypes[1] or are_plain)
 
 
 def _judge(distance: Distance | None) -> str:

@@ -209,6 +209,32 @@ def test_packed_types_are_bytes(tmp_path):
     assert "no numbers" in str(changes)
 
 
+def test_every_two_dtypes(tmp_path):
+    dtypes = [
+        torch.float64,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e8m0fnu,
+        torch.bool,
+        torch.uint8,
+        torch.int64,
+        torch.complex64,
+    ]
+    a, b = {"huge": torch.full((2,), 1e300, dtype=torch.float64)}, {"huge": torch.ones(2, dtype=torch.float64)}
+    for one in dtypes:
+        for other in dtypes:
+            name = f"{one} {other}"
+            a[name] = torch.tensor([1, 1, 0]).to(one) if one is not torch.float8_e8m0fnu else torch.ones(3).to(one)
+            b[name] = torch.tensor([1, 0, 1]).to(other) if other is not torch.float8_e8m0fnu else torch.full((3,), 2.0).to(other)
+    changes = diffed(tmp_path, a, b)
+    kinds = {row.name: row.state for row in changes.tensors}
+    assert kinds.keys() == a.keys()
+    assert {name for name, state in kinds.items() if state == "dtype"} == {
+        name for name in a if ("complex64" in name) and name.count("complex64") == 1
+    }
+    json.dumps(changes.summary(), allow_nan=False)
+
+
 MUTATIONS = ("nothing", "trained", "rounded", "renamed", "swapped", "dropped", "added", "reshaped")
 
 
