@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 from streamconv.advice.decision import Decision, NoWay, decide
 from streamconv.advice.goals import LAYOUT, OPTION, RANKS, read_goals
@@ -43,7 +44,11 @@ def resolve(
     look = partial(recognize, src, beside=beside, root=root, variant=variant)
     source = look(lambda name: any(goal.leads(name) for goal in wanted))
     try:
-        return decide(source, goals, recipe)
+        decision = decide(source, goals, recipe)
     except NoWay as error:
         there = ", ".join(possible_words(look(thorough=True)))
         raise UsageError(f"{error}; {f'there is {OPTION} {there}' if there else 'nothing else leads anywhere either'}") from error
+    if decision.src and not Path(decision.src).is_dir():  # nor is anything fetched because a file says so
+        way = f"streamconv convert BASE DST --adapter {source.path}"
+        raise UsageError(f"{OPTION} {goals[0]}: {source.path} is an adapter of {decision.src}, which is no folder here: '{way}' merges it")
+    return decision
