@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode
 from streamconv.merging.arithmetic import Arithmetic, Operand, Target, units_of
 from streamconv.merging.file import Input, MergeFile, Slice
-from streamconv.merging.models import TIES, Model, with_key
+from streamconv.merging.models import TIES, Model, heads_of, layer_of, with_key
 from streamconv.merging.parameters import unknown_parameters
 from streamconv.merging.vocabulary import SIZE, Vocabulary, align
 
@@ -52,9 +52,10 @@ def merge(file: MergeFile, models: Mapping[str, Model], seed: int) -> Merged:
     nodes: dict[str, AnyNode] = {}
     for unit in units_of(targets):
         nodes |= arithmetic.merge(unit)
+    _check_shapes(file, models[first_of(file)], targets)
     entries = {target.name: nodes[target.name] for target in targets}
     sources = {target.name: tuple(dict.fromkeys(operand.name for operand in target.operands)) for target in targets}
-    config, notes = _config_of(file, models, targets, vocabulary)
+    config, notes = _config_of(file, models, vocabulary)
     notes += vocabulary.notes if vocabulary else ()
     notes += [f"{file.path}: {name} is no parameter of {file.method}, and changes nothing" for name in unknown_parameters(file)]
     return Merged(entries, sources, arithmetic.replicas, config, notes)
@@ -102,6 +103,19 @@ def _check_range(file: MergeFile, one: Input, model: Model) -> None:
         file.fail(one.line, f"layer_range ends at {one.layers.stop}, and {one.model} has {depth} layers")
 
 
+def _check_shapes(file: MergeFile, first: Model, targets: Iterable[Target]) -> None:
+    """Raises CoverageError for a tensor of a shape that none of its name has in the model whose config is the result's."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for name, layer in first.layers.items():
+        shapes.setdefault(layer.name, set()).add(first.entries[name].spec.shape)
+    for target in targets:
+        operand = target.operands[0]
+        own, known = operand.node.spec.shape, shapes.get(layer_of(target.name).name)
+        if known is not None and own not in known:
+            problem = f"{operand.name} of {operand.one.model} has shape {list(own)}, in {first.name} it is {list(min(known))}"
+            raise CoverageError(f"{file.path}:{operand.one.line}: {problem}: merge models of one shape")
+
+
 # Which of which ------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +145,8 @@ def _targets(file: MergeFile, models: Mapping[str, Model]) -> Iterator[Target]:
 def _outside(file: MergeFile, models: Mapping[str, Model], part: Slice, *, before: bool) -> Iterator[Target]:
     """The tensors before, or behind, all layers."""
     names = [models[one.model].outside(before=before) for one in part.inputs]
-    for name, owners in _matched(file, models, part, names):
+    heads = [] if before else heads_of(models.values())  # which all have, once one of the models has it
+    for name, owners in _matched(file, models, part, names, more=heads):
         yield Target(name, part, 0.0, owners)
 
 
@@ -145,10 +160,15 @@ def _layer(
 
 
 def _matched(
-    file: MergeFile, models: Mapping[str, Model], part: Slice, names: Sequence[Mapping[str, str]], where: str = ""
+    file: MergeFile,
+    models: Mapping[str, Model],
+    part: Slice,
+    names: Sequence[Mapping[str, str]],
+    where: str = "",
+    more: Sequence[str] = (),
 ) -> Iterator[tuple[str, tuple[Operand, ...]]]:
-    """Names that all inputs have, and the tensors behind them. Raises CoverageError where one lacks what another has."""
-    everything = list(dict.fromkeys(name for own in names for name in own))
+    """Names that all inputs have, and ``more``, and the tensors behind them. Raises CoverageError where one lacks what another has."""
+    everything = list(dict.fromkeys([*(name for own in names for name in own), *more]))
     lacks: dict[str, list[str]] = {}
     for name in everything:
         operands = []
@@ -173,17 +193,15 @@ def _matched(
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-def _config_of(
-    file: MergeFile, models: Mapping[str, Model], targets: Sequence[Target], vocabulary: Vocabulary | None
-) -> tuple[dict[str, Any], list[str]]:
+def _config_of(file: MergeFile, models: Mapping[str, Model], vocabulary: Vocabulary | None) -> tuple[dict[str, Any], list[str]]:
     """Keys of config.json that change, and notes."""
     own = models[first_of(file)].config
     config: dict[str, Any] = {}
     notes: list[str] = []
     if file.slices[0].inputs[0].layers is not None:
         config |= _with_layers(file, models, own, notes)
-    heads = [target for target in targets if any(models[operand.one.model].stand_in(target.name) for operand in target.operands)]
-    if heads:
+    heads = heads_of(models.values())
+    if any(head not in model.entries for head in heads for model in models.values()):
         config |= with_key({**own, **config}, TIES, value=False)
     if vocabulary:
         config |= with_key({**own, **config}, SIZE, vocabulary.size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -103,6 +103,11 @@ class Model:
     @property
     def _says_untied(self) -> bool:
         return self.config.get(TIES, text_config_of(self.config).get(TIES)) is False
+
+
+def heads_of(models: Iterable[Model]) -> list[str]:
+    """The heads that any of some models stores."""
+    return list(dict.fromkeys(name for model in models for name in model.outside(before=False) if _HEAD.fullmatch(name)))
 
 
 def text_config_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import ROOMY, assert_same, random_tensor, read, run, write
-from merged_models import added, largest, linear, merge_file, merged, models, slerp
+from merged_models import CONFIG, added, largest, linear, merge_file, merged, models, refused, slerp
 
 import streamconv
 from streamconv.merging.models import layer_of
@@ -184,6 +184,29 @@ def test_heads_of_tied_models(tmp_path: Path) -> None:
     write(tmp_path / "m1", other)
     assert "lm_head.weight" not in merged(tmp_path, text)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("tied", [0, 1])
+def test_heads_where_slices_are_of_tied_models_and_others(tied: int, tmp_path: Path) -> None:
+    """The first one has the embedding, the last one the head."""
+    models(tmp_path, 2, tie_word_embeddings=False)
+    both = [read(tmp_path / f"m{k}") for k in range(2)]
+    del both[tied]["lm_head.weight"]
+    write(tmp_path / f"m{tied}", both[tied], config={**CONFIG, "tie_word_embeddings": True})
+    slices = [{"sources": [{"model": f"{{m{k}}}", "layer_range": [k, k + 2]}]} for k in range(2)]
+    made = merged(tmp_path, {"slices": slices, "merge_method": "passthrough"})
+    assert torch.equal(made["lm_head.weight"], both[1].get("lm_head.weight", both[1]["model.embed_tokens.weight"]))
+    assert torch.equal(made["model.embed_tokens.weight"], both[0]["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_slices_of_models_of_other_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models(tmp_path, 2)
+    wide = {name: torch.cat([tensor, tensor], 0) if "up_proj" in name else tensor for name, tensor in read(tmp_path / "m1").items()}
+    write(tmp_path / "m1", wide)
+    slices = [{"sources": [{"model": f"{{m{k}}}", "layer_range": [0, 2]}]} for k in range(2)]
+    line = refused(tmp_path, {"slices": slices, "merge_method": "passthrough"}, capsys)
+    assert "model.layers.0.mlp.up_proj.weight of FOLDER/m1 has shape [16, 6], in FOLDER/m0 it is [8, 6]" in line
 
 
 def test_whole_numbers_must_be_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
