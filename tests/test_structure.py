@@ -45,7 +45,7 @@ PACKAGES = {
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
     "advice": 420,  # what a checkpoint is, what people want, which options follow, and which recipes fit
     "diagnose": 1_365,  # what is said of checkpoints, and of adapters, by libraries that open them too
-    "front": 650,  # what people meet: the command, from what they want to options, what shells complete, the demo
+    "front": 665,  # what people meet: the command, from what they want to options, what shells complete, the demo
 }
 FRONT = {"demo", "__main__", ""}
 

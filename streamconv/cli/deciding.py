@@ -6,14 +6,16 @@ import argparse
 import shlex
 from collections.abc import Iterator
 
+from streamconv import memory
 from streamconv.cli.console import Console
 from streamconv.cli.parser import read_settings
 from streamconv.cli.showing import shows_bar
 from streamconv.conversion.options import about_of, flags_of, options_of
-from streamconv.errors import StreamconvError, UsageError
+from streamconv.errors import BudgetError, StreamconvError, UsageError
 from streamconv.formats.catalog import locate
 from streamconv.running.ahead import showing_stage
 from streamconv.storage import is_url
+from streamconv.units import format_size, parse_size
 
 
 def decide_options(args: argparse.Namespace, out: Console) -> None:
@@ -27,8 +29,9 @@ def decide_options(args: argparse.Namespace, out: Console) -> None:
     settings = read_settings(args.options)
     root = settings.get("root")
     src = locate(args.src) if is_url(args.src) else args.src  # what is listed here is known afterwards
+    limit, before = parse_size(args.max_memory), memory.peak()
     try:
-        with showing_stage(shows_bar(args)):
+        with showing_stage(shows_bar(args)), memory.bounded(limit):
             decision = resolve(
                 src,
                 args.to,
@@ -41,6 +44,10 @@ def decide_options(args: argparse.Namespace, out: Console) -> None:
         if args.command == "convert" and args.resume and args.reclaim_source:
             raise UsageError(f"--to: SRC is not whole any more: 'streamconv run {args.dst} --resume' goes on ({error})") from error
         raise
+    if (peak := memory.peak()) > max(limit, before):
+        needed = -(-peak // 10**6)
+        what = f"--max-memory {format_size(limit)} is too small for --to, which took {format_size(peak)} to look at SRC"
+        raise BudgetError(f"{what}: say the options that follow, or use --max-memory {needed}MB", needed * 10**6)
     args.src = decision.src or src
     for option in options_of(args.command):
         if option.name in decision.options:

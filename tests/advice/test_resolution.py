@@ -12,6 +12,8 @@ from meta_models import params, ranks, whole, write_ranks
 from safetensors.torch import save_file
 from seeded_defects import CONFIG
 
+from streamconv import memory
+from streamconv.cli import command as cli
 from tools.crash import read_tree
 
 
@@ -29,6 +31,17 @@ def test_what_is_printed_does_the_same(healthy, tmp_path, capsys):
     assert read_tree(tmp_path / "one") == read_tree(tmp_path / "two")
     assert run("plan", healthy, tmp_path / "three", "--to", "bin", "--json") == 0
     assert json.loads(capsys.readouterr().out)["outputs"]
+
+
+def test_looking_keeps_to_the_budget(healthy, tmp_path, capsys, monkeypatch):
+    peaks = iter([50 << 20, 120_000_000])
+    monkeypatch.setattr(memory, "peak", lambda: next(peaks))
+    assert cli.main(["convert", str(healthy), str(tmp_path / "out"), "--to", "fp32", "--max-memory", "100MB"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    what = "--max-memory 100 MB is too small for --to, which took 120 MB to look at SRC"
+    assert err == f"streamconv: error: {what}: say the options that follow, or use --max-memory 120MB\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_each_word_that_there_is_said_to_be_leads_somewhere(healthy, tmp_path, capsys):
