@@ -26,7 +26,7 @@ def test_readers_refuse_or_read(reader, alarm, tmp_path):
     for seed in fuzzer.seeds:
         fuzzer.run(seed)
     assert set(fuzzer.outcomes) == {"read"}, fuzzer.outcomes
-    assert fuzz.fuzz(fuzzer, 300, 600, seed=1) == 300
+    assert fuzz.fuzz(fuzzer, 200, 600, seed=1) == 200
     assert not fuzzer.failures, [path.name for path in (tmp_path / "failures").iterdir()]
     assert len(fuzzer.outcomes) > 1
 

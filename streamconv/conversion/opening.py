@@ -59,7 +59,7 @@ def find_recipe(options: Options) -> Recipe | None:
 def split_settings(options: Options, recipe: Recipe | None) -> tuple[Reading, dict[str, object]]:
     """How the source is read, which can be said with any recipe, and the recipe's own options. Raises UsageError for no true or false."""
     settings = dict(options.options or {})
-    taken = recipe.options if recipe is not None else ()
+    taken = recipe.settings if recipe is not None else ()
     root, prefix = (None if key in taken else settings.pop(key, None) for key in ("root", "prefix"))
     own: dict[str, bool | int] = {}
     for container in containers().values():

@@ -190,6 +190,7 @@ def test_a_checkpoint_without_tensors(tmp_path):
     assert run("inspect", tmp_path / "dst", "--json") == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", ["auto", "mmap", "pread"])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_backends_and_workers_do_not_change_bytes(source, tmp_path, backend, workers):

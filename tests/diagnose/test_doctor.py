@@ -26,6 +26,7 @@ def test_health(healthy, capsys):
     assert run("doctor", healthy / FIRST, "--quiet") in (0, 1)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_each_defect_is_found(defect, healthy, capsys):
     damage, part = DEFECTS[defect]

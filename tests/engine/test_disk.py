@@ -67,6 +67,7 @@ def test_an_error_of_the_disk_is_one_line(source, tmp_path, capsys, monkeypatch,
     assert run("convert", source, tmp_path / "dst", "--dtype", "bf16", "--overwrite", "--quiet") == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "how", ["absent", "short", *map(errno.errorcode.get, sorted({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}))]
 )

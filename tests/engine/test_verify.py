@@ -182,6 +182,7 @@ def test_packed_types_are_bytes_and_not_numbers(tmp_path, capsys):
     assert "differs: x\n" in capsys.readouterr().out
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("memory", ["4GB", "100TB"])
 @pytest.mark.parametrize("workers", [1, 7])
 @pytest.mark.parametrize("backend", ["auto", "mmap", "pread"])

@@ -291,6 +291,7 @@ def module_in(tree):
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("options", [{}, {"pickle_protocol": 4}, LEGACY], ids=["zip", "zip4", "legacy"])
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_modules_give_their_state_dict(tmp_path, kind, options):

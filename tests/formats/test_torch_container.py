@@ -83,6 +83,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("layout", [["--max-shard-size", "3KB"], ["--single-file"]])
 def test_there_and_back(tmp_path, kind, layout):

@@ -512,6 +512,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_files_are_refused_in_one_line_and_nothing_runs(tmp_path, kind):

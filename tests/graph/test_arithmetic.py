@@ -34,6 +34,7 @@ def checkpoint(folder, dtype=torch.bfloat16):
     return write(folder, {NORM: values.to(dtype), W: random_tensor(4, 4, dtype=dtype)})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("op", "made"),

@@ -122,6 +122,7 @@ def test_narrow_types_are_widened_as_torch_does(dtype):
 NUMBERS = [-0.3, 2**0.5, 6e-8, 3e4, 65520.0, 1e39, -1e300, 1e-45]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("value", NUMBERS)
 @pytest.mark.parametrize("dtype", CASTABLE)
 def test_arithmetic_has_the_bits_of_torch(dtype, value):
@@ -209,6 +210,7 @@ def sampled_by_torch(matrix: torch.Tensor, op: SampleRows) -> torch.Tensor:
     return total[: op.rows].addr_(drawn[: op.rows], mean, alpha=-1).mul_(math.sqrt(1e-5 / count)).add_(mean).to(getattr(torch, op.dtype))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", CASTABLE)
 @pytest.mark.parametrize(("shape", "rows"), [((200, 12), 5), ((3000, 700), 64), ((7, 3), 1), ((70_000, 5), 64), ((3, 9000), 2)])
 def test_sampled_rows_are_those_of_torch(shape, rows, dtype):

@@ -58,6 +58,7 @@ def check_draws(new, old):
 # What new rows are -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("rows", "columns", "wanted"), [(200, 12, 264), (3000, 40, 3001), (50, 3, 400), (70_000, 5, 70_200)])
 def test_new_rows_are_draws_of_the_old_ones_distribution(rows, columns, wanted, dtype, tmp_path):

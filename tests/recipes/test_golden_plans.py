@@ -29,6 +29,7 @@ def test_every_recipe_has_a_plan():
     assert texts == set(FAMILIES), COMMAND
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_plans_of_a_family(name, tmp_path):
     path = golden_plans.FOLDER / f"{name}.txt"

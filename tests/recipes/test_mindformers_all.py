@@ -254,7 +254,7 @@ def check_lost(recipe, found):
     assert bool(casts) == any("keeps its dtype" in why for why in says.values())
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_lost_is_what_the_recipe_says(tmp_path, family):
     here, there = [], []
@@ -290,7 +290,7 @@ FIRM = {  # what stays float32
 }
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*zip((name for name in MODELS if MODELS[name].family != "glm"), itertools.cycle(["fp32", "fp16", "bf16"]), strict=False)],
@@ -304,7 +304,7 @@ def test_a_dtype_casts_what_would_be_made(tmp_path, name, dtype):
     assert_same(converted(source, tmp_path / "cast", model.recipe, "--dtype", dtype, *as_words(model.options)), cast)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", FORWARD)
 def test_torch_files_and_safetensors_are_read_alike(tmp_path, name):
     model = MODELS[name]
@@ -332,7 +332,7 @@ def test_torch_files_and_safetensors_are_made_alike(tmp_path, name):
         assert json.loads((tmp_path / "other" / "config.json").read_text()) == json.loads((tmp_path / "st" / "config.json").read_text())
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name].config])
 def test_options_stand_for_a_config(tmp_path, name):
     model = MODELS[name]
@@ -355,7 +355,7 @@ MAY_LACK = (  # what models have or do not have
 )
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", [name for name in MODELS if "-ms-" not in MODELS[name].recipe])
 def test_nothing_may_be_missing_and_nothing_unknown(tmp_path, name):
     model, recipe = MODELS[name], recipes.get(MODELS[name].recipe)

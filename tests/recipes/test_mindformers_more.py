@@ -481,6 +481,7 @@ def own_deepseek3(tensors, config, *, grouped=True, dtype=BF16):
     return {name: tensor if any(part in name for part in kept) else tensor.to(dtype) for name, tensor in found.items()}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "not grouped"])
 @pytest.mark.parametrize(
     "sizes",

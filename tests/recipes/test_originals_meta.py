@@ -83,6 +83,7 @@ def test_llama_there_and_back(heads, kv, count, by_rows, dtype, tmp_path):
     assert found.get("n_kv_heads", heads) == kv
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("count", "wanted"), [(1, 4), (4, 1), (2, 8), (8, 2)])
 def test_llama_for_another_number_of_ranks(count, wanted, tmp_path):
     tensors = whole(8, 8, dim=64)

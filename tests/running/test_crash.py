@@ -39,7 +39,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def test_killed_runs_resume_to_the_same_bytes(tmp_path):
-    kinds = ["fuse", "sat", "reclaim"]
+    kinds = ["fuse", "reclaim"]
     command = [sys.executable, "-m", "tools.crash", "--kills", str(len(kinds)), "--dir", str(tmp_path)]
     command += [part for kind in kinds for part in ("--kind", kind)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=Path(crash.__file__).parent.parent)
@@ -57,10 +57,10 @@ def test_the_harness_sees_a_result_that_differs(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("cc") or sys.platform != "linux", reason="calls fail by a library that is compiled")
 def test_whatever_call_of_the_system_fails_nothing_is_lost(tmp_path):
-    command = [sys.executable, "-m", "tools.faults", "--kind", "reshard", "--kind", "torch", "--count", "4", "--dir", str(tmp_path)]
+    command = [sys.executable, "-m", "tools.faults", "--kind", "reshard", "--kind", "torch", "--count", "2", "--dir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=Path(crash.__file__).parent.parent)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["reshard", "4"], ["torch", "4"]]
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["reshard", "2"], ["torch", "2"]]
 
 
 def test_the_faults_see_bytes_that_differ(tmp_path, monkeypatch):
@@ -232,6 +232,7 @@ def test_gigabytes_where_the_kernel_gives_256_mb(tmp_path, options):
 # A source that changes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", ["auto", "mmap", "pread"])
 @pytest.mark.parametrize("how", ["cut", "written", "replaced"])
 @pytest.mark.parametrize("options", [[], ["--dtype", "bf16"]])

@@ -36,6 +36,7 @@ def check(row: dict[str, object], before: torch.Tensor, after: torch.Tensor) -> 
 WIDE, SINGLE, HALF, BRAIN = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("source", "dtype"), [(SINGLE, "bfloat16"), (SINGLE, "float16"), (BRAIN, "float16"), (HALF, "bfloat16"), (WIDE, "float32")], ids=str
 )
@@ -60,6 +61,7 @@ def test_what_holds_all_values_loses_nothing(tmp_path: Path, capsys: pytest.Capt
     assert "no values were rounded" in capsys.readouterr().out
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("preset", ["fp8", "fp8_e4m3fnuz", *PRESETS])
 def test_presets(tmp_path: Path, preset: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:

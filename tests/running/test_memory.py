@@ -150,6 +150,7 @@ def test_moving_bytes_takes_64_mb_on_any_number_of_cores(convert, operation, nam
         assert convert(source, *options, max_memory=1000 * MB).peak <= 64 * MB
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", COMPUTED)
 def test_computing_keeps_to_100_mb(convert, operation, name):
     source, options = operation(name)
