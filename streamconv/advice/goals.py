@@ -106,7 +106,7 @@ def _read_goal(word: str) -> Goal:
     name, mark, number = word.lower().partition("=")
     goal = _BY_WORD.get(name)
     if goal is None:
-        hint = did_you_mean(word, _BY_WORD)
+        hint = ": GGUF is read, not written" if name == "gguf" else did_you_mean(word, _BY_WORD)
         raise UsageError(f"{OPTION} {word}: nothing is called so{hint}; known are {', '.join(WORDS)}")
     if goal.number is None and mark:
         raise UsageError(f"{OPTION} {word}: {goal.word} takes no number: leave out ={number}")

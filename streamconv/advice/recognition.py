@@ -131,8 +131,11 @@ def recognize(
     try:
         checkpoint = rename(open_checkpoint(location, root=root, variant=variant))
     except StreamconvError:  # ranks may be a checkpoint to a recipe only
-        fits = _fits_of(rank_recipes(location) if matches is None else matches)
-        fits += [Fit(name, tried=False) for name in suggest_merging(location)]
+        fits = []
+        with suppress(StreamconvError):  # of which none may have rules
+            fits += _fits_of(rank_recipes(location) if matches is None else matches)
+        missing = LIBRARY if find_spec(LIBRARY) is None else ""
+        fits += [Fit(name, tried=False, missing=missing) for name in suggest_merging(location)]
         if not fits:
             raise
         return Recognition(as_given(path, location), fits=tuple({fit.name: fit for fit in reversed(fits)}.values()))

@@ -102,7 +102,7 @@ def _open(folder: Path, variant: str | None, *, opens: bool) -> Report:
         return _open_adapter(folder, opens=opens)
     raise UsageError(
         f"{folder}: nothing says which library opens it: expected {MODULES}, {PIPELINES[0]}, {ADAPTER}, or {CONFIG} with model_type or "
-        "_class_name; leave --check-load out"
+        "_class_name; --sidecars-from a folder of the model brings it along; else leave --check-load out"
     )
 
 

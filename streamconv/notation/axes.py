@@ -164,7 +164,8 @@ class Layout:
             if size is None:
                 raise CoverageError(
                     f"{where}layout {self.text!r}: the sizes of {', '.join(open_axes)} do not follow from the shapes "
-                    f"{', '.join(map(str, shapes))}; give them with --set, in the recipe's dims, or in config.json"
+                    f"{', '.join(map(str, shapes))}; give them with --set, in the recipe's dims, or in config.json "
+                    "(--sidecars-from a folder of the model)"
                 )
             if size < 1:
                 raise CoverageError(f"{where}layout {self.text!r}: axis {axis} cannot have size {size}")

@@ -111,6 +111,7 @@ def test_what_is_so_already_or_leads_nowhere_is_refused(source, words, message):
         ("hf,meta", "hf and meta both say a layout"),
         ("tp", "expected tp=N"),
         ("tp=0", "expected tp=N"),
+        ("gguf", "GGUF is read, not written; known are"),
         ("hf=2", "hf takes no number"),
         ("", "nothing is called so"),
     ],

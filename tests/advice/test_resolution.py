@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from seeded_defects import CONFIG
 
 from streamconv import memory
+from streamconv.advice.recognition import recognize
 from streamconv.cli import command as cli
 from tools.crash import read_tree
 
@@ -59,6 +60,12 @@ def test_ranks_are_joined_by_a_recipe_only(tmp_path, capsys):
     line = refusal(capsys, "convert", tmp_path / "src", tmp_path / "out", "--to", "bf16")
     assert line == f"--to bf16: {tmp_path / 'src'} is files of ranks, which only a recipe joins; there is --to hf"
     assert run("convert", tmp_path / "src", tmp_path / "out", "--to", "hf,bf16", "--quiet") == 0
+
+
+def test_tensor_parallel_ranks_are_merged_by_the_model_s_plan(tmp_path):
+    for rank in range(2):
+        save_file({"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 4)}, tmp_path / f"model{rank}-mp2.safetensors")
+    assert [(fit.name, fit.tried) for fit in recognize(tmp_path).fits] == [("tp-merge", False)]
 
 
 @pytest.mark.parametrize(
