@@ -107,6 +107,12 @@ def check_commands(commands: dict[str, str], folder: Path, capsys: pytest.Captur
             assert hollow or run(*shlex.split(compared), "--quiet") == 0, compared
 
 
+@pytest.mark.parametrize(("make", "word"), [(adapter, "merged"), (pipeline, "bf16")])
+def test_inspect_knows_what_has_no_config_of_its_own(make, word, tmp_path, capsys):
+    assert run("inspect", make(tmp_path / "model")) == 0
+    assert f" --to {word}  # " in capsys.readouterr().out
+
+
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_suggested_works(kind, tmp_path, capsys):

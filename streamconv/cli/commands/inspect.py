@@ -46,9 +46,10 @@ def execute(args: argparse.Namespace, out: Console) -> int:
 
 
 def _suggest(args: argparse.Namespace, checkpoint: Checkpoint, *, by_rank: bool) -> list[Suggestion]:
-    """What can be done with all of a checkpoint, where something says what it is: its config, its container, or that it is ranks."""
+    """What can be done with all of a checkpoint, where something says what it is: a config, its container, or that it is ranks."""
     with suppress(StreamconvError):
-        if not by_rank and checkpoint.format == DEFAULT and not checkpoint.config:
+        is_told = checkpoint.config or "" not in checkpoint.components or checkpoint.folder.has_file("adapter_config.json")
+        if not by_rank and checkpoint.format == DEFAULT and not is_told:
             return []
         from streamconv.advice.recognition import recognize, recognize_names  # which loads recipes, and all that these need
         from streamconv.advice.suggestions import suggest
