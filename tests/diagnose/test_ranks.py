@@ -115,6 +115,7 @@ def test_a_rank_is_damaged(ranks):
     assert len(problems) == 1, problems
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("change", ["a name", "a dtype"])
 def test_ranks_differ(change, tmp_path):
     make_tp(tmp_path / "ranks")

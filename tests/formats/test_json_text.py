@@ -47,6 +47,7 @@ def text_of(case: str) -> bytes:
     return ('{"a":[' + TEXTS[case] * N + "0]}").encode()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", [*TEXTS, "keys", "one emoji", "header", "index"])
 def test_no_text_takes_more_than_is_counted(case):
     raw = text_of(case)

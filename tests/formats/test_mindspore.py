@@ -177,6 +177,7 @@ def test_there_and_back(tmp_path, monkeypatch, limit):
     assert run("verify", source, tmp_path / "a.ckpt", "--quiet") == run("verify", tmp_path / "a.ckpt", tmp_path / "back", "--quiet") == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("limit", [8, 40, 1 << 10, fmt.SLICE])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_casts(tmp_path, monkeypatch, limit, dtype):

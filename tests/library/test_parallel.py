@@ -356,6 +356,7 @@ def deepseek(*, low_rank=True, fp8=True, predicts=True):
     return numbered(shapes), config
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("form", [{}, {"low_rank": False}, {"fp8": False}])
 def test_deepseeks_own_layout_is_that_of_its_script(tmp_path, size, form):

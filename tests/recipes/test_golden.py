@@ -60,7 +60,7 @@ def test_verify_sees_the_same(name, tmp_path):
     assert run("verify", source, tmp_path / "target", "--quiet") == 1
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", MINDFORMERS)
 def test_mindformers_there_and_back(name, tmp_path):
     case = golden_cases.load(name)

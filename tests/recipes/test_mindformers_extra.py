@@ -524,7 +524,7 @@ def entries(shapes: Shapes) -> dict[str, Source]:
     return {name: Source(TensorSpec(DTYPES["float16"], shape), ()) for name, shape in shapes.items()}
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", MODELS)
 def test_no_layer_may_miss_a_tensor(name):
     model = MODELS[name]

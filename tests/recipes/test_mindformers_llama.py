@@ -66,7 +66,7 @@ def both_ways(tmp_path, family, tensors, wanted, *options, config=None, back=Non
 # There and back -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(
     ("family", "bias", "dtype"),
@@ -101,6 +101,7 @@ def test_internlm2_in_one_tensor(tmp_path, sizes, bias):
     both_ways(tmp_path, "internlm2", tensors, table_of(tensors, INTERNLM2))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("given", ["config", "options"])
 def test_internlm2_split(tmp_path, sizes, given):
@@ -196,7 +197,7 @@ def fused(tensors, heads, groups, layout, bias):
     return found
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(
     ("family", "options", "layout", "bias"),

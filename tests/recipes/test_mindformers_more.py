@@ -97,7 +97,7 @@ def own_glm(tensors, heads, groups, dim, *, qkv_concat=True, mlp_concat=True, us
     return found
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("sizes", [(4, 2, 8), (3, 3, 4), (5, 1, 6)], ids=["grouped", "all heads", "one group"])
 @pytest.mark.parametrize("switches", list(itertools.product([True, False], repeat=3)), ids=str)
 def test_glm(tmp_path, sizes, switches):
@@ -362,6 +362,7 @@ def own_cogvlm2(tensors, heads, groups, dim, *, modal, sft):
     return found
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("sizes", [(4, 2, 8), (3, 1, 4), (2, 2, 6)], ids=["grouped", "one group", "all heads"])
 @pytest.mark.parametrize("modal", ["video", "image"])
 @pytest.mark.parametrize("sft", ["full", "lora"])

@@ -393,6 +393,7 @@ def test_without_params_the_config_is_not_guessed(tmp_path, capsys):
 # Mistral -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize(
     ("shards", "index"), [(1, ""), (3, ""), (3, "consolidated.safetensors.index.json"), (2, "model.safetensors.index.json")]

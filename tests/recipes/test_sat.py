@@ -140,6 +140,7 @@ def share(name, tensor, ranks, rank, kv_heads):
     return tensor
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("vocab", [996, 1000])
 @pytest.mark.parametrize("kv_heads", [8, 4])
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -325,6 +326,7 @@ def test_a_number_at_one_place_stands_on_one_side_only():
         streamconv.Recipe("x", "", (streamconv.Rule("a.{i=1}", "b.{i}"),))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(3, 3, 4), (6, 1, 2), (6, 2, 4), (5, 5, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_llamas_of_any_number_of_heads(heads, kv_heads, size, dtype, tmp_path):

@@ -84,6 +84,7 @@ def test_a_hub_snapshot_is_read_and_never_written_through(source, snapshot, tmp_
     assert {name: data for name, data in tree(hub).items() if not name.startswith("models--a--b/snapshots/4567")} == before
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("options", "workers"),
     [

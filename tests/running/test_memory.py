@@ -140,6 +140,7 @@ def test_the_package_loads_light():
 # The promised figures ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("workers", [None, pytest.param(1, marks=pytest.mark.slow), 64])
 @pytest.mark.parametrize("name", ["reshard", "fuse"])
 def test_moving_bytes_takes_64_mb_on_any_number_of_cores(convert, operation, name, workers):
@@ -284,6 +285,7 @@ GRID = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "workers", "budget", "backend"), GRID)
 def test_no_run_exceeds_its_plan(convert, operation, name, workers, budget, backend):
     source, options = operation(name)

@@ -63,6 +63,7 @@ def stop_at(patch: pytest.MonkeyPatch, step: str, number: int) -> None:
     patch.setattr(owner, step, stopping)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("options", [[], ["--dtype", "bf16"], ["--format", "torch"], ["--single-file"], ["--checksum", "--verify"]])
 def test_the_same_bytes_and_no_source(source, tmp_path, way, options):
     assert run("convert", source, tmp_path / "whole", *SMALL, *options) == 0

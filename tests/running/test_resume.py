@@ -344,6 +344,7 @@ def test_a_run_that_is_killed_while_it_leaves(source, tmp_path, at):
     assert not (tmp_path / "dst" / STATE).exists()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("step", ["lseek", "ftruncate", "unlink", "replace"])
 def test_an_overwrite_that_is_killed_while_it_takes_the_output(source, tmp_path, monkeypatch, capsys, step):
     """What was begun there before is gone on with, or this overwrite is: no log lies beside the plan of another conversion."""

@@ -47,6 +47,7 @@ def grid(shape, block):
 SHAPES = {"kv_a": (576, 96), "up": (369, 144), "down": (144, 369), "q_a": (31, 144), "o": (144, 328), "small": (5, 3)}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("block", [(128, 128), (64, 32), (1, 32), (100, 7)])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, BF16, torch.float16])
 def test_blocks_are_as_large_as_the_config_says_and_cut_off_at_the_edges(tmp_path, block, scale_dtype):

@@ -268,6 +268,7 @@ def numbers(src: Path, dst: Path) -> dict[str, torch.Tensor]:
     return read(dst)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("preset", ["fp8", *PRESETS])
 def test_any_shards_and_a_stream_of_bytes_are_the_same(preset: str, tmp_path: Path) -> None:
     src = source(tmp_path)

@@ -60,6 +60,7 @@ def test_what_megatron_writes_here(kind: str, tmp_path: Path, monkeypatch: pytes
     check(tmp_path / "made", kind, tmp_path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "options",
