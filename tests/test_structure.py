@@ -32,7 +32,7 @@ PACKAGES = {
     "formats": 2_390,  # containers and all that is known of their names, the machine for pickles and its records, what files of others are
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds
-    "schemes": 910,  # quantizations, a module for each, and the list of them that others add to
+    "schemes": 980,  # quantizations, a module for each, the list of them that others add to, and experts in stacks
     "recipe": 1_520,  # the mechanism of recipes, with functions as steps, what config.json says afterwards with it
     "library": 1_130,  # what other libraries know, the op that runs their code, and the process in which four of them open checkpoints
     "adapters": 560,  # what PEFT trains beside a model, a module for each kind
@@ -41,7 +41,7 @@ PACKAGES = {
     "engine": 890,  # bytes of one machine, tensors read side by side, what threads spend their time with
     "running": 2_480,  # runs of a plan, what shows while one is planned, the state of an output, executors, --check-load
     "merging": 740,  # what a file of mergekit says, by its lines; of tensors' names, layers and tokens, and of arithmetic
-    "conversion": 1_490,  # options and the calls that take them; tensors in Python; from them to a plan or a stream, codes and numbers
+    "conversion": 1_450,  # options and the calls that take them; tensors in Python; from them to a plan or a stream, codes and numbers
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
     "advice": 420,  # what a checkpoint is, what people want, which options follow, and which recipes fit
     "diagnose": 1_365,  # what is said of checkpoints, and of adapters, by libraries that open them too

@@ -18,6 +18,7 @@ from streamconv.rows import Row
 from streamconv.schemes.configs import FILES, model_dtype, with_files
 from streamconv.schemes.decoding import Decoded, decode
 from streamconv.schemes.detection import find_quantization
+from streamconv.schemes.experts import put_together
 from streamconv.schemes.registry import schemes
 from streamconv.schemes.scheme import Scheme
 
@@ -83,7 +84,7 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
 def dequantize_as_asked(options: Options, checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> Dequantization | None:
     """`dequantize`, where that is asked for, or where what is quantized is to be quantized in another way."""
     if options.dequantize or (options.quantize and is_quantized(checkpoint)):
-        return dequantize(checkpoint, casting, renames=renames)
+        return dequantize(checkpoint, casting, renames=renames, stacked=not options.quantize)
     return None
 
 
@@ -105,13 +106,14 @@ def without_sign_of_zero(nodes: Mapping[str, AnyNode], names: Collection[str]) -
     return {name: apply(Add(0.0), node) if name in names else node for name, node in nodes.items()}
 
 
-def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> Dequantization:
+def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool, stacked: bool = True) -> Dequantization:
     """A checkpoint with all that is quantized as numbers: of the dtype that ``casting`` gives, else of the one that its config does.
 
     Args:
         checkpoint: the source.
         casting: which dtype tensors shall have, by their names as targets.
         renames: whether a recipe gives them others.
+        stacked: whether experts that were taken apart to be quantized are stacks again.
 
     Raises:
         UsageError: nothing is quantized, or in a way that is not known here.
@@ -138,6 +140,9 @@ def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> De
         decoded = decode(scheme, contents.entries, config, dtype_of, OPTION)
         if not decoded.made_of:
             continue
+        if stacked:
+            nodes, stacks = put_together(decoded.nodes, own)
+            decoded = replace(decoded, nodes=nodes, made_of=_made_of(decoded, stacks))
         components[folder] = replace(contents, entries=decoded.nodes)
         quantized[folder] = scheme, casting.dtype or usual
         configs[folder] = scheme.config(own, casting.dtype or usual)
@@ -146,6 +151,14 @@ def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> De
     if not quantized:
         raise UsageError(f"{OPTION}: {checkpoint.location}: nothing in it is quantized: leave it out")
     return Dequantization(checkpoint.replace(components, configs), made_of, dropped, quantized)
+
+
+def _made_of(decoded: Decoded, stacks: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
+    """What tensors are made of, where some of them are put together to stacks."""
+    made_of = dict(decoded.made_of)
+    for stack, names in stacks.items():
+        made_of[stack] = tuple(stored for name in names for stored in made_of.pop(name, (name,)))
+    return made_of
 
 
 def _in_folder(folder: str, decoded: Decoded, name: str) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streamconv.checkpoint.opening import CONFIG, Checkpoint
-from streamconv.conversion.experts import STACK, has_transposed, model_types, take_apart
 from streamconv.conversion.options import Options
 from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.node import AnyNode, apply
@@ -18,6 +17,7 @@ from streamconv.notation.names import nearest
 from streamconv.recipe import Conversion
 from streamconv.rows import Row
 from streamconv.schemes.configs import KEYS
+from streamconv.schemes.experts import STACK, has_transposed, model_types, take_apart
 from streamconv.schemes.preset import Preset
 from streamconv.schemes.registry import presets, schemes
 from streamconv.schemes.repacking import is_decoded, repack

@@ -385,7 +385,24 @@ def test_mxfp4_of_gpt_oss_in_blocks_of_one_byte_floats(tmp_path: Path, capsys: p
     quantize(src, tmp_path / "out", "FP8_BLOCK", "--verify")
     assert run("plan", src, tmp_path / "again", "--quantize", "FP8_BLOCK", "--max-memory", ROOMY) == 0
     assert "6 of 6 quantized weights hold the numbers of the source's codes" in capsys.readouterr().out
-    assert_same(bits(numbers(tmp_path / "out", tmp_path / "b")), bits(as_modules(numbers(src, tmp_path / "a"))))
+    assert_same(bits(numbers(tmp_path / "out", tmp_path / "b")), bits(numbers(src, tmp_path / "a")))
+    assert run("verify", src, tmp_path / "out", "--dequantize", "--quiet", "--max-memory", ROOMY) == 0
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4"])
+def test_experts_that_were_turned_are_stacks_again(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stacks = {name: tensor for name, tensor in gpt_oss(160, 96).items() if kind == "gpt_oss" or "bias" not in name}
+    src = write(tmp_path / "src", {**stacks, "lm_head.weight": torch.ones(4, 4).to(BF16)}, config={"model_type": kind, "dtype": "bfloat16"})
+    quantize(src, tmp_path / "out", "FP8_DYNAMIC", "--verify")
+    back = numbers(tmp_path / "out", tmp_path / "back")
+    assert {name: tensor.shape for name, tensor in back.items()} == {name: tensor.shape for name, tensor in read(src).items()}
+    for name, tensor in stacks.items():
+        assert (back[name] - tensor).abs().max() <= 0.07 * tensor.abs().max()
+    assert_same(bits(quantize(tmp_path / "back", tmp_path / "again", "FP8_DYNAMIC")), bits(read(tmp_path / "out")))
+    tensors = read(tmp_path / "out")
+    del tensors[f"{STACK}.1.up_proj.weight"], tensors[f"{STACK}.1.up_proj.weight_scale"]
+    write(tmp_path / "torn", tensors, config=json.loads((tmp_path / "out" / "config.json").read_text()))
+    assert "expert 1 is not whole" in refusal(capsys, "convert", tmp_path / "torn", tmp_path / "none", "--dequantize")
 
 
 def test_a_stack_of_one_byte_floats_is_taken_apart_without_rounding(tmp_path: Path) -> None:

@@ -1,20 +1,21 @@
-"""Experts that are stored in one tensor, a stack, as modules of their own: what llm-compressor makes of them before it quantizes."""
+"""Experts that are stored in one tensor, a stack, as modules of their own, which llm-compressor makes before it quantizes; and back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode, Node, apply
-from streamconv.graph.ops import Dequantize, DequantizeFloats
+from streamconv.graph.ops import Dequantize, DequantizeFloats, Rearrange
 from streamconv.graph.views import select
 from streamconv.schemes.beside import transpose, untransposed
 
 STACK = re.compile(r"(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)")
 """Names of stacks of weights; those of their biases end in ``_bias``."""
+_MODULE = re.compile(r"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
 _TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")  # model types whose stacks have inputs before outputs
 _WOVEN = ("gpt_oss",)  # of which gate and up take turns
 
@@ -74,3 +75,49 @@ def _rows_of(node: AnyNode, expert: int, rows: slice, *, is_transposed: bool) ->
 def _pick(node: AnyNode, *index: Any) -> AnyNode:
     view, _, _ = select(node.spec.shape, index, "experts")
     return apply(view, node)
+
+
+def put_together(nodes: Mapping[str, AnyNode], config: Mapping[str, Any]) -> tuple[dict[str, AnyNode], dict[str, list[str]]]:
+    """Tensors of which the experts of models that `take_apart` turns are stacks again, as transformers reads them; what each is made of.
+
+    Raises:
+        CoverageError: an expert is missing among the others.
+    """
+    members: dict[str, dict[int, str]] = {}
+    for name in nodes if has_transposed(config) else ():
+        module = _MODULE.fullmatch(name)
+        if module is None:
+            continue
+        base, expert, part, end = module.groups()
+        parts = ("down_proj",) if part == "down_proj" else ("gate_proj", "up_proj")
+        stack = f"{base}.{'gate_up_proj' if len(parts) == 2 else part}{'_bias' if end == 'bias' else ''}"
+        members.setdefault(stack, {})[int(expert) * len(parts) + parts.index(part)] = name
+    is_woven = any(kind in _WOVEN for kind in model_types(config))
+    stack_of: dict[str, str] = {}
+    for stack, names in members.items():
+        missing = sorted({*range(max(names) + 1 + (max(names) + 1) % _parts_of(stack))} - set(names))
+        if missing:
+            raise CoverageError(
+                f"{stack}: expert {missing[0] // _parts_of(stack)} is not whole, and others are: fetch the checkpoint again"
+            )
+        stack_of |= dict.fromkeys(names.values(), stack)
+    together: dict[str, AnyNode] = {}
+    made_of = {stack: [names[number] for number in sorted(names)] for stack, names in members.items()}
+    for name, node in nodes.items():
+        stack = stack_of.get(name, name)
+        if stack not in together:
+            together[stack] = node if stack == name else _stack([nodes[one] for one in made_of[stack]], _parts_of(stack), is_woven=is_woven)
+    return together, made_of
+
+
+def _parts_of(stack: str) -> int:
+    return 2 if "gate_up_proj" in stack else 1
+
+
+def _stack(modules: Sequence[AnyNode], parts: int, *, is_woven: bool) -> AnyNode:
+    """Weights of experts, or their biases, in one tensor, inputs before outputs, and gate and up as one."""
+    height, *columns = modules[0].spec.shape
+    outputs = "(h p)" if is_woven else "(p h)"
+    layout = f"(e p) h i -> e i {outputs}" if columns else f"(e p) h -> e {outputs}"
+    sizes = {"1": 1, "e": len(modules) // parts, "p": parts, "h": height, **({"i": columns[0]} if columns else {})}
+    return apply(Rearrange(layout, sizes, (len(modules),)), *modules)
