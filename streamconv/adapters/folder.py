@@ -86,7 +86,10 @@ class Adapter:
         if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
             raise UsageError(f"{self.title}: r is {rank!r} and {alpha_key} {alpha!r} for {module}: mend {CONFIG}")
         divisor = math.sqrt(rank) if self.config.get("use_rslora") else rank
-        return rank, alpha / divisor * (1.0 if self.weight is None else self.weight)
+        scale = alpha / divisor * (1.0 if self.weight is None else self.weight)
+        if not math.isfinite(scale):
+            raise UsageError(f"{self.title}: the scale of {module} is {scale}: give a finite {alpha_key}, and a finite WEIGHT")
+        return rank, scale
 
     def _of_pattern(self, key: str, module: str, usual: Any) -> Any:
         table = self.config.get(key)

@@ -21,6 +21,9 @@ Array = np.ndarray[Any, Any]
 
 def pieces_of(region: Move, *arrays: Array) -> Iterator[tuple[Move, tuple[Array, ...]]]:
     """A region, and arrays in its shape, in the same pieces of at most `casts.PIECE` elements."""
+    if not region.sizes:  # numpy makes scalars, that nothing can be written to, of arrays without dimensions
+        region = replace(region, sizes=(1,), src_strides=(1,), dst_strides=(1,))
+        arrays = tuple(array.reshape(1) for array in arrays)
     if region.numel <= casts.PIECE:
         yield region, arrays
         return

@@ -123,6 +123,7 @@ def test_weights_with_inputs_before_outputs(tmp_path: Path) -> None:
         (low_rank(Q0, 9, 6), {}, "make 9 x 6"),
         (low_rank(Q0, 8, 6, rank=3), {}, "its rank is 2 by adapter_config.json"),
         ({f"{Q0}.lora_A.weight": torch.ones(2, 6)}, {}, "has no other half"),
+        (low_rank(Q0, 8, 6), {"lora_alpha": math.inf}, "q_proj is inf: give a finite lora_alpha"),
         (low_rank(Q0, 8, 6), {"use_dora": True}, "has no magnitude beside it"),
         (low_rank(Q0, 8, 6), {"layer_replication": [[0, 1]]}, "layer_replication is not merged here"),
         (low_rank(Q0, 8, 6), {"peft_type": "PREFIX_TUNING"}, "peft_type PREFIX_TUNING has nothing to merge"),

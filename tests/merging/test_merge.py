@@ -273,3 +273,17 @@ def test_what_a_name_says() -> None:
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize("text", [{"merge_method": "linear"}, {"merge_method": "ties", "base_model": "{one}"}])
+def test_tensors_without_dimensions(text: dict[str, Any], tmp_path: Path) -> None:
+    """Such as the scale of CLIP's logits."""
+    for name, value in (("one", 1.0), ("two", 2.0)):
+        write(tmp_path / name, {"logit_scale": torch.tensor(value)})
+    paths = {name: str(tmp_path / name) for name in ("one", "two")}
+    listed = [{"model": path, "parameters": {"weight": 1}} for path in paths.values()]
+    whole = {key: value.format(**paths) for key, value in text.items()} | {"models": listed}
+    (tmp_path / "merge.yaml").write_text(json.dumps(whole))
+    assert run("merge", tmp_path / "merge.yaml", tmp_path / "out") == 0
+    wanted = 1.5 if text["merge_method"] == "linear" else 2.0
+    assert_same(read(tmp_path / "out"), {"logit_scale": torch.tensor(wanted)})
