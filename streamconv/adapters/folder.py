@@ -10,6 +10,7 @@ from typing import Any
 from streamconv.checkpoint.opening import Checkpoint, open_checkpoint, read_config
 from streamconv.errors import CoverageError, StreamconvError, UsageError
 from streamconv.formats.catalog import locate
+from streamconv.formats.files import short
 from streamconv.graph.node import AnyNode
 
 CONFIG = "adapter_config.json"
@@ -18,6 +19,16 @@ PREFIX, WRAPPER = "base_model.model.", "base_layer"
 """What the names of all its tensors begin with, and what PEFT calls a module within its own."""
 _TRANSPOSED = ("gpt2", "gpt_neo", "imagegpt", "decision_transformer", "openai-gpt")
 """Model types whose linear weights are (inputs, outputs)."""
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"), (bool,)),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (list,)),
+    "trainable_token_indices": (list, dict),
+    **dict.fromkeys(("bias", "peft_version", "peft_type"), (str,)),
+}
+"""What the values of keys must be, if they are not null."""
+_WORDS = {dict: "an object", bool: "true or false", list: "a list", str: "a text"}
 
 
 class Adapter:
@@ -30,7 +41,7 @@ class Adapter:
         title: what messages begin with.
 
     Raises:
-        UsageError: there is no adapter.
+        UsageError: there is no adapter, or its config is none.
         CoverageError: one of its tensors is called as none of an adapter.
     """
 
@@ -40,6 +51,11 @@ class Adapter:
         self.config = read_config(opened.folder, CONFIG)
         if not self.config:
             raise UsageError(f"{title}: no {CONFIG} in it, which says how its tensors are merged: give the folder of a PEFT adapter")
+        for key, types in _TYPES.items():
+            value = self.config.get(key)
+            if value is not None and not isinstance(value, types):
+                expected = " or ".join(_WORDS[one] for one in types)
+                raise UsageError(f"{title}: {key} of {CONFIG} is {short.repr(value)}, expected {expected}: mend it")
         self.weight, self.model = weight, model
         self.tensors: dict[str, AnyNode] = dict(opened.contents.entries)
         for key in self.tensors:

@@ -206,6 +206,8 @@ class _Reading:
         if "merge_method" not in keys:
             self._fail(line, f"merge_method is missing: it is one of {', '.join(METHODS)}")
         method = keys["merge_method"]
+        if not isinstance(method.value, str):
+            self._fail(method.line, f"merge_method: expected one of {', '.join(METHODS)}, found {_describe(method.value)}")
         if method.value not in METHODS:
             hint = did_you_mean(str(method.value), METHODS) or f": it is one of {', '.join(METHODS)}"
             self._fail(method.line, f"merge_method {method.value} is not supported{hint}")
@@ -311,6 +313,8 @@ class _Reading:
 
     def _values(self, name: str, item: _Item) -> tuple[Scalar, ...]:
         entries = item.value if isinstance(item.value, list) else [item]
+        if not entries:
+            self._fail(item.line, f"{name}: expected a number, found an empty list")
         for entry in entries:
             if not isinstance(entry.value, bool | int | float | str):
                 self._fail(entry.line, f"{name}: expected a number, found {'nothing' if entry.value is None else 'a list or mapping'}")

@@ -123,6 +123,8 @@ def test_weights_with_inputs_before_outputs(tmp_path: Path) -> None:
         (low_rank(Q0, 9, 6), {}, "make 9 x 6"),
         (low_rank(Q0, 8, 6, rank=3), {}, "its rank is 2 by adapter_config.json"),
         ({f"{Q0}.lora_A.weight": torch.ones(2, 6)}, {}, "has no other half"),
+        (low_rank(Q0, 8, 6), {"rank_pattern": ["q_proj"]}, "rank_pattern of adapter_config.json is ['q_proj'], expected an object"),
+        (low_rank(Q0, 8, 6), {"use_rslora": "no"}, "use_rslora of adapter_config.json is 'no', expected true or false"),
         (low_rank(Q0, 8, 6), {"lora_alpha": math.inf}, "q_proj is inf: give a finite lora_alpha"),
         (low_rank(Q0, 8, 6), {"use_dora": True}, "has no magnitude beside it"),
         (low_rank(Q0, 8, 6), {"layer_replication": [[0, 1]]}, "layer_replication is not merged here"),

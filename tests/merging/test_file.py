@@ -148,6 +148,7 @@ LINEAR = "models: [{model: '{m0}', parameters: {weight: 1}}, {model: '{m1}', par
 @pytest.mark.parametrize(
     ("text", "line"),
     [
+        (LINEAR.replace("linear", "[1]"), r"FILE:2: merge_method: expected one of linear, .*, found a list"),
         (LINEAR.replace("linear", "magic"), r"FILE:2: merge_method magic is not supported: it is one of linear, slerp"),
         (LINEAR.replace("linear", "tties"), r"FILE:2: merge_method tties is not supported; did you mean ties\?"),
         ("models: [{model: '{m0}'}]\n", r"FILE:1: merge_method is missing"),
