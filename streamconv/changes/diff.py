@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.changes.distance import Distance
-from streamconv.notation.folding import fold, fold_names
+from streamconv.notation.folding import fold, fold_names, kind_of
 from streamconv.notebook import table
 from streamconv.text import join_lines
 from streamconv.units import format_size
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert
 WORST, SHOWN = 10, 30  # tensors that changed most, and lines of anything else, that people are told of
 
 HEAD = ("kind", "tensors", "changed", "relative L2", "cosine", "at most", "most in a layer")
@@ -155,13 +153,12 @@ class Diff:
         """Kinds of tensors, those that changed most first."""
         kinds: dict[str, Kind] = {}
         for row in self.tensors:
-            name = NUMBER.sub("*", row.name)
+            name, number = kind_of(row.name)
             kind = kinds.setdefault(name, Kind(name))
             kind.counts[row.state] += 1
             if row.distance is not None:
                 kind.distance += row.distance
-                number = NUMBER.search(row.name)
-                kind.points.append((int(number[0]) if number else 0, row.distance.relative_l2 or 0.0))
+                kind.points.append((number, row.distance.relative_l2 or 0.0))
         return sorted(kinds.values(), key=lambda kind: -kind.worst[1])
 
     def worst(self) -> list[Any]:

@@ -17,14 +17,14 @@ import psutil
 
 from streamconv import memory
 from streamconv._version import __version__
-from streamconv.changes.diff import NUMBER, STATES, Diff, describe_distance
+from streamconv.changes.diff import STATES, Diff, describe_distance
 from streamconv.checkpoint.opening import open_checkpoint
 from streamconv.conversion.options import ConvertOptions, DiffOptions, Options, VerifyOptions, about_of, flags_of
 from streamconv.diagnose.report import LAYER, module_of
 from streamconv.dtypes import TensorSpec
 from streamconv.engine.comparison import Comparison, TensorDifference
 from streamconv.errors import Interrupted, RunError
-from streamconv.notation.folding import fold, fold_names
+from streamconv.notation.folding import fold, fold_names, kind_of
 from streamconv.planning.plan import Compute, Copy, FilePlan, Plan
 from streamconv.recipe import Side
 from streamconv.recipes import get
@@ -271,8 +271,8 @@ def _describe_losses(changes: Changes | None, changed: ChangedWeights) -> dict[s
         return {**({"title": "What adapters changed"} if told else {}), "lines": told, "kinds": []}
     points: dict[str, list[tuple[int, float]]] = {}
     for row in changes.summary():
-        numbers = NUMBER.findall(row["target"])
-        points.setdefault(NUMBER.sub("*", row["target"]), []).append((int(numbers[0]) if numbers else 0, row["relative_l2"]))
+        kind, number = kind_of(row["target"])
+        points.setdefault(kind, []).append((number, row["relative_l2"]))
     kinds = sorted(points, key=lambda kind: (-max(error for _, error in points[kind]), kind))
     drawn = [{"kind": kind, "points": sorted(points[kind])} for kind in kinds[:KINDS]]
     return {"lines": [*changes.lines(), *told], "kinds": drawn}

@@ -8,6 +8,7 @@ from itertools import chain, product
 from typing import NamedTuple
 
 _NUMBER = re.compile("([0-9]+)")
+_PLACE = re.compile(r"(?<=\.)[0-9]+(?=\.)")  # a number that a layer or an expert has
 _Point = tuple[int, ...]
 
 
@@ -16,6 +17,16 @@ class Fold(NamedTuple):
 
     texts: tuple[str, ...]
     members: list[int]
+
+
+def kind_of(name: str) -> tuple[str, int]:
+    """The kind of layer that a tensor is of, and the first number of its layer in its name, or 0.
+
+    >>> kind_of("layers.3.mlp.w2.weight")
+    ('layers.*.mlp.w2.weight', 3)
+    """
+    number = _PLACE.search(name)
+    return _PLACE.sub("*", name), int(number[0]) if number else 0
 
 
 def fold(rows: Iterable[tuple[Hashable, tuple[str, ...]]]) -> Iterator[Fold]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from streamconv.graph.losses import Loss
+from streamconv.notation.folding import kind_of
 
 SHOWN = 3  # kinds of layers that are told in words
-_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class ChangedWeights:
         sums: dict[str, tuple[int, Loss]] = {}
         for name, loss in self.losses.items():
             if loss.compared:
-                kind = _NUMBER.sub("*", name)
+                kind, _ = kind_of(name)
                 tensors, total = sums.get(kind, (0, Loss()))
                 sums[kind] = tensors + 1, total + loss
         kinds = [Kind(name, tensors, total.compared, total.changed) for name, (tensors, total) in sums.items()]
