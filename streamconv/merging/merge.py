@@ -88,7 +88,7 @@ def _check_models(file: MergeFile, models: Mapping[str, Model]) -> None:
         first = first_of(file)
         if None not in (kinds[name], kinds[first]) and kinds[name] != kinds[first]:
             file.fail(line, f"{name} is a model of type {kinds[name]}, {first} one of {kinds[first]}: merge models of one type")
-        if "quantization_config" in models[name].config and file.method != "passthrough":
+        if models[name].is_quantized:  # whatever the method: the config of one model would not say what another one's layers are
             file.fail(line, f"{name} is quantized: merge what streamconv convert --dequantize makes of it")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from streamconv.checkpoint.opening import Checkpoint
 from streamconv.graph.node import AnyNode
+from streamconv.schemes.detection import find_quantization
 
 _BEFORE = re.compile(r"(?:.*\.)?(?:\w*embed(?!_out)\w*|embd|wte|wpe|shared)\..*", re.DOTALL)
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|embed_in)\.weight", re.DOTALL)
@@ -61,6 +62,12 @@ class Model:
     @property
     def config(self) -> dict[str, Any]:
         return self.checkpoint.config
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its config says so, or its tensors show it."""
+        specs = {name: node.spec for name, node in self.entries.items()}
+        return "quantization_config" in self.config or find_quantization(self.config, {}, specs) is not None
 
     @cached_property
     def layers(self) -> dict[str, Layer]:

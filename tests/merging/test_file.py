@@ -225,6 +225,8 @@ def test_models_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "FILE:1: FOLDER/m1 is a model of type llama, FOLDER/m0 one of toy" in refused(tmp_path, LINEAR, capsys)
     write(tmp_path / "m1", tensors, config={"model_type": "toy", "quantization_config": {}})
     assert "FILE:1: FOLDER/m1 is quantized" in refused(tmp_path, LINEAR, capsys)
+    alone = "slices: [{sources: [{model: '{m1}', layer_range: [0, 1]}]}]\nmerge_method: passthrough\n"
+    assert "FILE:1: FOLDER/m1 is quantized" in refused(tmp_path, alone, capsys)
     write(tmp_path / "m1", {**tensors, "lm_head.weight": tensors["lm_head.weight"][:9]}, config={"model_type": "toy"})
     line = refused(tmp_path, LINEAR, capsys)
     assert "FILE:1: lm_head.weight is bfloat16[11, 6] in FOLDER/m0 and bfloat16[9, 6] in FOLDER/m1: rows are 11 and 9" in line
