@@ -12,13 +12,12 @@ from streamconv.errors import CoverageError, StreamconvError, UsageError
 from streamconv.formats.catalog import locate
 from streamconv.formats.files import short
 from streamconv.graph.node import AnyNode
+from streamconv.schemes.orientation import CONV1D, is_of
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX, WRAPPER = "base_model.model.", "base_layer"
 """What the names of all its tensors begin with, and what PEFT calls a module within its own."""
-_TRANSPOSED = ("gpt2", "gpt_neo", "imagegpt", "decision_transformer", "openai-gpt")
-"""Model types whose linear weights are (inputs, outputs)."""
 
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
@@ -119,4 +118,4 @@ class Adapter:
 
     def is_turned(self, shape: tuple[int, ...], outputs: int, inputs: int) -> bool:
         """Whether a matrix is (inputs, outputs); where its shape does not tell, the model's type does."""
-        return shape == (inputs, outputs) and (inputs != outputs or self.model.get("model_type") in _TRANSPOSED)
+        return shape == (inputs, outputs) and (inputs != outputs or is_of(CONV1D, self.model))

@@ -11,8 +11,8 @@ from streamconv.adapters.weights import ADDED, Weights
 from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import AddProducts, Reshape, Strided
 from streamconv.schemes.beside import transpose
+from streamconv.schemes.orientation import MARKED, is_of
 
-_TRANSPOSED = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")  # model types whose experts have inputs before outputs
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")  # as modules define their parameters
 _SINCE = (0, 19)  # versions of peft before this took inputs to come first in any model
 
@@ -85,4 +85,4 @@ def _is_turned(layer: Layer, shape: tuple[int, ...], outputs: int, inputs: int) 
     if outputs != inputs:
         return shape[1:] == (inputs, outputs)
     version = tuple(map(int, re.findall(r"\d+", str(layer.adapter.config.get("peft_version") or "0.0"))[:2]))
-    return version < _SINCE or layer.adapter.model.get("model_type") in _TRANSPOSED
+    return version < _SINCE or is_of(MARKED, layer.adapter.model)

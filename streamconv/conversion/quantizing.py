@@ -17,7 +17,8 @@ from streamconv.notation.names import nearest
 from streamconv.recipe import Conversion
 from streamconv.rows import Row
 from streamconv.schemes.configs import KEYS
-from streamconv.schemes.experts import STACK, has_transposed, model_types, take_apart
+from streamconv.schemes.experts import STACK, take_apart
+from streamconv.schemes.orientation import CONV1D, TRANSPOSED, check_stack, is_of
 from streamconv.schemes.preset import Preset
 from streamconv.schemes.registry import presets, schemes
 from streamconv.schemes.repacking import is_decoded, repack
@@ -29,7 +30,6 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _LEFT = re.compile(r"embed|norm|bias|router|head$|^(?:wte|wpe|gate|shared_expert_gate|score|classifier|output|shared)$", re.IGNORECASE)
 """Of the last part of a module's name: embeddings, norms, routers and heads, which the formats' own tools leave alone."""
 _NO_LINEAR = re.compile(r"embed|norm|^lm_head$", re.IGNORECASE)  # what no reader would take for a linear module, or knows by this name
-_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose matrices are no linear modules
 _READ = ("safetensors", "torch")  # containers that the libraries read which read what is quantized
 _SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Modules that loaders fuse, and that share a scale of all scales."""
@@ -210,12 +210,14 @@ def _weights(outputs: Mapping[str, AnyNode], preset: Preset, config: Mapping[str
 
 def _checked(weight: Weight, config: Mapping[str, Any]) -> Weight:
     """A weight whose scales lie along its inputs."""
-    if any(kind in _CONV1D for kind in model_types(config)):
+    if is_of(CONV1D, config):
         what = f"{weight.name} of {config.get('model_type')} is of a Conv1D, which has inputs before outputs and is no linear module"
         raise CoverageError(f"{OPTION}: {what}: no library would read it")
-    if len(weight.node.spec.shape) == 3 and has_transposed(config):
+    if len(weight.node.spec.shape) == 3 and is_of(TRANSPOSED, config):
         what = f"{weight.name} {weight.node.spec} has inputs before outputs, and its scales would lie along the wrong axis"
         raise CoverageError(f"{OPTION}: {what}: leave it alone with {IGNORE}, or take FP8_BLOCK, which has each expert by itself")
+    if len(weight.node.spec.shape) == 3:
+        check_stack(weight.name, weight.node.spec.shape, config)
     return weight
 
 

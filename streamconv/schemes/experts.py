@@ -12,23 +12,11 @@ from streamconv.graph.node import AnyNode, Node, apply
 from streamconv.graph.ops import Dequantize, DequantizeFloats, Rearrange
 from streamconv.graph.views import select
 from streamconv.schemes.beside import transpose, untransposed
+from streamconv.schemes.orientation import TRANSPOSED, WOVEN, check_stack, is_of
 
 STACK = re.compile(r"(.*\bexperts)\.(gate_up_proj|gate_proj|up_proj|down_proj)")
 """Names of stacks of weights; those of their biases end in ``_bias``."""
 _MODULE = re.compile(r"(.*\bexperts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight|bias)")
-_TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")  # model types whose stacks have inputs before outputs
-_WOVEN = ("gpt_oss",)  # of which gate and up take turns
-
-
-def model_types(config: Mapping[str, Any]) -> list[object]:
-    """The model types of a config, and of its text model."""
-    text = config.get("text_config")
-    return [config.get("model_type"), text.get("model_type") if isinstance(text, Mapping) else None]
-
-
-def has_transposed(config: Mapping[str, Any]) -> bool:
-    """Whether a model's stacks have inputs before outputs."""
-    return any(kind in _TRANSPOSED for kind in model_types(config))
 
 
 def take_apart(name: str, node: AnyNode, config: Mapping[str, Any]) -> Iterator[tuple[str, AnyNode]]:
@@ -40,21 +28,23 @@ def take_apart(name: str, node: AnyNode, config: Mapping[str, Any]) -> Iterator[
         config: of the model.
 
     Raises:
-        CoverageError: it has no gate and up of one height.
+        CoverageError: it has no gate and up of one height, or which of its axes is which is not known.
     """
     stack = STACK.fullmatch(name.removesuffix("_bias"))
     assert stack is not None
-    is_transposed = has_transposed(config) and len(node.spec.shape) == 3
+    is_matrices = len(node.spec.shape) == 3
+    if is_matrices:
+        check_stack(name, node.spec.shape, config)
+    is_transposed = is_of(TRANSPOSED, config) and is_matrices
     names = ("gate_proj", "up_proj") if stack[2] == "gate_up_proj" else (stack[2],)
     count, rows = node.spec.shape[0], node.spec.shape[2 if is_transposed else 1]
     height, rest = divmod(rows, len(names))
     if rest:
         raise CoverageError(f"{name} {node.spec} has {rows} rows, which are no gate and up of one height: mend the source")
-    is_woven = any(kind in _WOVEN for kind in model_types(config))
     end = "bias" if name.endswith("_bias") else "weight"
     for expert in range(count):
         for number, part in enumerate(names):
-            chosen = slice(number, rows, len(names)) if is_woven else slice(number * height, (number + 1) * height, 1)
+            chosen = slice(number, rows, len(names)) if is_of(WOVEN, config) else slice(number * height, (number + 1) * height, 1)
             yield f"{stack[1]}.{expert}.{part}.{end}", _rows_of(node, expert, chosen, is_transposed=is_transposed)
 
 
@@ -84,7 +74,7 @@ def put_together(nodes: Mapping[str, AnyNode], config: Mapping[str, Any]) -> tup
         CoverageError: an expert is missing among the others.
     """
     members: dict[str, dict[int, str]] = {}
-    for name in nodes if has_transposed(config) else ():
+    for name in nodes if is_of(TRANSPOSED, config) else ():
         module = _MODULE.fullmatch(name)
         if module is None:
             continue
@@ -92,7 +82,6 @@ def put_together(nodes: Mapping[str, AnyNode], config: Mapping[str, Any]) -> tup
         parts = ("down_proj",) if part == "down_proj" else ("gate_proj", "up_proj")
         stack = f"{base}.{'gate_up_proj' if len(parts) == 2 else part}{'_bias' if end == 'bias' else ''}"
         members.setdefault(stack, {})[int(expert) * len(parts) + parts.index(part)] = name
-    is_woven = any(kind in _WOVEN for kind in model_types(config))
     stack_of: dict[str, str] = {}
     for stack, names in members.items():
         missing = sorted({*range(max(names) + 1 + (max(names) + 1) % _parts_of(stack))} - set(names))
@@ -106,7 +95,7 @@ def put_together(nodes: Mapping[str, AnyNode], config: Mapping[str, Any]) -> tup
     for name, node in nodes.items():
         stack = stack_of.get(name, name)
         if stack not in together:
-            together[stack] = node if stack == name else _stack([nodes[one] for one in made_of[stack]], _parts_of(stack), is_woven=is_woven)
+            together[stack] = node if stack == name else _stack([nodes[one] for one in made_of[stack]], stack, config)
     return together, made_of
 
 
@@ -114,10 +103,11 @@ def _parts_of(stack: str) -> int:
     return 2 if "gate_up_proj" in stack else 1
 
 
-def _stack(modules: Sequence[AnyNode], parts: int, *, is_woven: bool) -> AnyNode:
+def _stack(modules: Sequence[AnyNode], name: str, config: Mapping[str, Any]) -> AnyNode:
     """Weights of experts, or their biases, in one tensor, inputs before outputs, and gate and up as one."""
+    parts = _parts_of(name)
     height, *columns = modules[0].spec.shape
-    outputs = "(h p)" if is_woven else "(p h)"
+    outputs = "(h p)" if is_of(WOVEN, config) else "(p h)"
     layout = f"(e p) h i -> e i {outputs}" if columns else f"(e p) h -> e {outputs}"
     sizes = {"1": 1, "e": len(modules) // parts, "p": parts, "h": height, **({"i": columns[0]} if columns else {})}
     return apply(Rearrange(layout, sizes, (len(modules),)), *modules)

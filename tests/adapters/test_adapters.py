@@ -105,6 +105,13 @@ def test_tiles_of_any_size(rank: int, tile: int, tmp_path: Path, monkeypatch: py
     assert_same(merged(tmp_path, "--adapter", path, base=base), whole)
 
 
+def test_squares_of_a_model_with_linear_modules_are_not_turned(tmp_path: Path) -> None:
+    """GPT-Neo's, which its name would have one take for another GPT-2."""
+    base, tensors = {"h.0.q_proj.weight": random_tensor(6, 6)}, low_rank("h.0.q_proj", 6, 6)
+    made = merged(tmp_path, "--adapter", adapter(tmp_path / "adapter", tensors), base=base, config={"model_type": "gpt_neo"})
+    assert torch.equal(made["h.0.q_proj.weight"], added(base["h.0.q_proj.weight"], tensors, 3 / 2))
+
+
 def test_weights_with_inputs_before_outputs(tmp_path: Path) -> None:
     base = {"h.0.c_attn.weight": random_tensor(6, 9), "h.0.c_proj.weight": random_tensor(6, 6, seed=1)}
     tensors = {**low_rank("h.0.c_attn", 9, 6), **low_rank("h.0.c_proj", 6, 6, seed=40)}

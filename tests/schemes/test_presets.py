@@ -389,10 +389,14 @@ def test_mxfp4_of_gpt_oss_in_blocks_of_one_byte_floats(tmp_path: Path, capsys: p
     assert run("verify", src, tmp_path / "out", "--dequantize", "--quiet", "--max-memory", ROOMY) == 0
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss", "llama4"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4", "openai_privacy_filter"])
 def test_experts_that_were_turned_are_stacks_again(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stacks = {name: tensor for name, tensor in gpt_oss(160, 96).items() if kind == "gpt_oss" or "bias" not in name}
-    src = write(tmp_path / "src", {**stacks, "lm_head.weight": torch.ones(4, 4).to(BF16)}, config={"model_type": kind, "dtype": "bfloat16"})
+    stacks = {name: tensor for name, tensor in gpt_oss(160, 96).items() if kind != "llama4" or "bias" not in name}
+    src = write(
+        tmp_path / "src",
+        {**stacks, "lm_head.weight": torch.ones(4, 4).to(BF16)},
+        config={"model_type": kind, "hidden_size": 160, "dtype": "bfloat16"},
+    )
     quantize(src, tmp_path / "out", "FP8_DYNAMIC", "--verify")
     back = numbers(tmp_path / "out", tmp_path / "back")
     assert {name: tensor.shape for name, tensor in back.items()} == {name: tensor.shape for name, tensor in read(src).items()}
@@ -465,6 +469,14 @@ def test_stacks_stay_stacks_in_fp8(tmp_path: Path, capsys: pytest.CaptureFixture
         ({"a.norm.weight": torch.ones(8, 128)}, CONFIG, ("W4A16",), "there is no weight of a linear module that it takes"),
         ({"a.weight": torch.ones(8, 128)}, None, ("W4A16",), "there is no config.json beside SRC"),
         ({f"{STACK}.gate_up_proj": torch.ones(2, 7, 128)}, {"model_type": "any"}, ("W4A16",), "no gate and up of one height"),
+        (
+            {f"{STACK}.down_proj": torch.ones(2, 128, 256)}, {"model_type": "any", "hidden_size": 256}, ("W4A16",),
+            "has inputs first by hidden_size 256, which is not known of any",
+        ),
+        (
+            {f"{STACK}.gate_up_proj": torch.ones(2, 128, 256)}, {"model_type": "any", "hidden_size": 128}, ("fp8",),
+            "has inputs first by hidden_size 128, which is not known of any",
+        ),
         ({"h.0.attn.c_attn.weight": torch.ones(128, 128)}, {"model_type": "gpt2"}, ("W4A16",), "is of a Conv1D"),
         ({"a.weight": torch.ones(8, 128)}, CONFIG, ("W4A16", "--format", "mindspore"), "mindspore files are read by no library"),
         (
