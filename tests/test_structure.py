@@ -28,7 +28,7 @@ PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
     "storage": 1_690,  # where files are; most of it is what servers need, parts of one file on their way at a time, and what is held
-    "graph": 2_960,  # nodes, ops (630 statements of adapters, merges and functions), how regions are made, numbers, codes, what is lost
+    "graph": 2_980,  # nodes, ops (630 statements of adapters, merges and functions), how regions are made, numbers, codes, what is lost
     "formats": 2_390,  # containers and all that is known of their names, the machine for pickles and its records, what files of others are
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds
@@ -43,7 +43,7 @@ PACKAGES = {
     "merging": 740,  # what a file of mergekit says, by its lines; of tensors' names, layers and tokens, and of arithmetic
     "conversion": 1_450,  # options and the calls that take them; tensors in Python; from them to a plan or a stream, codes and numbers
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
-    "advice": 420,  # what a checkpoint is, what people want, which options follow, and which recipes fit
+    "advice": 430,  # what a checkpoint is, what people want, which options follow, and which recipes fit
     "diagnose": 1_365,  # what is said of checkpoints, and of adapters, by libraries that open them too
     "front": 665,  # what people meet: the command, from what they want to options, what shells complete, the demo
 }

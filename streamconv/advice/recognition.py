@@ -142,7 +142,8 @@ def recognize(
     source = describe(checkpoint, as_given(path, location), beside)
     fits = _fits_of(rank_recipes(location, among=wanted, prepare=rename) if matches is None else matches)
     if source.decodable and not any(fit.tried for fit in fits):
-        fits += [replace(fit, dequantized=True) for fit in _fits_of(_match_numbers(location, wanted))]
+        names = {fit.name for fit in fits}  # of those that may fit as it is
+        fits += [replace(fit, dequantized=True) for fit in _fits_of(_match_numbers(location, wanted)) if fit.name not in names]
     source = replace(source, fits=tuple(fits))
     return _try_numbers(source, checkpoint) if thorough else source
 

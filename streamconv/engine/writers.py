@@ -11,6 +11,7 @@ from streamconv.engine.direct import LEAST, REFUSED, open_direct
 from streamconv.engine.io import CHUNK, NOFOLLOW, Files, copy_range, filled, located, write
 from streamconv.memory import BLOCK, address_of
 
+_AT_ONCE = 8 << 20  # bytes of one direct write: more at a time would have the reads of other threads wait, less keeps a disk idle between
 _ZEROS = memoryview(bytes(64 << 10))
 
 
@@ -65,8 +66,9 @@ class LocalFile:
         write(self._fd, view[last - offset :], last)
         blocks = view[first - offset : last - offset]
         is_in_place = not blocks.readonly and address_of(blocks) % BLOCK == 0
-        for start in range(0, len(blocks), CHUNK):  # more at a time would have the reads of other threads wait
-            piece = blocks[start : start + CHUNK]
+        most = _AT_ONCE if is_in_place else CHUNK
+        for start in range(0, len(blocks), most):
+            piece = blocks[start : start + most]
             self._write_blocks(piece if is_in_place else self._in_buffer(piece), first + start)
 
     def _in_buffer(self, view: memoryview) -> memoryview:

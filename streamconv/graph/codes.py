@@ -91,15 +91,20 @@ def _integers(bits: int, offset: int) -> Array:
 
 def multiply(values: Array, factors: Array, columns: range, count: int) -> Array:
     """Numbers, in place, times what each ``count`` of them along the last axis share: ``factors`` from the one of the first column on."""
-    matrices, rows, width = values.shape
-    if count > 1 < factors.shape[2] and columns.step == 1 and columns.start % count == width % count == 0 and values.flags.c_contiguous:
-        shared = factors[..., : width // count]
-        blocks = values.reshape(matrices, rows, -1, count)
-        np.multiply(blocks, shared[..., None], out=blocks)
-        return values
-    if count > 1:
-        factors = spread(factors, 2, columns, count, columns.start // count)
-    return np.multiply(values, factors, out=values)
+    if count == 1 or factors.shape[2] == 1:
+        return np.multiply(values, factors, out=values)
+    if columns.step > 1:
+        return np.multiply(values, spread(factors, 2, columns, count, columns.start // count), out=values)
+    first = min(-columns.start % count, len(columns))  # what is left of a block before the first whole one
+    last = first + (len(columns) - first) // count * count
+    number = 0
+    for start, stop, size in ((0, first, first), (first, last, count), (last, len(columns), len(columns) - last)):
+        if start < stop:
+            blocks = values[..., start:stop].reshape(*values.shape[:2], -1, size)  # a view of these
+            following = number + blocks.shape[2]
+            np.multiply(blocks, factors[..., number:following, None], out=blocks)
+            number = following
+    return values
 
 
 def reorder_awq(nibbles: Array) -> Array:
@@ -118,16 +123,26 @@ def table(codes: str) -> Array:
 
 def factors(scales: Array, dtype: str) -> Array:
     """Scales as float32. Bytes are exponents, as those of float8_e8m0fnu are, but 255 is infinite and no NaN."""
+    if scales.itemsize == 1:
+        return _factors(dtype)[scales.view(np.uint8)]
+    return scales.view(numpy_dtype(dtype)).astype(np.float32)
+
+
+@cache
+def _factors(dtype: str) -> Array:
+    """For each byte the scale that it is."""
     if dtype not in {"uint8", "float8_e8m0fnu"}:
-        return scales.view(numpy_dtype(dtype)).astype(np.float32)
-    powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
-    powers[scales == 255] = np.inf if dtype == "uint8" else np.nan
+        return table(dtype)
+    powers = np.ldexp(np.float32(1), np.arange(256) - 127)
+    powers[255] = np.inf if dtype == "uint8" else np.nan
     return powers
 
 
 def largest(scales: Array) -> float:
     """The largest magnitude of some scales; infinite if one is NaN."""
-    magnitude = float(np.abs(scales).max(initial=0))
+    if not scales.size:
+        return 0.0
+    magnitude = max(float(scales.max()), -float(scales.min()))
     return math.inf if math.isnan(magnitude) else magnitude
 
 

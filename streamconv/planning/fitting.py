@@ -9,6 +9,8 @@ from streamconv import memory
 from streamconv.errors import BudgetError, UsageError
 from streamconv.graph.moves import region
 from streamconv.graph.node import AnyNode, Node, is_made_whole, shared_values, trace
+from streamconv.graph.ops.op import Compute as Operation
+from streamconv.graph.ops.op import Elementwise
 from streamconv.graph.tiles import Tile, choose_tile
 from streamconv.planning.plan import Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile
 from streamconv.planning.proof import MOST_WORKERS
@@ -27,6 +29,7 @@ MARGIN = 6 << 20  # bytes: how much one process may differ from the next in what
 RESERVE = 6 << 20  # bytes: thread stacks, descriptors, the bar, what the allocator keeps; per worker see WORKER
 HELD_COMPUTE, HELD_COPY = 640, 240  # bytes: what a run holds of a segment from planning to its end: its tile, its task, its place when done
 HELD_SHARED = 1 << 10  # bytes: what holding a value takes beside the value
+_MANY_GRAINS = 8  # less is lost of a tile than one of so many
 WORKERS = 8  # unless asked otherwise: so many reads and writes in flight saturate a disk, on any number of cores
 REMOTE_WORKERS = 16  # ... or connections; one alone is often slow
 WORKER = 2560 << 10  # bytes: a worker's stack, its buffer, and what it maps at a time
@@ -165,7 +168,10 @@ class Fitting:
 
     def tile(self, segment: Compute, nbytes: int) -> Tile:
         """The shape of a segment's tiles of so many bytes."""
-        numel = max(1, nbytes // self._nodes[segment.node].spec.dtype.itemsize)
+        node = self._nodes[segment.node]
+        numel = max(1, nbytes // node.spec.dtype.itemsize)
+        if len(segment.move.sizes) == 1 < segment.move.sizes[0] // numel:
+            numel = _whole_grains(node, numel)
         remote = segment.itemsize if self._sources and is_url(self._sources[segment.source].path) else 0
         return choose_tile(segment.move.sizes, segment.move.dst_strides, segment.move.src_strides, numel, remote)
 
@@ -186,6 +192,14 @@ class Fitting:
 
         segments = tuple(s._replace(tile=s.tile or self.tile(s, nbytes(s)).sizes) if isinstance(s, Compute) else s for s in file.segments)
         return replace(file, segments=segments)
+
+
+def _whole_grains(node: AnyNode, numel: int) -> int:
+    """At most ``numel`` elements, of which the op at the bottom of elementwise ones makes as many with the least work."""
+    while isinstance(node, Node) and isinstance(node.op, Elementwise) and not node.op.grains:
+        node = node.inputs[0]
+    grains = node.op.grains if isinstance(node, Node) and isinstance(node.op, Operation) else ()
+    return next((numel - numel % grain for grain in grains if grain * _MANY_GRAINS <= numel), numel)
 
 
 def _next_smaller(tile: int) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from typing import NamedTuple
 
 from streamconv.digests import Checksum
-from streamconv.graph.moves import Move
-from streamconv.graph.node import AnyNode, extents
+from streamconv.graph.moves import Move, region
+from streamconv.graph.node import AnyNode, extents, sources, trace
 from streamconv.storage import Version, is_url
 
 SPARSE = 0.9  # share of a file's blocks below which it counts as one with holes
@@ -127,6 +128,7 @@ def add_up(files: Iterable[FilePlan], nodes: Sequence[AnyNode], source_table: Se
     """What making these files of nodes and sources takes."""
     bytes_read = bytes_copied = bytes_computed = bytes_written = 0
     disk = 0.0
+    nbytes_below = cache(_nbytes_below)
     # What is left of a sparse source's blocks may straddle twice as many blocks in the output.
     shares = [1.0 if is_url(source.path) or not source.size else source.allocated / source.size for source in source_table]
     density = [min(1.0, share if share > SPARSE else 2 * share) for share in shares] or [1.0]  # nothing is read: all is made
@@ -140,6 +142,14 @@ def add_up(files: Iterable[FilePlan], nodes: Sequence[AnyNode], source_table: Se
             else:
                 nbytes = segment.move.numel * nodes[segment.node].spec.dtype.itemsize
                 bytes_computed += nbytes
-                bytes_read += segment.move.numel * segment.itemsize
+                if segment.itemsize:
+                    bytes_read += segment.move.numel * segment.itemsize
+                else:  # made of several tensors: of these its share
+                    for piece in trace(nodes[segment.node], region(segment.move)):
+                        bytes_read += nbytes_below(piece.leaf) * piece.move.numel // piece.leaf.spec.numel
                 disk += nbytes * density[segment.source]
     return Totals(bytes_read + bytes_copied, bytes_copied, bytes_computed, bytes_written, round(disk))
+
+
+def _nbytes_below(node: AnyNode) -> int:
+    return sum(leaf.spec.nbytes for leaf in sources(node))

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import torch
-from checkpoint_files import refusal, run
+from checkpoint_files import refusal, run, write
 from meta_models import params, ranks, whole, write_ranks
 from safetensors.torch import save_file
 from seeded_defects import CONFIG
@@ -101,3 +101,11 @@ def test_no_base_is_fetched_because_an_adapter_says_so(tmp_path, capsys, base):
         line
         == f"--to merged: {own} is an adapter of {base}, which is no folder here: 'streamconv convert BASE DST --adapter {own}' merges it"
     )
+
+
+def test_a_recipe_that_may_fit_codes_and_numbers_is_one(tmp_path):
+    layer = "model.layers.0.mlp.experts.0.up_proj.weight"
+    tensors = {layer: torch.ones(4, 4).to(torch.float8_e4m3fn), f"{layer}_scale_inv": torch.ones(1, 1)}
+    config = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "quantization_config": {"quant_method": "fp8"}}
+    source = recognize(write(tmp_path, tensors, config=config))
+    assert len({fit.name for fit in source.fits}) == len(source.fits)

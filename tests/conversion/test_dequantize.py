@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from checkpoint_files import assert_same, random_tensor, read, refusal, run, write
+from random_graphs import settings_of
 
 import streamconv
 
@@ -97,3 +98,26 @@ def test_what_is_not_known_or_does_not_fit_is_refused_by_name(tmp_path, capsys, 
 def test_what_is_not_quantized_is_refused(tmp_path, capsys):
     src = write(tmp_path / "x", {NORM: torch.ones(3)}, config={"dtype": "float32"})
     assert "nothing in it is quantized" in refusal(capsys, "convert", src, tmp_path / "out", "--dequantize")
+
+
+def packed_checkpoint(folder):
+    """A matrix of 64 rows and 1024 columns as integers of four bits in words, with the scales of groups of 128."""
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}},
+    }
+    tensors = {
+        "layers.0.q.weight_packed": torch.arange(64 * 128, dtype=torch.int32).reshape(64, 128) * 77_777,
+        "layers.0.q.weight_scale": random_tensor(64, 8).to(BF16),
+        "layers.0.q.weight_shape": torch.tensor([64, 1024]),
+    }
+    return write(folder, tensors, config={"quantization_config": quantization, "dtype": "bfloat16"})
+
+
+def test_a_plan_tells_what_is_read_of_several_tensors_in_tiles_of_whole_rows(tmp_path):
+    src = packed_checkpoint(tmp_path / "x")
+    with settings_of(TILE=40_000, SMALLEST_TILE=1):
+        plan = streamconv.plan(src, tmp_path / "out", dequantize=True)
+    assert plan.summary()["bytes_read"] == 64 * 128 * 4 + 64 * 8 * 2
+    assert [segment.tile for file in plan.files for segment in file.segments] == [(19 * 1024,)]

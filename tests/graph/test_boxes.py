@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamconv.dtypes import DTYPES, TensorSpec
-from streamconv.graph import casts
+from streamconv.graph import casts, codes
 from streamconv.graph.arena import Arena
 from streamconv.graph.evaluate import arena_bytes, evaluate, reads
 from streamconv.graph.moves import Move, identity
@@ -226,6 +226,19 @@ def test_quantiles_of_blocks(data: st.DataObject) -> None:
     product = np.array(table, np.float32)[codes] * largest.repeat(block)[:numel]
     op = DequantizeQuantiles((1, numel), "float32", table, block, "bfloat16", inner, float(offset) if inner else 0.0)
     check(data, op, stored, inputs, product.astype(BF16).astype(np.float32).reshape(1, numel))
+
+
+@given(st.integers(0, 40), st.integers(1, 60), st.integers(1, 17), st.integers(1, 3), st.booleans())
+def test_what_blocks_share_is_multiplied_in_place_as_if_each_element_had_it(first, width, count, step, by_row):
+    columns = range(first, first + width * step, step)
+    rng = np.random.default_rng(first)
+    values = rng.standard_normal((2, 3, width), np.float32)
+    factors = rng.standard_normal((2, 3 if by_row else 1, columns[-1] // count - first // count + 1), np.float32)
+    wanted = values * factors[..., [column // count - first // count for column in columns]]
+    if count == 1:  # then those of the columns are given
+        factors = factors[..., ::step]
+    assert np.array_equal(codes.multiply(values, factors, columns, count), wanted)
+    assert np.array_equal(values, wanted)
 
 
 def test_lines_of_a_wide_matrix_are_not_cut():

@@ -105,6 +105,11 @@ class Dequantize(Rounding, Elementwise):
         """The blocks of the matrix."""
         return Blocks(self.shape, self.block)
 
+    @property
+    def grains(self) -> tuple[int, ...]:
+        """See `Compute.grains`: rows of blocks, and rows."""
+        return self.shape[-1] * min(self.block[0], self.shape[-2]), self.shape[-1]
+
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         matrix, scales = inputs
         if matrix.dtype.nbytes != 1 or not matrix.dtype.floating or matrix.shape != self.shape or len(self.shape) < 2:

@@ -106,9 +106,12 @@ class Piece:
         """The matrices, rows and columns that it takes, and perhaps others between them."""
         axes = []
         for first, steps in self.places:
-            advances = [(n - 1) * step for n, step in zip(self.sizes, steps, strict=True)]
-            step = math.gcd(*(step for n, step in zip(self.sizes, steps, strict=True) if n > 1)) or 1
-            axes.append(range(first, first + sum(advances) + 1, step))
+            advance = common = 0
+            for n, step in zip(self.sizes, steps, strict=True):
+                if step and n > 1:
+                    advance += (n - 1) * step
+                    common = math.gcd(common, step)
+            axes.append(range(first, first + advance + 1, common or 1))
         return axes
 
     def parts(self, count: int, units: Sizes) -> list[Piece]:
@@ -175,6 +178,11 @@ class Boxed(Rounding):
         from streamconv.graph.casts import narrow
 
         return narrow(numbers, target, self.dtype, bound=bound)
+
+    @property
+    def grains(self) -> tuple[int, ...]:
+        """See `Compute.grains`: whole units of rows, and rows."""
+        return self.shape[-1] * self.units[1], self.shape[-1]
 
     def infer(self, inputs: Sequence[TensorSpec]) -> TensorSpec:
         numels = [math.prod(grid.sizes) for grid in self.grids]
@@ -271,6 +279,8 @@ class Boxed(Rounding):
 def _join(axes: Sequence[range]) -> range:
     """The smallest progression that holds some."""
     first = axes[0]
+    if len(axes) == 1:
+        return first
     step = math.gcd(*(axis.step for axis in axes if len(axis) > 1), *(axis.start - first.start for axis in axes))
     return range(min(axis.start for axis in axes), max(axis[-1] for axis in axes) + 1, step or 1)
 

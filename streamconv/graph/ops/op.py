@@ -104,6 +104,11 @@ class Compute(Op):
         """
         return [spec.numel for spec in inputs]
 
+    @property
+    def grains(self) -> tuple[int, ...]:
+        """Elements side by side of which one, or whole multiples, are computed with less work than others; larger ones first."""
+        return ()
+
     def cut(self, region: Move, inputs: Sequence[TensorSpec]) -> Iterator[Move]:  # noqa: ARG002
         """The parts that a region of the output is made by, since all of it at once would ask for more than `reach` says."""
         yield region
