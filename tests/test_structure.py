@@ -43,7 +43,7 @@ PACKAGES = {
     "merging": 740,  # what a file of mergekit says, by its lines; of tensors' names, layers and tokens, and of arithmetic
     "conversion": 1_450,  # options and the calls that take them; tensors in Python; from them to a plan or a stream, codes and numbers
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
-    "advice": 430,  # what a checkpoint is, what people want, which options follow, and which recipes fit
+    "advice": 500,  # what a checkpoint is, what people want, which options follow (or which config is missing), which recipes fit
     "diagnose": 1_365,  # what is said of checkpoints, and of adapters, by libraries that open them too
     "front": 665,  # what people meet: the command, from what they want to options, what shells complete, the demo
 }

@@ -13,6 +13,9 @@ _OWN_NAMES = ("safetensors", "torch", "dcp", "fsdp", "zero", "hf_shards")
 """Containers of tensors under the names that the model's class has in transformers, if a config names that."""
 _SAFETENSORS = "safetensors"
 _SHOWN = 6  # recipes that a question names
+_HF = "hf"
+SIDECARS = "--sidecars-from DIR"
+"""How a config is given that does not lie with a checkpoint."""
 
 
 class NoWay(UsageError):
@@ -66,6 +69,18 @@ def decide(source: Recognition, goals: Sequence[Goal], recipe: str | None = None
     return Decision(options)
 
 
+def takes_config(source: Recognition, goal: Goal) -> bool:
+    """Whether something leads to Hugging Face's layout that takes a config.json, and none is there."""
+    if goal.word != _HF or source.model_type or source.components or source.adapter_of is not None or not source.format:
+        return False
+    try:
+        return not _choose(source, goal, [fit for fit in source.fits if goal.leads(fit.name)]).tried
+    except NoWay:
+        return source.format in _OWN_NAMES and source.format != _SAFETENSORS
+    except UsageError:
+        return True
+
+
 def _is_so(source: Recognition, goal: Goal) -> bool:
     """Whether a checkpoint is already what a word says."""
     if goal.kind == DTYPE:
@@ -102,7 +117,7 @@ def _lay_out(source: Recognition, layout: Goal | None, ranks: Goal | None, recip
     if recipe is not None and not goal.leads(recipe):
         raise UsageError(f"{OPTION} {goal}: --recipe {recipe} does not lead there: leave out one of them")
     fits = [fit for fit in source.fits if goal.leads(fit.name)]
-    if not fits and recipe is None and goal.word == "hf":
+    if not fits and recipe is None and goal.word == _HF:
         return _keep_names(source, goal)
     chosen = next((fit for fit in fits if fit.name == recipe), Fit(recipe)) if recipe is not None else None
     fit = chosen or _choose(source, goal, fits)
@@ -122,9 +137,12 @@ def _keep_names(source: Recognition, goal: Goal) -> dict[str, object]:
         return {"format": _SAFETENSORS}
     if source.named and source.format == _SAFETENSORS:
         raise NoWay(f"{OPTION} {goal}: {source.path} is that already")
+    if takes_config(source, goal):
+        what = "config.json is missing, which says what model this is"
+        raise NoWay(f"{OPTION} {goal}: {source.path}: {what}: give {SIDECARS}, a folder of the model")
     reason = "no recipe fits its names and shapes"
     if source.format in _OWN_NAMES:
-        reason += ", and no config.json says that they are a library's (--sidecars-from DIR has one)"
+        reason += f", and config.json does not say model type and class, as a library's does ({SIDECARS} has one)"
     raise NoWay(f"{OPTION} {goal}: {source.path}: {reason}")
 
 
@@ -138,12 +156,17 @@ def _choose(source: Recognition, goal: Goal, fits: Sequence[Fit]) -> Fit:
         if len(related) == 1:
             return related[0]
         if related:
-            raise UsageError(f"{OPTION} {goal}: {len(related)} fit: {_list(related)}; say which by --recipe")
-    if not source.model_type:
-        raise UsageError(f"{OPTION} {goal}: by names and shapes {len(fits)} fit: {_list(fits)}; say which by --recipe")
+            raise UsageError(f"{OPTION} {goal}: {len(related)} fit: {_list(related)}; {_ask(source)}")
     which = "one fits" if len(fits) == 1 else f"{len(fits)} fit"
+    if not source.model_type:
+        raise UsageError(f"{OPTION} {goal}: by names and shapes {which}: {_list(fits)}; {_ask(source)}")
     what = f"config.json says model type {source.model_type}, which is of no recipe's family; by names and shapes {which}: {_list(fits)}"
     raise UsageError(f"{OPTION} {goal}: {what}; say by --recipe that it is meant")
+
+
+def _ask(source: Recognition) -> str:
+    """What tells recipes apart that fit alike."""
+    return "say which by --recipe" + ("" if source.model_type or not source.format else f", or give {SIDECARS}, a folder of the model")
 
 
 def _tried(fits: Iterable[Fit]) -> list[Fit]:

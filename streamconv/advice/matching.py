@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from streamconv import recipes
+from streamconv.advice.goals import GOALS, LAYOUT, OPTION, Goal
 from streamconv.checkpoint.opening import Checkpoint, choose_files, find_checkpoint, open_checkpoint, read_config
 from streamconv.errors import StreamconvError
 from streamconv.formats.registry import containers
@@ -21,6 +22,25 @@ from streamconv.storage.folder import AnyPath, Location
 LIBRARY = "transformers"
 COUNTS = ("size", "model_parallel")  # options that say how many ranks there are to be, and have to be given
 SIZE = 1  # of these, to see whether all else fits
+RELATED: Mapping[str, tuple[str, ...]] = {
+    "mcore": ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3"),
+    "qwen": ("qwen2", "qwen2_moe"),
+    "qwen2_5": ("qwen2",),
+    "mixtral-8x7b": ("mixtral",),
+    "deepseek3": ("deepseek_v3",),
+    "gpt": ("gpt2",),
+    "glm": ("chatglm",),
+    "glm-n": ("chatglm", "glm"),
+    "chatglm2": ("chatglm",),
+    "chatglm3": ("chatglm",),
+    "baichuan2": ("baichuan",),
+    "cogvlm2": ("cogvlm",),
+    "wizardcoder": ("gpt_bigcode",),
+    "mae": ("vit_mae",),
+    "telechat2": ("telechat",),
+    "qwenvl": ("qwen",),
+}
+"""Families of recipes -> the model types of their configs, where these are not what the family is called."""
 _Result = TypeVar("_Result")
 
 
@@ -199,3 +219,25 @@ def suggest_recipes(src: AnyPath, names: Iterable[str]) -> list[str]:
     candidates = recipes.select(lambda name: recipes.is_named(name, config))
     kinds = _count_kinds(name for name in names if "/" not in name) if candidates else {}
     return [recipe.name for recipe in candidates if recipe.coverage(kinds) == (1, 1)]
+
+
+def name_ways(src: AnyPath, names: Iterable[str]) -> list[str]:
+    """What `suggest_recipes` suggests as options, the shortest that mean it: words of ``--to`` where these lead to no other recipe."""
+    ways = suggest_recipes(src, names)
+    config = read_config(find_checkpoint(src)[0].folder) if ways else {}
+    words = {name: word for name in ways if (word := _find_word(name, config))}
+    others = [name for name in ways if name not in words]
+    options = {OPTION: dict.fromkeys(words.values()), "--recipe": others}
+    return [f"{option} {' or '.join(values)}" for option, values in options.items() if values]
+
+
+def _find_word(name: str, config: Mapping[str, Any]) -> str:
+    """The word of ``--to`` that leads to a recipe and to no other of the model's family; none: ""."""
+    return next((goal.word for goal in GOALS if goal.kind == LAYOUT and _of_family(goal, config) == [name]), "")
+
+
+def _of_family(goal: Goal, config: Mapping[str, Any]) -> list[str]:
+    """The recipes that lead to a goal and are of the family of a config's model type."""
+    kind = str(config.get("model_type"))
+    leading = [name for name in recipes.list_names() if goal.leads(name)]
+    return [name for name in leading if recipes.is_named(name, config) or kind in RELATED.get(name.rpartition("-")[0], ())]

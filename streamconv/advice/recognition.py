@@ -9,11 +9,12 @@ from functools import partial
 from importlib.util import find_spec
 
 from streamconv.advice.goals import SCHEMES
-from streamconv.advice.matching import COUNTS, LIBRARY, Match, rank_recipes, suggest_merging, suggest_recipes
+from streamconv.advice.matching import COUNTS, LIBRARY, RELATED, Match, rank_recipes, suggest_merging, suggest_recipes
 from streamconv.checkpoint.opening import Checkpoint, find_checkpoint, open_checkpoint, read_config
 from streamconv.dtypes import CASTABLE
 from streamconv.errors import StreamconvError
 from streamconv.formats.registry import containers
+from streamconv.recipes import is_named
 from streamconv.schemes.configs import FILES, with_files
 from streamconv.schemes.detection import Quantization, find_quantization
 from streamconv.storage.folder import AnyPath, Folder
@@ -21,27 +22,18 @@ from streamconv.storage.locations import as_given
 
 ADAPTER = "adapter_config.json"
 MOST_TRIED = 20_000  # tensors
-RELATED: Mapping[str, tuple[str, ...]] = {
-    "mcore": ("llama", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3"),
-    "qwen": ("qwen2", "qwen2_moe"),
-    "qwen2_5": ("qwen2",),
-    "mixtral-8x7b": ("mixtral",),
-    "deepseek3": ("deepseek_v3",),
-    "gpt": ("gpt2",),
-    "glm": ("chatglm",),
-    "glm-n": ("chatglm", "glm"),
-    "chatglm2": ("chatglm",),
-    "chatglm3": ("chatglm",),
-    "baichuan2": ("baichuan",),
-    "cogvlm2": ("cogvlm",),
-    "wizardcoder": ("gpt_bigcode",),
-    "mae": ("vit_mae",),
-    "telechat2": ("telechat",),
-    "qwenvl": ("qwen",),
-}
-"""Families of recipes -> the model types of their configs, where these are not what the family is called."""
 MARKS: Mapping[str, tuple[str, bool]] = {"mistral-original2hf": ("hidden_dim", True), "llama-meta2hf": ("hidden_dim", False)}
-"""Recipes whose sources are told apart by a key of params.json, and whether theirs have it."""
+"""Recipes whose sources are told apart by a key of their config, and whether theirs have it."""
+SHARED = frozenset({"gemma-hf2original"})
+"""Recipes for names and shapes that other families have, too: only a config says that they are meant."""
+OWN_NAMES: Mapping[str, tuple[str, ...]] = {
+    "gguf": ("gguf2hf",),
+    "torch_dist": ("gpt2hf",),
+    "mindspore": ("ms2hf",),
+    "mindspore2": ("ms2hf",),
+    "torch": ("meta2hf", "original2hf"),
+}
+"""Containers whose tensors may have names of their own -> what recipes for these are called behind their family."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +132,11 @@ def recognize(
             raise
         return Recognition(as_given(path, location), fits=tuple({fit.name: fit for fit in reversed(fits)}.values()))
     source = describe(checkpoint, as_given(path, location), beside)
-    fits = _fits_of(rank_recipes(location, among=wanted, prepare=rename) if matches is None else matches)
+    fits = _fits_of(rank_recipes(location, among=wanted, prepare=rename) if matches is None else matches, source.model_type)
     if source.decodable and not any(fit.tried for fit in fits):
         names = {fit.name for fit in fits}  # of those that may fit as it is
-        fits += [replace(fit, dequantized=True) for fit in _fits_of(_match_numbers(location, wanted)) if fit.name not in names]
+        numbers = _fits_of(_match_numbers(location, wanted), source.model_type)
+        fits += [replace(fit, dequantized=True) for fit in numbers if fit.name not in names]
     source = replace(source, fits=tuple(fits))
     return _try_numbers(source, checkpoint) if thorough else source
 
@@ -155,8 +148,9 @@ def recognize_names(checkpoint: Checkpoint, path: str) -> Recognition:
     if source.components:
         return source
     named = suggest_recipes(checkpoint.location, checkpoint) if source.model_type else []
-    own = rank_recipes(checkpoint.location, among=lambda name: name.rpartition("-")[2].startswith(f"{checkpoint.format}2"))
-    return replace(source, fits=(*map(Fit, named), *_fits_of(own)))
+    ways = () if named else OWN_NAMES.get(checkpoint.format, ())
+    own = rank_recipes(checkpoint.location, among=lambda name: name.rpartition("-")[2] in ways)
+    return replace(source, fits=(*map(Fit, named), *_fits_of(own, source.model_type)))
 
 
 def describe(checkpoint: Checkpoint, path: str, beside: Folder | None = None) -> Recognition:
@@ -198,24 +192,29 @@ def _quantization_of(checkpoint: Checkpoint) -> Quantization | None:
     return None
 
 
-def _fits_of(matches: Sequence[Match]) -> list[Fit]:
-    """The recipes that can be applied, those that were tried before others whose names fit."""
+def _fits_of(matches: Sequence[Match], model_type: str = "") -> list[Fit]:
+    """The recipes that can be applied, those that were tried before others whose names fit.
+
+    Args:
+        matches: of a checkpoint.
+        model_type: what a config says that comes from elsewhere.
+    """
     fits = []
     for match in matches:
         if match.fits or match.needs or (match.tensors, match.rules) == (1, 1):
             option = next((key for key in COUNTS if key in match.recipe.settings), "")
             missing = match.needs if match.needs and find_spec(match.needs) is None else ""
-            fits.append(Fit(match.recipe.name, _is_related(match), match.fits, missing=missing, ranks=option))
+            fits.append(Fit(match.recipe.name, _is_related(match, model_type), match.fits, missing=missing, ranks=option))
     return fits
 
 
-def _is_related(match: Match) -> bool:
+def _is_related(match: Match, model_type: str) -> bool:
     """Whether a config says that its model is of a recipe's family, or nothing of it."""
-    name, kind = match.recipe.name, str(match.config.get("model_type") or "")
+    name, kind = match.recipe.name, str(match.config.get("model_type") or model_type)
     if kind:
-        return match.named or match.needs == LIBRARY or kind in RELATED.get(name.rpartition("-")[0], ())
+        return is_named(name, {"model_type": kind}) or match.needs == LIBRARY or kind in RELATED.get(name.rpartition("-")[0], ())
     key, is_there = MARKS.get(name, ("", False))
-    return not match.config or (key in match.config) == is_there
+    return name not in SHARED and (not match.config or (key in match.config) == is_there)
 
 
 def _match_numbers(location: AnyPath, wanted: Callable[[str], bool]) -> list[Match]:

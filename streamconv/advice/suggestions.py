@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from streamconv.advice.decision import decide
+from streamconv.advice.decision import SIDECARS, decide, takes_config
 from streamconv.advice.goals import FILES, GOALS, LAYOUT, MERGE, OPTION, SCHEME, Goal
 from streamconv.advice.recognition import Recognition
 from streamconv.errors import UsageError
@@ -35,20 +35,25 @@ def list_suggestions(suggestions: Sequence[Suggestion]) -> list[str]:
 
 
 def suggest(source: Recognition) -> list[Suggestion]:
-    """At most `MOST` commands that can be given as they are."""
+    """At most `MOST` commands that can be given as they are, but for DIR, where a config has to come from elsewhere."""
     chosen: list[Goal] = []
     outcomes: list[Mapping[str, object]] = []
     for goal in sorted(filter(_is_suggested, GOALS), key=lambda goal: WORDS.index(goal.word)):
-        options = _outcome(source, goal)
+        options = {"sidecars_from": "DIR"} if takes_config(source, goal) else _outcome(source, goal)
         is_one_of_many = goal.kind == LAYOUT and sum(one.kind == LAYOUT for one in chosen) == MOST_LAYOUTS
         if options is None or options in outcomes or is_one_of_many or not _is_sure(source, goal, options):
             continue
         outcomes.append(options)
         chosen.append(goal)
-    given = shlex.quote(source.path)
-    return [
-        Suggestion(f"streamconv convert {given} {_name_result(source.path, goal)} {OPTION} {goal}", goal.what) for goal in chosen[:MOST]
-    ]
+    return [_make_suggestion(source, goal) for goal in chosen[:MOST]]
+
+
+def _make_suggestion(source: Recognition, goal: Goal) -> Suggestion:
+    """The command that leads to a goal."""
+    command = f"streamconv convert {shlex.quote(source.path)} {_name_result(source.path, goal)} {OPTION} {goal}"
+    if not takes_config(source, goal):
+        return Suggestion(command, goal.what)
+    return Suggestion(f"{command} {SIDECARS}", f"{goal.what}; DIR has the model's config.json")
 
 
 def possible_words(source: Recognition) -> Iterator[str]:
@@ -83,6 +88,8 @@ def _is_sure(source: Recognition, goal: Goal, options: Mapping[str, object]) -> 
         return source.files > 1
     if goal.kind == MERGE:
         return Path(source.adapter_of or "").is_dir()
+    if goal.kind == LAYOUT and goal.word != "hf" and not source.model_type:
+        return False  # names are those of several families
     recipe = options.get("recipe")
     return recipe is None or any(fit.tried for fit in source.fits if fit.name == recipe)
 

@@ -6,9 +6,11 @@ import argparse
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 
 from streamconv import interrupts
 from streamconv.cli.console import Console, StdoutError
+from streamconv.conversion.options import Options, about_of
 from streamconv.diagnose import report
 from streamconv.errors import StreamconvError
 from streamconv.planning.plan import Plan
@@ -49,15 +51,17 @@ def print_result(args: argparse.Namespace, out: Console, result: Result) -> None
             out.complain(f"note: all is done, but stdout cannot be written: {error.reason}")
 
 
-def suggest_recipes(args: argparse.Namespace, plan: Plan, out: Console) -> None:
-    """Names the recipes that config.json points at, where none was asked for."""
-    if args.recipe or args.to or args.json or args.quiet:
+def suggest_layouts(args: argparse.Namespace, plan: Plan, out: Console) -> None:
+    """Says which other layouts there are of the model that config.json names, where nothing was said of what shall become of it."""
+    deciding = [one for one in fields(Options) if about_of(one).decides]
+    says_what = any(getattr(args, one.name) not in (one.default, []) for one in deciding)
+    if says_what or args.to or args.json or args.quiet:
         return
     from streamconv.advice import matching  # which loads recipes, and all that these need
 
     with suppress(StreamconvError):
-        if names := matching.suggest_recipes(args.src, _names_of(plan)):
-            out.say(f"note: for another layout of this model: --recipe {' or '.join(names)}")
+        if ways := matching.name_ways(args.src, _names_of(plan)):
+            out.say(f"note: for another layout of this model: {' or '.join(ways)}")
 
 
 def _names_of(plan: Plan) -> Iterator[str]:

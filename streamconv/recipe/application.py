@@ -103,7 +103,11 @@ class Application:
         self.order = {name: k for k, name in enumerate(entries)}
         self.scope = scope_of(entries, scope)
         self.sizes = Sizes(title, dims, self.scope)
-        self.facts = [fact for fact in facts if not fact.when or expressions.evaluate(fact.when, self.scope)]
+        self.facts: list[Fact] = []
+        self.others: list[Fact] = []
+        for fact in facts:
+            holds = not fact.when or expressions.evaluate(fact.when, self.scope)
+            (self.facts if holds else self.others).append(fact)
         self.outputs: dict[str, tuple[int, AnyNode, Row]] = {}
         self.dropped: list[str] = []
         self.reasons: dict[str, str] = {}
@@ -118,7 +122,7 @@ class Application:
     def run(self) -> Conversion:
         """The conversion; see `Recipe.apply`."""
         entries = self._take_replicas()
-        grouping = Grouping(self.facts, self.sizes, self._label)
+        grouping = Grouping(self.facts, self.sizes, self._label, self.others)
         instances_of = grouping.run(entries)
         self.reasons = {self._label(name): rule for name, rule in grouping.dropped.items()}
         self.dropped += self.reasons

@@ -24,14 +24,21 @@ class Group:
 
 
 class Grouping:
-    """The tensors of a checkpoint by the rules that take them. ``label`` says what to call a tensor in a message.
+    """The tensors of a checkpoint by the rules that take them.
+
+    Args:
+        facts: those that hold.
+        sizes: of their axes.
+        label: says what to call a tensor in a message.
+        others: facts whose conditions do not hold.
 
     Attributes:
         dropped: names that a rule drops -> that rule.
     """
 
-    def __init__(self, facts: Sequence[Fact], sizes: Sizes, label: Callable[[str], str]) -> None:
+    def __init__(self, facts: Sequence[Fact], sizes: Sizes, label: Callable[[str], str], others: Sequence[Fact] = ()) -> None:
         self._facts, self._sizes, self._label, self._title = facts, sizes, label, sizes.title
+        self._others = others
         self.dropped: dict[str, str] = {}
 
     def run(self, entries: Mapping[str, AnyNode]) -> list[tuple[Rule, dict[tuple[object, ...], Group]]]:
@@ -104,10 +111,10 @@ class Grouping:
             near = nearest(unmatched[0], [fact.left for fact in facts])
             hint = f"; the nearest rule is {near[0]!r}" if near else ""
             more = f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""
-            raise CoverageError(
-                f"{self._title}: {self._label(unmatched[0])}{more}: no rule for it{hint}; "
-                "nothing is dropped silently: use a recipe that knows it, or one that drops it by name"
-            )
+            do = "nothing is dropped silently: use a recipe that knows it, or one that drops it by name"
+            if self._lacks_config(unmatched[0]):
+                do = "config.json is missing, which says whether one is: --sidecars-from a folder of the model brings it along"
+            raise CoverageError(f"{self._title}: {self._label(unmatched[0])}{more}: no rule for it{hint}; {do}")
         if unused:
             fact = unused[0]
             near = nearest(fact.left, entries)
@@ -118,6 +125,14 @@ class Grouping:
             raise CoverageError(
                 f"{self._title}: rule {fact.left!r}{more}: no tensor for it{hint}; is this the right recipe and source?{when}"
             )
+
+    def _lacks_config(self, name: str) -> bool:
+        """Whether a rule would take a tensor if the model's config, which is not there, said so."""
+        scope = self._sizes.scope
+        if scope.get("config") or scope.get("sidecar"):
+            return False
+        patterns = [parse_names(fact.left) for fact in self._others if isinstance(fact, Rule)]
+        return bool(Matcher(patterns).match(name))
 
     def _check_complete(self, instances_of: Sequence[tuple[Rule, Mapping[tuple[object, ...], Group]]]) -> None:
         """Raises CoverageError where a rule has some of its names and not all."""

@@ -121,10 +121,17 @@ class Registry:
         Raises:
             RecipeError: as `all` does, where other packages add recipes.
         """
+        return [self._find(name) for name in self.names() if fits(name)]
+
+    def names(self) -> list[str]:
+        """The names of all recipes, in order, without loading those of the package.
+
+        Raises:
+            RecipeError: as `all` does, where other packages add recipes.
+        """
         if self.known or any(True for _ in extensions(GROUP)):
-            return [recipe for name, recipe in self.all().items() if fits(name)]
-        names = sorted(name for names in self.modules.values() for name in names.split() if fits(name))
-        return [self._find(name) for name in names]
+            return list(self.all())
+        return sorted(name for names in self.modules.values() for name in names.split())
 
     def forget(self) -> None:
         """Looks for entry points anew when recipes are asked for again."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from streamconv.recipe.registry import Registry
 
-__all__ = ["REGISTRY", "find_writer", "get", "is_named", "load", "match", "registry", "select"]
+__all__ = ["REGISTRY", "find_writer", "get", "is_named", "list_names", "load", "match", "registry", "select"]
 
 REGISTRY = Registry(
     __name__,
@@ -63,6 +63,7 @@ REGISTRY = Registry(
 )
 get = REGISTRY.get
 load = REGISTRY.load
+list_names = REGISTRY.names
 find_writer = REGISTRY.find_writer
 registry = REGISTRY.all
 select = REGISTRY.select

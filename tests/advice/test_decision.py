@@ -71,6 +71,11 @@ PIPELINE = Recognition("sd", "safetensors", components=("unet", "vae"))
 @pytest.mark.parametrize(
     ("source", "words", "message"),
     [
+        (
+            Recognition("raw", "dcp", fits=(Fit("gemma-hf2original", related=False),)),
+            "original",
+            "by names and shapes one fits: gemma-hf2original; say which by --recipe, or give --sidecars-from DIR, a folder of the model",
+        ),
         (TWO, "ms", "--to ms: 2 fit: qwen-hf2ms, qwen2_5-hf2ms; say which by --recipe"),
         (OTHER, "ms", "config.json says model type granite, .* one fits: llama-hf2ms; say by --recipe that it is meant"),
     ],
@@ -94,7 +99,8 @@ def test_what_is_ambiguous_is_asked(source, words, message):
         (CODES, "hf", "codes is that already"),
         (ADAPTER, "hf", "'streamconv convert base DST --adapter lora' merges it"),
         (PIPELINE, "meta", "sd consists of unet, vae"),
-        (Recognition("raw", "dcp"), "hf", "no config.json says that they are a library's"),
+        (Recognition("raw", "dcp"), "hf", "config.json is missing, .*: give --sidecars-from DIR, a folder of the model"),
+        (Recognition("raw", "dcp", "odd"), "hf", "config.json does not say model type and class"),
         (Recognition("odd", "safetensors", quantization="hqq"), "bf16", "quantized by hqq, which is not known here"),
     ],
 )

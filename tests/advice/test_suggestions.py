@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from checkpoint_files import numbered, run, write, write_bin, write_ckpt
 from safetensors.torch import save_file
 from seeded_defects import CONFIG, llama
 from small_source import strict_json
+from trainer_models import CONFIGS
 
+from streamconv.advice.decision import SIDECARS
 from streamconv.advice.suggestions import MOST
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -61,10 +64,43 @@ def pipeline(folder: Path) -> Path:
     return folder
 
 
+def without_config(make: Callable[[Path], Path], **config: object) -> Callable[[Path], Path]:
+    """A checkpoint whose config lies in a folder of its own, as `DIRECTORY` is called, beside it."""
+
+    def move(folder: Path) -> Path:
+        source = make(folder)
+        (source / "config.json").unlink(missing_ok=True)
+        beside = folder.parent / DIRECTORY
+        beside.mkdir()
+        (beside / "config.json").write_text(json.dumps(config or CONFIG))
+        return source
+
+    return move
+
+
+def converted(*options: str) -> Callable[[Path], Path]:
+    """What a conversion makes of a Llama."""
+
+    def make(folder: Path) -> Path:
+        assert run("convert", write(folder / "whole", llama(), config=CONFIG), folder / "own", *options, "--quiet") == 0
+        return folder / "own"
+
+    return make
+
+
+def trained(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        return Path(shutil.copytree(GOLDEN / "trainers" / name, folder))
+
+    return make
+
+
 def family(name: str) -> Callable[[Path], Path]:
     return golden_plans.families()[name].write
 
 
+DIRECTORY = "model's"
+TOY = {"model_type": "toy", "architectures": ["Toy"]}
 KINDS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "llama": (wide, ["meta", "ms", "mcore", "fp8", "int4"]),
     "pickles": (lambda folder: write_bin(folder, llama(), config=CONFIG), ["hf", "meta", "ms"]),
@@ -73,8 +109,14 @@ KINDS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "int4": (quantized("W4A16"), ["meta", "ms", "mcore", "bf16"]),
     "adapter": (adapter, ["merged", "bf16"]),
     "pipeline": (pipeline, ["bf16", "one-file"]),
-    "dcp": (lambda _: GOLDEN / "trainers" / "fsdp2.dcp", ["safetensors", "bf16", "one-file"]),
-    "zero": (lambda _: GOLDEN / "trainers" / "z3_bf16", ["safetensors", "bf16", "one-file"]),
+    "bare dcp": (without_config(trained("fsdp2.dcp"), **TOY), ["hf", "safetensors", "bf16", "one-file"]),
+    "bare ranks": (without_config(trained("fsdp2.ranks"), **TOY), ["hf", "safetensors", "bf16", "one-file"]),
+    "bare shards": (without_config(trained("fsdp2.shards"), **TOY), ["hf", "safetensors", "bf16", "one-file"]),
+    "bare zero": (without_config(trained("z3_bf16"), **TOY), ["hf", "safetensors", "bf16", "one-file"]),
+    "bare llama": (without_config(converted("--to", "dcp")), ["hf", "safetensors"]),
+    "bare mindspore": (without_config(converted("--to", "ms")), ["hf", "safetensors"]),
+    "bare pickle": (without_config(converted("--to", "bin")), ["hf", "safetensors"]),
+    "bare megatron": (without_config(trained("mcore_mixtral"), **CONFIGS["mcore_mixtral"]), ["hf", "safetensors", "bf16", "one-file"]),
     "meta": (family("originals/llama"), ["hf"]),
     "mistral": (family("originals/mistral"), ["hf"]),
     "gguf": (family("originals/gguf"), ["hf", "safetensors", "bf16"]),
@@ -88,7 +130,7 @@ def suggestions(source: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, s
         assert run(command, source, "--json") in (0, 1)
         rows = strict_json(capsys.readouterr().out)["suggestions"]
         assert len(rows) <= MOST
-        commands |= {row["command"].rpartition(" --to ")[2]: row["command"] for row in rows}
+        commands |= {row["command"].rpartition(" --to ")[2].split()[0]: row["command"] for row in rows}
     return commands
 
 
@@ -97,7 +139,7 @@ def check_commands(commands: dict[str, str], folder: Path, capsys: pytest.Captur
     folder.mkdir(exist_ok=True)
     with contextlib.chdir(folder):
         for command in commands.values():
-            program, *words = shlex.split(command)
+            program, *words = shlex.split(command.replace(SIDECARS, shlex.join(["--sidecars-from", str(folder.parent / DIRECTORY)])))
             assert program == "streamconv"
             assert run(*words) == 0, (command, capsys.readouterr().err)
             first, *rest = shlex.split(capsys.readouterr().out.splitlines()[0])

@@ -265,10 +265,10 @@ def test_convert_suggests_a_recipe_that_config_json_points_at(healthy, tmp_path,
     named = {"llama-hf2meta", "llama-hf2ms", "llama-hf2sat", "llama-hf2titan"}
     assert set(suggest_recipes(healthy, streamconv.open(healthy))) == named
     assert run("convert", healthy, tmp_path / "a") == 0
-    assert "note: for another layout of this model: --recipe llama-hf2meta or" in capsys.readouterr().out
+    assert "note: for another layout of this model: --to meta or ms or sat or titan\n" in capsys.readouterr().out
     assert run("plan", healthy, tmp_path / "b") == 0
-    assert "--recipe llama-hf2meta or" in capsys.readouterr().out
-    for more in (("--json",), ("--quiet",), ("--recipe", "llama-hf2ms")):
+    assert "--to meta or ms or sat or titan\n" in capsys.readouterr().out
+    for more in (("--json",), ("--quiet",), ("--recipe", "llama-hf2ms"), ("--dtype", "fp16")):
         assert run("convert", healthy, tmp_path / f"c{more[-1]}", *more) == 0
         assert "another layout" not in capsys.readouterr().out
     config = json.loads((healthy / "config.json").read_text())

@@ -11,7 +11,7 @@ from typing import Any
 from streamconv.cli.console import Console
 from streamconv.cli.deciding import decide_options
 from streamconv.cli.parser import read_options
-from streamconv.cli.showing import ending_softly, make_progress, print_result, suggest_recipes
+from streamconv.cli.showing import ending_softly, make_progress, print_result, suggest_layouts
 from streamconv.conversion import api
 from streamconv.conversion.options import ConvertOptions
 from streamconv.errors import RunError, StreamconvError, UsageError, writing
@@ -27,7 +27,7 @@ def execute(args: argparse.Namespace, out: Console) -> int:
     if args.to:
         decide_options(args, out)
     result = make(args, out, api.convert)
-    suggest_recipes(args, result.plan, out)
+    suggest_layouts(args, result.plan, out)
     return 0 if result.fits else 1
 
 

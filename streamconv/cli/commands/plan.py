@@ -8,7 +8,7 @@ from pathlib import Path
 from streamconv.cli.console import Console
 from streamconv.cli.deciding import decide_options
 from streamconv.cli.parser import read_options
-from streamconv.cli.showing import shows_bar, suggest_recipes
+from streamconv.cli.showing import shows_bar, suggest_layouts
 from streamconv.conversion import api
 from streamconv.conversion.options import PlanOptions
 from streamconv.diagnose import report
@@ -35,7 +35,7 @@ def execute(args: argparse.Namespace, out: Console) -> int:
     elif not args.quiet:
         out.say(plan)
         out.say(report.describe_room(plan))
-        suggest_recipes(args, plan, out)
+        suggest_layouts(args, plan, out)
     return 0
 
 
