@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from streamconv.graph.arena import Arena, round_up, round_up_placed
 from streamconv.graph.copying import block_bytes, copy_strided
 from streamconv.graph.gather import Read, gather, reads_of, scratch_of
 from streamconv.graph.moves import Move, identity, packed
-from streamconv.graph.node import AnyNode, Node, descend, items_of
+from streamconv.graph.node import AnyNode, Node, descend, is_wide, items_of
 from streamconv.graph.ops import Compute, Elementwise, Layout, Reduce, Values
 from streamconv.graph.reductions import value_of
 
@@ -41,19 +42,36 @@ def _below(node: AnyNode, numel: int, *, scattered: bool = False) -> int:
     """What evaluating ``numel`` elements takes beside their own buffer; scattered ones are picked from spans."""
     if not isinstance(node, Node):
         return scratch_of(numel * node.spec.dtype.itemsize) if scattered else 0
-    op, specs = node.op, [child.spec for child in node.inputs]
+    op = node.op
     if isinstance(op, Layout):
         one_of_each = {_made_alike(child): child for child in node.inputs}  # of hundreds of experts
         return max((_below(child, numel, scattered=True) for child in one_of_each.values()), default=0)
-    if isinstance(op, Reduce):  # which reads its inputs in order, whatever region is wanted
-        buffers = op.buffers(specs)
-        below = max(_below(child, buffers[0][0]) for child in node.inputs)
-        return below + sum(round_up(count * itemsize) for count, itemsize in buffers) + block_bytes()
+    if isinstance(op, Reduce):
+        return _below_wide(node, op) if is_wide(node) else _below_reduce(node, op)
     assert isinstance(op, Compute)
+    specs = [child.spec for child in node.inputs]
     parts = list(zip(node.inputs, op.reach(numel, specs), strict=True))
     alike = [scattered or not (isinstance(op, Elementwise) and k == 0) for k in range(len(parts))]  # other regions may be of any kind
     below = max((_below(child, count, scattered=kind) for (child, count), kind in zip(parts, alike, strict=True)), default=0)
     return below + op.scratch(specs) + sum(round_up_placed(count * child.spec.dtype.itemsize) for child, count in parts)
+
+
+def _below_reduce(node: Node, op: Reduce) -> int:
+    """The same of a `Reduce`, which reads its inputs in order, whatever region is wanted."""
+    buffers = op.buffers([child.spec for child in node.inputs])
+    below = max(_below(child, buffers[0][0]) for child in node.inputs)
+    return below + sum(round_up(count * itemsize) for count, itemsize in buffers) + block_bytes()
+
+
+_wide: WeakKeyDictionary[Node, int] = WeakKeyDictionary()
+
+
+def _below_wide(node: Node, op: Reduce) -> int:
+    """The same, found once for all that share a node."""
+    nbytes = _wide.get(node)
+    if nbytes is None:
+        nbytes = _wide[node] = _below_reduce(node, op)
+    return nbytes
 
 
 def _made_alike(node: AnyNode) -> Hashable:
@@ -156,10 +174,12 @@ def reads(node: AnyNode, move: Move, *, beside: bool = False) -> Iterator[tuple[
 
 def kinds(nodes: Iterable[AnyNode]) -> Iterator[Node]:
     """A node of each kind and dtypes that there are among these and below."""
-    stack, visited = list(nodes), set()
+    stack, visited, wide = list(nodes), set(), set[int]()
     while stack:
         node = stack.pop()
-        if isinstance(node, Node):
+        if isinstance(node, Node) and id(node) not in wide:
+            if is_wide(node):
+                wide.add(id(node))
             stack.extend(node.inputs)
             key = (node.op.kind, node.spec.dtype, *(child.spec.dtype for child in node.inputs))
             if key not in visited:

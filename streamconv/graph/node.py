@@ -63,22 +63,40 @@ def rearrange(op: Rearrange, inputs: tuple[AnyNode, ...]) -> AnyNode:
     return inputs[0] if len(inputs) == 1 and op.is_identity and node.spec == inputs[0].spec else node
 
 
-def sources(node: AnyNode) -> Iterator[Source]:
-    """The leaves below ``node``, left to right, repeated ones once each."""
+def is_wide(node: Node) -> bool:
+    """Whether a node is a `Reduce` of many tensors, which as many others may share: who goes through all of these goes below it once."""
+    return len(node.inputs) > _MANY and isinstance(node.op, Reduce)
+
+
+_MANY = 8
+
+
+def sources(node: AnyNode, visited: set[int] | None = None) -> Iterator[Source]:
+    """The leaves below ``node``, left to right, repeated ones once each.
+
+    Args:
+        node: what they are below.
+        visited: ids of wide nodes, below which nothing is looked for again; those that are found are added.
+    """
     ids: set[int] = set()
+    visited = set() if visited is None else visited
     stack: list[AnyNode] = [node]
     while stack:
         node = stack.pop()
         if isinstance(node, Node):
+            if is_wide(node):
+                if id(node) in visited:
+                    continue
+                visited.add(id(node))
             stack.extend(reversed(node.inputs))
         elif id(node) not in ids:
             ids.add(id(node))
             yield node
 
 
-def extents(node: AnyNode) -> Iterator[Extent]:
-    """Where the leaves below ``node`` lie, left to right."""
-    for leaf in sources(node):
+def extents(node: AnyNode, visited: set[int] | None = None) -> Iterator[Extent]:
+    """Where the leaves below ``node`` lie, left to right; see `sources`."""
+    for leaf in sources(node, visited):
         yield from leaf.extents
 
 

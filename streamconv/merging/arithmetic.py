@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from streamconv.dtypes import CASTABLE
 from streamconv.errors import CoverageError
@@ -70,21 +70,22 @@ class Arithmetic:
     def __init__(self, file: MergeFile, seed: int) -> None:
         self._file, self._seed = file, seed
         self._nodes: dict[tuple[Op, tuple[int, ...]], Node] = {}
-        self._operands_of: dict[str, list[AnyNode]] = {}
         self.replicas: list[tuple[AnyNode, AnyNode, tuple[str, str]]] = []
 
-    def merge(self, unit: Sequence[Target]) -> dict[str, AnyNode]:
+    def merge(self, targets: Sequence[Target]) -> dict[str, AnyNode]:
         """The tensors of a unit, by name.
 
         Raises:
             CoverageError: tensors that do not fit each other.
             RecipeError: the file does not say what it takes, or says what cannot be.
         """
-        nodes = {}
-        plain = [target for target in unit if self._is_plain(target)]
-        for target in unit:
-            nodes[target.name] = self._copied(target) if target not in plain else self._merged(target, plain)
-        return nodes
+        plain = {target.name: target for target in targets if self._is_plain(target)}
+        columns = zip(*map(self._operands, plain.values()), strict=True)
+        unit = _Unit(list(plain.values()), [list(column) for column in columns])
+        places = {name: own for own, name in enumerate(plain)}
+        return {
+            target.name: self._merged(unit, places[target.name]) if target.name in places else self._copied(target) for target in targets
+        }
 
     def _is_plain(self, target: Target) -> bool:
         """Whether a tensor consists of numbers that can be merged. Raises CoverageError where models do not agree in its shape or kind."""
@@ -116,66 +117,61 @@ class Arithmetic:
         self.replicas += [(first.node, other.node, (first.name, other.name)) for other in others if other.node is not first.node]
         return first.node
 
-    def _merged(self, target: Target, unit: Sequence[Target]) -> AnyNode:
+    def _merged(self, unit: _Unit, own: int) -> AnyNode:
+        """Tensor ``own`` of a unit."""
+        target = unit.targets[own]
         lookup = Lookup(self._file, target.part, target.position)
         method = self._file.method
         if method == "passthrough":
-            node = self._scaled(target, lookup)
+            node = self._scaled(unit, own, lookup)
         elif method == "linear":
-            node = self._linear(target, lookup)
+            node = self._linear(unit, own, lookup)
         elif method == "slerp":
-            node = self._slerp(target, unit, lookup)
+            node = self._slerp(unit, own, lookup)
         else:
-            node = self._added(target, unit, lookup)
+            node = self._added(unit, own, lookup)
         dtype = self._file.out_dtype
         return self._apply(Cast(dtype), node) if dtype and dtype != node.spec.dtype.name else node
 
-    def _scaled(self, target: Target, lookup: Lookup) -> AnyNode:
-        (operand,) = target.operands
-        (node,) = self._operands(target)
+    def _scaled(self, unit: _Unit, own: int, lookup: Lookup) -> AnyNode:
+        (operand,) = unit.targets[own].operands
+        (column,) = unit.columns
         scale = lookup.number("scale", operand.name, operand.one)
-        return node if scale is None else self._apply(Scale(scale), node)
+        return column[own] if scale is None else self._apply(Scale(scale), column[own])
 
-    def _linear(self, target: Target, lookup: Lookup) -> AnyNode:
+    def _linear(self, unit: _Unit, own: int, lookup: Lookup) -> AnyNode:
+        target = unit.targets[own]
         weights = tuple(lookup.needed("weight", operand.name, operand.one) for operand in target.operands)
         normalize = lookup.flag("normalize", target.name, usual=True)
         if normalize and abs(total := math.fsum(weights)) < _NOTHING:
             problem = f"weights of {target.name} add up to {total:g}, by which nothing can be divided: say normalize: false"
             self._file.fail(target.part.line, problem)
-        return self._apply(MergeLinear(weights, normalize), *self._operands(target))
+        return self._apply(MergeLinear(weights, normalize), *(column[own] for column in unit.columns))
 
-    def _slerp(self, target: Target, unit: Sequence[Target], lookup: Lookup) -> AnyNode:
+    def _slerp(self, unit: _Unit, own: int, lookup: Lookup) -> AnyNode:
+        target = unit.targets[own]
         base = self._base_of(target)
-        bases, others = self._columns(unit, base), self._columns(unit, 1 - base)
-        own = unit.index(target)
-        alignment = self._apply(Alignment(), *bases, *others)
-        return self._apply(MergeSlerp(lookup.needed("t", target.name)), bases[own], others[own], alignment)
+        bases, others = unit.columns[base], unit.columns[1 - base]
+        if unit.alignment is None:
+            unit.alignment = self._apply(Alignment(), *bases, *others)
+        return self._apply(MergeSlerp(lookup.needed("t", target.name)), bases[own], others[own], unit.alignment)
 
-    def _added(self, target: Target, unit: Sequence[Target], lookup: Lookup) -> AnyNode:
+    def _added(self, unit: _Unit, own: int, lookup: Lookup) -> AnyNode:
         """A base and what the other models add to it."""
+        target = unit.targets[own]
         method, base = self._file.method, self._base_of(target)
         numbers = [k for k in range(len(target.operands)) if k != base]
-        bases = self._columns(unit, base)
-        own = unit.index(target)
         if not numbers:
-            return bases[own]
+            return unit.columns[base][own]
         rescales = lookup.flag("rescale", target.name, usual=_RULES.get(method) == RANDOM)
-        weights, picks, tensors, small = [], [], [], []
+        weights, picks, small = [], [], []
         for k in numbers:
             operand = target.operands[k]
             weights.append(lookup.needed("weight", operand.name, operand.one))
             density = lookup.number("density", operand.name, operand.one)
-            columns = self._columns(unit, k)
-            choice = self._picks(unit, k, 1.0 if density is None else density)
-            cutoff = []
-            if choice[own].rule == LARGEST:
-                total = sum(node.spec.numel for node in bases)
-                cutoff = [self._apply(Cutoff(max(1, int((density or 0) * total))), *bases, *columns)]
-            is_rescaled = rescales and choice[own].rule in (LARGEST, RANDOM)
-            share = [self._apply(KeptShare(tuple(choice)), *bases, *columns, *cutoff)] if is_rescaled else []
-            picks.append(replace(choice[own], rescaled=is_rescaled))
-            tensors.append(columns[own])
-            small += [*cutoff, *share]
+            choice = self._choice(unit, base, k, 1.0 if density is None else density, rescales=rescales)
+            picks.append(choice.picks[own])
+            small += choice.values
         op = MergeDeltas(
             tuple(weights),
             tuple(picks),
@@ -183,18 +179,34 @@ class Arithmetic:
             factor=_or_one(lookup.number("lambda", target.name)),
             elects=method in _ELECTING,
         )
-        return self._apply(op, bases[own], *tensors, *small)
+        return self._apply(op, unit.columns[base][own], *(unit.columns[k][own] for k in numbers), *small)
 
-    def _picks(self, unit: Sequence[Target], k: int, density: float) -> list[Pick]:
+    def _choice(self, unit: _Unit, base: int, k: int, density: float, *, rescales: bool) -> _Choice:
         """Which deltas of operand ``k`` count, in each tensor of a unit."""
+        key = k, density, rescales
+        if key not in unit.choices:
+            picks = self._picks(unit.targets, k, density)
+            rule, tensors = picks[0].rule, [*unit.columns[base], *unit.columns[k]]
+            values = []
+            if rule == LARGEST:
+                total = sum(node.spec.numel for node in unit.columns[base])
+                values = [self._apply(Cutoff(max(1, int(density * total))), *tensors)]
+            if rescales and rule in (LARGEST, RANDOM):
+                values = [*values, self._apply(KeptShare(tuple(picks)), *tensors, *values)]
+                picks = [replace(pick, rescaled=True) for pick in picks]
+            unit.choices[key] = _Choice(picks, values)
+        return unit.choices[key]
+
+    def _picks(self, targets: Sequence[Target], k: int, density: float) -> list[Pick]:
+        """By what rule deltas of operand ``k`` count, in each tensor of a unit."""
         rule = _RULES.get(self._file.method, ALL)
         chances = math.ceil(density * CHANCES)
         if rule == ALL or chances >= CHANCES:
-            return [Pick()] * len(unit)
+            return [Pick()] * len(targets)
         if chances <= 0:
-            return [Pick(NONE)] * len(unit)
+            return [Pick(NONE)] * len(targets)
         picks, offset = [], 0
-        for target in unit:
+        for target in targets:
             picks.append(Pick(rule, offset=offset) if rule == LARGEST else Pick(rule, chances, _key(self._seed, target.name, k)))
             offset += target.operands[k].node.spec.numel
         return picks
@@ -203,25 +215,42 @@ class Arithmetic:
         """Which operand is the base's."""
         return [operand.one.model for operand in target.operands].index(str(target.part.base))
 
-    def _columns(self, unit: Sequence[Target], k: int) -> list[AnyNode]:
-        """Operand ``k`` of each tensor of a unit, in the dtype that they are merged in."""
-        return [self._operands(target)[k] for target in unit]
-
     def _operands(self, target: Target) -> list[AnyNode]:
         """What a tensor is made of, in one dtype."""
-        operands = self._operands_of.get(target.name)
-        if operands is None:
-            nodes = [operand.node for operand in target.operands]
-            dtype = self._file.dtype or promoted([node.spec.dtype.name for node in nodes])
-            operands = [self._apply(Cast(dtype), node) if dtype != node.spec.dtype.name else node for node in nodes]
-            self._operands_of[target.name] = operands
-        return operands
+        nodes = [operand.node for operand in target.operands]
+        dtype = self._file.dtype or promoted([node.spec.dtype.name for node in nodes])
+        return [self._apply(Cast(dtype), node) if dtype != node.spec.dtype.name else node for node in nodes]
 
     def _apply(self, op: Op, *inputs: AnyNode) -> Node:
         key = op, tuple(map(id, inputs))
         if key not in self._nodes:
             self._nodes[key] = apply(op, *inputs)
         return self._nodes[key]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which of a model's deltas count in each tensor of a unit, and the small values that this takes."""
+
+    picks: list[Pick]
+    values: list[Node]
+
+
+@dataclass
+class _Unit:
+    """Tensors with one norm and one threshold: see `units_of`.
+
+    Attributes:
+        targets: the tensors, in order.
+        columns: of each operand the tensors that go into these, in one dtype.
+        alignment: of the two models of ``slerp``.
+        choices: by a model's number, its density, and whether what counts is rescaled.
+    """
+
+    targets: list[Target]
+    columns: list[list[AnyNode]]
+    alignment: Node | None = None
+    choices: dict[tuple[int, float, bool], _Choice] = field(default_factory=dict)
 
 
 _NOTHING = 1e-7

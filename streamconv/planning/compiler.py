@@ -133,6 +133,7 @@ class _Compiler:
         self.fitting = Fitting(self.nodes, self.sources, stream)
         self._source_numbers: dict[str, int] = {}
         self._node_numbers: dict[int, int] = {}
+        self._visited: set[int] = set()
 
     def source(self, path: str) -> int:
         number = self._source_numbers.get(path)
@@ -145,7 +146,7 @@ class _Compiler:
         if id(node) not in self._node_numbers:
             self._node_numbers[id(node)] = len(self.nodes)
             self.nodes.append(node)
-            for extent in extents(node):
+            for extent in extents(node, self._visited):
                 self.source(extent.path)
         return self._node_numbers[id(node)]
 

@@ -114,7 +114,8 @@ class Account:
 
 def source_files(nodes: Iterable[AnyNode]) -> list[str]:
     """The paths that the leaves below ``nodes`` lie in, in order of first appearance."""
-    every_extent = chain.from_iterable(map(extents, nodes))
+    visited: set[int] = set()
+    every_extent = chain.from_iterable(extents(node, visited) for node in nodes)
     return list(dict.fromkeys(extent.path for extent in every_extent))
 
 
