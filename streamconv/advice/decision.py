@@ -65,7 +65,7 @@ def decide(source: Recognition, goals: Sequence[Goal], recipe: str | None = None
     if not options:
         raise NoWay(f"{OPTION} {','.join(map(str, goals))}: {source.path} is that already")
     if options.get("dequantize") and not source.decodable:
-        raise NoWay(f"{OPTION} {goals[0]}: {source.path} is quantized by {source.quantization}, which is not known here")
+        raise NoWay(f"{OPTION} {goals[0]}: {source.path} is quantized by {source.quantization}; {source.remedy}")
     return Decision(options)
 
 

@@ -15,7 +15,6 @@ from streamconv.dtypes import CASTABLE
 from streamconv.errors import StreamconvError
 from streamconv.formats.registry import containers
 from streamconv.recipes import is_named
-from streamconv.schemes.configs import FILES, with_files
 from streamconv.schemes.detection import Quantization, find_quantization
 from streamconv.storage.folder import AnyPath, Folder
 from streamconv.storage.locations import as_given
@@ -69,6 +68,7 @@ class Recognition:
         dtypes: of its floating tensors that can be cast.
         quantization: by which method its weights are codes; "": they are none.
         decodable: these can be made numbers.
+        remedy: what to do where they cannot.
         is_trained: a trainer left it.
         components: the folders that it consists of; none where it is one model, beside which others may be.
         adapter_of: the base that it is an adapter of; "": one that is not named; None: it is none.
@@ -84,6 +84,7 @@ class Recognition:
     dtypes: frozenset[str] = frozenset()
     quantization: str = ""
     decodable: bool = False
+    remedy: str = ""
     is_trained: bool = False
     components: tuple[str, ...] = ()
     adapter_of: str | None = None
@@ -116,12 +117,13 @@ def recognize(
     Raises:
         StreamconvError: it cannot be read.
     """
+    from streamconv.conversion.dequantizing import with_config_of
     from streamconv.conversion.naming import name_as_model
 
     location, _ = find_checkpoint(path)
     rename = partial(name_as_model, prefix=None, beside=beside)
     try:
-        checkpoint = rename(open_checkpoint(location, root=root, variant=variant))
+        checkpoint = with_config_of(rename(open_checkpoint(location, root=root, variant=variant)), beside)
     except StreamconvError:  # ranks may be a checkpoint to a recipe only
         fits = []
         with suppress(StreamconvError):  # of which none may have rules
@@ -135,7 +137,7 @@ def recognize(
     fits = _fits_of(rank_recipes(location, among=wanted, prepare=rename) if matches is None else matches, source.model_type)
     if source.decodable and not any(fit.tried for fit in fits):
         names = {fit.name for fit in fits}  # of those that may fit as it is
-        numbers = _fits_of(_match_numbers(location, wanted), source.model_type)
+        numbers = _fits_of(_match_numbers(location, wanted, beside), source.model_type)
         fits += [replace(fit, dequantized=True) for fit in numbers if fit.name not in names]
     source = replace(source, fits=tuple(fits))
     return _try_numbers(source, checkpoint) if thorough else source
@@ -174,6 +176,7 @@ def describe(checkpoint: Checkpoint, path: str, beside: Folder | None = None) ->
         frozenset(entry.spec.dtype.name for entry in checkpoint.contents.entries.values()).intersection(CASTABLE),
         quantization.method if quantization else "",
         quantization is not None and quantization.scheme is not None,
+        quantization.remedy if quantization else "",
         containers()[checkpoint.format].is_trained,
         folders,
         str(adapter.get("base_model_name_or_path") or "") if adapter.get("peft_type") else None,
@@ -183,10 +186,11 @@ def describe(checkpoint: Checkpoint, path: str, beside: Folder | None = None) ->
 
 def _quantization_of(checkpoint: Checkpoint) -> Quantization | None:
     """How the first component that is quantized is."""
+    from streamconv.conversion.dequantizing import config_of
+
     for folder, contents in checkpoint.components.items():
-        where = checkpoint.folder.folder(folder) if folder else checkpoint.folder
-        config = with_files(checkpoint.config_of(folder), {name: read_config(where, name) for name in FILES})
-        quantization = find_quantization(config, {}, {name: node.spec for name, node in contents.entries.items()})
+        specs = {name: node.spec for name, node in contents.entries.items()}
+        quantization = find_quantization(config_of(checkpoint, folder), {}, specs)
         if quantization is not None:
             return quantization
     return None
@@ -217,18 +221,18 @@ def _is_related(match: Match, model_type: str) -> bool:
     return name not in SHARED and (not match.config or (key in match.config) == is_there)
 
 
-def _match_numbers(location: AnyPath, wanted: Callable[[str], bool]) -> list[Match]:
+def _match_numbers(location: AnyPath, wanted: Callable[[str], bool], beside: Folder | None) -> list[Match]:
     """The recipes that fit the numbers that a checkpoint's codes stand for."""
     with suppress(StreamconvError):
-        return rank_recipes(location, among=wanted, prepare=_dequantized)
+        return rank_recipes(location, among=wanted, prepare=partial(_dequantized, beside=beside))
     return []
 
 
-def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
+def _dequantized(checkpoint: Checkpoint, beside: Folder | None = None) -> Checkpoint:
     from streamconv.conversion.casting import Casting
-    from streamconv.conversion.dequantizing import dequantize
+    from streamconv.conversion.dequantizing import dequantize, with_config_of
 
-    return dequantize(checkpoint, Casting(None, ()), renames=True).checkpoint
+    return dequantize(with_config_of(checkpoint, beside), Casting(None, ()), renames=True).checkpoint
 
 
 def _try_numbers(source: Recognition, checkpoint: Checkpoint, schemes: Sequence[str] = SCHEMES) -> Recognition:

@@ -118,6 +118,8 @@ class Casting:
             return f"{quantization}: what belongs to that stays as it is, in spite of --dtype {self._dtype}"
         if quantization.scheme:
             way = f"--dequantize --dtype {self._dtype} makes numbers of the weights"
+        elif quantization.lacks_config:
+            way = quantization.remedy
         else:
             way = "load it with the library that made it, and save its dequantized weights"
         raise UsageError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from streamconv.checkpoint.opening import CONFIG, Checkpoint, prefixed, read_config
 from streamconv.conversion.casting import Casting
+from streamconv.conversion.opening import find_beside
 from streamconv.conversion.options import Options
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import UsageError
@@ -15,12 +16,12 @@ from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import Add
 from streamconv.recipe import Conversion
 from streamconv.rows import Row
-from streamconv.schemes.configs import FILES, model_dtype, with_files
+from streamconv.schemes.configs import FILES, find_method, model_dtype, with_files
 from streamconv.schemes.decoding import Decoded, decode
 from streamconv.schemes.detection import find_quantization
 from streamconv.schemes.experts import put_together
-from streamconv.schemes.registry import schemes
 from streamconv.schemes.scheme import Scheme
+from streamconv.storage.folder import Folder
 
 OPTION = "--dequantize"
 PARAMS = "params.json"  # config of Mistral's own checkpoints
@@ -71,18 +72,36 @@ class Dequantization:
         return file in FILES and folder in self.quantized
 
 
+def config_of(checkpoint: Checkpoint, component: str) -> dict[str, Any]:
+    """The config of a component, with what other files beside it say of quantization."""
+    where = checkpoint.folder.folder(component) if component else checkpoint.folder
+    return _read_all(where, checkpoint.config_of(component))
+
+
+def with_config_of(checkpoint: Checkpoint, beside: Folder | None) -> Checkpoint:
+    """A checkpoint with the config of a folder, if that says how it is quantized, and nothing else does."""
+    if beside is None or list(checkpoint.components) != [""] or find_method(config_of(checkpoint, "")):
+        return checkpoint
+    config = _read_all(beside, read_config(beside))
+    return checkpoint.replace(checkpoint.components, {"": config}) if find_method(config) else checkpoint
+
+
+def _read_all(folder: Folder, config: Mapping[str, Any]) -> dict[str, Any]:
+    return with_files(config, {name: read_config(folder, name) for name in FILES})
+
+
 def is_quantized(checkpoint: Checkpoint) -> bool:
     """Whether any component is, in a way that is known or not."""
     for folder, contents in checkpoint.components.items():
-        where = checkpoint.folder.folder(folder) if folder else checkpoint.folder
-        config = with_files(checkpoint.config_of(folder), {name: read_config(where, name) for name in FILES})
-        if find_quantization(config, {}, {name: node.spec for name, node in contents.entries.items()}) is not None:
+        specs = {name: node.spec for name, node in contents.entries.items()}
+        if find_quantization(config_of(checkpoint, folder), {}, specs) is not None:
             return True
     return False
 
 
 def dequantize_as_asked(options: Options, checkpoint: Checkpoint, casting: Casting, *, renames: bool) -> Dequantization | None:
     """`dequantize`, where that is asked for, or where what is quantized is to be quantized in another way."""
+    checkpoint = with_config_of(checkpoint, find_beside(options))
     if options.dequantize or (options.quantize and is_quantized(checkpoint)):
         return dequantize(checkpoint, casting, renames=renames, stacked=not options.quantize)
     return None
@@ -126,9 +145,7 @@ def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool, stack
     dropped: dict[str, str] = {}
     quantized: dict[str, tuple[Scheme, str]] = {}
     for folder, contents in checkpoint.components.items():
-        where = checkpoint.folder.folder(folder) if folder else checkpoint.folder
-        own = checkpoint.config_of(folder)
-        config = with_files(own, {name: read_config(where, name) for name in FILES})
+        own, config = checkpoint.config_of(folder), config_of(checkpoint, folder)
         scheme = _find_scheme(checkpoint, folder, config)
         if scheme is None:
             continue
@@ -173,5 +190,5 @@ def _find_scheme(checkpoint: Checkpoint, folder: str, config: Mapping[str, Any])
         return None
     if quantization.scheme is None:
         what = f"{folder}: {quantization}" if folder else str(quantization)
-        raise UsageError(f"{OPTION}: {what}: known are {', '.join(schemes())}; the library that made it can dequantize it")
+        raise UsageError(f"{OPTION}: {what}: {quantization.remedy}")
     return quantization.scheme

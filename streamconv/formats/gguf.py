@@ -166,8 +166,12 @@ def _read_file(path: Location) -> tuple[dict[str, Source], dict[str, Any]]:
         if cursor.take(min(4, cursor.size)) != MAGIC:
             raise FormatError(f"{show(path)}: no GGUF file: it does not begin with {MAGIC!r}")
         version = cursor.number("I")
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
+            raise FormatError(
+                f"{show(path)}: a big-endian GGUF file, and only little-endian ones are read: convert it with llama.cpp's tools"
+            )
         if version not in _VERSIONS:
-            raise FormatError(f"{show(path)}: GGUF of version {version}: 2 and 3 are read; big-endian files are not")
+            raise FormatError(f"{show(path)}: GGUF of version {version}: 2 and 3 are read")
         count, pairs = cursor.number("Q"), cursor.number("Q")
         if max(count, pairs) > _MOST:
             raise damaged(path, f"{count} tensors and {pairs} pairs of metadata: at most {_MOST} are read")

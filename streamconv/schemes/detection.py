@@ -36,22 +36,46 @@ _BESIDE = (
 _STEMS = re.compile(r"(?:_blocks|_packed|\._data|_qdata|_data)$")
 _MODULE = re.compile(r"\.[^.]+$")
 _CODED = re.compile(r"\.(?:qweight|W_q|weight_packed|codes)$|_blocks$")
+_PACKED = re.compile(r"(.*?)(qweight|(?:weight|_proj)_packed)", re.DOTALL)
+"""Codes in words, by the names of their libraries: how many bits each has only a config says."""
+_COMPANIONS = {
+    "qweight": ("qzeros", "scales", "g_idx"),
+    "weight_packed": ("weight_scale", "weight_shape", "weight_global_scale", "weight_zero_point"),
+    "_proj_packed": ("_proj_scale", "_proj_shape", "_proj_global_scale", "_proj_zero_point"),
+}
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint is quantized, and what says so."""
+    """How a checkpoint is quantized, and what says so.
+
+    Attributes:
+        method: what its library calls it.
+        where: what says so.
+        codes: a dtype of codes that told it.
+        lacks_config: names told it, and only a config, which is not there, says how codes are packed.
+    """
 
     method: str
     where: str
-    codes: str = ""  # a dtype of codes that told it
+    codes: str = ""
+    lacks_config: bool = False
 
     @property
     def scheme(self) -> Scheme | None:
         """What can be made of it, if that is known here."""
-        return schemes().get(self.method) or of_codes(self.codes)
+        return None if self.lacks_config else schemes().get(self.method) or of_codes(self.codes)
+
+    @property
+    def remedy(self) -> str:
+        """What to do where nothing can be made of it."""
+        if self.lacks_config:
+            return "no quantization_config says how codes are packed: put the model's config.json beside them, or give --sidecars-from DIR"
+        return f"known are {', '.join(schemes())}; the library that made it can dequantize it"
 
     def __str__(self) -> str:
+        if self.lacks_config:
+            return f"its tensors look like {self.method} ({self.where})"
         return f"quantized by {self.method} ({self.where})"
 
 
@@ -74,6 +98,9 @@ def find_quantization(
             section = inner if isinstance(inner, Mapping) else contents
             method = next((section[key] for key in ("quant_method", "quant_algo", "method") if section.get(key)), None)
             return Quantization(str(method or name.removesuffix(".json")), name)
+    packed = _find_packed(specs)
+    if packed is not None:
+        return packed
     codes = codes_in(specs)
     if codes:
         name, beside = next(iter(codes.items()))
@@ -132,6 +159,23 @@ def _beside(name: str, lower: Mapping[str, str]) -> str:
     return ""
 
 
+def _find_packed(specs: Mapping[str, TensorSpec]) -> Quantization | None:
+    """The quantization whose library calls its tensors so, by the first of its codes."""
+    for name, spec in specs.items():
+        match = _PACKED.fullmatch(name) if spec.dtype.name in _WHOLE else None
+        if match is None:
+            continue
+        stem, kind = match.groups()
+        beside = [ending for ending in _COMPANIONS[kind] if stem + ending in specs]
+        if beside:
+            method = "compressed-tensors"
+            if kind == "qweight":  # rows of codes have as many columns as their scales, columns of codes as many as their zeros
+                zeros = specs.get(f"{stem}qzeros")
+                method = "AWQ" if zeros and zeros.shape[1:] == spec.shape[1:] else "GPTQ"
+            return Quantization(method, f"{name} is {spec}, beside {', '.join(beside)}", spec.dtype.name, lacks_config=True)
+    return None
+
+
 def _guess(name: str, beside: str, spec: TensorSpec) -> str:
     """What a quantization looks like that nothing names."""
     own = of_codes(spec.dtype.name)
@@ -139,12 +183,8 @@ def _guess(name: str, beside: str, spec: TensorSpec) -> str:
         return own.methods[0]
     if spec.dtype.name.startswith("float8"):
         return "a cast to float8"
-    if name.endswith("qweight"):
-        return "GPTQ or AWQ"
     if name.endswith("_blocks"):
         return "mxfp4"
-    if name.endswith(("_packed",)):
-        return "compressed-tensors"
     if beside.lower().endswith(("absmax", "quant_map", "scb")):
         return "bitsandbytes"
     if name.endswith("W_q"):

@@ -101,7 +101,7 @@ def test_what_is_ambiguous_is_asked(source, words, message):
         (PIPELINE, "meta", "sd consists of unet, vae"),
         (Recognition("raw", "dcp"), "hf", "config.json is missing, .*: give --sidecars-from DIR, a folder of the model"),
         (Recognition("raw", "dcp", "odd"), "hf", "config.json does not say model type and class"),
-        (Recognition("odd", "safetensors", quantization="hqq"), "bf16", "quantized by hqq, which is not known here"),
+        (Recognition("odd", "safetensors", quantization="hqq", remedy="known are x"), "bf16", "quantized by hqq; known are x"),
     ],
 )
 def test_what_is_so_already_or_leads_nowhere_is_refused(source, words, message):

@@ -9,6 +9,7 @@ import torch
 import yaml
 from checkpoint_files import assert_same, random_tensor, read, refusal, run, write
 from random_graphs import settings_of
+from safetensors.torch import save_file
 
 import streamconv
 
@@ -113,6 +114,44 @@ def packed_checkpoint(folder):
         "layers.0.q.weight_shape": torch.tensor([64, 1024]),
     }
     return write(folder, tensors, config={"quantization_config": quantization, "dtype": "bfloat16"})
+
+
+INTEGERS = {"qweight": (16, 256), "qzeros": (1, 32), "g_idx": (128,)}
+LACKING = "no quantization_config says how codes are packed: put the model's config.json beside them, or give --sidecars-from DIR"
+
+
+@pytest.mark.parametrize(
+    ("method", "shapes"),
+    [
+        ("GPTQ", INTEGERS),
+        ("GPTQ", {"qweight": (16, 256), "qzeros": (1, 32)}),
+        ("AWQ", {"qweight": (128, 32), "qzeros": (1, 32)}),
+        ("compressed-tensors", {"weight_packed": (256, 16), "weight_shape": (2,)}),
+    ],
+)
+def test_what_only_a_config_says_is_said_to_be_missing(method, shapes, tmp_path, capsys):
+    scales = {"weight_scale" if "weight_packed" in shapes else "scales": torch.ones(1, 256).half()}
+    tensors = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()} | scales
+    save_file({f"q.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "bare.safetensors")
+    codes = next(iter(shapes))
+    line = refusal(capsys, "convert", tmp_path / "bare.safetensors", tmp_path / "out", "--dequantize")
+    assert line.startswith(f"--dequantize: its tensors look like {method} (q.{codes} is int32[")
+    assert line.endswith(LACKING)
+    assert f"quantized by {method}; {LACKING}" in refusal(capsys, "plan", tmp_path / "bare.safetensors", tmp_path / "out", "--to", "bf16")
+    assert LACKING in refusal(capsys, "plan", tmp_path / "bare.safetensors", tmp_path / "out", "--dtype", "bf16")
+
+
+def test_a_config_from_elsewhere_says_how_codes_are_packed(tmp_path):
+    src = packed_checkpoint(tmp_path / "x")
+    (tmp_path / "bare").mkdir()
+    file = (src / "model.safetensors").rename(tmp_path / "bare" / "model.safetensors")
+    options = ("--sidecars-from", src, "--quiet")
+    assert run("convert", file, tmp_path / "out", "--dequantize", *options) == 0
+    assert run("convert", file, tmp_path / "other", "--to", "bf16", *options) == 0
+    assert read(tmp_path / "out").keys() == {"layers.0.q.weight"}
+    assert_same(read(tmp_path / "out"), read(tmp_path / "other"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"dtype": "bfloat16"}
+    assert run("verify", file, tmp_path / "out", "--dequantize", *options) == 0
 
 
 def test_a_plan_tells_what_is_read_of_several_tensors_in_tiles_of_whole_rows(tmp_path):

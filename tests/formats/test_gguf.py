@@ -57,6 +57,10 @@ def test_any_part_stands_for_all(tmp_path: Path, part: int, capsys: pytest.Captu
 
 
 DAMAGE = {
+    "a byte order": (
+        lambda data: data[:4] + struct.pack(">I", 3) + data[8:],
+        "a big-endian GGUF file, and only little-endian ones are read",
+    ),
     "a version": (lambda data: data[:4] + struct.pack("<I", 9) + data[8:], "version 9"),
     "ends early": (lambda data: data[:-40], "is not in its"),
     "many tensors": (lambda data: data[:8] + struct.pack("<Q", 1 << 40) + data[16:], "at most"),
