@@ -109,7 +109,7 @@ class MergeFile:
             for one in part.inputs:
                 lines.setdefault(one.model, one.line)
         if self.base_model is not None:
-            lines.setdefault(self.base_model, self.lines["base_model"])
+            lines[self.base_model] = self.lines["base_model"]
         return lines
 
 
@@ -191,11 +191,11 @@ class _Reading:
         base = self._model(keys["base_model"]) if "base_model" in keys else None
         source = keys.get("tokenizer_source", _Item(None, 1))
         if source.value not in (None, BASE):
-            self._fail(source.line, f"tokenizer_source: {source.value} is not supported: only {BASE} is")
+            self._fail(source.line, f"tokenizer_source: {_describe(source.value)} is not supported: only {BASE!r} is")
         forms = [key for key in ("models", "slices", "modules") if key in keys and keys[key].value]
         if len(forms) != 1:
-            named = " and ".join(forms) or "neither"
-            self._fail(lines[forms[1]] if forms else item.line, f"expected one of models and slices, found {named}: leave the rest out")
+            found = f"{' and '.join(forms)}: leave the rest out" if forms else "neither: name what is merged"
+            self._fail(lines[forms[1]] if forms else item.line, f"expected one of models and slices, found {found}")
         scopes = (self._parameters(keys.get("parameters")),)
         slices = self._module(keys, base, scopes) if forms == ["modules"] else self._slices(keys, base, scopes)
         return MergeFile(
@@ -265,14 +265,13 @@ class _Reading:
     def _range(self, item: _Item) -> range:
         ends = [one.value for one in item.value] if isinstance(item.value, list) else []
         if len(ends) != 2 or any(type(end) is not int for end in ends) or not 0 <= ends[0] < ends[1]:
-            found = ends or item.value
+            found = _describe(item.value) if any(isinstance(end, list | dict) for end in ends) else ends or _describe(item.value)
             self._fail(item.line, f"layer_range {found}: expected the first layer and the one after the last, [a, b]")
         return range(*ends)
 
     def _model(self, item: _Item) -> str:
         if not isinstance(item.value, str) or not item.value.strip():
-            found = "a mapping" if isinstance(item.value, dict) else item.value
-            self._fail(item.line, f"expected the path of a model, perhaps with +ADAPTER, found {found}")
+            self._fail(item.line, f"expected the path of a model, perhaps with +ADAPTER, found {_describe(item.value)}")
         model, adapter = split_adapter(item.value.strip())
         return f"{shown(model)}+{shown(adapter)}" if adapter else shown(model)
 
@@ -280,8 +279,10 @@ class _Reading:
         item = keys.get(key)
         if item is None or item.value is None:
             return None
+        if not isinstance(item.value, str):
+            self._fail(item.line, f"{key}: expected one of {', '.join(CASTABLE)}, found {_describe(item.value)}")
         try:
-            name = parse_dtype(str(item.value)).name
+            name = parse_dtype(item.value).name
         except UsageError as error:
             self._fail(item.line, f"{key}: {error}")
         if name not in CASTABLE:
@@ -308,7 +309,7 @@ class _Reading:
                 self._fail(entry.line, f"{name}: value is missing")
             text = keys["filter"].value if "filter" in keys else None
             if text is not None and not isinstance(text, str):
-                self._fail(entry.line, f"{name}: filter {text}: expected a part of tensors' names")
+                self._fail(entry.line, f"{name}: filter: expected a part of tensors' names, found {_describe(text)}")
             yield Setting(None if text == "*" else text, self._values(name, keys["value"]), keys["value"].line)
 
     def _values(self, name: str, item: _Item) -> tuple[Scalar, ...]:
@@ -317,7 +318,7 @@ class _Reading:
             self._fail(item.line, f"{name}: expected a number, found an empty list")
         for entry in entries:
             if not isinstance(entry.value, bool | int | float | str):
-                self._fail(entry.line, f"{name}: expected a number, found {'nothing' if entry.value is None else 'a list or mapping'}")
+                self._fail(entry.line, f"{name}: expected a number, found {_describe(entry.value)}")
         return tuple(entry.value for entry in entries)
 
     def _mapping(self, item: _Item, what: str, known: tuple[str, ...] | None) -> dict[str, _Item]:
@@ -338,5 +339,5 @@ class _Reading:
 
 def _describe(value: Any) -> str:
     if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    return "nothing" if value is None else repr(value)
+        return f"{'a' if value else 'an empty'} {'mapping' if isinstance(value, dict) else 'list'}"
+    return "nothing" if value is None else repr(value) if isinstance(value, str) else str(value)

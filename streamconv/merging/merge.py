@@ -9,8 +9,9 @@ from typing import Any
 from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode
 from streamconv.merging.arithmetic import Arithmetic, Operand, Target, units_of
+from streamconv.merging.experts import native_name
 from streamconv.merging.file import Input, MergeFile, Slice
-from streamconv.merging.models import TIES, Model, heads_of, layer_of, with_key
+from streamconv.merging.models import TIES, Model, heads_of, layer_of, text_config_of, with_key
 from streamconv.merging.parameters import unknown_parameters
 from streamconv.merging.vocabulary import SIZE, Vocabulary, align
 
@@ -46,13 +47,13 @@ def merge(file: MergeFile, models: Mapping[str, Model], seed: int) -> Merged:
     """
     _check_models(file, models)
     vocabulary = align(file, models, first_of(file)) if file.aligns_vocabulary else None
-    models = vocabulary.models if vocabulary else models
-    targets = list(_targets(file, models))
+    aligned = vocabulary.models if vocabulary else models
+    targets = list(_targets(file, aligned))
     arithmetic = Arithmetic(file, seed)
     nodes: dict[str, AnyNode] = {}
     for unit in units_of(targets):
         nodes |= arithmetic.merge(unit)
-    _check_shapes(file, models[first_of(file)], targets)
+    _check_shapes(file, aligned[first_of(file)], targets)
     entries = {target.name: nodes[target.name] for target in targets}
     sources = {target.name: tuple(dict.fromkeys(operand.name for operand in target.operands)) for target in targets}
     config, notes = _config_of(file, models, vocabulary)
@@ -200,6 +201,7 @@ def _config_of(file: MergeFile, models: Mapping[str, Model], vocabulary: Vocabul
     notes: list[str] = []
     if file.slices[0].inputs[0].layers is not None:
         config |= _with_layers(file, models, own, notes)
+        config |= _with_kinds_of_layers(file, models, {**own, **config})
     heads = heads_of(models.values())
     if any(head not in model.entries for head in heads for model in models.values()):
         config |= with_key({**own, **config}, TIES, value=False)
@@ -220,6 +222,50 @@ def _with_layers(file: MergeFile, models: Mapping[str, Model], own: Mapping[str,
     return config | _with_layers_of(own, parts, depth, notes)
 
 
+_DENSE_FIRST, _DENSE, _SPARSE = "first_k_dense_replace", "mlp_only_layers", "moe_layers"
+"""Keys that say which layers have no experts: how many come first; their numbers; the numbers of all others."""
+
+
+def _with_kinds_of_layers(file: MergeFile, models: Mapping[str, Model], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a config by which some layers have experts and others none, as they are of the result.
+
+    Raises:
+        RecipeError: layers are of several kinds, and no key says so of the result.
+    """
+    layers = [(part, layer) for part in file.slices for layer in part.inputs[0].layers or ()]
+    if [layer for _, layer in layers] == list(range(len(layers))):
+        return {}
+    kinds = [_names_of(models[part.inputs[0].model], layer) for part, layer in layers]
+    first = models[first_of(file)]
+    known = [_names_of(first, layer) for layer in range(max(first.depths.values(), default=0))]
+    if len({*kinds, *known}) < 2:
+        return {}
+    text = text_config_of(own)
+    sparse = [names for names in {*kinds, *known} if any("experts" in name.split(".") for name in names)]
+    if len({*kinds, *known}) == 2 and len(sparse) == 1:
+        dense = [number for number, names in enumerate(kinds) if names not in sparse]
+        if type(text.get(_DENSE_FIRST)) is int and dense == list(range(len(dense))):
+            return with_key(own, _DENSE_FIRST, len(dense))
+        if isinstance(text.get(_DENSE), list):
+            changed = {**own, **with_key(own, _DENSE, dense)}
+            return {**changed, **with_key(changed, "decoder_sparse_step", 1)}
+        if isinstance(text.get(_SPARSE), list):
+            return with_key(own, _SPARSE, [number for number in range(len(kinds)) if number not in dense])
+    lists = [key for key, value in text.items() if isinstance(value, list) and len(value) == len(layers) and "layer" in key]
+    if not lists and kinds != known[: len(kinds)]:
+        number = next(k for k, names in enumerate(kinds) if k >= len(known) or names != known[k])
+        part, layer = layers[number]
+        problem = f"layer {layer} of {part.inputs[0].model} would be layer {number}, where config.json has a layer of another kind"
+        file.fail(part.line, f"{problem}: cut the layers so that their kinds stay where they are")
+    return {}
+
+
+def _names_of(model: Model, layer: int) -> frozenset[str]:
+    """The names that tell what kind of layer one is, numbers of experts left out."""
+    (stack,) = model.depths
+    return frozenset(native_name(f"{stack}.{layer}.{name}").removeprefix(f"{stack}.{layer}.") for name in model.layer(stack, layer))
+
+
 def _with_layers_of(
     own: Mapping[str, Any], parts: Sequence[tuple[Mapping[str, Any], range]], depth: int, notes: list[str]
 ) -> dict[str, Any]:
@@ -234,6 +280,8 @@ def _with_layers_of(
             lists = [(of.get(key), layers) for of, layers in parts]
             if all(isinstance(one, list) and layers.stop <= len(one) for one, layers in lists):
                 config[key] = [entry for one, layers in lists for entry in (one or [])[layers.start : layers.stop]]
+        elif key in (_DENSE, _SPARSE):
+            pass  # see `_with_kinds_of_layers`
         elif isinstance(value, list) and value and all(type(one) is int and one <= count for one in value) and "layer" in key:
             notes.append(f"config.json: {key} names layers by number, and stays as it is: {value}")
     return config

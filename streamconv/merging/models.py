@@ -107,6 +107,10 @@ class Model:
         kept = self.checkpoint.ties.get(head)
         return kept or (embeddings[0] if len(embeddings) == 1 else None)
 
+    def tensor(self, name: str) -> AnyNode | None:
+        """A tensor, or the embedding that stands in for it; None: there is neither."""
+        return self.entries.get(name) or self.entries.get(self.stand_in(name) or "")
+
     @property
     def _says_untied(self) -> bool:
         return self.config.get(TIES, text_config_of(self.config).get(TIES)) is False

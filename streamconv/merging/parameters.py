@@ -30,6 +30,8 @@ SHARED = {
     "passthrough": (),
 }
 """Parameters of all models together, by method."""
+_LARGEST = 3.4028234663852886e38  # of float32, in which numbers are multiplied
+_SHOWN = 40  # characters of a value that is refused
 _TRUE, _FALSE = ("1", "true", "yes", "on", "y", "t"), ("0", "false", "no", "off", "n", "f")
 
 
@@ -83,10 +85,10 @@ class Lookup:
     def _number(self, name: str, value: Scalar, setting: Setting) -> float:
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
-            self.file.fail(setting.line, f"{name}: {value!r} is no number")
+        if not abs(number) <= _LARGEST:
+            self.file.fail(setting.line, f"{name}: {repr(value)[:_SHOWN]} is no number that float32 holds")
         return number
 
 

@@ -15,7 +15,7 @@ from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import PickRows
 from streamconv.merging.arithmetic import promoted
 from streamconv.merging.file import MergeFile
-from streamconv.merging.models import Model, text_config_of
+from streamconv.merging.models import Model, heads_of, text_config_of
 from streamconv.recipe.steps import cast
 
 _LARGEST = 1 << 28  # bytes of a tokenizer's file
@@ -46,13 +46,13 @@ def align(file: MergeFile, models: Mapping[str, Model], base: str) -> Vocabulary
     names = sorted(tokens, key=tokens.__getitem__)
     if [tokens[name] for name in names] != list(range(len(names))):
         file.fail(file.lines["tokenizer_source"], f"tokens of {base} are not numbered one after the other: merge without tokenizer_source")
-    rearranged, notes = {}, []
+    rearranged, notes, heads = {}, [], heads_of(models.values())
     for name, model in models.items():
         own = tokens if name == base else _tokens_of(model)
         if own is None:
             notes.append(f"{file.path}: {name} has no tokenizer.json: its tokens are taken to be those of {base}")
         rows = [(own or tokens).get(token, -1) for token in names]
-        rearranged[name] = _with_rows(file, model, models[base], rows)
+        rearranged[name] = _with_rows(file, model, models[base], rows, heads)
     return Vocabulary(rearranged, len(names), notes)
 
 
@@ -79,14 +79,18 @@ def _read(model: Model, name: str) -> dict[str, Any]:
     return contents if isinstance(contents, dict) else {}
 
 
-def _with_rows(file: MergeFile, model: Model, base: Model, rows: Sequence[int]) -> Model:
-    """A model whose embedding and head have these rows of its own, -1: the base's row of that number."""
+def _with_rows(file: MergeFile, model: Model, base: Model, rows: Sequence[int], heads: Sequence[str]) -> Model:
+    """A model whose embedding and head have these rows of its own, -1: the base's row of that number.
+
+    An embedding that is a head, too, becomes one of its own: it takes the rows that it lacks from the base's head.
+    """
     entries: dict[str, AnyNode] = dict(model.checkpoint.contents.entries)
     last, lacks_some = max(rows), -1 in rows
-    for name, node in entries.items():
-        if not _ROWS.fullmatch(name) or not node.spec.shape:
-            continue
-        other, problem = base.entries.get(name), ""
+    stored = {name: node for name, node in entries.items() if _ROWS.fullmatch(name) and node.spec.shape}
+    if lacks_some:
+        stored |= {head: node for head in heads if head not in entries and (node := model.tensor(head)) is not None}
+    for name, node in stored.items():
+        other, problem = base.tensor(name), ""
         if last >= node.spec.shape[0]:
             problem = f"its tokenizer has token {last}: merge models whose tokenizers are theirs"
         elif lacks_some and (other is None or other.spec.shape[1:] != node.spec.shape[1:] or len(rows) > other.spec.shape[0]):

@@ -287,3 +287,51 @@ def test_tensors_without_dimensions(text: dict[str, Any], tmp_path: Path) -> Non
     assert run("merge", tmp_path / "merge.yaml", tmp_path / "out") == 0
     wanted = 1.5 if text["merge_method"] == "linear" else 2.0
     assert_same(read(tmp_path / "out"), {"logit_scale": torch.tensor(wanted)})
+
+
+def layered(folder: Path, kinds: str, **config: Any) -> None:
+    """A model of layers with experts (``s``), without (``d``), or of another kind."""
+    names = {"s": "mlp.experts.0.up_proj.weight", "d": "mlp.up_proj.weight"}
+    tensors = {f"model.layers.{k}.{names.get(kind, kind)}": torch.full((2, 2), float(k)) for k, kind in enumerate(kinds)}
+    write(folder / "m0", tensors, config={"model_type": "toy", "num_hidden_layers": len(kinds), **config})
+
+
+def sliced(*ranges: tuple[int, int]) -> dict[str, Any]:
+    slices = [{"sources": [{"model": "{m0}", "layer_range": list(ends)}]} for ends in ranges]
+    return {"slices": slices, "merge_method": "passthrough"}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "config", "ranges", "wanted"),
+    [
+        ("dss", {"first_k_dense_replace": 1}, [(1, 3)], {"first_k_dense_replace": 0}),
+        ("dss", {"first_k_dense_replace": 1}, [(0, 1), (0, 3)], {"first_k_dense_replace": 2}),
+        ("dsds", {"mlp_only_layers": [], "decoder_sparse_step": 2}, [(1, 4)], {"mlp_only_layers": [1], "decoder_sparse_step": 1}),
+        ("dsds", {"moe_layers": [1, 3]}, [(0, 1), (2, 4)], {"moe_layers": [2]}),
+        ("dsds", {"mlp_layer_types": [*"dsds"]}, [(1, 4)], {"mlp_layer_types": [*"sds"]}),
+        ("dsds", {}, [(2, 4), (0, 2)], {}),
+        ("ssss", {"mlp_only_layers": [], "decoder_sparse_step": 1}, [(1, 4)], {"mlp_only_layers": [], "decoder_sparse_step": 1}),
+    ],
+)
+def test_config_says_which_layers_have_experts(
+    kinds: str, config: dict[str, Any], ranges: list[tuple[int, int]], wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    layered(tmp_path, kinds, **config)
+    merged(tmp_path, sliced(*ranges))
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: made[key] for key in wanted} == wanted
+    assert made.keys() == {"model_type", "num_hidden_layers", *config}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "config", "layers"),
+    [("dsds", {}, (1, 0)), ("abab", {"first_k_dense_replace": 1}, (1, 0)), ("ddss", {"first_k_dense_replace": 2}, (2, 1))],
+)
+def test_layers_whose_kind_no_key_tells_are_refused(
+    kinds: str, config: dict[str, Any], layers: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layered(tmp_path, kinds, **config)
+    line = refused(tmp_path, sliced((1, 3), (0, 1)), capsys)
+    assert line.startswith(
+        f"FILE:2: layer {layers[0]} of FOLDER/m0 would be layer {layers[1]}, where config.json has a layer of another kind: "
+    )

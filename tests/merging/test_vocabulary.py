@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_files import assert_same, read, write
-from merged_models import added, largest, linear, merged, models, refused
+from merged_models import CONFIG, added, largest, linear, merged, models, refused
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LINEAR = "models: [{model: '{m1}', parameters: {weight: 0.3}}, {model: '{m0}', parameters: {weight: 0.6}}]\nbase_model: '{m0}'\n"
@@ -65,3 +65,17 @@ def test_tokenizers_that_do_not_fit(
     assert torch.equal(made[HEAD], linear([tensors[HEAD][:9], base[HEAD]], [0.3, 0.6]))
     (tmp_path / "m0" / "tokenizer.json").unlink()
     assert "FILE:4: tokenizer_source: base needs tokenizer.json beside FOLDER/m0" in refused(tmp_path, LINEAR, capsys)
+
+
+@pytest.mark.parametrize("tied", ["m0", "m1"])
+def test_an_embedding_that_is_a_head_takes_rows_of_the_other_head(tied: str, tmp_path: Path) -> None:
+    both = dict(zip(("m0", "m1"), models(tmp_path, 2, vocab_size=11), strict=True))
+    del both[tied][HEAD]
+    write(tmp_path / tied, both[tied], config={**CONFIG, "vocab_size": 11, "tie_word_embeddings": True})
+    tokenizer(tmp_path / "m0", "abc")
+    tokenizer(tmp_path / "m1", "bxa")
+    made = merged(tmp_path, LINEAR)
+    for name in (EMBEDDING, HEAD):
+        base, other = (both[model].get(name, both[model][EMBEDDING]) for model in ("m0", "m1"))
+        assert torch.equal(made[name], linear([torch.stack([other[2], other[0], base[2]]), base[:3]], [0.3, 0.6])), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
