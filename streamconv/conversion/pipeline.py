@@ -112,7 +112,11 @@ def make_plan(options: PlanOptions) -> Plan:
     target_settings = TargetSettings(target, shard_limit, ties, metadata, BLOCK if options.align else None)
     layouts = lay_out_components(checkpoint, conversion, recipe.target if recipe else None, target_settings)
     dtype = casting.dtype or next((one.dtype for one in merger), None)
-    sidecars, sidecar_notes = ({}, []) if target.file else make_sidecars(checkpoint, beside, recipe, conversion, dtype, quantizations)
+    sidecars, sidecar_notes = (
+        ({}, [])
+        if target.file
+        else make_sidecars(checkpoint, beside, recipe, conversion, dtype, quantizations, is_elsewhere=options.sidecars_from is not None)
+    )
     notes = [*checkpoint.contents.notes, *left_behind, *filter(None, [kept]), *note_ties(ties), *conversion.notes, *sidecar_notes]
     notes += note_layouts(checkpoint, target, layouts, shard_limit)
     plan = compile_plan(

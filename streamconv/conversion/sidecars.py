@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -12,11 +14,14 @@ from streamconv.checkpoint.opening import CONFIG, Checkpoint, read_config
 from streamconv.conversion.altered import with_keys
 from streamconv.conversion.dequantizing import PARAMS, Dequantization
 from streamconv.conversion.quantizing import Quantization
+from streamconv.dtypes import CASTABLE, parse_dtype
 from streamconv.errors import RecipeError, UsageError
 from streamconv.formats.unrelated import is_known
 from streamconv.recipe import Conversion, Model, Recipe, Writer
 from streamconv.recipes import find_writer
+from streamconv.schemes.configs import DTYPES
 from streamconv.schemes.configs import KEYS as QUANTIZATION
+from streamconv.schemes.detection import find_quantization
 from streamconv.storage.folder import Folder
 from streamconv.units import format_size
 
@@ -33,6 +38,8 @@ def make_sidecars(
     conversion: Conversion,
     dtype: str | None,
     quantizations: tuple[Dequantization | None, Quantization | None] = (None, None),
+    *,
+    is_elsewhere: bool = False,
 ) -> tuple[Sidecars, list[str]]:
     """The files beside the target's weights, and notes about them.
 
@@ -43,14 +50,19 @@ def make_sidecars(
         conversion: what it made.
         dtype: what its floating tensors have become; None: what they were.
         quantizations: what was made of a quantized source, and what weights are quantized by.
+        is_elsewhere: the folder is not the source's own: its config may be that of a model of another dtype.
     """
     dequantization, quantization = quantizations
     root = beside or checkpoint.folder
     listing = checkpoint.beside if beside is None else look_beside(beside, components=find_components(beside))
     sidecars: Sidecars = {name: root.address(name) for name in listing.files if not (dequantization and dequantization.is_left(name))}
     config = read_config(root) if beside or checkpoint.location.is_folder else {}
+    dtype_notes: list[str] = []
+    if is_elsewhere and dtype is None and quantizations == (None, None) and list(checkpoint.components) == [""]:
+        dtype = _find_dtype(config, conversion)
+        dtype_notes = [f"{CONFIG} says dtype {dtype}, as the tensors have it, and not what the one of {root.url} says"] if dtype else []
     contents_of: dict[str, Any] = {}
-    notes = [*([listing.note] if listing.note and beside is None else []), *_examine(root, listing.files)]
+    notes = [*([listing.note] if listing.note and beside is None else []), *dtype_notes, *_examine(root, listing.files)]
     if recipe:
         if recipe.source.config != recipe.target.config and not beside:
             sidecars.pop(recipe.source.config, None)
@@ -86,6 +98,27 @@ def make_sidecars(
         if name not in sidecars or contents != (config if name == CONFIG else None):
             sidecars[name] = (json.dumps(contents, indent=2, ensure_ascii=False) + "\n").encode()
     return sidecars, notes
+
+
+def _find_dtype(config: Mapping[str, Any], conversion: Conversion) -> str | None:
+    """The dtype that most of a target's numbers have, where a config says one that none of them has; else None."""
+    stated = _stated_dtype(config)
+    specs = {name: node.spec for name, node in conversion.outputs.items()}
+    sizes: Counter[str] = Counter()
+    for spec in specs.values():
+        sizes[spec.dtype.name] += spec.nbytes
+    numbers = [name for name, _ in sizes.most_common() if name in CASTABLE]
+    if not stated or not numbers or stated in numbers or find_quantization(config, {}, specs):
+        return None
+    return numbers[0]
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that a config says of its model; "": none, or none that is known."""
+    text = next((config[key] for key in DTYPES if isinstance(config.get(key), str)), "")
+    with suppress(UsageError):
+        return parse_dtype(text).name
+    return ""
 
 
 def _keep(_name: str, before: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -131,7 +164,7 @@ def _change(config: Mapping[str, Any], dtype: str | None, sizes: Mapping[str, tu
             result[key] = value
         elif isinstance(value, dict):
             result[key] = _change(value, dtype, sizes)
-        elif dtype and key in ("dtype", "torch_dtype") and (value is None or isinstance(value, str)):
+        elif dtype and key in DTYPES and (value is None or isinstance(value, str)):
             result[key] = dtype
         else:
             result[key] = sizes[key][1] if key in sizes and value == sizes[key][0] else value

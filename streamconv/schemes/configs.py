@@ -13,7 +13,8 @@ KEYS = ("quantization_config", _COMPRESSION)
 """Of a config: what belongs to a quantization, and to nothing else."""
 FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quantization_config.json")
 """What says of a checkpoint that it is quantized, beside its config.json."""
-_DTYPES = ("dtype", "torch_dtype")
+DTYPES = ("dtype", "torch_dtype")
+"""Of a config: what says the dtype of a model's numbers."""
 
 
 def with_files(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def model_dtype(config: Mapping[str, Any], title: str) -> str:
     """
     text = config.get("text_config")
     for section in (config, text if isinstance(text, Mapping) else {}):
-        for key in _DTYPES:
+        for key in DTYPES:
             name = section.get(key)
             if isinstance(name, str):
                 dtype = parse_dtype(name).name
@@ -77,7 +78,7 @@ def model_dtype(config: Mapping[str, Any], title: str) -> str:
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A config that gives its model a dtype, in itself and in those nested in it, wherever one is given; at least in itself."""
     result = _replace_dtype(config, dtype)
-    says_dtype = any(isinstance(result.get(key), str) for key in _DTYPES)
+    says_dtype = any(isinstance(result.get(key), str) for key in DTYPES)
     return result if says_dtype else {**result, "dtype": dtype}
 
 
@@ -87,7 +88,7 @@ def _replace_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         if isinstance(value, dict):
             result[key] = _replace_dtype(value, dtype)
         else:
-            result[key] = dtype if key in _DTYPES and isinstance(value, str) else value
+            result[key] = dtype if key in DTYPES and isinstance(value, str) else value
     return result
 
 

@@ -143,6 +143,27 @@ def test_sidecars_from_another_directory(source, tmp_path):
     assert found.keys() == {"sub", "model.safetensors"}
 
 
+@pytest.mark.parametrize(
+    ("stated", "written"),
+    [
+        ({"dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}}, {"dtype": "float16", "text_config": {"dtype": "float16"}}),
+        ({"torch_dtype": "torch.bfloat16"}, {"torch_dtype": "float16"}),
+        ({"dtype": "float32"}, None),  # as a norm has it
+        ({"dtype": "auto"}, None),
+        ({"hidden_size": 3}, None),
+    ],
+)
+def test_a_config_from_elsewhere_says_the_dtype_that_the_tensors_have(stated, written, tmp_path, capsys):
+    src = write(tmp_path / "src", {"w": torch.ones(64, 8, dtype=torch.float16), "norm": torch.ones(8)})
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(stated))
+    assert run("convert", src, tmp_path / "dst", "--sidecars-from", other) == 0
+    note = "note: config.json says dtype float16, as the tensors have it, and not what the one of "
+    assert (note in capsys.readouterr().out) == (written is not None)
+    assert json.loads((tmp_path / "dst" / "config.json").read_text()) == (written or stated)
+
+
 def test_every_type_is_resharded_byte_for_byte(tmp_path):
     folder = tmp_path / "src"
     folder.mkdir()

@@ -329,7 +329,8 @@ def test_torch_files_and_safetensors_are_made_alike(tmp_path, name):
         shutil.move(source / "config.json", tmp_path / "config.json")
         found = converted(source, tmp_path / "other", model.recipe, "--sidecars-from", tmp_path, *options)
         assert_same(found, wanted)
-        assert json.loads((tmp_path / "other" / "config.json").read_text()) == json.loads((tmp_path / "st" / "config.json").read_text())
+        configs = [json.loads((tmp_path / made / "config.json").read_text()) for made in ("other", "st")]
+        assert {**configs[0], "torch_dtype": None} == {**configs[1], "torch_dtype": None}  # one from elsewhere says what tensors have
 
 
 @pytest.mark.sampled(7)

@@ -364,7 +364,7 @@ def test_state_of_a_training_run_is_left_out(tmp_path, capsys):
 def test_torch_files_on_both_ends(tmp_path):
     sizes = (4, 2, 3, 12, 5, 2)
     tensors = llama(*sizes, bias="qkvo", dtype=BF16)
-    source = write_bin(tmp_path / "hf", tensors, config=config_of(*sizes))
+    source = write_bin(tmp_path / "hf", tensors, config=config_of(*sizes, torch_dtype="bfloat16"))
     assert run("convert", source, tmp_path / "some.ckpt", "--recipe", "llama-hf2ms", "--quiet") == 0
     assert_same(read_any(tmp_path / "some.ckpt"), table_of(tensors, LLAMA))
     back = ("convert", tmp_path / "some.ckpt", tmp_path / "back", "--recipe", "llama-ms2hf", "--format", "torch", "--quiet")
