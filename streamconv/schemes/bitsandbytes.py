@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streamconv.dtypes import CASTABLE, TensorSpec
+from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import CoverageError
-from streamconv.graph.node import AnyNode, apply
+from streamconv.graph.node import AnyNode, Source, apply
 from streamconv.graph.ops import DequantizeFloats, DequantizeQuantiles, Reshape
 from streamconv.schemes.beside import Companions, read
 from streamconv.schemes.scheme import Group, Match, Scheme
@@ -51,19 +51,29 @@ class Quantiles(Group):
         if bool(inner) != (len(self.tensors) > 3):
             raise CoverageError(f"{self.state} and the tensors beside it disagree on scales of scales")
         codes, largest, *nested = (nodes[name] for name in self.tensors if name != self.state)
+        if isinstance(codes, Source):  # of whatever dtype `bnb_4bit_quant_storage` says
+            codes = Source(TensorSpec(DTYPES["uint8"], (codes.spec.nbytes,)), codes.extents)
         op = DequantizeQuantiles((1, math.prod(shape)), dtype, self.table, block, through, inner, offset if inner else 0.0)
         return apply(Reshape(shape), apply(op, codes, largest, *nested))
 
 
 @dataclass(frozen=True)
 class Rows(Group):
-    """A weight of eight bits with the largest value of each row."""
+    """A weight of eight bits with the largest value of each row.
+
+    Attributes:
+        layout: the tensor that numbers how codes lie; empty: row by row.
+    """
+
+    layout: str
 
     def decode(self, nodes: Mapping[str, AnyNode], dtype: str) -> AnyNode:
         """See `Group.decode`."""
         codes, scales = (nodes[name] for name in self.tensors)
         if len(codes.spec.shape) != 2:
             raise CoverageError(f"expected a matrix, found {codes.spec}")
+        if self.layout and read(self.layout, nodes).any():
+            raise CoverageError(f"{self.layout} is not 0: its codes lie as kernels of a GPU want them, and not row by row")
         op = DequantizeFloats(codes.spec.shape, dtype, "int8", (1, codes.spec.shape[1]), "float32", "", _INVERSE)
         return apply(op, codes, scales)
 
@@ -72,6 +82,7 @@ class Bitsandbytes(Scheme):
     """Both of what bitsandbytes quantizes to."""
 
     methods = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
+    turns_conv1d = True
 
     def match(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], title: str) -> Match:  # noqa: ARG002
         """See `Scheme.match`."""
@@ -88,10 +99,11 @@ class Bitsandbytes(Scheme):
                     spare[table] = "the table of a quantization"
             elif spec.dtype.name == "int8" and name.endswith("weight"):
                 companions.take(name, [name])
-                groups.append(Rows(name, (name, companions.need(name, [f"{name.removesuffix('weight')}SCB"]))))
-                form = companions.take(name, [f"{name.removesuffix('weight')}weight_format"])
-                if form:
-                    spare[form] = "says how the codes of a quantization lie"
+                scales = companions.need(name, [f"{name.removesuffix('weight')}SCB"])
+                layout = companions.take(name, [f"{name.removesuffix('weight')}weight_format"])
+                groups.append(Rows(name, (name, scales), layout or ""))
+                if layout:
+                    spare[layout] = "says how the codes of a quantization lie"
             elif spec.dtype.name == "uint8" and name.endswith(".weight"):
                 companions.need(name, [f"{name}.quant_state.bitsandbytes__nf4", f"{name}.quant_state.bitsandbytes__fp4"])
         return companions.conclude(groups, _OWN, spare)

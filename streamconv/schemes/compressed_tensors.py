@@ -23,6 +23,8 @@ from streamconv.schemes.scheme import Group, Match, Scheme
 Block = tuple[int, int]
 
 _OWN = re.compile(r"(?:\.weight|_proj)(?:_packed|_scale|_zero_point|_shape|_g_idx|_global_scale)$")
+_EXPRESSION = "re:"
+_LINEAR, _EMBEDDING = "Linear", "Embedding"  # classes of modules
 _FLOATS = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -171,18 +173,30 @@ class _Groups:
         self._title = title
         section = next((section for _, section in quantizations(config)), {})
         table = section.get("config_groups")
-        self._groups = [group for group in table.values() if isinstance(group, Mapping)] if isinstance(table, Mapping) else []
-        if not self._groups:
+        groups = [group for group in table.values() if isinstance(group, Mapping)] if isinstance(table, Mapping) else []
+        self._group_of: dict[str, Mapping[str, Any]] = {}
+        for group in groups:
+            targets = group.get("targets")
+            self._group_of |= {str(target): group for target in (targets if isinstance(targets, list) else [_LINEAR])}
+        self._expressions = sorted(target for target in self._group_of if target.startswith(_EXPRESSION))
+        self._classes = [target for target in self._group_of if "." not in target and target[:1].isupper()]
+        if not groups:
             raise UsageError(f"{title}: config.json has no config_groups, which say how weights are quantized: mend it")
 
     def of(self, module: str) -> Weights:
         """How a module's weight is quantized. Raises CoverageError where no group is for it."""
-        for group in self._groups:
-            targets = group.get("targets")
-            listed = targets if isinstance(targets, list) else ["Linear"]
-            if any(_is_for(str(target), module) for target in listed):
-                return self._read(group, module)
+        target = self._target_of(module)
+        if target is not None:
+            return self._read(self._group_of[target], module)
         raise CoverageError(f"{self._title}: {module} is quantized, and no group of config.json is for it: mend config_groups")
+
+    def _target_of(self, module: str) -> str | None:
+        """The target that the library takes for a module: its name, else the first expression in order of text, else its class."""
+        if module in self._group_of:
+            return module
+        own = _EMBEDDING if "embed" in module.rpartition(".")[2] else _LINEAR
+        classes = [own] if own in self._classes else self._classes
+        return next((target for target in self._expressions if _is_for(target, module)), None) or next(iter(classes), None)
 
     def _read(self, group: Mapping[str, Any], module: str) -> Weights:
         weights = group.get("weights")
@@ -214,10 +228,8 @@ class _Groups:
 
 
 def _is_for(target: str, module: str) -> bool:
-    """Whether a target of a group is for a module: all linear ones, those whose names match from their beginning, or that one."""
-    if target.startswith("re:"):
-        try:
-            return re.match(target[3:], module) is not None
-        except re.error:
-            return False
-    return target == module or ("." not in target and target[:1].isupper())
+    """Whether an expression among the targets of a group is for a module: whether its name begins so."""
+    try:
+        return re.match(target.removeprefix(_EXPRESSION), module) is not None
+    except re.error:
+        return False

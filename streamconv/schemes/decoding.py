@@ -9,7 +9,9 @@ from typing import Any
 
 from streamconv.errors import CoverageError
 from streamconv.graph.node import AnyNode
+from streamconv.schemes.beside import transpose
 from streamconv.schemes.detection import codes_in
+from streamconv.schemes.orientation import is_conv1d
 from streamconv.schemes.scheme import Group, Scheme
 
 
@@ -47,6 +49,8 @@ def decode(scheme: Scheme, nodes: Mapping[str, AnyNode], config: Mapping[str, An
         if name in group_of:
             group = group_of[name]
             target, tensor = group.target, _decode_group(group, nodes, dtype_of(group.target), title)
+            if scheme.turns_conv1d and is_conv1d(target, config):
+                tensor = transpose(tensor)
         elif name in consumed:
             continue
         else:

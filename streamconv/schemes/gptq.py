@@ -61,21 +61,25 @@ class Gptq(Scheme):
     """GPTQ's own format, in either version."""
 
     methods = ("gptq",)
+    turns_conv1d = True
 
     def match(self, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], title: str) -> Match:
         """See `Scheme.match`."""
         section = next((section for _, section in quantizations(config)), {})
-        bits, size, form = section.get("bits"), section.get("group_size", -1), section.get("checkpoint_format") or "gptq"
+        form = section.get("checkpoint_format") or "gptq"
         if form not in ("gptq", "gptq_v2"):
             raise UsageError(f"{title}: gptq in the format {form!r}: known are gptq and gptq_v2")
-        if bits not in (2, 3, 4, 8) or type(size) is not int or size == 0:
-            raise UsageError(f"{title}: gptq with bits {bits!r} in groups of {size!r}: known are 2, 3, 4 and 8 bits; mend the config")
         companions = Companions(specs, title)
         groups: list[Group] = []
         for name in specs:
             if not name.endswith(".qweight"):
                 continue
             stem = name.removesuffix("qweight")
+            own = _section_of(stem.removesuffix("."), section)
+            bits, size = own.get("bits"), own.get("group_size", -1)
+            if bits not in (2, 3, 4, 8) or type(size) is not int or size == 0:
+                what = f"{name}: gptq with bits {bits!r} in groups of {size!r}"
+                raise UsageError(f"{title}: {what}: known are 2, 3, 4 and 8 bits; mend the config")
             companions.take(name, [name])
             tensors = [name, *(companions.need(name, [f"{stem}{end}"]) for end in ("qzeros", "scales"))]
             index = companions.take(name, [f"{stem}g_idx"])
@@ -87,3 +91,20 @@ class Gptq(Scheme):
 
 
 SCHEME = Gptq()
+
+
+def _section_of(module: str, section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says of a module: for all, and in ``dynamic`` for those whose names begin with an expression, the first such."""
+    dynamic = section.get("dynamic")
+    for pattern, overrides in dynamic.items() if isinstance(dynamic, Mapping) else ():
+        if _is_for(str(pattern), module):
+            return {**section, **overrides} if isinstance(overrides, Mapping) else section
+    return section
+
+
+def _is_for(pattern: str, module: str) -> bool:
+    """Whether an expression of ``dynamic`` is for a module; one after ``-:`` names what is not quantized."""
+    try:
+        return re.match(pattern.removeprefix("+:").removeprefix("-:"), module) is not None
+    except re.error:
+        return False

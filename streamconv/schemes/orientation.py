@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,12 +11,18 @@ from streamconv.errors import CoverageError
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # model types whose matrices are of its Conv1D
 MARKED = ("gpt_oss", "openai_privacy_filter", "aria", "aria_text")  # whose experts it marks is_transposed, which PEFT reads
 TRANSPOSED = (*MARKED, "llama4", "llama4_text")  # whose stacks of experts have inputs before outputs
+_CONV1D = re.compile(r"\.(?:c_attn|q_attn|c_proj|c_fc)\.weight$")  # of these models: their Conv1D; heads are linear modules
 WOVEN = ("gpt_oss",)  # of which gate and up take turns
 
 
 def is_of(kinds: tuple[str, ...], config: Mapping[str, Any]) -> bool:
     """Whether a model, or its text model, is of one of these types."""
     return any(part.get("model_type") in kinds for part in _parts(config))
+
+
+def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a weight is that of a Conv1D."""
+    return is_of(CONV1D, config) and _CONV1D.search(name) is not None
 
 
 def check_stack(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> None:

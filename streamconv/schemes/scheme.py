@@ -49,6 +49,8 @@ class Scheme(ABC):
     """What ``quant_method`` of a config calls it."""
     codes: ClassVar[tuple[str, ...]] = ()
     """Dtypes of codes that are its own where nothing names a method."""
+    turns_conv1d: ClassVar[bool] = False
+    """Whether it has matrices of a Conv1D, which has inputs before outputs, as those of linear modules."""
     presets: ClassVar[tuple[Preset, ...]] = ()
     """How weights are quantized that it reads; none: it is only read."""
 

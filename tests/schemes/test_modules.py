@@ -1,0 +1,111 @@
+"""Quantizations that treat modules each in their own way: by class or name, with other bits, or stored the other way round."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import ROOMY, assert_same, read, write
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import streamconv
+from streamconv.errors import CoverageError, UsageError
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "quantized"
+Tensors = dict[str, torch.Tensor]
+
+
+def golden(name: str) -> tuple[Tensors, dict, Tensors]:
+    """What a library stored, its config, and the numbers that it makes of it."""
+    path = GOLDEN / f"{name}.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    expected = {key.removeprefix("expected."): value for key, value in tensors.items() if key.startswith("expected.")}
+    return {key: value for key, value in tensors.items() if not key.startswith("expected.")}, config, expected
+
+
+def dequantize(folder: Path, tensors: Tensors, config: dict, dtype: torch.dtype) -> Tensors:
+    src = write(folder / "src", tensors, config={**config, "dtype": str(dtype).removeprefix("torch.")})
+    streamconv.convert(src, folder / "out", dequantize=True, verify=True, max_memory=ROOMY)
+    return read(folder / "out")
+
+
+def words(*shape: int) -> torch.Tensor:
+    return torch.randint(-(1 << 31), 1 << 31, shape).to(torch.int32)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_four_bits_of_bitsandbytes_stored_in_another_dtype(tmp_path: Path, storage: torch.dtype) -> None:
+    tensors, config, expected = golden("nf4, nested, bfloat16")
+    for name in expected:
+        codes = tensors[name].reshape(-1)
+        assert len(codes) % storage.itemsize == 0
+        tensors[name] = codes.view(storage).reshape(-1, 1)
+    assert_same(dequantize(tmp_path, tensors, config, torch.bfloat16), expected)
+
+
+def test_eight_bits_of_bitsandbytes_that_lie_as_a_kernel_wants_them(tmp_path: Path) -> None:
+    tensors, config, _ = golden("llm.int8")
+    tensors["a.weight_format"] = torch.tensor(2, dtype=torch.uint8)
+    with pytest.raises(CoverageError, match=r"a\.weight_format is not 0: its codes lie as kernels of a GPU want them"):
+        dequantize(tmp_path, tensors, config, torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["nf4, nested, bfloat16", "llm.int8", "GPTQ 2, 8 bits, float16"])
+def test_matrices_of_gpt2_have_inputs_before_outputs_again(tmp_path: Path, name: str) -> None:
+    tensors, config, expected = golden(name)
+    modules = [key.removesuffix(".weight") for key in expected if key.endswith(".weight")]
+    own = dict(zip(modules, ("h.0.attn.c_attn", "h.0.mlp.c_proj", "lm_head"), strict=False))
+
+    def renamed(key: str) -> str:
+        module = next((module for module in modules if key.startswith(f"{module}.")), None)
+        return key if module is None else own[module] + key[len(module) :]
+
+    tensors = {renamed(key): value for key, value in tensors.items()}
+    expected = {renamed(key): value for key, value in expected.items()}
+    turned = {key: value.T.contiguous() if ".c_" in key else value for key, value in expected.items()}
+    dtype = next(iter(expected.values())).dtype
+    assert_same(dequantize(tmp_path, tensors, {**config, "model_type": "gpt2"}, dtype), turned)
+
+
+def gptq(bits: int, size: int) -> Tensors:
+    inputs, outputs = 64, 32
+    groups = {"qzeros": words(inputs // size, outputs * bits // 32), "scales": torch.rand(inputs // size, outputs).half()}
+    return {"qweight": words(inputs * bits // 32, outputs), **groups}
+
+
+def test_gptq_of_other_bits_for_some_modules(tmp_path: Path) -> None:
+    """As gptqmodel has them: the first expression that a name begins with, and one after ``-:`` leaves modules alone."""
+    modules = {"layers.0.q": (4, 32), "layers.1.q": (8, 64), "layers.1.down": (2, 32)}
+    dynamic = {"-:head": {}, r"+:layers\.1\.down": {"bits": 2}, r".*\.1\.": {"bits": 8, "group_size": 64}}
+    base = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"}
+    tensors: Tensors = {"head.weight": torch.ones(4, 4).half()}
+    expected = dict(tensors)
+    for module, (bits, size) in modules.items():
+        own = {f"{module}.{name}": value for name, value in gptq(bits, size).items()}
+        section = {**base, "bits": bits, "group_size": size}
+        expected |= dequantize(tmp_path / module, own, {"quantization_config": section}, torch.float16)
+        tensors |= own
+    assert_same(dequantize(tmp_path / "all", tensors, {"quantization_config": {**base, "dynamic": dynamic}}, torch.float16), expected)
+    with pytest.raises(UsageError, match=r"layers\.1\.q\.qweight: gptq with bits 5 in groups of 32: known are 2, 3, 4 and 8 bits"):
+        dequantize(tmp_path / "five", tensors, {"quantization_config": {**base, "dynamic": {r".*\.1\.q": {"bits": 5}}}}, torch.float16)
+
+
+def test_targets_of_compressed_tensors_go_by_name_then_expression_then_class(tmp_path: Path) -> None:
+    """Whatever their order: as its `match_targets` has them."""
+    sizes = {"Linear": 16, "Embedding": 64, "re:.*mlp": 8, "re:.*mlp.down": 4, "layers.1.mlp.down": 32}
+    size_of = {"layers.0.q": 16, "embed_tokens": 64, "layers.0.mlp.up": 8, "layers.0.mlp.down": 8, "layers.1.mlp.down": 32}
+    tensors, expected = {}, {}
+    for module, size in size_of.items():
+        codes, scales = torch.randint(-128, 128, (4, 64)).to(torch.int8), torch.rand(4, 64 // size).bfloat16()
+        tensors |= {f"{module}.weight": codes, f"{module}.weight_scale": scales}
+        expected[f"{module}.weight"] = codes.bfloat16() * scales.repeat_interleave(size, 1)
+    weights = {"num_bits": 8, "type": "int", "strategy": "group"}
+    groups = {target: {"targets": [target], "weights": {**weights, "group_size": size}} for target, size in sizes.items()}
+    section = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+    assert_same(dequantize(tmp_path, tensors, {"quantization_config": section}, torch.bfloat16), expected)
