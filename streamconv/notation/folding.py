@@ -80,6 +80,9 @@ def _boxes(points: frozenset[_Point]) -> Iterator[tuple[list[int], ...]]:
     if points == {()}:
         yield ()
         return
+    if len(next(iter(points))) == 1:  # as of the experts of a layer
+        yield (sorted(number for (number,) in points),)
+        return
     rests: dict[int, set[_Point]] = {}
     for first, *rest in points:
         rests.setdefault(first, set()).add(tuple(rest))
