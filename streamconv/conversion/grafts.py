@@ -9,11 +9,12 @@ from typing import Any
 
 from streamconv.checkpoint.opening import Checkpoint, open_checkpoint
 from streamconv.conversion.altered import Altered
+from streamconv.conversion.companions import weights_of
 from streamconv.conversion.options import Options
 from streamconv.conversion.renaming import rule_of
-from streamconv.errors import UsageError
+from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.node import AnyNode
-from streamconv.recipe import Drop, Recipe
+from streamconv.recipe import Conversion, Drop, Recipe
 from streamconv.recipe.facts import Fact
 
 OPTION = "--graft"
@@ -32,7 +33,7 @@ def graft(options: Options, checkpoint: Checkpoint) -> Altered | None:
 
     Raises:
         UsageError: options that do not go together, a tensor that is there already, or a checkpoint of components.
-        CoverageError: a pattern that nothing matches.
+        CoverageError: a pattern that nothing matches, or a part of a quantized weight.
         NotationError: one that cannot be read.
     """
     takes = list(options.take)
@@ -54,6 +55,7 @@ def graft(options: Options, checkpoint: Checkpoint) -> Altered | None:
         raise UsageError(
             f"{OPTION} {other.path}: {instead[0]} is in SRC, too: --replace takes that of the other, --take 'old -> new' renames"
         )
+    _check_quantized(f"{OPTION} {other.path}", checkpoint, other, taken)
     entries.update(taken.outputs)
     config = _config_of(checkpoint.config, other.config, [name for name in taken.outputs if name not in instead])
     config |= _untied(checkpoint.config, other.config, list(taken.outputs))
@@ -63,6 +65,19 @@ def graft(options: Options, checkpoint: Checkpoint) -> Altered | None:
     return Altered(
         checkpoint.with_contents(replace(checkpoint.contents, entries=entries)), changed, [note], config, brought={*taken.outputs}
     )
+
+
+def _check_quantized(option: str, checkpoint: Checkpoint, other: Checkpoint, taken: Conversion) -> None:
+    """Raises CoverageError for parts of quantized weights, and for such that the config does not describe."""
+    own, weights = weights_of(checkpoint), weights_of(other)
+    names = {row.sources[0]: row.target for row in taken.rows}
+    codes = next((weight.tensors[0] for weight in weights.weights if weight.tensors[0] in names), None)
+    if codes is not None and not own.is_like(weights):
+        other_way = f"is so by {own.method}, and otherwise" if own.method else "is not"
+        problem = f"{codes} is quantized by {weights.method}, and SRC {other_way}"
+        raise CoverageError(f"{option}: {problem}: graft from what --dequantize makes of it")
+    weights.check_names(names, f"{option}: --take", f"{option}: --take")
+    own.check_replaced(option, taken.outputs)
 
 
 def _config_of(own: Mapping[str, Any], other: Mapping[str, Any], names: list[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from streamconv.checkpoint.opening import Checkpoint, ties
 from streamconv.conversion.altered import Altered
+from streamconv.conversion.companions import weights_of
 from streamconv.conversion.options import Options
 from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.node import AnyNode
@@ -29,7 +30,7 @@ def rename(options: Options, checkpoint: Checkpoint) -> Altered | None:
 
     Raises:
         UsageError: a rename without an arrow, or a checkpoint of components.
-        CoverageError: a pattern that nothing matches, or two tensors of one name.
+        CoverageError: a pattern that nothing matches, two tensors of one name, or a part of a quantized weight.
         NotationError: a pattern that cannot be read; it points at the character.
     """
     if not names_change(options):
@@ -52,6 +53,7 @@ def rename(options: Options, checkpoint: Checkpoint) -> Altered | None:
     for name, new in names.items():
         if former.setdefault(new or name, name) != name:
             raise CoverageError(f"--rename: {former[new or name]} and {name} would both be {new or name}: give one another name")
+    weights_of(checkpoint).check_names({name: new or name for name, new in names.items()}, "--only and --drop", "--rename")
     own = {key: value for key, value in contents.metadata.items() if key not in ties(contents)}
     renamed = replace(contents, entries={new: contents.entries[name] for new, name in former.items()}, metadata=own)
     return Altered(checkpoint.with_contents(renamed), former=former, dropped=dropped)

@@ -90,3 +90,25 @@ def test_what_is_refused(both: tuple[Path, Path], capsys: pytest.CaptureFixture[
     told = refusal(capsys, "convert", own, own.parent / "out", "--graft", other, "--take", "visual.*", "--reclaim-source", "--yes")
     assert "would be given back, too" in told
     assert "give that, too" in refusal(capsys, "convert", own, own.parent / "out", "--take", "a")
+
+
+def test_quantized_weights_come_where_the_config_describes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = numbered({f"model.layers.{k}.up.weight": (128, 128) for k in range(2)}, torch.bfloat16)
+    plain = write(tmp_path / "plain", weights, config={"model_type": "toy"})
+    for scheme in ("fp8", "W8A16"):
+        assert run("convert", plain, tmp_path / scheme, "--quantize", scheme, "--quiet", "--max-memory", ROOMY) == 0
+    fp8, words = tmp_path / "fp8", tmp_path / "W8A16"
+    moved = ("--take", "model.layers.0.up.{x*} -> model.layers.2.up.{x*}")
+    assert run("convert", fp8, tmp_path / "out", "--graft", fp8, *moved, "--quiet", "--max-memory", ROOMY) == 0
+    made = read(tmp_path / "out")
+    assert {"model.layers.2.up.weight", "model.layers.2.up.weight_scale_inv"} <= made.keys()
+    whole, part = ("--take", "model.layers.0.up.*", "--replace"), ("--take", "model.layers.0.up.weight", "--replace")
+    cases = (
+        (plain, fp8, whole, "model.layers.0.up.weight is quantized by fp8, and SRC is not: graft from what --dequantize makes of it"),
+        (words, fp8, whole, "model.layers.0.up.weight is quantized by fp8, and SRC is so by compressed-tensors, and otherwise"),
+        (fp8, fp8, part, "--take: model.layers.0.up.weight stays without model.layers.0.up.weight_scale_inv"),
+        (fp8, plain, part, "model.layers.0.up.weight is quantized in SRC, and model.layers.0.up.weight_scale_inv would stay of it"),
+        (words, plain, part, "model.layers.0.up.weight is quantized in SRC, and model.layers.0.up.weight_packed would stay of it"),
+    )
+    for own, other, takes, told in cases:
+        assert told in refusal(capsys, "convert", own, tmp_path / "none", "--graft", other, *takes)

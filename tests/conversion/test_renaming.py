@@ -87,3 +87,45 @@ def test_the_plan_tells_the_names_in_the_source(src: Path, tmp_path: Path) -> No
 )
 def test_what_is_refused(src: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], told: str) -> None:
     assert told in refusal(capsys, "convert", src, tmp_path / "out", *options)
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Path:
+    """Tensors of which the layers' weights are in fp8, each beside a scale."""
+    src = write(tmp_path / "wide", numbered(dict.fromkeys(NAMES, (128, 128))), config={"hidden_size": 3})
+    assert run("convert", src, src.parent / "fp8", "--quantize", "fp8", "--quiet", "--max-memory", ROOMY) == 0
+    return src.parent / "fp8"
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (("--rename", "model.{rest*} -> {rest*}"), {"layers.0.up.weight", "layers.0.up.weight_scale_inv"}),
+        (("--drop", "model.layers.0.up.*"), {"model.layers.1.up.weight", "model.layers.1.up.weight_scale_inv"}),
+        (("--rename", "{x*}.weight -> {x*}.w", "--rename", "{x*}.weight_scale_inv -> {x*}.w_scale_inv"), {"model.layers.0.up.w_scale_inv"}),
+        (("--rename", "model.layers.0.up.weight -> w", "--dequantize"), {"w", "model.layers.1.up.weight"}),
+    ],
+)
+def test_quantized_weights_go_as_a_whole(quantized: Path, options: tuple[str, ...], names: set[str]) -> None:
+    made = converted(quantized, *options)
+    assert names <= made.keys()
+    assert not ("--drop" in options and "model.layers.0.up.weight_scale_inv" in made)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("--rename", "model.layers.{i}.up.weight -> h.{i}.weight"),
+            "would be h.0.weight and model.layers.0.up.weight_scale_inv: rename both",
+        ),
+        (("--rename", "{x*}_scale_inv -> {x*}_scale"), "would be model.layers.0.up.weight and model.layers.0.up.weight_scale: rename both"),
+        (("--drop", "*_scale_inv"), "model.layers.0.up.weight stays without model.layers.0.up.weight_scale_inv, which are of one"),
+        (("--only", "*_scale_inv"), "model.layers.0.up.weight_scale_inv stays without model.layers.0.up.weight, which are of one"),
+    ],
+)
+def test_parts_of_quantized_weights_are_refused(
+    quantized: Path, options: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in refusal(capsys, "convert", quantized, quantized.parent / "none", *options)
+    assert not (quantized.parent / "none").exists()
