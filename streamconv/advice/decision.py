@@ -71,14 +71,15 @@ def decide(source: Recognition, goals: Sequence[Goal], recipe: str | None = None
 
 def takes_config(source: Recognition, goal: Goal) -> bool:
     """Whether something leads to Hugging Face's layout that takes a config.json, and none is there."""
-    if goal.word != _HF or source.model_type or source.components or source.adapter_of is not None or not source.format:
+    if goal.word != _HF or source.model_type or source.components or source.adapter_of is not None:
         return False
     try:
-        return not _choose(source, goal, [fit for fit in source.fits if goal.leads(fit.name)]).tried
+        fit = _choose(source, goal, [fit for fit in source.fits if goal.leads(fit.name)])
     except NoWay:
         return source.format in _OWN_NAMES and source.format != _SAFETENSORS
     except UsageError:
-        return True
+        return source.format != ""
+    return not (fit.tried or fit.missing)
 
 
 def _is_so(source: Recognition, goal: Goal) -> bool:

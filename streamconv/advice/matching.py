@@ -78,7 +78,7 @@ def rank_recipes(
     Args:
         src: where it is.
         library: those too that have no rules of their own and ask transformers, which is loaded for it if it is there.
-        among: only those of such names; those of others are not loaded, nor is transformers.
+        among: only those of such names; those of others are not loaded, nor is transformers without ``library``.
         prepare: what is done to the checkpoint before a recipe sees it.
 
     Raises:
@@ -93,7 +93,9 @@ def rank_recipes(
         reading = readings.get(recipe.source) if recipe.rules or library or among else None
         if reading is not None:
             checkpoint, kinds = reading
-            matches.append(_match(recipe, checkpoint, kinds) if recipe.rules else _match_library(recipe, checkpoint, tries=not among))
+            matches.append(
+                _match(recipe, checkpoint, kinds) if recipe.rules else _match_library(recipe, checkpoint, tries=library or not among)
+            )
     if not matches and among is None:
         open_checkpoint(location)  # which says what is wrong with it
     return sorted(matches, key=_nearness)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
+from streamconv import recipes
 from streamconv.advice.goals import SCHEMES
 from streamconv.advice.matching import COUNTS, LIBRARY, RELATED, Match, rank_recipes, suggest_merging, suggest_recipes
 from streamconv.checkpoint.opening import Checkpoint, find_checkpoint, open_checkpoint, read_config
 from streamconv.dtypes import CASTABLE
 from streamconv.errors import StreamconvError
 from streamconv.formats.registry import containers
-from streamconv.recipes import is_named
 from streamconv.schemes.detection import Quantization, find_quantization
 from streamconv.storage.folder import AnyPath, Folder
 from streamconv.storage.locations import as_given
 
 ADAPTER = "adapter_config.json"
+_TO_HUB = "transformers-native2hub"
+_STACK = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)$")
 MOST_TRIED = 20_000  # tensors
 MARKS: Mapping[str, tuple[str, bool]] = {"mistral-original2hf": ("hidden_dim", True), "llama-meta2hf": ("hidden_dim", False)}
 """Recipes whose sources are told apart by a key of their config, and whether theirs have it."""
@@ -128,17 +131,23 @@ def recognize(
         fits = []
         with suppress(StreamconvError):  # of which none may have rules
             fits += _fits_of(rank_recipes(location) if matches is None else matches)
+        merging = suggest_merging(location)
         missing = LIBRARY if find_spec(LIBRARY) is None else ""
-        fits += [Fit(name, tried=False, missing=missing) for name in suggest_merging(location)]
+        fits += [Fit(name, tried=False, missing=missing) for name in merging]
+        if thorough and not missing:
+            fits += _fits_of(rank_recipes(location, library=True, among=lambda name: name in merging))
         if not fits:
             raise
-        return Recognition(as_given(path, location), fits=tuple({fit.name: fit for fit in reversed(fits)}.values()))
+        own = read_config(location.folder) if location.is_folder else {}
+        by_name = {fit.name: fit for fit in sorted(fits, key=lambda fit: fit.tried)}
+        return Recognition(as_given(path, location), model_type=str(own.get("model_type") or ""), fits=tuple(by_name.values()))
     source = describe(checkpoint, as_given(path, location), beside)
     fits = _fits_of(rank_recipes(location, among=wanted, prepare=rename) if matches is None else matches, source.model_type)
     if source.decodable and not any(fit.tried for fit in fits):
         names = {fit.name for fit in fits}  # of those that may fit as it is
         numbers = _fits_of(_match_numbers(location, wanted, beside), source.model_type)
         fits += [replace(fit, dequantized=True) for fit in numbers if fit.name not in names]
+    fits += _match_native(checkpoint) if thorough else []
     source = replace(source, fits=tuple(fits))
     return _try_numbers(source, checkpoint) if thorough else source
 
@@ -216,7 +225,7 @@ def _is_related(match: Match, model_type: str) -> bool:
     """Whether a config says that its model is of a recipe's family, or nothing of it."""
     name, kind = match.recipe.name, str(match.config.get("model_type") or model_type)
     if kind:
-        return is_named(name, {"model_type": kind}) or match.needs == LIBRARY or kind in RELATED.get(name.rpartition("-")[0], ())
+        return recipes.is_named(name, {"model_type": kind}) or match.needs == LIBRARY or kind in RELATED.get(name.rpartition("-")[0], ())
     key, is_there = MARKS.get(name, ("", False))
     return name not in SHARED and (not match.config or (key in match.config) == is_there)
 
@@ -225,6 +234,17 @@ def _match_numbers(location: AnyPath, wanted: Callable[[str], bool], beside: Fol
     """The recipes that fit the numbers that a checkpoint's codes stand for."""
     with suppress(StreamconvError):
         return rank_recipes(location, among=wanted, prepare=partial(_dequantized, beside=beside))
+    return []
+
+
+def _match_native(checkpoint: Checkpoint) -> list[Fit]:
+    """The way to the layout on the Hub, where experts are in stacks as transformers keeps them, and that changes them."""
+    entries = checkpoint.contents.entries
+    if find_spec(LIBRARY) is None or not any(_STACK.search(name) for name in entries):
+        return []
+    with suppress(Exception):  # whatever keeps the library's code from it, it does not fit
+        if recipes.get(_TO_HUB).apply(entries, checkpoint.config).outputs.keys() != entries.keys():
+            return [Fit(_TO_HUB)]
     return []
 
 

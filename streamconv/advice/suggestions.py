@@ -14,7 +14,7 @@ from streamconv.errors import UsageError
 from streamconv.storage import is_url
 
 MOST, MOST_LAYOUTS = 5, 3
-WORDS = ("merged", "hf", "meta", "internvl", "original", "ms", "mcore", "sat", "safetensors", "bf16", "fp8", "int4", "one-file")
+WORDS = ("merged", "hf", "hub", "meta", "internvl", "original", "ms", "mcore", "sat", "safetensors", "bf16", "fp8", "int4", "one-file")
 """What is suggested, the likeliest first."""
 
 

@@ -119,9 +119,11 @@ def doctor(
     if load is not None:
         examination.load = load
         examination.findings += _judge(load)
-    with suppress(StreamconvError):
+    matches = None
+    with suppress(StreamconvError):  # ranks may be a checkpoint to recipes only that have no rules
         matches = rank_recipes(path)
         examination.recipes = [match.recipe.name for match in matches if match.fits]
+    with suppress(StreamconvError):
         if examination.healthy:
             source = recognize(path, root=root, variant=variant, thorough=True, matches=matches)
             examination.suggestions = suggest(source)

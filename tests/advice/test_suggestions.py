@@ -123,6 +123,37 @@ KINDS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
 }
 
 
+CONFIG_OF_LLAMA = {**CONFIG, "architectures": ["LlamaForCausalLM"]}
+
+
+def sharded(folder: Path) -> Path:
+    """A Llama's tensor-parallel ranks."""
+    source = write(folder / "whole", llama(), config=CONFIG_OF_LLAMA)
+    assert run("convert", source, folder / "ranks", "--to", "tp=2", "--quiet") == 0
+    return folder / "ranks"
+
+
+def native(folder: Path) -> Path:
+    """A Mixtral as transformers keeps it in memory."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 2)
+    config = transformers.MixtralConfig(**sizes, hidden_size=8, intermediate_size=12, num_local_experts=2, vocab_size=16)
+    model = transformers.MixtralForCausalLM(config)
+    return write(folder, dict(model.state_dict()), config=config.to_dict() | {"architectures": ["MixtralForCausalLM"]})
+
+
+TRIED_BY_TRANSFORMERS = {"ranks": (sharded, "hf"), "bare": (without_config(sharded, **CONFIG_OF_LLAMA), "hf"), "native": (native, "hub")}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("make", "word"), TRIED_BY_TRANSFORMERS.values(), ids=TRIED_BY_TRANSFORMERS)
+def test_what_transformers_knows_is_suggested_and_works(make, word, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    commands = suggestions(make(tmp_path / "model"), capsys)
+    assert word in commands
+    check_commands(commands, tmp_path / "out", capsys)
+
+
 def suggestions(source: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """What both commands suggest, by the word that is aimed at."""
     commands = {}

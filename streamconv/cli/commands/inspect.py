@@ -55,6 +55,6 @@ def _suggest(args: argparse.Namespace, checkpoint: Checkpoint, *, by_rank: bool)
         from streamconv.advice.suggestions import suggest
 
         path = as_given(args.src, checkpoint.location)
-        source = recognize(checkpoint.location) if by_rank else recognize_names(checkpoint, path)
+        source = recognize(checkpoint.location, thorough=True) if by_rank else recognize_names(checkpoint, path)
         return suggest(replace(source, path=path))
     return []
