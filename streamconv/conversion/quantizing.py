@@ -18,6 +18,7 @@ from streamconv.recipe import Conversion
 from streamconv.rows import Row
 from streamconv.schemes.configs import KEYS
 from streamconv.schemes.experts import STACK, take_apart
+from streamconv.schemes.heads import heads_of
 from streamconv.schemes.orientation import CONV1D, TRANSPOSED, check_stack, is_of
 from streamconv.schemes.preset import Preset
 from streamconv.schemes.registry import presets, schemes
@@ -25,7 +26,6 @@ from streamconv.schemes.repacking import is_decoded, repack
 from streamconv.text import did_you_mean
 
 OPTION, IGNORE = "--quantize", "--ignore"
-HEAD = "lm_head"  # listed as left alone, whether it is there or tied
 _DTYPES = ("float32", "float16", "bfloat16")
 _LEFT = re.compile(r"embed|norm|bias|router|head$|^(?:wte|wpe|gate|shared_expert_gate|score|classifier|output|shared)$", re.IGNORECASE)
 """Of the last part of a module's name: embeddings, norms, routers and heads, which the formats' own tools leave alone."""
@@ -121,15 +121,17 @@ def quantize(
     if ranked := next((weight.name for weight in weights if "/" in weight.name), None):
         raise UsageError(f"{OPTION}: {ranked} is of one rank, and no config names its modules: quantize the whole model, and split that")
     patterns = _Patterns(ignore)
-    chosen, left = [], [HEAD]
+    heads = heads_of(config)
+    chosen, left = [], [*heads]
     keeps_numbers = preset.follows and any(is_decoded(weight.node) for weight in weights)
     for weight in weights:
-        is_left = _LEFT.search(weight.module.rpartition(".")[2]) is not None or (keeps_numbers and not is_decoded(weight.node))
+        is_left = weight.module in heads or _LEFT.search(weight.module.rpartition(".")[2]) is not None
+        is_left |= keeps_numbers and not is_decoded(weight.node)
         if patterns.match(weight.module) or is_left or (preset.leaves and not preset.fits(weight.node.spec.shape)):
             left += [weight.module] if weight.module not in left else []
         else:
             chosen.append(_checked(weight, config))
-    patterns.check([weight.module for weight in weights])
+    patterns.check([*heads, *(weight.module for weight in weights)])
     if not chosen:
         sizes = f", of rows in {preset.rows}s and columns in {preset.columns}s" if preset.leaves else ""
         raise UsageError(f"{OPTION} {preset.name}: there is no weight of a linear module that it takes{sizes}: leave it out")
@@ -247,7 +249,7 @@ class _Patterns:
     def check(self, modules: Sequence[str]) -> None:
         """Raises UsageError where one is for no module."""
         for text, count in self._texts.items():
-            if not count and text != HEAD:
+            if not count and text not in modules:
                 near = nearest(text.removeprefix("re:"), modules)
                 raise UsageError(f"{IGNORE} {text}: no linear module is called so{f'; the nearest is {near[0]}' if near else ''}")
 

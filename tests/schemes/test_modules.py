@@ -109,3 +109,18 @@ def test_targets_of_compressed_tensors_go_by_name_then_expression_then_class(tmp
     groups = {target: {"targets": [target], "weights": {**weights, "group_size": size}} for target, size in sizes.items()}
     section = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
     assert_same(dequantize(tmp_path, tensors, {"quantization_config": section}, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [("bert", "cls.predictions.decoder"), ("roberta", "lm_head.decoder"), ("whisper", "proj_out"), ("llama", "lm_head")]
+)
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_heads_are_left_alone_stored_or_tied(tmp_path: Path, kind: str, head: str, is_stored: bool) -> None:
+    """Readers would look for scales of those that a config does not list."""
+    weights = ["layer.0.dense", "embeddings.word_embeddings", *([head] if is_stored else [])]
+    src = write(tmp_path / "src", {f"{module}.weight": torch.randn(8, 16) for module in weights}, config={"model_type": kind})
+    streamconv.convert(src, tmp_path / "out", quantize="FP8_DYNAMIC", max_memory=ROOMY)
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert head in ignored
+    scales = {name for name in read(tmp_path / "out") if name.endswith("_scale")}
+    assert scales == {"layer.0.dense.weight_scale"}
