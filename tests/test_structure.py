@@ -32,7 +32,7 @@ PACKAGES = {
     "formats": 2_390,  # containers and all that is known of their names, the machine for pickles and its records, what files of others are
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds
-    "schemes": 1_045,  # quantizations, what they say of single modules, the list that others add to, their names, experts in stacks
+    "schemes": 1_060,  # quantizations, what they say of single modules, the list that others add to, their names, experts in stacks
     "recipe": 1_520,  # the mechanism of recipes, with functions as steps, what config.json says afterwards with it
     "library": 1_130,  # what other libraries know, the op that runs their code, and the process in which four of them open checkpoints
     "adapters": 560,  # what PEFT trains beside a model, a module for each kind
