@@ -219,11 +219,13 @@ def _with_layers(file: MergeFile, models: Mapping[str, Model], own: Mapping[str,
         if key == "text_config" and isinstance(value, dict):
             inner = _with_layers_of(value, [(config.get(key, {}), layers) for config, layers in parts], depth, notes)
             config[key] = {**value, **inner}
-    return config | _with_layers_of(own, parts, depth, notes)
+    stored = None if config else max(models[first_of(file)].depths.values(), default=None)
+    return config | _with_layers_of(own, parts, depth, notes, stored)
 
 
-_DENSE_FIRST, _DENSE, _SPARSE = "first_k_dense_replace", "mlp_only_layers", "moe_layers"
+_DENSE_FIRST, _DENSE, _SPARSE = ("first_k_dense_replace", "moe_layer_start_index"), "mlp_only_layers", "moe_layers"
 """Keys that say which layers have no experts: how many come first; their numbers; the numbers of all others."""
+_LAST = "moe_layer_end_index"
 
 
 def _with_kinds_of_layers(file: MergeFile, models: Mapping[str, Model], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,20 +246,29 @@ def _with_kinds_of_layers(file: MergeFile, models: Mapping[str, Model], own: Map
     sparse = [names for names in {*kinds, *known} if any("experts" in name.split(".") for name in names)]
     if len({*kinds, *known}) == 2 and len(sparse) == 1:
         dense = [number for number, names in enumerate(kinds) if names not in sparse]
-        if type(text.get(_DENSE_FIRST)) is int and dense == list(range(len(dense))):
-            return with_key(own, _DENSE_FIRST, len(dense))
+        counts = [key for key in _DENSE_FIRST if type(text.get(key)) is int]
+        if counts and dense == list(range(len(dense))) and text.get("moe_layer_interval", 1) == 1:
+            changed = {**own, **with_key(own, counts[0], len(dense))}
+            return {**changed, **(with_key(changed, _LAST, len(kinds) - 1) if _LAST in text else {})}
         if isinstance(text.get(_DENSE), list):
             changed = {**own, **with_key(own, _DENSE, dense)}
             return {**changed, **with_key(changed, "decoder_sparse_step", 1)}
         if isinstance(text.get(_SPARSE), list):
             return with_key(own, _SPARSE, [number for number in range(len(kinds)) if number not in dense])
-    lists = [key for key, value in text.items() if isinstance(value, list) and len(value) == len(layers) and "layer" in key]
-    if not lists and kinds != known[: len(kinds)]:
+    told = any(_lists_layers(key, value, len(layers)) for key, value in text.items())
+    if not told and kinds != known[: len(kinds)]:
         number = next(k for k, names in enumerate(kinds) if k >= len(known) or names != known[k])
         part, layer = layers[number]
         problem = f"layer {layer} of {part.inputs[0].model} would be layer {number}, where config.json has a layer of another kind"
         file.fail(part.line, f"{problem}: cut the layers so that their kinds stay where they are")
     return {}
+
+
+def _lists_layers(key: str, value: object, count: int) -> bool:
+    """Whether a key has an entry for each of so many layers, in a list, or a letter in a text."""
+    if isinstance(value, str):
+        return len(value) == count and "pattern" in key
+    return isinstance(value, list) and len(value) == count and ("layer" in key or "block" in key or "attention" in key)
 
 
 def _names_of(model: Model, layer: int) -> frozenset[str]:
@@ -267,19 +278,25 @@ def _names_of(model: Model, layer: int) -> frozenset[str]:
 
 
 def _with_layers_of(
-    own: Mapping[str, Any], parts: Sequence[tuple[Mapping[str, Any], range]], depth: int, notes: list[str]
+    own: Mapping[str, Any],
+    parts: Sequence[tuple[Mapping[str, Any], range]],
+    depth: int,
+    notes: list[str],
+    stored: int | None = None,
 ) -> dict[str, Any]:
+    """The same of a part of a config, whose model has ``stored`` layers where no key counts them."""
     config: dict[str, Any] = {}
-    count = next((own[key] for key in _DEPTHS if type(own.get(key)) is int), None)
+    count = next((own[key] for key in _DEPTHS if type(own.get(key)) is int), stored)
     if count is None:
         return config
     for key, value in own.items():
         if key in _DEPTHS and value == count:
             config[key] = depth
-        elif isinstance(value, list) and len(value) == count and ("layer" in key or "block" in key or "attention" in key):
+        elif _lists_layers(key, value, count):
             lists = [(of.get(key), layers) for of, layers in parts]
-            if all(isinstance(one, list) and layers.stop <= len(one) for one, layers in lists):
-                config[key] = [entry for one, layers in lists for entry in (one or [])[layers.start : layers.stop]]
+            if all(type(one) is type(value) and layers.stop <= len(one or ()) for one, layers in lists):
+                entries = [entry for one, layers in lists for entry in (one or ())[layers.start : layers.stop]]
+                config[key] = "".join(entries) if isinstance(value, str) else entries
         elif key in (_DENSE, _SPARSE):
             pass  # see `_with_kinds_of_layers`
         elif isinstance(value, list) and value and all(type(one) is int and one <= count for one in value) and "layer" in key:

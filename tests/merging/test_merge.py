@@ -310,6 +310,8 @@ def sliced(*ranges: tuple[int, int]) -> dict[str, Any]:
         ("dsds", {"moe_layers": [1, 3]}, [(0, 1), (2, 4)], {"moe_layers": [2]}),
         ("dsds", {"mlp_layer_types": [*"dsds"]}, [(1, 4)], {"mlp_layer_types": [*"sds"]}),
         ("dsds", {}, [(2, 4), (0, 2)], {}),
+        ("dss", {"moe_layer_start_index": 1, "moe_layer_end_index": 2}, [(0, 3), (2, 3)], {"moe_layer_end_index": 3}),
+        ("abab", {"hybrid_override_pattern": "M*M*"}, [(1, 4), (0, 1)], {"hybrid_override_pattern": "*M*M"}),
         ("ssss", {"mlp_only_layers": [], "decoder_sparse_step": 1}, [(1, 4)], {"mlp_only_layers": [], "decoder_sparse_step": 1}),
     ],
 )
@@ -319,7 +321,7 @@ def test_config_says_which_layers_have_experts(
     layered(tmp_path, kinds, **config)
     merged(tmp_path, sliced(*ranges))
     made = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {key: made[key] for key in wanted} == wanted
+    assert {key: made[key] for key in wanted} == wanted, made
     assert made.keys() == {"model_type", "num_hidden_layers", *config}
 
 
@@ -335,3 +337,10 @@ def test_layers_whose_kind_no_key_tells_are_refused(
     assert line.startswith(
         f"FILE:2: layer {layers[0]} of FOLDER/m0 would be layer {layers[1]}, where config.json has a layer of another kind: "
     )
+
+
+def test_lists_of_layers_are_cut_where_no_key_counts_these(tmp_path: Path) -> None:
+    layered(tmp_path, "abab")
+    (tmp_path / "m0" / "config.json").write_text(json.dumps({"model_type": "toy", "layers_block_type": [*"xyxy"]}))
+    merged(tmp_path, sliced((1, 4)))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["layers_block_type"] == [*"yxy"]
