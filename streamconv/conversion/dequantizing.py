@@ -18,7 +18,7 @@ from streamconv.recipe import Conversion
 from streamconv.rows import Row
 from streamconv.schemes.configs import FILES, find_method, model_dtype, with_files
 from streamconv.schemes.decoding import Decoded, decode
-from streamconv.schemes.detection import find_quantization
+from streamconv.schemes.detection import codes_in, find_quantization
 from streamconv.schemes.experts import put_together
 from streamconv.schemes.scheme import Scheme
 from streamconv.storage.folder import Folder
@@ -91,10 +91,15 @@ def _read_all(folder: Folder, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether any component is, in a way that is known or not."""
+    """Whether any component is, in a way that is known or not; a config that says so of numbers is one that was left there."""
     for folder, contents in checkpoint.components.items():
         specs = {name: node.spec for name, node in contents.entries.items()}
-        if find_quantization(config_of(checkpoint, folder), {}, specs) is not None:
+        config = config_of(checkpoint, folder)
+        quantization = find_quantization(config, {}, specs)
+        if quantization is None:
+            continue
+        scheme = quantization.scheme
+        if scheme is None or codes_in(specs) or scheme.match(config, specs, OPTION).groups:
             return True
     return False
 

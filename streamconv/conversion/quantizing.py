@@ -16,7 +16,7 @@ from streamconv.library.model import placed_modules
 from streamconv.notation.names import nearest
 from streamconv.recipe import Conversion
 from streamconv.rows import Row
-from streamconv.schemes.configs import KEYS
+from streamconv.schemes.configs import KEYS, without_quantization
 from streamconv.schemes.experts import STACK, take_apart
 from streamconv.schemes.heads import heads_of
 from streamconv.schemes.orientation import CONV1D, TRANSPOSED, check_stack, is_of
@@ -70,8 +70,7 @@ class Quantization:
         """What a file of JSON beside the weights says afterwards."""
         if name != CONFIG:
             return dict(before)
-        rest = {key: value for key, value in before.items() if key not in KEYS}
-        return {**rest, KEYS[0]: self.preset.config(self.left)}
+        return {**without_quantization(before), KEYS[0]: self.preset.config(self.left)}
 
 
 def find_preset(name: str) -> Preset:

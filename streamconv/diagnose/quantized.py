@@ -16,8 +16,8 @@ from streamconv.errors import StreamconvError
 from streamconv.graph.node import AnyNode, Node
 from streamconv.graph.ops import Dequantize, DequantizeBlocks, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
 from streamconv.schemes.configs import FILES, model_dtype, quantizations, with_files
+from streamconv.schemes.decoding import decode
 from streamconv.schemes.detection import Quantization, codes_in, find_quantization
-from streamconv.schemes.scheme import Match
 
 _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules", "modules_to_not_quantize")
 """Keys under which configs list modules that are not quantized."""
@@ -84,19 +84,27 @@ def check_quantization(checkpoint: Checkpoint) -> Iterator[Finding]:
     config, quantization = _quantization_of(checkpoint)
     if quantization is None:
         return
-    specs = {name: node.spec for name, node in checkpoint.components.get("", checkpoint.contents).entries.items()}
-    if not codes_in(specs):
+    nodes = checkpoint.components.get("", checkpoint.contents).entries
+    specs = {name: node.spec for name, node in nodes.items()}
+    codes = codes_in(specs)
+    if not codes:
         if quantization.method != "fp8":  # which `contradictions` tells of
             what = f"it says that weights are quantized by {quantization.method}, and none is"
             yield Finding(what, CONFIG, "loaders would look for scales", "remove quantization_config")
         return
+    if quantization.scheme is None:
+        if quantization.lacks_config or (quantization.codes in ("int8", "uint8") and next(iter(codes)).endswith("weight")):
+            what = f"{quantization}, and no quantization_config is there"
+            yield Finding(what, CONFIG, "loaders would take codes for numbers", "get the config that belongs to it")
+        yield from _check_lists(config, specs)
+        return
     try:
-        match = quantization.scheme.match(config, specs, CONFIG) if quantization.scheme else Match()
+        decoded = decode(quantization.scheme, nodes, config, lambda _: "bfloat16", CONFIG)
     except StreamconvError as error:
         text = str(error).removeprefix(f"{CONFIG}: ").removesuffix(": mend the source")
         yield Finding(text, CONFIG, "its weights cannot be told", "get the file with what is missing, or the config that belongs to it")
         return
-    if not match.groups and quantization.scheme:
+    if not decoded.made_of:
         what = f"it says that weights are quantized by {quantization.method}, and none is"
         yield Finding(what, CONFIG, "loaders would look for scales", "remove quantization_config")
     yield from _check_lists(config, specs)

@@ -33,6 +33,7 @@ _BESIDE = (
     "weight_zero_point", "weight_global_scale", "weight_shape", "scale_inv", "qscale_weight", "qweight_type", "codebooks", "centroids",
     "_scale", "weight._scale", "tables", "meta",
 )  # fmt: skip
+_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")  # beside codes of any dtype
 _STEMS = re.compile(r"(?:_blocks|_packed|\._data|_qdata|_data)$")
 _MODULE = re.compile(r"\.[^.]+$")
 _CODED = re.compile(r"\.(?:qweight|W_q|weight_packed|codes)$|_blocks$")
@@ -132,6 +133,10 @@ def codes_in(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     lower = {name.lower(): name for name in specs}
     beside_of = {}
     for name, spec in specs.items():
+        state = next((name + end for end in _STATES if name + end in specs), None)
+        if state:
+            beside_of[name] = state
+            continue
         if spec.dtype.name not in DTYPES:  # blocks of a container's own
             if of_codes(spec.dtype.name):
                 beside_of[name] = ""

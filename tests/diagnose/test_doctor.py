@@ -86,9 +86,9 @@ def test_configs_of_other_libraries_name_no_class(name, tmp_path):
 
 def quantized(method: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """A matrix as the libraries of such a method store it."""
-    stem, rows = name.removesuffix("weight"), tensor.shape[0]
-    float8, words = tensor.to(torch.float8_e4m3fn), torch.zeros(2, rows, dtype=torch.int32)
-    state = torch.tensor([*b"{}"], dtype=torch.uint8)
+    stem, (rows, columns) = name.removesuffix("weight"), tensor.shape
+    float8, words = tensor.to(torch.float8_e4m3fn), torch.zeros(columns // 8, rows, dtype=torch.int32)
+    state = torch.tensor([*json.dumps({"shape": [rows, columns], "blocksize": tensor.numel(), "dtype": "bfloat16"}).encode()]).byte()
     codes = torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8)
     zeros, scales = torch.zeros(1, -(-rows // 8), dtype=torch.int32), torch.ones(1, rows, dtype=torch.float16)
     stored = {

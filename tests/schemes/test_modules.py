@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import ROOMY, assert_same, read, write
+from checkpoint_files import ROOMY, assert_same, read, run, write
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -124,3 +124,41 @@ def test_heads_are_left_alone_stored_or_tied(tmp_path: Path, kind: str, head: st
     assert head in ignored
     scales = {name for name in read(tmp_path / "out") if name.endswith("_scale")}
     assert scales == {"layer.0.dense.weight_scale"}
+
+
+def compressed(shape: tuple[int, int]) -> tuple[Tensors, dict]:
+    """A weight of integers with scales of this shape, and a config that says rows have one each."""
+    tensors = {"m.weight": torch.ones(8, 16).to(torch.int8), "m.weight_scale": torch.ones(shape).bfloat16()}
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}}
+    return tensors, {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+
+
+def test_doctor_finds_what_dequantizing_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors, config = compressed((9, 1))
+    src = write(tmp_path / "shapes", tensors, config=config)
+    assert run("doctor", src) == 1
+    assert "8 x 16 values take scales [8, 1] by config.json (channel), found bfloat16[9, 1]" in capsys.readouterr().out
+
+
+def test_doctor_finds_codes_that_no_config_tells_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors, _ = compressed((8, 1))
+    assert run("doctor", write(tmp_path / "codes", tensors, config={"dtype": "bfloat16"})) == 1
+    assert "m.weight is int8[8, 16], beside m.weight_scale), and no quantization_config is there" in capsys.readouterr().out
+
+
+def test_doctor_knows_four_bits_of_any_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors, config, expected = golden("fp4, float32")
+    tensors |= {name: tensors[name].reshape(-1).view(torch.bfloat16).reshape(-1, 1) for name in expected if f"{name}.absmax" in tensors}
+    run("doctor", write(tmp_path / "src", tensors, config=config))
+    assert "and none is" not in capsys.readouterr().out
+
+
+def test_numbers_whose_config_says_that_they_are_quantized(tmp_path: Path) -> None:
+    """They are quantized like others, and the config that was left there goes, wherever it stands."""
+    _, config = compressed((8, 1))
+    text = {"model_type": "llama", **config}
+    src = write(tmp_path / "src", {"m.weight": torch.randn(8, 16)}, config={**config, "text_config": text})
+    streamconv.convert(src, tmp_path / "out", quantize="W8A8", max_memory=ROOMY)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["quantization_config"]["format"] == "int-quantized"
+    assert written["text_config"] == {"model_type": "llama"}
