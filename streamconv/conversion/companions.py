@@ -11,7 +11,9 @@ from streamconv.conversion.dequantizing import config_of
 from streamconv.errors import CoverageError, StreamconvError
 from streamconv.schemes.detection import find_quantization
 
-_LISTS = ("ignore", "modules_to_not_convert")  # of a quantization_config: modules, which are one model's
+_SECTION = "quantization_config"
+_LISTS = {"compressed-tensors": "ignore", "fp8": "modules_to_not_convert"}
+"""The key of that by which methods list the modules of a model that are not quantized."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,15 @@ class Weights:
                     news = f"would be {names[stay[0]]} and {names[name]}"
                     _fail(f"{renamed}: {stay[0]} and {name} are of one quantized weight, and {news}: rename both alike")
 
+    def config_with(self, modules: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+        """The key of a config, with dots, that changes where these modules are there, too, and not quantized."""
+        key = _LISTS.get(self.method)
+        if key is None or not self.weights:
+            return {}
+        listed = (config.get(_SECTION) or {}).get(key) or []
+        more = [module for module in modules if module not in listed]
+        return {f"{_SECTION}.{key}": [*listed, *more]} if more else {}
+
     def check_replaced(self, option: str, names: Collection[str]) -> None:
         """Raises CoverageError where tensors of these names instead of its own leave a part of a weight, or one beside it."""
         for weight in self.weights:
@@ -94,8 +105,8 @@ def weights_of(checkpoint: Checkpoint) -> Weights:
     for name in match.dropped:
         beside.setdefault(_module_of(name), []).append(name)
     weights = [Weight(group.target, group.tensors, beside.get(_module_of(group.tensors[0]), ())) for group in match.groups]
-    section = config.get("quantization_config")
-    own = {key: value for key, value in section.items() if key not in _LISTS} if isinstance(section, dict) else None
+    section = config.get(_SECTION)
+    own = {key: value for key, value in section.items() if key not in _LISTS.values()} if isinstance(section, dict) else None
     return Weights(quantization.method, own, weights)
 
 

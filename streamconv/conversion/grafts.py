@@ -9,9 +9,10 @@ from typing import Any
 
 from streamconv.checkpoint.opening import Checkpoint, open_checkpoint
 from streamconv.conversion.altered import Altered
-from streamconv.conversion.companions import weights_of
+from streamconv.conversion.companions import Weights, weights_of
 from streamconv.conversion.options import Options
 from streamconv.conversion.renaming import rule_of
+from streamconv.dtypes import CASTABLE
 from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.node import AnyNode
 from streamconv.recipe import Conversion, Drop, Recipe
@@ -55,10 +56,12 @@ def graft(options: Options, checkpoint: Checkpoint) -> Altered | None:
         raise UsageError(
             f"{OPTION} {other.path}: {instead[0]} is in SRC, too: --replace takes that of the other, --take 'old -> new' renames"
         )
-    _check_quantized(f"{OPTION} {other.path}", checkpoint, other, taken)
+    own = weights_of(checkpoint)
+    _check_quantized(f"{OPTION} {other.path}", own, weights_of(other), taken)
     entries.update(taken.outputs)
     config = _config_of(checkpoint.config, other.config, [name for name in taken.outputs if name not in instead])
     config |= _untied(checkpoint.config, other.config, list(taken.outputs))
+    config |= own.config_with(_modules_of(taken), checkpoint.config)
     said = f"; config.json has another {', '.join(config)} for them" if config else ""
     note = f"{OPTION} {other.path}: {len(taken.outputs)} of its {len(other)} tensors, {len(instead)} instead of SRC's own{said}"
     changed = {name: f"{'replaced' if name in instead else 'brought'} by a graft" for name in taken.outputs}
@@ -67,9 +70,8 @@ def graft(options: Options, checkpoint: Checkpoint) -> Altered | None:
     )
 
 
-def _check_quantized(option: str, checkpoint: Checkpoint, other: Checkpoint, taken: Conversion) -> None:
+def _check_quantized(option: str, own: Weights, weights: Weights, taken: Conversion) -> None:
     """Raises CoverageError for parts of quantized weights, and for such that the config does not describe."""
-    own, weights = weights_of(checkpoint), weights_of(other)
     names = {row.sources[0]: row.target for row in taken.rows}
     codes = next((weight.tensors[0] for weight in weights.weights if weight.tensors[0] in names), None)
     if codes is not None and not own.is_like(weights):
@@ -78,6 +80,12 @@ def _check_quantized(option: str, checkpoint: Checkpoint, other: Checkpoint, tak
         raise CoverageError(f"{option}: {problem}: graft from what --dequantize makes of it")
     weights.check_names(names, f"{option}: --take", f"{option}: --take")
     own.check_replaced(option, taken.outputs)
+
+
+def _modules_of(taken: Conversion) -> list[str]:
+    """Modules whose weights have come as numbers, and might be quantized ones."""
+    plain = [name for name, node in taken.outputs.items() if node.spec.dtype.name in CASTABLE and len(node.spec.shape) > 1]
+    return [name.removesuffix(".weight") for name in plain if name.endswith(".weight")]
 
 
 def _config_of(own: Mapping[str, Any], other: Mapping[str, Any], names: list[str]) -> dict[str, Any]:

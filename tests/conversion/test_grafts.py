@@ -112,3 +112,14 @@ def test_quantized_weights_come_where_the_config_describes_them(tmp_path: Path, 
     )
     for own, other, takes, told in cases:
         assert told in refusal(capsys, "convert", own, tmp_path / "none", "--graft", other, *takes)
+
+
+@pytest.mark.parametrize(("scheme", "key"), [("fp8", "modules_to_not_convert"), ("W8A16", "ignore")])
+def test_numbers_that_come_to_quantized_weights_are_said_to_be_none(scheme: str, key: str, tmp_path: Path) -> None:
+    weights = numbered({f"model.layers.{k}.up.weight": (128, 128) for k in range(2)}, torch.bfloat16)
+    plain = write(tmp_path / "plain", {**weights, "norm.weight": torch.ones(3)}, config={"model_type": "toy"})
+    assert run("convert", plain, tmp_path / "q", "--quantize", scheme, "--quiet", "--max-memory", ROOMY) == 0
+    options = ["--drop", "model.layers.0.up.*", "--drop", "norm.*", "--graft", plain, "--take", "model.layers.0.*", "--take", "norm.weight"]
+    assert run("convert", tmp_path / "q", tmp_path / "out", *options, "--quiet", "--max-memory", ROOMY) == 0
+    before, after = (json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"] for folder in ("q", "out"))
+    assert after == {**before, key: [*(before.get(key) or []), "model.layers.0.up"]}
