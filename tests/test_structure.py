@@ -44,7 +44,7 @@ PACKAGES = {
     "conversion": 1_550,  # options, calls; tensors in Python; to a plan or a stream; codes, as a whole, and numbers; configs from elsewhere
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
     "advice": 500,  # what a checkpoint is, what people want, which options follow (or which config is missing), which recipes fit
-    "diagnose": 1_365,  # what is said of checkpoints, and of adapters, by libraries that open them too
+    "diagnose": 1_370,  # what is said of checkpoints (ranks and Megatron's, too), and of adapters, by libraries that open them too
     "front": 665,  # what people meet: the command, from what they want to options, what shells complete, the demo
 }
 FRONT = {"demo", "__main__", ""}

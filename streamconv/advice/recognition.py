@@ -32,6 +32,7 @@ OWN_NAMES: Mapping[str, tuple[str, ...]] = {
     "gguf": ("gguf2hf",),
     "torch_dist": ("gpt2hf",),
     "mindspore": ("ms2hf",),
+    "sat": ("sat2hf",),
     "mindspore2": ("ms2hf",),
     "torch": ("meta2hf", "original2hf"),
 }

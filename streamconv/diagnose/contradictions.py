@@ -18,7 +18,8 @@ _CONVENTIONAL = re.compile(
 )
 _TEXT_LAYERS = re.compile(r"((model|language_model|text_model|transformer|decoder|gpt_neox|backbone|base_model)\.)*(layers|h|blocks)")
 _LAYER = re.compile(r"^(.*?\b(?:layers?|h|blocks?))\.(\d{1,9})\.(.+)$", re.DOTALL)
-_HEAD = re.compile(r"^((model|language_model|text_model|transformer)\.)*(lm_head|output)\.weight$")
+_PADDED = "embedding.word_embeddings.weight"  # Megatron's, which has rows beyond its vocabulary
+_HEAD = re.compile(r"^((model|language_model|text_model|transformer)\.)*(lm_head|output|output_layer)\.weight$")
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _NARROW = ("float8", "float4", "float6")
 _QUANTIZATIONS = ("quantization_config", "compression_config", "quantization")  # keys under which configs say how tensors are quantized
@@ -142,7 +143,7 @@ def _check_embedding(whole: Stated, text: Stated, specs: Mapping[str, TensorSpec
     if vocabulary and rows < vocabulary:
         do = "set vocab_size to the rows, or resize it (--set resize_vocab)"
         yield Finding(what, name, "tokens beyond its rows have no embedding", do)
-    elif vocabulary and rows != vocabulary and text.is_conventional:
+    elif vocabulary and rows != vocabulary and text.is_conventional and name != _PADDED:
         yield Finding(what, name, "loaders refuse the shape", "set vocab_size to the rows")
     if hidden and columns != hidden and (text.is_conventional or not text.says(columns)):
         what = f"it has {columns} columns, hidden_size says {hidden}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from checkpoint_files import run
+from trainer_models import CONFIGS
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "trainers"
 
@@ -79,3 +81,9 @@ def test_what_is_not_whole(case: str, tmp_path: Path, capsys: pytest.CaptureFixt
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
     assert len(problems) == 1
     assert told in problems[0]
+
+
+def test_a_head_of_megatron_s_is_one(tmp_path):
+    source = Path(shutil.copytree(GOLDEN / "mcore_llama", tmp_path / "megatron"))
+    (source / "config.json").write_text(json.dumps({**CONFIGS["mcore_llama"], "tie_word_embeddings": False}))
+    assert run("doctor", source) == 0
