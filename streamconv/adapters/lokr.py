@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streamconv.adapters.cores import core_factors
 from streamconv.adapters.folder import CONFIG
 from streamconv.adapters.kind import Kind, Layer, as_matrix, in_shape
 from streamconv.adapters.weights import ADDED, Weights
@@ -10,6 +11,7 @@ from streamconv.graph.ops import AddProducts, Kronecker, Zeros
 
 _FIRST, _SECOND = "lokr_w1", "lokr_w2"
 _HALVES = ("_a", "_b")
+_CORE = "lokr_t2"
 
 
 def _merge(layer: Layer, weights: Weights) -> None:
@@ -31,11 +33,16 @@ def _factor(layer: Layer, slot: str, rank: int) -> AnyNode:
     """One of the two matrices."""
     if slot in layer:
         return as_matrix(layer.take(slot))
-    left, right = (layer.take(f"{slot}{half}") for half in _HALVES)
+    above, beside = (f"{slot}{half}" for half in _HALVES)
+    if slot == _SECOND and _CORE in layer:
+        left, right = core_factors(layer, (_CORE, above, beside), rank)
+    else:
+        left, right = layer.take(above), layer.take(beside)
     if len(left.spec.shape) != 2 or len(right.spec.shape) != 2 or left.spec.shape[1] != rank or right.spec.shape[0] != rank:
         raise layer.refuse(f"{layer.key}: {left.spec} and {right.spec} are no factors of rank {rank}, which it is by {CONFIG}")
     shape = (left.spec.shape[0], right.spec.shape[1])
     return apply(AddProducts(shape, "float32", (rank,), 1.0), apply(Zeros("float32", shape)), left, right)
 
 
-KIND = Kind("LOKR", frozenset(f"{slot}{half}" for slot in (_FIRST, _SECOND) for half in ("", *_HALVES)), _merge)
+_SLOTS = frozenset(f"{slot}{half}" for slot in (_FIRST, _SECOND) for half in ("", *_HALVES))
+KIND = Kind("LOKR", _SLOTS | {_CORE}, _merge)

@@ -94,6 +94,28 @@ def test_products_of_products(tmp_path: Path) -> None:
     assert not made
 
 
+def test_cores_of_convolutions(tmp_path: Path) -> None:
+    """Kernels as cores contracted with matrices for their outputs and inputs."""
+    cores = [random_tensor(2, 2, 2, 2, seed=seed) for seed in (50, 51)]
+    outputs = [random_tensor(2, 4, seed=seed) for seed in (52, 53)]
+    inputs = [random_tensor(2, 3, seed=seed) for seed in (54, 55)]
+    kernels = [torch.einsum("ijkl,ip,jr->prkl", *parts) for parts in zip(cores, outputs, inputs, strict=True)]
+    tensors = {}
+    for place in range(2):
+        parts = {"t{}": cores[place], "w{}_a": outputs[place], "w{}_b": inputs[place]}
+        tensors |= {f"model.conv.hada_{slot.format(place + 1)}": tensor for slot, tensor in parts.items()}
+    made = changed(merged(tmp_path / "loha", tensors, peft_type="LOHA", alpha=3)[0])
+    torch.testing.assert_close(made.pop("model.conv.weight"), BASE["model.conv.weight"] + 1.5 * kernels[0] * kernels[1])
+    assert not made
+    first, small = random_tensor(2, 1, seed=56), outputs[0][:, :2]
+    tensors = {"lokr_w1": first, "lokr_t2": cores[0], "lokr_w2_a": small, "lokr_w2_b": inputs[0]}
+    tensors = {f"model.conv.{slot}": tensor for slot, tensor in tensors.items()}
+    made = changed(merged(tmp_path / "lokr", tensors, peft_type="LOKR", alpha=3)[0])
+    wanted = BASE["model.conv.weight"] + 1.5 * torch.kron(first[:, :, None, None], kernels[0][:2])
+    torch.testing.assert_close(made.pop("model.conv.weight"), wanted)
+    assert not made
+
+
 @pytest.mark.parametrize("kind", ["toy", "gpt_oss"])
 def test_experts(kind: str, tmp_path: Path) -> None:
     """In PEFT's order of axes, inputs before outputs where the model has it so."""
@@ -214,6 +236,11 @@ def test_more_words(tmp_path: Path) -> None:
         ({"model.experts.lora_A.weight": torch.ones(9, 5), "model.experts.lora_B.weight": torch.ones(6, 9)}, {}, "its rank is 2 by"),
         ({"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 6)}, {}, "trainable_token_indices of"),
         ({"model.q.lokr_w1": torch.ones(2, 2), "model.q.lokr_w2": torch.ones(4, 4)}, {"peft_type": "LOKR", "alpha": 1}, "make 8 x 8"),
+        (
+            {f"model.conv.hada_{slot}": torch.ones(2, 3) for slot in ("t1", "w1_a", "w1_b", "t2", "w2_a", "w2_b")},
+            {"peft_type": "LOHA", "alpha": 1},
+            "no core and factors of rank 2",
+        ),
         (
             {"model.q.lora_A.one.weight": torch.ones(2, 6), "model.q.lora_B.two.weight": torch.ones(8, 2)},
             {},
