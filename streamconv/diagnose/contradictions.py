@@ -197,8 +197,8 @@ def _check_shapes(text: Stated, specs: Mapping[str, TensorSpec]) -> Iterator[Fin
     }
     for pattern, (rows, key) in rows_of.items():
         name = next((match.string for match in layer_names if re.search(pattern, match.string)), None)
-        if name is None or rows is None or len(specs[name].shape) != 2 or not specs[name].dtype.floating:
-            continue  # what is packed has a shape of its own
+        if name is None or rows is None or len(specs[name].shape) != 2 or not specs[name].dtype.floating or f"{name}.absmax" in specs:
+            continue  # what is packed, in whatever dtype, has a shape of its own
         if specs[name].shape[0] not in (rows, 2 * rows):
             what = f"it has {specs[name].shape[0]} rows, {rows} follow from {key}"
             yield Finding(what, name, "loaders refuse the shape", "use the config of this model")
