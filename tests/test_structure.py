@@ -41,7 +41,7 @@ PACKAGES = {
     "engine": 890,  # bytes of one machine, tensors read side by side, what threads spend their time with
     "running": 2_480,  # runs of a plan, what shows while one is planned, the state of an output, executors, --check-load
     "merging": 785,  # what a file of mergekit says, by its lines; of tensors' names, layers, their kinds and tokens, and of arithmetic
-    "conversion": 1_550,  # options, calls; tensors in Python; to a plan or a stream; codes, as a whole, and numbers; configs from elsewhere
+    "conversion": 1_565,  # options, calls; tensors in Python; plans, streams; codes, as a whole, and numbers, who reads them; configs
     "changes": 380,  # what became of tensors from one checkpoint to another, how far they are from what they were, in words
     "advice": 500,  # what a checkpoint is, what people want, which options follow (or which config is missing), which recipes fit
     "diagnose": 1_370,  # what is said of checkpoints (ranks and Megatron's, too), and of adapters, by libraries that open them too
