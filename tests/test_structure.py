@@ -35,7 +35,7 @@ PACKAGES = {
     "schemes": 1_060,  # quantizations, what they say of single modules, the list that others add to, their names, experts in stacks
     "recipe": 1_520,  # the mechanism of recipes, with functions as steps, what config.json says afterwards with it
     "library": 1_130,  # what other libraries know, the op that runs their code, and the process in which four of them open checkpoints
-    "adapters": 573,  # what PEFT trains beside a model, a module for each kind (12 statements: kernels of convolutions as cores)
+    "adapters": 580,  # what PEFT trains beside a model, a module for each kind (12 statements: kernels of convolutions as cores)
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_110,  # nodes to plans
     "engine": 890,  # bytes of one machine, tensors read side by side, what threads spend their time with

@@ -22,12 +22,14 @@ class Layer:
         module: the name that the module had where it was trained, less the wrappers around it.
         depth: how many wrappers there are around it, of which this is the innermost but so many.
         keys: the names of its tensors, by what they are for it.
+        taken: which of them have been.
     """
 
     adapter: Adapter
     module: str
     depth: int
     keys: Mapping[str, str]
+    taken: set[str] = field(default_factory=set)
 
     def __contains__(self, slot: str) -> bool:
         return slot in self.keys
@@ -41,7 +43,14 @@ class Layer:
         """One of its tensors. Raises CoverageError where it has none."""
         if slot not in self.keys:
             raise self.refuse(f"{self.key} has no other half, {slot}: save the adapter again")
+        self.taken.add(slot)
         return self.adapter.tensors[self.keys[slot]]
+
+    def check_taken(self) -> None:
+        """Raises CoverageError where a tensor was not: beside the others, its kind has no use for it."""
+        for slot, key in self.keys.items():
+            if slot not in self.taken:
+                raise self.refuse(f"nothing uses {key} beside {', '.join(sorted(self.taken))}: save the adapter again")
 
     def refuse(self, problem: str) -> CoverageError:
         """The error that its adapter does not fit."""

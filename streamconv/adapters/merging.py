@@ -61,6 +61,7 @@ def merge(adapter: Adapter, weights: Weights) -> str:
             merge_tokens(layer, weights)
         if tokens.keys() != layer.keys.keys():
             kind.merge(layer, weights)
+        layer.check_taken()
     check_words(adapter, before, weights)
     weights.conclude(adapter.title)
     parts = [f"{len(contents.layers)} layers of {kind.name} are merged"] if contents.layers else []

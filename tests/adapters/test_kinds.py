@@ -237,6 +237,16 @@ def test_more_words(tmp_path: Path) -> None:
         ({"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 6)}, {}, "trainable_token_indices of"),
         ({"model.q.lokr_w1": torch.ones(2, 2), "model.q.lokr_w2": torch.ones(4, 4)}, {"peft_type": "LOKR", "alpha": 1}, "make 8 x 8"),
         (
+            {f"model.q.lokr_{slot}": torch.ones(size) for slot, size in (("w1", (2, 2)), ("w2", (4, 3)), ("w2_a", (4, 2)))},
+            {"peft_type": "LOKR", "alpha": 1},
+            "model.q.lokr_w2_a beside lokr_w1, lokr_w2",
+        ),
+        (
+            {**low_rank("model.q", 8, 6), "model.q.lora_embedding_A": torch.ones(2, 8), "model.q.lora_embedding_B": torch.ones(6, 2)},
+            {},
+            "model.q.lora_A.weight beside lora_embedding_A",
+        ),
+        (
             {f"model.conv.hada_{slot}": torch.ones(2, 3) for slot in ("t1", "w1_a", "w1_b", "t2", "w2_a", "w2_b")},
             {"peft_type": "LOHA", "alpha": 1},
             "no core and factors of rank 2",
