@@ -39,6 +39,12 @@ def adapt(options: Options, checkpoint: Checkpoint, casting: Casting, *, is_rena
     return merge_adapters(checkpoint, texts, dtype_of) if texts else None
 
 
+def note_uncounted(options: Options) -> list[str]:
+    """A note where what adapters change is quantized afterwards: codes are not compared with the base."""
+    is_uncounted = options.adapter and options.quantize
+    return ["how many weights the adapters change is not counted: they are quantized afterwards"] if is_uncounted else []
+
+
 def merge_adapters(checkpoint: Checkpoint, texts: Iterable[str], dtype_of: Recast) -> Altered:
     """A checkpoint with adapters, each a folder, perhaps with @WEIGHT, in order. Raises as `adapt` does."""
     if list(checkpoint.components) != [""]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streamconv import memory
 from streamconv.checkpoint.opening import Checkpoint, read_config
-from streamconv.conversion.adapters import adapt
+from streamconv.conversion.adapters import adapt, note_uncounted
 from streamconv.conversion.altered import Altered, account_for
 from streamconv.conversion.casting import Casting
 from streamconv.conversion.dequantizing import dequantize_as_asked
@@ -118,6 +118,7 @@ def make_plan(options: PlanOptions) -> Plan:
         else make_sidecars(checkpoint, beside, recipe, conversion, dtype, quantizations, is_elsewhere=options.sidecars_from is not None)
     )
     notes = [*checkpoint.contents.notes, *left_behind, *filter(None, [kept]), *note_ties(ties), *conversion.notes, *sidecar_notes]
+    notes += note_uncounted(options)
     notes += note_layouts(checkpoint, target, layouts, shard_limit)
     plan = compile_plan(
         conversion.outputs,

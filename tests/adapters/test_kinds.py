@@ -292,3 +292,10 @@ def test_how_many_weights_change_at_all(tmp_path: Path) -> None:
         {"kind": "model.q.weight", "tensors": 1, "weights": 48, "changed": 12},
     ]
     assert "adapters changed 12 of 96 weights (12.5%); the fewest: model.conv.weight 0.0%, model.q.weight 25.0%" in str(result)
+    cast = streamconv.convert(tmp_path / "src", tmp_path / "cast", adapter=[path], dtype="float16", max_memory=ROOMY, progress=False)
+    assert cast.summary()["changed"] == result.summary()["changed"]
+    name = "model.layers.0.self_attn.q_proj"
+    write(tmp_path / "wide", {f"{name}.weight": random_tensor(128, 128)}, config={"model_type": "llama"})
+    path = adapter(tmp_path / "other", low_rank(name, 128, 128))
+    plan = streamconv.plan(tmp_path / "wide", tmp_path / "codes", adapter=[path], quantize="fp8", max_memory=ROOMY)
+    assert "not counted: they are quantized afterwards" in " ".join(plan.notes)

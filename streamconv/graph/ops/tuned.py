@@ -48,17 +48,20 @@ class Tuned(Boxed):
         return numbers
 
     def change(self, region: Move, parts: Sequence[Values], out: Values) -> Loss | None:
-        """See `Compute.change`: how many elements of the weight are others in the output."""
+        """See `Compute.change`: how many elements of the weight, as one of the output's dtype, are others in the output."""
         import numpy as np
 
         from streamconv.graph.arrays import view
+        from streamconv.graph.casts import cast
 
-        if parts[0].dtype != out.dtype:
-            return None
         changed = 0
         for piece, box, items in self.boxes(region, parts, out):
             strides, start = places_in(piece, box)
             weight = np.ascontiguousarray(self.within(items[0].items, box))
+            if parts[0].dtype != out.dtype:
+                own = weight
+                weight = np.empty(own.shape, out.items.dtype)
+                cast(own, parts[0].dtype.name, weight, out.dtype.name)
             before = view(weight.reshape(-1), piece.sizes, strides, start)
             after = view(out.items, piece.sizes, piece.dst_strides, piece.dst)
             changed += int(np.count_nonzero(before != after))
