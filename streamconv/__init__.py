@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from streamconv.checkpoint.opening import Checkpoint
     from streamconv.checkpoint.opening import open_checkpoint as open  # noqa: A004 - streamconv.open(path)
     from streamconv.conversion.api import convert, merge, plan, verify
+    from streamconv.conversion.streaming import stream
     from streamconv.diagnose.doctor import doctor
     from streamconv.engine.comparison import Comparison
     from streamconv.planning.plan import Plan
     from streamconv.recipe import Drop, Make, Option, Recipe, Rule, Side, Tie
+    from streamconv.recipe.functions import step
     from streamconv.running.results import Result
     from streamconv.running.run import run
 

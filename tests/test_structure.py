@@ -363,3 +363,10 @@ def test_what_a_package_index_would_show(tmp_path):
     with tarfile.open(sdist) as archive:
         names = {member.partition("/")[2] for member in archive.getnames()}
     assert {"README.md", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "mkdocs.yml", "docs/index.md"} <= names
+
+
+def test_type_checkers_see_every_public_name():
+    tree = ast.parse(Path(streamconv.__file__).read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    assert {alias.asname or alias.name for node in imports for alias in node.names} >= streamconv._HOMES.keys()
