@@ -13,6 +13,7 @@ from streamconv.errors import CoverageError, UsageError
 from streamconv.graph.node import AnyNode, apply
 from streamconv.graph.ops import SharedScale
 from streamconv.library.model import placed_modules
+from streamconv.library.readers import note_unread
 from streamconv.notation.names import nearest
 from streamconv.recipe import Conversion
 from streamconv.rows import Row
@@ -26,8 +27,6 @@ from streamconv.schemes.repacking import is_decoded, repack
 from streamconv.text import did_you_mean
 
 OPTION, IGNORE = "--quantize", "--ignore"
-_EXPERT = re.compile(r"\.experts\.\d+\.")
-_EXPERTS_READ = ("FP8_DYNAMIC", "W8A16", "W4A16", "MXFP4A16")  # by compressed-tensors, of which transformers 5.24 reads experts rightly
 _DTYPES = ("float32", "float16", "bfloat16")
 _LEFT = re.compile(r"embed|norm|bias|router|head$|^(?:wte|wpe|gate|shared_expert_gate|score|classifier|output|shared)$", re.IGNORECASE)
 """Of the last part of a module's name: embeddings, norms, routers and heads, which the formats' own tools leave alone."""
@@ -142,10 +141,8 @@ def quantize(
     notes = [told] if repacked else []
     if stacks := sum(len(weight.node.spec.shape) == 3 for weight in chosen):
         notes.append(f"{stacks} stacks of experts stay so: transformers 5.24 reads their scales on GPUs, and leaves them out without one")
-    is_read = not preset.by_module or (preset.name in _EXPERTS_READ and not is_of(TRANSPOSED, config))
-    if not is_read and any(_EXPERT.search(weight.name) for weight in chosen):
-        notes.append(f"transformers 5.24 does not read experts that are quantized by {preset.name} in this model; compressed-tensors does")
     if preset.by_module:
+        notes += note_unread(preset, [weight.name for weight in chosen], config)
         names, missing = _names_of_readers(left, config)
         left += names
         notes += missing

@@ -179,3 +179,11 @@ def test_experts_that_transformers_does_not_read_are_told_of(tmp_path: Path, sch
     src = write(tmp_path / "src", {"model.layers.0.mlp.experts.gate_up_proj": stack}, config=config)
     report = streamconv.convert(src, tmp_path / "out", quantize=scheme, max_memory=ROOMY)
     assert any("transformers 5.24 does not read" in note for note in report.notes) == is_told
+
+
+@pytest.mark.parametrize(("scheme", "kind", "is_told"), [("W4A16", "t5", True), ("FP8_DYNAMIC", "t5", False), ("W4A16", "llama", False)])
+def test_models_that_transformers_does_not_open_are_told_of(tmp_path: Path, scheme: str, kind: str, is_told: bool) -> None:
+    """Where it initializes weights by name that packed codes do not have."""
+    src = write(tmp_path / "src", {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.randn(128, 128)}, config={"model_type": kind})
+    plan = streamconv.plan(src, tmp_path / "out", quantize=scheme, max_memory=ROOMY)
+    assert any("does not open a t5 quantized" in note for note in plan.notes) == is_told
