@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from streamconv.checkpoint.opening import Checkpoint
 from streamconv.conversion.dequantizing import config_of
 from streamconv.errors import CoverageError, StreamconvError
+from streamconv.schemes.configs import KEYS
 from streamconv.schemes.detection import find_quantization
 
-_SECTION = "quantization_config"
+_SECTION = KEYS[0]
 _LISTS = {"compressed-tensors": "ignore", "fp8": "modules_to_not_convert"}
 """The key of that by which methods list the modules of a model that are not quantized."""
 
@@ -57,7 +59,7 @@ class Weights:
                 lost = next(name for name in weight.tensors if name not in names)
                 _fail(f"{left_out}: {stay[0]} stays without {lost}, which are of one quantized weight: name both")
             together = [*stay, *(name for name in weight.beside if stay and name in names)]
-            start = _count_alike(together)
+            start = len(os.path.commonprefix(together))  # noqa: RUF071 - of characters: ``weight`` and ``weight_scale``
             for name in together[1:]:
                 if names[name].removesuffix(name[start:]) != names[stay[0]].removesuffix(stay[0][start:]):
                     news = f"would be {names[stay[0]]} and {names[name]}"
@@ -78,12 +80,6 @@ class Weights:
             stay = [name for name in weight.tensors if name not in names]
             if stay and (len(stay) < len(weight.tensors) or weight.target in names):
                 _fail(f"{option}: {weight.target} is quantized in SRC, and {stay[0]} would stay of it: graft all that it is stored as")
-
-
-def _count_alike(names: Sequence[str]) -> int:
-    """With how many characters all of some names begin."""
-    ends = min(names, default=""), max(names, default="")
-    return next((k for k, (one, other) in enumerate(zip(*ends, strict=False)) if one != other), len(ends[0]))
 
 
 def _fail(problem: str) -> None:
