@@ -120,7 +120,7 @@ class AddProducts(Tuned):
         super().prepare(inputs)
         np.matmul(np.zeros((_HIGH, _LEAST), np.float32), np.zeros((_LEAST, _WIDE), np.float32))
 
-    def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:  # noqa: ARG002
+    def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:
         """See `Boxed.decode`."""
         import numpy as np
 
@@ -131,7 +131,7 @@ class AddProducts(Tuned):
             for rank in self.ranks:
                 factor = next(others)
                 first = _matrix(factor, number)
-                other = self._product(first, _matrix(next(others), number)) if rank else first.astype(np.float32)
+                other = self._product(first, _matrix(next(others), number), box) if rank else first.astype(np.float32)
                 product = other if product is None else np.multiply(product, other, out=product)
             assert product is not None
             np.multiply(product, np.float32(self.scale), out=product)
@@ -159,21 +159,32 @@ class AddProducts(Tuned):
             high //= 2
         return high, wide
 
-    def _product(self, ups: Array, downs: Array) -> Array:
-        """A product, of whole blocks of one size with zeros behind what there is: libraries add those up in one order."""
+    def _product(self, ups: Array, downs: Array, box: Box) -> Array:
+        """A product, of whole blocks of one size with zeros around what there is, in which each element has its place.
+
+        In which order libraries add up depends on the sizes, and on the place.
+        """
         import numpy as np
 
-        (height, rank), width = ups.shape, downs.shape[1]
-        high, wide = self._block(rank)
-        tall = np.zeros((-(-height // high) * high, rank), np.float32)
-        broad = np.zeros((rank, -(-width // wide) * wide), np.float32)
-        tall[:height], broad[:, :width] = ups, downs
+        high, wide = self._block(ups.shape[1])
+        rows, tall_size = _places(box.rows, high)
+        columns, broad_size = _places(box.columns, wide)
+        tall = np.zeros((tall_size, ups.shape[1]), np.float32)
+        broad = np.zeros((ups.shape[1], broad_size), np.float32)
+        tall[rows], broad[:, columns] = ups, downs
         product = np.empty((len(tall), broad.shape[1]), np.float32)
         for top in range(0, len(tall), high):
             for left in range(0, broad.shape[1], wide):
-                rows, columns = slice(top, top + high), slice(left, left + wide)
-                np.matmul(tall[rows], broad[:, columns], out=product[rows, columns])
-        return product[:height, :width]
+                down, across = slice(top, top + high), slice(left, left + wide)
+                np.matmul(tall[down], broad[:, across], out=product[down, across])
+        return product[rows, columns]
+
+
+def _places(elements: range, size: int) -> tuple[slice, int]:
+    """Where elements along an axis are from the block of ``size`` on in which the first is, and the size of the blocks that hold all."""
+    first = elements.start % size
+    stop = first + elements[-1] + 1 - elements.start
+    return slice(first, stop, elements.step), -(-stop // size) * size
 
 
 @dataclass(frozen=True)
@@ -312,7 +323,8 @@ class Magnify(AddProducts):
         import numpy as np
 
         *others, magnitudes = items[:-1] if self.columns else items
-        numbers, _ = super().decode(others, box)
+        whole = box if self.columns else replace(box, columns=range(self.shape[-1]))
+        numbers, _ = super().decode(others, whole)
         if self.columns:
             norms = _numbers(items[-1])
         else:
