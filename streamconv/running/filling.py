@@ -279,7 +279,7 @@ class LocalEngine:
         """Makes a complete file durable and gives it its name."""
         path, name, size = self._path(number), self._plan.files[number].path, self._plan.files[number].size
         temporary = partial(path, self._suffix)
-        with self._targets.use(str(temporary)) as fd:
+        with self._targets.settled(str(temporary)) as fd:
             self._seal(number, str(temporary), fd)
             os.fsync(fd)
         self._check_sources(set(find_reads(self._plan, self._plan.files[number])))
@@ -354,7 +354,7 @@ class LocalEngine:
             names = {file: self._plan.files[file].path for file in pending}
             done = {file: places for file, places in pending.items() if names[file] not in self._log.finished}
             for file in done:
-                with self._targets.use(str(self._partial(file))) as fd:
+                with self._targets.settled(str(self._partial(file))) as fd:
                     getattr(os, "fdatasync", os.fsync)(fd)
             if done:
                 self._log.record({names[file]: places for file, places in done.items()})

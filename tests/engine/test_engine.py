@@ -10,7 +10,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 
 import streamconv
 from streamconv.dtypes import DTYPES, TensorSpec
-from streamconv.engine import check, direct, io, order
+from streamconv.engine import check, direct, edges, io, order
 from streamconv.engine.check import OutputCheck
 from streamconv.engine.direct import LEAST, allocate, open_direct
 from streamconv.engine.io import BUFFER, CHUNK, PositionedReader, filled
@@ -42,6 +43,7 @@ from streamconv.planning.plan import Copy, Plan
 from streamconv.running import filling
 from streamconv.running.filling import LocalEngine
 from streamconv.running.log import Log
+from streamconv.threads import run_threads
 
 SIZE = 4 * CHUNK + 12_345
 DATA = random.Random(0).randbytes(SIZE)
@@ -198,22 +200,93 @@ def test_a_direct_write_changes_only_its_range(stored: Path, monkeypatch: pytest
     for offset, length in RANGES:
         with files.open(str(stored), reader.buffer, keeps_holes=False) as writer:
             writer.write(data[:length], offset)
-        expected[offset : offset + length] = data[:length]
+        with files.settled(str(stored)):  # what comes next is of the same bytes
+            expected[offset : offset + length] = data[:length]
         placed = in_place(offset, length)
         placed[:] = data[1 : length + 1]
         with files.open(str(stored), reader.buffer, keeps_holes=False) as writer:
             writer.write(placed, offset)
-        expected[offset : offset + length] = placed
+        with files.settled(str(stored)):
+            expected[offset : offset + length] = placed
     buffer = reader.buffer()
     for at, length, offset in ((0, CHUNK, BLOCK), (7, CHUNK, 3 * BLOCK - 5), (BLOCK, CHUNK - 1, 5 * BLOCK)):  # from the buffer itself
         buffer[at : at + length] = data[:length]
         with files.open(str(stored), reader.buffer, keeps_holes=False) as writer:
             writer.write(buffer[at : at + length], offset)
-        expected[offset : offset + length] = data[:length]
+        with files.settled(str(stored)):
+            expected[offset : offset + length] = data[:length]
     files.close()
     assert stored.read_bytes() == expected
     make_cold(stored)
     assert stored.read_bytes() == expected
+
+
+@pytest.mark.parametrize("most", [256, 1])
+def test_blocks_that_ranges_share_are_written_once(stored: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Whichever range comes first, from any thread, and whenever the file is synced meanwhile."""
+    monkeypatch.setattr(edges, "MOST", most)
+    rng, files = random.Random(2), LocalFiles(2, is_direct=True)
+    cuts = sorted({rng.randrange(0, SIZE, 2 * LEAST) + rng.randrange(LEAST) for _ in range(12)} | {5, SIZE})
+    ranges = list(pairwise(cuts))
+    rng.shuffle(ranges)
+    data = memoryview(rng.randbytes(SIZE))
+    through_cache: list[int] = []
+
+    def pwrite(fd: int, view: memoryview, offset: int) -> int:
+        if not is_direct(fd):
+            through_cache.append(offset)
+        return write_at(fd, view, offset)
+
+    write_at = os.pwrite
+    monkeypatch.setattr(os, "pwrite", pwrite)
+
+    def work(queue: Iterator[tuple[int, int]]) -> None:
+        reader = PositionedReader()
+        for start, stop in queue:
+            with files.open(str(stored), reader.buffer, keeps_holes=False) as writer:
+                writer.write(data[start:stop], start)
+
+    run_threads(3, work, ranges[:-2], threading.Event())
+    unsynced = set(through_cache)
+    with files.settled(str(stored)):
+        pass
+    run_threads(3, work, ranges[-2:], threading.Event())
+    with files.settled(str(stored)) as fd:
+        assert os.pread(fd, SIZE, 5) == data[5:]
+    files.close()
+    make_cold(stored)
+    assert stored.read_bytes() == DATA[:5] + data[5:]
+    if most > 1:
+        assert unsynced <= {start for start, stop in ranges if stop - start < LEAST}
+
+
+@given(st.data())
+def test_edges_hand_on_all_bytes(data: st.DataObject) -> None:
+    """In parts of any order, of blocks that are whole in the end or not, settled at any time."""
+    size = 3 * BLOCK
+    cuts = sorted({0, size} | data.draw(st.sets(st.integers(1, size - 1), max_size=8)) | {BLOCK, 2 * BLOCK})
+    parts = data.draw(st.permutations(list(pairwise(cuts))))
+    whole, made, own = random.Random(3).randbytes(size), bytearray(size), edges.Edges()
+    written: list[int] = []
+
+    def write_to(view: memoryview, offset: int) -> None:
+        made[offset : offset + len(view)] = view
+        written.append(len(view))
+
+    left_out = data.draw(st.integers(0, len(parts) - 1))
+    times = data.draw(st.sets(st.integers(0, len(parts))))
+    for number, (start, stop) in enumerate(parts):
+        if number in times:
+            own.settle(write_to)
+        if number != left_out:
+            own.add(memoryview(whole)[start:stop], start, write_to)
+    if not times:
+        assert set(written) <= {BLOCK}
+    own.settle(write_to)
+    start, stop = parts[left_out]
+    assert made == whole[:start] + bytes(stop - start) + whole[stop:]
+    own.settle(write_to)
+    assert not own._blocks
 
 
 @given(st.lists(st.booleans(), max_size=6), st.integers(0, 15))

@@ -182,17 +182,12 @@ def test_a_source_still_needed_must_not_change(source, tmp_path, monkeypatch, ca
 
 def test_what_was_written_wrongly_is_not_paid_for_with_the_source(source, tmp_path, monkeypatch):
     before = read_tree(source)
-    real = filling.LocalEngine._copy
 
-    def copy(engine: filling.LocalEngine, number: int, segment: object) -> int:
-        done = real(engine, number, segment)
-        with Path(filling.partial(engine._path(number))).open("r+b") as file:
-            file.seek(-2, os.SEEK_END)
-            file.write(b"??")
-        return done
+    def spoil(engine: filling.LocalEngine, number: int, path: str, fd: int) -> None:
+        os.pwrite(fd, b"??", os.fstat(fd).st_size - 2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(filling.LocalEngine, "_copy", copy)
+        patch.setattr(filling.LocalEngine, "_seal", spoil)
         assert run("convert", source, tmp_path / "dst", *RECLAIM, "-j", "1") == 3
     assert read_tree(source) == before
     assert run("convert", source, tmp_path / "dst", *RECLAIM, "--resume") == 0
