@@ -94,12 +94,19 @@ def look_up(numbers: Array, table: Array) -> Array:
     """
     *outer, last = numbers.shape
     values = _scratch.of(0, (*outer, last * table.itemsize // 4), np.float32)
-    np.take(table, as_indices(numbers), out=values.view(table.dtype), mode="clip")
+    np.take(table, indices(numbers), out=values.view(table.dtype), mode="clip")
     return values
 
 
-def as_indices(numbers: Array) -> Array:
-    """Numbers as indices, in scratch memory that is also where `narrow` has its own: half as many as a piece has elements."""
+def indices(numbers: Array, begins: Array | None = None) -> Array:
+    """Numbers as indices, in scratch memory that is also where `narrow` has its own: half as many as a piece has elements.
+
+    Args:
+        numbers: unsigned integers.
+        begins: what is added to them first, as wide as it takes.
+    """
+    if begins is not None:
+        numbers = np.add(numbers, begins, out=_scratch.of(2, numbers.shape, begins.dtype.type))
     indices = _scratch.of(1, numbers.shape, np.intp)
     np.copyto(indices, numbers)
     return indices

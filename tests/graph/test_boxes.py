@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from streamconv.dtypes import DTYPES, TensorSpec
@@ -16,8 +17,9 @@ from streamconv.graph.arena import Arena
 from streamconv.graph.evaluate import arena_bytes, evaluate, reads
 from streamconv.graph.moves import Move, identity
 from streamconv.graph.node import AnyNode, Extent, Source, apply
-from streamconv.graph.ops import AddProducts, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles
+from streamconv.graph.ops import AddProducts, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles, Magnify, tabulated
 from streamconv.graph.ops.boxes import Boxed
+from streamconv.graph.ops.tabulated import Table, Tabulated
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -248,3 +250,88 @@ def test_lines_of_a_wide_matrix_are_not_cut():
     for region in (identity(4_000_000, 7), identity(20_000), identity(100)):
         assert list(op.cut(region, inputs)) == [region]
     assert op.reach(100, inputs)[2] < 16 * 20_000
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_what_is_looked_up_is_what_is_computed(data: st.DataObject) -> None:
+    """Of regions of whole blocks in their order, of any scales, those that are infinite or NaN, too."""
+    rng, per = rng_of(data), data.draw(st.sampled_from([1, 2, 4]))
+    stack = data.draw(st.sampled_from([(), (3,)]))
+    rows, blocks, block = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5)), 32 * data.draw(st.integers(1, 2))
+    shape, dtype = (*stack, rows, blocks * block), data.draw(st.sampled_from(["bfloat16", "float16", "float32"]))
+    stored, counts = Stored(), (*stack, rows, blocks)
+    octets = rng.integers(0, 256, (*stack, rows, blocks * block // per), np.uint8)
+    shared, is_any = "", data.draw(st.booleans())
+
+    def some(count: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Any scales of as many, or such as are about one."""
+        return rng.integers(0 if is_any else count * 7 // 16, count if is_any else count * 7 // 16 + 9, shape, np.uint16)
+
+    op: Tabulated
+    if data.draw(st.booleans()):
+        scales = data.draw(st.sampled_from([np.float16, BF16]))
+        inputs = [stored.add(octets.view(np.int32)), stored.add(some(1 << 16, counts).view(scales))]
+        op = DequantizeIntegers(shape, dtype, 8 // per, "columns", (1, block), "", 1 << 8 // per - 1)
+    else:
+        per, codes = (2, "float4_e2m1fn") if per == 2 else (1, "float8_e4m3fn")
+        shape = (*stack, rows, octets.shape[-1] * per)
+        block = shape[-1] // blocks
+        shared = data.draw(st.sampled_from(["", "multiplies"]))
+        kind = data.draw(st.sampled_from([ml_dtypes.float8_e8m0fnu, ml_dtypes.float8_e4m3fn]))
+        inputs = [stored.add(octets), stored.add(some(1 << 8, counts).astype(np.uint8).view(kind))]
+        inputs += [stored.add(np.array([np.float32(1.25)]))] if shared else []
+        op = DequantizeFloats(shape, dtype, codes, (1, block), data.draw(st.sampled_from(["", "float32"])) if not shared else "", shared)
+    node, numel = apply(op, *inputs), int(np.prod(shape))
+    first = data.draw(st.integers(0, numel // shape[-1] - 1)) if not stack else 0
+    move = identity(numel - first * shape[-1], first * shape[-1])
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        look_up = Tabulated._look_up
+        patch.setattr(Tabulated, "_look_up", lambda *given: found.append(look_up(*given)) or found[-1])
+        patch.setattr(tabulated, "_SHARE", data.draw(st.sampled_from([1, 1e-6, 1e-6])))
+        patch.setattr(tabulated, "_PIECE", data.draw(st.sampled_from([1 << 16, 40])))
+        looked_up = region_of(node, stored, move)
+        patch.setattr(Tabulated, "_look_up", lambda *_: False)
+        assert looked_up.tobytes() == region_of(node, stored, move).tobytes()
+    assert len(found) == 1
+    event(f"looked up: {found[0]}")
+
+
+def test_scales_that_come_again_are_looked_up_and_others_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table is one of all tensors of a kind, and takes no more scales than it has room for, nor any that makes values too large."""
+    monkeypatch.setattr(tabulated, "_TABLE", 8 * 256 * 4)
+    op = DequantizeFloats((1, 1 << 12), "bfloat16", "float4_e2m1fn", (1, 1 << 12), "float32")
+    table = Table(op._of_a_byte, "uint8", "bfloat16")
+    values = np.linspace(1, 2, 9, dtype=np.float32).astype(BF16).view(np.uint16)
+    rows = table.rows_of(values[[0, 3, 0]], 1 << 12)
+    assert rows is not None
+    assert rows[0] == rows[2] != rows[1]
+    assert table.rows_of(values[:1], 0) is not None
+    assert table.rows_of(values[1:2], 511) is None
+    large = np.array([60_000], np.float32).astype(BF16).view(np.uint16)  # six times that is no float16
+    with np.errstate(over="ignore"):
+        assert Table(replace(op._of_a_byte, dtype="float16"), "uint8", "bfloat16").rows_of(large, 1 << 12) is None
+    assert table.rows_of(values[:8], 1 << 12) is not None
+    assert table.rows_of(values, 1 << 12) is None
+    pairs = table.items.reshape(-1, 256)[rows[1] // 256].view(np.uint16).view(BF16).reshape(256, 2)
+    assert pairs[0x21].tolist() == [np.float32(0.5) * values.view(BF16)[3], np.float32(1) * values.view(BF16)[3]]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_products_are_the_same_in_any_region(data: st.DataObject) -> None:
+    """To the last bit: in which order BLAS adds up depends on the processor, and on where in a block an element is."""
+    rng, rank, shape = rng_of(data), data.draw(st.sampled_from([3, 16, 70])), (45, 150)
+    stored = Stored()
+    weight, up, down = (rng.standard_normal(sizes, np.float32) for sizes in (shape, (shape[0], rank), (rank, shape[1])))
+    inputs = [stored.add(array) for array in (weight, up, down)]
+    op = AddProducts(shape, "float32", (rank,), 0.7)
+    expected = region_of(apply(op, *inputs), stored, identity(weight.size)).reshape(shape)
+    assert np.allclose(expected.view(np.float32), weight + np.float32(0.7) * (up @ down), atol=1e-4)
+    check(data, op, stored, inputs, expected)
+    lines = rng.uniform(0.5, 2, (shape[0], 1)).astype(np.float32)
+    magnified = Magnify(shape, "float32", (rank,), 0.7)
+    inputs.append(stored.add(lines))
+    whole = region_of(apply(magnified, *inputs), stored, identity(weight.size)).reshape(shape)
+    check(data, magnified, stored, inputs, whole)

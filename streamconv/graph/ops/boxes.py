@@ -220,10 +220,17 @@ class Boxed(Rounding):
             bounds.append(min(spec.numel, max(2 * dense + each * min(numel, _FEW), whole)))
         return bounds
 
+    def piece(self, inputs: Sequence[TensorSpec] | Sequence[Values]) -> int:  # noqa: ARG002
+        """How many elements are decoded at once, of such inputs."""
+        from streamconv.graph.casts import PIECE
+
+        return PIECE
+
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:
         from streamconv.graph.casts import PIECE
 
-        return super().scratch(inputs) + 24 * PIECE  # codes, scales and numbers of a piece, and what they are on the way
+        piece = self.piece(inputs)  # of which there are codes, scales and numbers, and what they are on the way
+        return super().scratch(inputs) * piece // PIECE + 24 * piece
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
         import numpy as np
@@ -241,20 +248,18 @@ class Boxed(Rounding):
 
     def boxes(self, region: Move, parts: Sequence[Values], out: Values | None = None) -> Iterator[tuple[Piece, Box, list[Values]]]:
         """A region piece by piece: each with its box, and the items of each input that the box takes; pieces lie as ``out`` does."""
-        from streamconv.graph.casts import PIECE
-
         if out is not None:
             region = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
         pieces = list(self._pieces(region))
         around, grids = self._around(pieces), self.grids
         wholes = [grid.items_of(around) for grid in grids]
-        units = self.units
+        units, most = self.units, self.piece(parts)
         while pieces:
             piece = pieces.pop()
             box = self._around([piece])
             around_items = [grid.items_of(box) for grid in grids]
             numel = self.size_of(box, around_items)
-            if numel > PIECE and len(smaller := piece.parts(-(-numel // PIECE), units)) > 1:
+            if numel > most and len(smaller := piece.parts(-(-numel // most), units)) > 1:
                 pieces += smaller
                 continue
             items = []

@@ -38,6 +38,11 @@ class UnpackIntegers(DequantizeIntegers):
     def grids(self) -> tuple[Grid, ...]:
         return (self._lie(Grid(stack_of(self.shape)), self.along),)
 
+    @property
+    def per_byte(self) -> int:
+        """See `Tabulated.per_byte`: there are no scales."""
+        return 0
+
     def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:
         import numpy as np
 

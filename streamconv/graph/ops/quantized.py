@@ -12,6 +12,7 @@ from streamconv.dtypes import BLOCK_TYPES, CASTABLE, DTYPES, TensorSpec
 from streamconv.errors import CoverageError
 from streamconv.graph.ops.boxes import Box, Boxed, Grid, Sizes, Step
 from streamconv.graph.ops.op import Values
+from streamconv.graph.ops.tabulated import Tabulated
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -47,7 +48,7 @@ def _filling(bits: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class DequantizeIntegers(Boxed):
+class DequantizeIntegers(Tabulated):
     """Integers less their zero points, times their scales, in the dtype of the scales; then rounded to ``dtype``.
 
     The inputs are the codes, the scales of blocks, the zero points, if there are any, and, if there is an ``index``, the number of the
@@ -120,6 +121,11 @@ class DequantizeIntegers(Boxed):
         if along == ROWS:
             return Grid((count, -(-down * self.bits // WORD), across), _in_words(rows, per, words), columns)
         return Grid((count, down, -(-across * self.bits // WORD)), rows, _in_words(columns, per, words))
+
+    @property
+    def per_byte(self) -> int:
+        """See `Tabulated.per_byte`."""
+        return 0 if self.along != COLUMNS or self.bits not in {2, 4, 8} or self.zeros or self.index else 8 // self.bits
 
     def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:
         import numpy as np
@@ -197,7 +203,7 @@ def _in_words(step: Step, per: int, words: int) -> Step:
 
 
 @dataclass(frozen=True)
-class DequantizeFloats(Boxed):
+class DequantizeFloats(Tabulated):
     """Codes of a small type times the scale of their block, rounded to ``through``, then to ``dtype``.
 
     The inputs are the codes, the scales, and, if there is a ``shared`` one, a scale of all scales. Products and quotients are float32.
@@ -249,6 +255,12 @@ class DequantizeFloats(Boxed):
         lying = Grid((stack[0], stack[1], -(-stack[2] // count) * nbytes), columns=Step(count, nbytes))
         shared = Grid((1, 1, 1), Step(stack[1]), Step(stack[2]))
         return (lying, blocks_of(self.shape, self.block), *([shared] if self.shared else []))
+
+    @property
+    def per_byte(self) -> int:
+        """See `Tabulated.per_byte`: what int8 stands for is made as quickly."""
+        count, nbytes = self._packing
+        return count if nbytes == 1 and self.codes != "int8" else 0
 
     def decode(self, items: Sequence[Values], box: Box) -> tuple[Array, float]:
         import numpy as np
