@@ -97,23 +97,19 @@ def anonymous_of(process: int) -> int:
     return _status(Path(f"/proc/{process}/status")).get("RssAnon", 0)
 
 
-def allocate_pages(nbytes: int, *, end_at_huge_page: bool = False) -> memoryview:
-    """``nbytes`` of zeros that begin at a block, and lie in huge pages as far as they fill them and the system has some.
+def allocate_pages(nbytes: int) -> memoryview:
+    """``nbytes`` of zeros that begin at a huge page, and lie in such pages as far as they fill them and the system has some.
 
-    They begin, or end but for less than a block, at a huge page. A disk takes so many pieces of memory in a request: 254 small pages are
-    1 MB, a huge page is a single piece.
+    A disk takes so many pieces of memory in a request: 254 small pages are 1 MB, a huge page is a single piece.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(mmap.mmap(-1, max(nbytes, 1), **PRIVATE))[:nbytes]
-    pages = mmap.mmap(-1, nbytes + 2 * HUGE_PAGE, **PRIVATE)
-    first = -address_of(pages) % HUGE_PAGE
-    short = -nbytes % HUGE_PAGE // BLOCK * BLOCK if end_at_huge_page else 0
-    start, filled = first + short, (short + nbytes) // HUGE_PAGE * HUGE_PAGE
-    lead = HUGE_PAGE if short else 0
+    pages = mmap.mmap(-1, nbytes + HUGE_PAGE, **PRIVATE)
+    first, filled = -address_of(pages) % HUGE_PAGE, nbytes // HUGE_PAGE * HUGE_PAGE
     with suppress(OSError):  # a kernel without them
-        if filled > lead:
-            pages.madvise(mmap.MADV_HUGEPAGE, first + lead, filled - lead)
-    return memoryview(pages)[start : start + nbytes]
+        if filled:
+            pages.madvise(mmap.MADV_HUGEPAGE, first, filled)
+    return memoryview(pages)[first : first + nbytes]
 
 
 def address_of(buffer: memoryview | mmap.mmap) -> int:

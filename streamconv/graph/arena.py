@@ -46,7 +46,7 @@ class Arena:
     def __init__(self, nbytes: int, begin: Begin = do_now, *, measures: bool = False) -> None:
         self.begin, self.overflowed, self.measures = begin, 0, measures
         self.loss: Loss | None = None
-        memory = allocate_pages(nbytes, end_at_huge_page=True)  # where what is read into most lies: scratch is given out last
+        memory = allocate_pages(nbytes)
         self._array: Array = np.frombuffer(memory, dtype=np.uint8)
         self._used = 0
 

@@ -116,8 +116,9 @@ class Table:
         self._op, self._codes, self._scales, self._beside = op, DTYPES[codes], DTYPES[scales], beside
         width, numbers = op.per_byte * DTYPES[op.dtype].itemsize, 1 << 8 * self._scales.nbytes
         self._most = min(_TABLE // (_OCTETS * width), numbers)
-        self._rows = np.zeros(numbers, np.min_scalar_type(self._most * _OCTETS - 1))
-        self._is_known = np.zeros(numbers, np.bool_)
+        dtype = np.min_scalar_type(self._most * _OCTETS - 1)
+        self._unknown = np.iinfo(dtype).max  # where no row begins
+        self._rows = np.full(numbers, self._unknown, dtype)
         self.items: Array = np.empty(self._most * _OCTETS, f"u{width}")
         self.items.fill(0)  # so that it takes its memory now
         self._count, self._lock = 0, threading.Lock()
@@ -131,12 +132,13 @@ class Table:
         """
         import numpy as np
 
-        if not self._is_known[scales].all():
+        rows: Array = self._rows.take(scales)
+        if rows.max() == self._unknown:
             with self._lock:
-                new = np.unique(scales[~self._is_known[scales]])
+                new = np.unique(scales[self._rows[scales] == self._unknown])
                 if len(new) > self._most - self._count or len(new) * self._op.shape[1] > most or not self._add(new):
                     return None
-        rows: Array = self._rows[scales]
+            rows = self._rows.take(scales)
         return rows
 
     def _add(self, scales: Array) -> bool:
@@ -160,7 +162,6 @@ class Table:
             first = self._count + start
             self.items[first * _OCTETS :][: len(some) * _OCTETS] = made.reshape(-1).view(self.items.dtype)
         self._rows[scales] = np.arange(self._count, self._count + len(scales)) * _OCTETS
-        self._is_known[scales] = True
         self._count += len(scales)
         return True
 
