@@ -15,7 +15,7 @@ from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.graph import casts, codes
 from streamconv.graph.arena import Arena
 from streamconv.graph.evaluate import arena_bytes, evaluate, reads
-from streamconv.graph.moves import Move, identity
+from streamconv.graph.moves import Move, identity, packed_strides
 from streamconv.graph.node import AnyNode, Extent, Source, apply
 from streamconv.graph.ops import AddProducts, DequantizeFloats, DequantizeIntegers, DequantizeQuantiles, Magnify, tabulated
 from streamconv.graph.ops.boxes import Boxed
@@ -285,6 +285,11 @@ def test_what_is_looked_up_is_what_is_computed(data: st.DataObject) -> None:
     node, numel = apply(op, *inputs), int(np.prod(shape))
     first = data.draw(st.integers(0, numel // shape[-1] - 1)) if not stack else 0
     move = identity(numel - first * shape[-1], first * shape[-1])
+    if data.draw(st.booleans()):  # of all, its axes in another order
+        order = data.draw(st.permutations(range(len(shape))))
+        strides = packed_strides(shape)
+        sizes = tuple(shape[axis] for axis in order)
+        move = Move(sizes, 0, packed_strides(sizes), 0, tuple(strides[axis] for axis in order))
     found = []
     with pytest.MonkeyPatch.context() as patch:
         look_up = Tabulated._look_up

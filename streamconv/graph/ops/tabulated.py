@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from streamconv.dtypes import DTYPES, TensorSpec
-from streamconv.graph.moves import Move
+from streamconv.graph.moves import Move, packed_strides
 from streamconv.graph.ops.boxes import Box, Boxed
 from streamconv.graph.ops.op import Values
 
@@ -71,29 +71,34 @@ class Tabulated(Boxed):
         return replace(self, shape=row, block=row)  # type: ignore[type-var]
 
     def _look_up(self, region: Move, parts: Sequence[Values], out: Values) -> bool:
-        """Has a region of whole blocks in their order looked up; False where it is none, or something speaks against it."""
-        import numpy as np
-
-        from streamconv.graph.casts import indices
-
+        """Has a region of whole blocks, one after the other, looked up; False where it is none, or something speaks against it."""
         if not self._is_narrow(parts):
             return False
-        codes, scales = (part.items for part in parts[:2])
-        is_in_order = region.simplify().run == region.numel and out.items.flags.c_contiguous
+        import numpy as np
+
+        codes, scales = (part.items.reshape(-1) for part in parts[:2])
+        order = sorted(range(len(region.sizes)), key=lambda axis: -region.src_strides[axis])
+        sizes, strides = (tuple(values[axis] for axis in order) for values in (region.sizes, region.src_strides))
+        is_in_order = Move(sizes, 0, packed_strides(sizes), region.src, strides).simplify().run == region.numel
         is_whole = scales.size * self.block[1] == region.numel == codes.nbytes * self.per_byte
         if not (is_in_order and is_whole and region.numel):
             return False
         names = parts[0].dtype.name, parts[1].dtype.name
         table = Table(self._of_a_byte, *names, parts[2:]) if len(parts) > 2 else _table_of(self._of_a_byte, *names)
-        rows = table.rows_of(scales.reshape(-1), region.numel // _SHARE)
+        rows = table.rows_of(scales, region.numel // _SHARE)
         if rows is None:
             return False
-        octets = codes.reshape(-1).view(np.uint8).reshape(len(rows), -1)
-        target = out.items.reshape(-1).view(table.items.dtype).reshape(octets.shape)
-        step = max(1, _PIECE // octets.shape[1])
-        for start in range(0, len(rows), step):
-            piece = slice(start, start + step)
-            table.items.take(indices(octets[piece], rows[piece, None]), out=target[piece], mode="wrap")
+        target = out.items.transpose(order)
+        target = target.reshape(len(rows), -1) if target.flags.c_contiguous else target.squeeze()
+        lines, rest = divmod(len(rows), len(target))  # blocks of what is written at a time
+        if rest or lines * self.block[1] > self.piece(parts):
+            return False
+        octets = codes.view(np.uint8).reshape(len(rows), -1)
+        step = max(1, _PIECE // (lines * octets.shape[1]))
+        for start in range(0, len(target), step):
+            piece = target[start : start + step]
+            blocks = slice(start * lines, (start + len(piece)) * lines)
+            table.take(octets[blocks], rows[blocks], piece)
         return True
 
 
@@ -140,6 +145,16 @@ class Table:
                     return None
             rows = self._rows.take(scales)
         return rows
+
+    def take(self, octets: Array, rows: Array, target: Array) -> None:
+        """Has what the bytes of some blocks stand for in ``target``, by where their rows begin."""
+        from streamconv.graph.casts import indices
+
+        places = indices(octets, rows[:, None])
+        if target.flags.c_contiguous:
+            self.items.take(places, out=target.reshape(-1).view(self.items.dtype).reshape(places.shape), mode="wrap")
+        else:
+            target[...] = self.items.take(places).view(target.dtype).reshape(target.shape)
 
     def _add(self, scales: Array) -> bool:
         """Makes what is looked up for some scales; False, and nothing is, where that is infinite."""
