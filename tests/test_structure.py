@@ -28,7 +28,7 @@ PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
     "storage": 1_690,  # where files are; most of it is what servers need, parts of one file on their way at a time, and what is held
-    "graph": 3_115,  # nodes, ops (630 statements of adapters, merges and functions), how regions are made, numbers, codes, what is lost
+    "graph": 3_100,  # nodes, ops (630 statements of adapters, merges and functions), how regions are made, numbers, codes, what is lost
     "formats": 2_390,  # containers and all that is known of their names, the machine for pickles and its records, what files of others are
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds

@@ -229,8 +229,8 @@ class Boxed(Rounding):
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:
         from streamconv.graph.casts import PIECE
 
-        piece = self.piece(inputs)  # of which there are codes, scales and numbers, and what they are on the way
-        return super().scratch(inputs) * piece // PIECE + 24 * piece
+        # of a piece codes, scales and numbers, and what they are on the way
+        return (super().scratch(inputs) + 24 * PIECE) * self.piece(inputs) // PIECE
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
         import numpy as np

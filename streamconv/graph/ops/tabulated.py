@@ -50,8 +50,7 @@ class Tabulated(Boxed):
 
     def piece(self, inputs: Sequence[TensorSpec] | Sequence[Values]) -> int:
         """See `Boxed.piece`: less, since it is rarely decoded, in favour of more workers."""
-        whole = super().piece(inputs)
-        return whole // 4 if self._is_narrow(inputs) else whole
+        return super().piece(inputs) // (4 if self._is_narrow(inputs) else 1)
 
     def scratch(self, inputs: Sequence[TensorSpec]) -> int:
         return super().scratch(inputs) + (_TABLE if self._is_narrow(inputs) and len(inputs) > 2 else 0)
@@ -61,8 +60,12 @@ class Tabulated(Boxed):
 
     def _is_narrow(self, inputs: Sequence[TensorSpec] | Sequence[Values]) -> bool:
         """Whether a table has what each scale makes of each byte."""
-        width = self.per_byte * DTYPES[self.dtype].itemsize
-        return width in {1, 2, 4, 8} and inputs[1].dtype.nbytes in {1, 2} and self.block[0] == 1 and self.block[1] % self.per_byte == 0
+        return (
+            self.per_byte * DTYPES[self.dtype].itemsize in {1, 2, 4, 8}
+            and inputs[1].dtype.nbytes in {1, 2}
+            and self.block[0] == 1
+            and self.block[1] % self.per_byte == 0
+        )
 
     @property
     def _of_a_byte(self) -> Tabulated:
@@ -79,9 +82,8 @@ class Tabulated(Boxed):
         codes, scales = (part.items.reshape(-1) for part in parts[:2])
         order = sorted(range(len(region.sizes)), key=lambda axis: -region.src_strides[axis])
         sizes, strides = (tuple(values[axis] for axis in order) for values in (region.sizes, region.src_strides))
-        is_in_order = Move(sizes, 0, packed_strides(sizes), region.src, strides).simplify().run == region.numel
-        is_whole = scales.size * self.block[1] == region.numel == codes.nbytes * self.per_byte
-        if not (is_in_order and is_whole and region.numel):
+        run = Move(sizes, 0, packed_strides(sizes), region.src, strides).simplify().run
+        if not 0 < region.numel == run == scales.size * self.block[1] == codes.nbytes * self.per_byte:
             return False
         names = parts[0].dtype.name, parts[1].dtype.name
         table = Table(self._of_a_byte, *names, parts[2:]) if len(parts) > 2 else _table_of(self._of_a_byte, *names)
@@ -124,8 +126,7 @@ class Table:
         dtype = np.min_scalar_type(self._most * _OCTETS - 1)
         self._unknown = np.iinfo(dtype).max  # where no row begins
         self._rows = np.full(numbers, self._unknown, dtype)
-        self.items: Array = np.empty(self._most * _OCTETS, f"u{width}")
-        self.items.fill(0)  # so that it takes its memory now
+        self.items: Array = np.full(self._most * _OCTETS, 0, f"u{width}")  # which takes its memory now
         self._count, self._lock = 0, threading.Lock()
 
     def rows_of(self, scales: Array, most: int) -> Array | None:
@@ -157,25 +158,22 @@ class Table:
             target[...] = self.items.take(places).view(target.dtype).reshape(target.shape)
 
     def _add(self, scales: Array) -> bool:
-        """Makes what is looked up for some scales; False, and nothing is, where that is infinite."""
+        """Makes what is looked up for some scales; False, and none of it counts, where some of it has become infinite."""
         import numpy as np
 
         from streamconv.graph.casts import PIECE
 
         width = self._op.shape[1]
-        octets = np.arange(_OCTETS, dtype=np.uint8)
         step = max(1, PIECE // width)
         for start in range(0, len(scales), step):
             some = scales[start : start + step]
             box = Box(range(1), range(len(some)), range(width))
-            codes = np.tile(octets, (1, len(some), 1)).view(f"u{self._codes.itemsize}")
+            codes = np.tile(np.arange(_OCTETS, dtype=np.uint8), (1, len(some), 1)).view(f"u{self._codes.itemsize}")
             op = replace(self._op, shape=box.sizes[1:])  # type: ignore[type-var]
             numbers, bound = op.decode([Values(codes, self._codes), Values(some[None, :, None], self._scales), *self._beside], box)
-            made = np.empty(box.sizes[1:], f"u{DTYPES[op.dtype].itemsize}")
-            if op.store(numbers[0], made, bound):
+            room = self.items[(self._count + start) * _OCTETS :][: len(some) * _OCTETS]
+            if op.store(numbers[0], room.view(f"u{DTYPES[op.dtype].itemsize}").reshape(box.sizes[1:]), bound):
                 return False
-            first = self._count + start
-            self.items[first * _OCTETS :][: len(some) * _OCTETS] = made.reshape(-1).view(self.items.dtype)
         self._rows[scales] = np.arange(self._count, self._count + len(scales)) * _OCTETS
         self._count += len(scales)
         return True
