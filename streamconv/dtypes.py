@@ -23,6 +23,9 @@ class DType:
     block: int = 1
     floating: bool = False
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def is_packed(self) -> bool:
         return self.block > 1
@@ -125,6 +128,9 @@ class TensorSpec:
         numel = math.prod(self.shape)
         object.__setattr__(self, "numel", numel)
         object.__setattr__(self, "nbytes", numel // self.dtype.block * self.dtype.nbytes)
+
+    def __hash__(self) -> int:
+        return hash((self.dtype.name, self.shape))
 
     @property
     def is_whole(self) -> bool:

@@ -155,9 +155,10 @@ def dequantize(checkpoint: Checkpoint, casting: Casting, *, renames: bool, stack
         if scheme is None:
             continue
         usual = model_dtype(config, OPTION)
+        any_shape = TensorSpec(DTYPES[usual], ())
 
-        def dtype_of(name: str, folder: str = folder, usual: str = usual) -> str:
-            return casting(prefixed(folder, name), TensorSpec(DTYPES[usual], ())) or usual
+        def dtype_of(name: str, folder: str = folder, usual: str = usual, spec: TensorSpec = any_shape) -> str:
+            return casting(prefixed(folder, name), spec) or usual
 
         decoded = decode(scheme, contents.entries, config, dtype_of, OPTION)
         if not decoded.made_of:

@@ -44,7 +44,7 @@ def _below(node: AnyNode, numel: int, *, scattered: bool = False) -> int:
         return scratch_of(numel * node.spec.dtype.itemsize) if scattered else 0
     op = node.op
     if isinstance(op, Layout):
-        one_of_each = {_made_alike(child): child for child in node.inputs}  # of hundreds of experts
+        one_of_each = {made_alike(child): child for child in node.inputs}  # of hundreds of experts
         return max((_below(child, numel, scattered=True) for child in one_of_each.values()), default=0)
     if isinstance(op, Reduce):
         return _below_wide(node, op) if is_wide(node) else _below_reduce(node, op)
@@ -74,9 +74,11 @@ def _below_wide(node: Node, op: Reduce) -> int:
     return nbytes
 
 
-def _made_alike(node: AnyNode) -> Hashable:
-    """What nodes have in common that take as much to evaluate, wherever what they are made of is stored."""
-    return (node.spec, node.op, tuple(map(_made_alike, node.inputs))) if isinstance(node, Node) else node.spec
+def made_alike(node: AnyNode) -> Hashable:
+    """What nodes have in common that take as much to evaluate, wherever what they are made of is stored; wide ones have nothing."""
+    if not isinstance(node, Node):
+        return node.spec
+    return node if is_wide(node) else (node.spec, node.op, tuple(map(made_alike, node.inputs)))
 
 
 def evaluate(node: AnyNode, move: Move, out: Array, arena: Arena, read: Read) -> None:

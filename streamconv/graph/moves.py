@@ -13,6 +13,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from streamconv.notation.axes import Axis, Leaf, Parts, Place, Tree
 
@@ -33,17 +34,8 @@ class Move:
 
     def simplify(self) -> Move:
         """The same move with as few axes as possible, the destination's largest stride first."""
-        axes = sorted(
-            ((d, s, n) for n, d, s in zip(self.sizes, self.dst_strides, self.src_strides, strict=True) if n != 1),
-            key=lambda axis: (-axis[0], -axis[1]),
-        )
-        simple: list[tuple[int, int, int]] = []
-        for d, s, n in axes:
-            if simple and simple[-1][0] == d * n and simple[-1][1] == s * n:
-                simple[-1] = (d, s, n * simple[-1][2])
-            else:
-                simple.append((d, s, n))
-        return Move(tuple(n for _, _, n in simple), self.dst, tuple(d for d, _, _ in simple), self.src, tuple(s for _, s, _ in simple))
+        sizes, dst_strides, src_strides = _simplified(self.sizes, self.dst_strides, self.src_strides)
+        return Move(sizes, self.dst, dst_strides, self.src, src_strides)
 
     @property
     def run(self) -> int:
@@ -73,6 +65,24 @@ class Move:
                 self.src + sum(at[k] * s for k, s in enumerate(self.src_strides)),
                 self.src_strides,
             )
+
+
+@lru_cache(maxsize=1024)
+def _simplified(
+    sizes: tuple[int, ...], dst_strides: tuple[int, ...], src_strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The axes of `Move.simplify`, which are those of the next layer, too: sizes and strides."""
+    axes = sorted(
+        ((d, s, n) for n, d, s in zip(sizes, dst_strides, src_strides, strict=True) if n != 1),
+        key=lambda axis: (-axis[0], -axis[1]),
+    )
+    simple: list[tuple[int, int, int]] = []
+    for d, s, n in axes:
+        if simple and simple[-1][0] == d * n and simple[-1][1] == s * n:
+            simple[-1] = (d, s, n * simple[-1][2])
+        else:
+            simple.append((d, s, n))
+    return tuple(n for _, _, n in simple), tuple(d for d, _, _ in simple), tuple(s for _, s, _ in simple)
 
 
 def identity(numel: int, start: int = 0) -> Move:

@@ -100,6 +100,20 @@ def extents(node: AnyNode, visited: set[int] | None = None) -> Iterator[Extent]:
         yield from leaf.extents
 
 
+def first_source(node: AnyNode) -> Source | None:
+    """The first of `sources`, or None."""
+    first = node
+    while isinstance(first, Node) and first.inputs:
+        first = first.inputs[0]
+    return first if isinstance(first, Source) else next(sources(node), None)
+
+
+def first_extent(node: AnyNode) -> Extent | None:
+    """The first of `extents`, or None."""
+    first = first_source(node)
+    return first.extents[0] if first and first.extents else next(extents(node), None)
+
+
 def made_of(node: AnyNode) -> Hashable:
     """What two nodes have in common that hold the same bytes since they are made of the same stored ones in the same way."""
     if isinstance(node, Node):
@@ -155,7 +169,7 @@ def shared_values(nodes: Iterable[AnyNode]) -> list[Node]:
         visits.add((id(node), beside))
         if beside and isinstance(node.op, Reduce):
             reductions[id(node)] = node
-        stack.extend(descend(node, beside=beside))
+        stack.extend(pair for pair in descend(node, beside=beside) if isinstance(pair[0], Node))
     return list(reductions.values())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Hashable, Iterable, Iterator
-from itertools import chain, product
+from itertools import chain, product, repeat
 from typing import NamedTuple
 
 _NUMBER = re.compile("([0-9]+)")
@@ -55,8 +55,9 @@ def _fold(literals: tuple[str, ...], members: list[tuple[int, list[str]]]) -> It
         if base is None:
             free.append(number)
     points: dict[_Point, list[int]] = {}
-    for row, (position, _) in enumerate(members):
-        points.setdefault(tuple(values[at][row] for at in free), []).append(position)
+    every = zip(*(values[at] for at in free), strict=True) if free else repeat(())
+    for (position, _), point in zip(members, every, strict=False):
+        points.setdefault(point, []).append(position)
     for box in _boxes(frozenset(points)):
         numbers = []
         for (k, difference), width in zip(follows, widths, strict=True):
@@ -69,9 +70,9 @@ def _fold(literals: tuple[str, ...], members: list[tuple[int, list[str]]]) -> It
 def _find_base(column: _Point, bases: list[_Point]) -> tuple[int, int] | None:
     """Which of the bases a column of numbers follows by a constant difference, and this difference."""
     for k, base in enumerate(bases):
-        differences = {number - other for number, other in zip(column, base, strict=True)}
-        if len(differences) == 1:
-            return k, differences.pop()
+        difference = column[0] - base[0]
+        if all(number - other == difference for number, other in zip(column, base, strict=True)):
+            return k, difference
     return None
 
 
@@ -113,6 +114,10 @@ def _show_range(ends: list[int], width: int) -> str:
 
 def fold_names(names: Collection[str]) -> list[str]:
     """Names alone, folded: ``["experts.[0-7].w1"]``."""
-    if len({_NUMBER.sub("0", name) for name in names}) == len(names):  # nothing to fold, as a rule
-        return list(names)
-    return [kind.texts[0] for kind in fold((None, (name,)) for name in names)]
+    kinds: set[str] = set()
+    for name in names:
+        kind = _NUMBER.sub("0", name)
+        if kind in kinds:
+            return [folded.texts[0] for folded in fold((None, (name,)) for name in names)]
+        kinds.add(kind)
+    return list(names)  # nothing to fold, as a rule

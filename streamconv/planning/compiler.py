@@ -10,7 +10,7 @@ from operator import itemgetter
 from streamconv.errors import UsageError
 from streamconv.formats import Extent, FileLayout
 from streamconv.graph.moves import Move, identity
-from streamconv.graph.node import AnyNode, Node, Source, extents, is_made_whole, items_of, sources, trace
+from streamconv.graph.node import AnyNode, Node, Source, extents, first_extent, first_source, is_made_whole, items_of, trace
 from streamconv.planning.fitting import SCATTERED, TILE, Budget, Fitting, bytes_of_stream
 from streamconv.planning.plan import Account, Check, Compute, Copy, FilePlan, Plan, Segment, SourceFile, add_up, source_files
 from streamconv.planning.proof import Proof
@@ -197,7 +197,7 @@ class _Compiler:
                 for dst, src in move.runs():
                     yield from self._range(piece.leaf.extents, src * itemsize, slot + dst * itemsize, move.run * itemsize)
             else:
-                extent = next(extents(piece.leaf), None)
+                extent = first_extent(piece.leaf)
                 leaf_item = piece.leaf.spec.dtype.itemsize if isinstance(piece.leaf, Source) else 0
                 where = (self.source(extent.path), extent.offset) if extent else (0, 0)
                 whole = replace(move, dst=move.dst + start // itemsize) if start else move
@@ -238,7 +238,7 @@ class _Compiler:
     ) -> Account:
         ids = {id(self.nodes[segment.node]) for segment in computations(files)}
         count = sum(id(items_of(node)) in ids for node in outputs.values()) if ids else 0
-        leaves = ((node, next(sources(node), node)) for node in outputs.values() if isinstance(node, Node))
+        leaves = ((node, first_source(node) or node) for node in outputs.values() if isinstance(node, Node))
         return Account(
             tensors=len(outputs),
             copied=len(outputs) - count,

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
+from operator import attrgetter
 
 Axes = tuple[tuple[int, int], ...]
 MOST_CUTS = 1 << 20  # pieces into which one weave is cut; no layout's come near
@@ -51,6 +53,15 @@ def make_box(start: int, itemsize: int, sizes: Sequence[int], strides: Sequence[
     Raises:
         Fault: some bytes are in it twice.
     """
+    form = _form(itemsize, tuple(sizes), tuple(strides))
+    if form is None:
+        raise Fault(start, again=True)
+    return Box(start, *form)
+
+
+@lru_cache(maxsize=1024)
+def _form(itemsize: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, Axes] | None:
+    """The run and the axes of `make_box`, wherever it starts; None: some bytes are in it twice."""
     run, outer = itemsize, list[tuple[int, int]]()
     span = itemsize
     for stride, count in sorted(zip(strides, sizes, strict=True)):
@@ -58,13 +69,13 @@ def make_box(start: int, itemsize: int, sizes: Sequence[int], strides: Sequence[
         if count == 1:
             continue
         if distance < span:
-            raise Fault(start, again=True)
+            return None
         if distance == run and not outer:
             run *= count
         else:
             outer.append((count, distance))
         span += (count - 1) * distance
-    return Box(start, run, tuple(reversed(outer)))
+    return run, tuple(reversed(outer))
 
 
 def check_ranges(ranges: Iterable[tuple[int, int]], stop: int) -> None:
@@ -80,7 +91,8 @@ def check_ranges(ranges: Iterable[tuple[int, int]], stop: int) -> None:
 
 def check_boxes(boxes: Iterable[Box], stop: int) -> None:
     """Raises Fault unless these fill all bytes below ``stop`` once each."""
-    at, by_start, first = 0, sorted(boxes), 0
+    at, by_start, first = 0, sorted(boxes, key=attrgetter("start")), 0
+    proven: set[tuple[Box, ...]] = set()  # what lies between each other, from 0 on: that of one expert is that of the next
     while first < len(by_start):
         if by_start[first].start != at:
             raise Fault(at, again=False)
@@ -89,18 +101,21 @@ def check_boxes(boxes: Iterable[Box], stop: int) -> None:
             reach = max(reach, by_start[last].stop)
             last += 1
         if last - first > 1 or by_start[first].axes:
-            _check_woven(by_start[first:last], at, reach)
+            woven = tuple([Box(box.start - at, box.run, box.axes) for box in by_start[first:last]])
+            if woven not in proven:
+                _check_woven(woven, at, reach)
+                proven.add(woven)
         at, first = reach, last
     if at != stop:
         raise Fault(min(at, stop), again=at > stop)
 
 
 def _check_woven(boxes: Sequence[Box], start: int, stop: int) -> None:
-    """`check_boxes` of pieces that lie between each other, by blocks as long as the largest distance in them."""
+    """`check_boxes` of pieces that lie between each other, by blocks as long as the largest distance in them; they count from ``start``."""
     size = max((box.axes[0][1] for box in boxes if box.axes), default=0)
     if not size:
-        raise Fault(boxes[1].start, again=True)
-    rows = list(chain.from_iterable(_rows(box.at(box.start - start), size) for box in boxes))
+        raise Fault(start + boxes[1].start, again=True)
+    rows = list(chain.from_iterable(_rows(box.at(box.start), size) for box in boxes))
     opening = sorted(rows, key=lambda row: row[0], reverse=True)
     closing = sorted(rows, key=lambda row: row[1], reverse=True)
     whole, rest = divmod(stop - start, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from streamconv import memory
@@ -101,6 +101,9 @@ class Fitting:
     def __init__(self, nodes: Sequence[AnyNode], sources: Sequence[SourceFile], stream: int) -> None:
         self._nodes, self._sources, self._stream = nodes, sources, stream
         self.in_order: set[int] = set()
+        self._kinds: list[int] = []  # of nodes, see `_kind`
+        self._numbers: dict[Hashable, int] = {}
+        self._tiles: dict[Hashable, Tile] = {}  # of segments that are alike
 
     def fit(self, budget: Budget, files: Sequence[FilePlan], checks: Sequence[Check], beside: int = 0) -> Fit:
         """The largest tiles that leave room for two workers (four where sources are remote), else what fits.
@@ -153,12 +156,22 @@ class Fitting:
         from streamconv.graph.evaluate import COMPARE, arena_bytes
 
         fixed = ((s.node, self._nbytes(s)) for s in computes if s.tile and s.tile == s.move.sizes)
-        sizes = ((k, min(tile if k in scattered else TILE, tile, node.spec.nbytes)) for k, node in enumerate(self._nodes))
+        one_of_each = {(self._kind(k), k in scattered): k for k in range(len(self._nodes))}.values()
+        sizes = ((k, min(tile if k in scattered else TILE, tile, self._nodes[k].spec.nbytes)) for k in one_of_each)
         arena, worst = max((arena_bytes(self._nodes[k], nbytes), k) for k, nbytes in (*sizes, *fixed))
         numbers = {check.left for check in checks} | {check.right for check in checks}
         if numbers:
             arena = max(arena, 2 * COMPARE + max(arena_bytes(self._nodes[k], max(tile, COMPARE)) for k in numbers))
         return arena, f"{self._nodes[worst].spec} by {describe(self._nodes[worst])}"
+
+    def _kind(self, number: int) -> int:
+        """A number for all nodes that take as much to evaluate as this one."""
+        if number >= len(self._kinds):
+            from streamconv.graph.evaluate import made_alike
+
+            for node in self._nodes[len(self._kinds) :]:
+                self._kinds.append(self._numbers.setdefault(made_alike(node), len(self._numbers)))
+        return self._kinds[number]
 
     def _nbytes(self, segment: Compute) -> int:
         return segment.move.numel * self._nodes[segment.node].spec.dtype.itemsize
@@ -168,12 +181,16 @@ class Fitting:
 
     def tile(self, segment: Compute, nbytes: int) -> Tile:
         """The shape of a segment's tiles of so many bytes."""
-        node = self._nodes[segment.node]
-        numel = max(1, nbytes // node.spec.dtype.itemsize)
-        if len(segment.move.sizes) == 1 < segment.move.sizes[0] // numel:
-            numel = _whole_grains(node, numel)
-        remote = segment.itemsize if self._sources and is_url(self._sources[segment.source].path) else 0
-        return choose_tile(segment.move.sizes, segment.move.dst_strides, segment.move.src_strides, numel, remote)
+        move, remote = segment.move, segment.itemsize if self._sources and is_url(self._sources[segment.source].path) else 0
+        key = (self._kind(segment.node), move.sizes, move.dst_strides, move.src_strides, nbytes, remote)
+        tile = self._tiles.get(key)
+        if tile is None:
+            node = self._nodes[segment.node]
+            numel = max(1, nbytes // node.spec.dtype.itemsize)
+            if len(move.sizes) == 1 < move.sizes[0] // numel:
+                numel = _whole_grains(node, numel)
+            tile = self._tiles[key] = choose_tile(move.sizes, move.dst_strides, move.src_strides, numel, remote)
+        return tile
 
     def without_tile(self, segment: Segment) -> Segment:
         """A segment whose tile is to be chosen, unless it has to be all of it: see `compiler`."""

@@ -121,14 +121,15 @@ class Application:
 
     def run(self) -> Conversion:
         """The conversion; see `Recipe.apply`."""
+        if self._changes_nothing():
+            self._check_conditions()
+            return Conversion(dict(self.entries), [self.rows[name] for name in self.entries])
         entries = self._take_replicas()
         grouping = Grouping(self.facts, self.sizes, self._label, self.others)
         instances_of = grouping.run(entries)
         self.reasons = {self._label(name): rule for name, rule in grouping.dropped.items()}
         self.dropped += self.reasons
-        for condition, problem in self.requires.items():
-            if not expressions.evaluate(condition, self.scope):
-                raise CoverageError(f"{self.title}: {problem.format_map(self.scope)}{near_keys(condition, self.scope)}")
+        self._check_conditions()
         for rule, instances in instances_of:
             for group in instances.values():
                 self._build(rule, group)
@@ -142,6 +143,16 @@ class Application:
         outputs = {name: node for name, (_, node, _) in in_order}
         rows = [row for _, (_, _, row) in in_order]
         return Conversion(outputs, rows, self.dropped, self.notes, self.replicas, reasons=self.reasons, tied=self.tied)
+
+    def _changes_nothing(self) -> bool:
+        """Whether every tensor stays what it is, as in a stage whose steps have nothing to do."""
+        return self.recast is keep_dtype and bool(self.entries) and bool(self.facts) and all(map(_keeps_all, self.facts))
+
+    def _check_conditions(self) -> None:
+        """Raises CoverageError where a condition of the recipe does not hold."""
+        for condition, problem in self.requires.items():
+            if not expressions.evaluate(condition, self.scope):
+                raise CoverageError(f"{self.title}: {problem.format_map(self.scope)}{near_keys(condition, self.scope)}")
 
     def _label(self, name: str) -> str:
         """What to call a tensor in a message: as it is stored, if it is."""
@@ -363,6 +374,13 @@ class Application:
                 names = [name for name, entry in self.entries.items() if entry is node]
                 for target in self._alike(fact, self.sizes.numbering(fact, parse_names(fact.right)), {}):
                     self._emit(target, node, names, steps.describe(str(fact.op["op"]), self._parameters(fact, {})))
+
+
+def _keeps_all(fact: Fact) -> bool:
+    """Whether a fact says of all tensors that they are the same on both sides."""
+    if not isinstance(fact, Rule) or fact.left != fact.right or fact.layout or fact.op or fact.cast or fact.where:
+        return False
+    return [capture.kind for capture in fact.binding.left.captures] == ["rest"] and len(fact.binding.left.atoms) == 1
 
 
 def _first_gap(choices: Sequence[tuple[int, ...]], totals: Sequence[int], group: Group) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -21,21 +21,26 @@ MOST_COPIES = 100_000  # of a tensor
 
 
 def scope_of(entries: Mapping[str, AnyNode], scope: Mapping[str, Any]) -> dict[str, Any]:
-    """``scope`` with what expressions can ask of the tensors: ``has``, ``count`` and ``shape`` of a name pattern; and ``max``, ``min``."""
+    """``scope`` with what expressions can ask of the tensors: ``has``, ``count`` and ``shape`` of a name pattern; and ``max``, ``min``.
+
+    ``has(pattern, 'float8')`` asks for one whose dtype's name begins so.
+    """
 
     def matching(text: str) -> Iterator[str]:
-        matches = plain_names(text).regex.fullmatch
-        return filter(matches, entries)
+        pattern = plain_names(text)
+        end = pattern.atoms[-1]
+        names = [name for name in entries if name.endswith(end)] if isinstance(end, str) else entries  # which is fast
+        return filter(pattern.regex.fullmatch, names)
 
     def shape(text: str) -> list[int] | None:
         first = next(matching(text), None)
         return None if first is None else list(entries[first].spec.shape)
 
-    def has(text: str) -> bool:
-        return next(matching(text), None) is not None
+    def has(text: str, dtype: str = "") -> bool:
+        return any(entries[name].spec.dtype.name.startswith(dtype) for name in matching(text))
 
     def count(text: str) -> int:
-        return sum(1 for _ in matching(text))
+        return len(list(matching(text)))
 
     return {
         **scope,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,11 +131,11 @@ def _heads(name: str) -> set[str]:
 def codes_in(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
     """The tensors that hold codes instead of numbers, and what stands beside each."""
     lower = {name.lower(): name for name in specs}
+    states = {name.rpartition(".quant_state.")[0]: name for name in specs if name.endswith(_STATES)}
     beside_of = {}
     for name, spec in specs.items():
-        state = next((name + end for end in _STATES if name + end in specs), None)
-        if state:
-            beside_of[name] = state
+        if name in states:
+            beside_of[name] = states[name]
             continue
         if spec.dtype.name not in DTYPES:  # blocks of a container's own
             if of_codes(spec.dtype.name):
@@ -154,14 +154,19 @@ def codes_in(specs: Mapping[str, TensorSpec]) -> dict[str, str]:
 def _beside(name: str, lower: Mapping[str, str]) -> str:
     """The first tensor beside another that a quantization of that has; "": there is none."""
     small = name.lower()
-    stem, module = _STEMS.sub("", small), _MODULE.sub("", small)
-    for stems, ends in (((small, stem), _AFTER), ((f"{module}.",), _BESIDE)):
-        for start in stems:
-            for end in ends:
-                near = start + end
-                if near in lower and near != small:
-                    return lower[near]
+    for start, ends in _places_beside(small):
+        for end in ends:
+            near = start + end
+            if near in lower and near != small:
+                return lower[near]
     return ""
+
+
+def _places_beside(small: str) -> Iterator[tuple[str, Sequence[str]]]:
+    """What names beside a tensor begin with, the nearest first, and how they end."""
+    yield small, _AFTER
+    yield _STEMS.sub("", small), _AFTER
+    yield f"{_MODULE.sub('', small)}.", _BESIDE
 
 
 def _find_packed(specs: Mapping[str, TensorSpec]) -> Quantization | None:

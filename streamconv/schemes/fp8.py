@@ -11,11 +11,12 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.errors import CoverageError
-from streamconv.graph.node import AnyNode, apply
+from streamconv.graph.node import AnyNode, Node, apply
 from streamconv.graph.ops import Dequantize, DequantizeFloats, Reshape
 from streamconv.schemes.configs import quantizations
 from streamconv.schemes.preset import Preset
@@ -39,9 +40,23 @@ class Matrix(Group):
     def decode(self, nodes: Mapping[str, AnyNode], dtype: str) -> AnyNode:
         """See `Group.decode`."""
         matrix, scales = (nodes[name] for name in self.tensors)
-        op = Dequantize(matrix.spec.shape, self.block, dtype)
-        counts = op.blocks.counts
-        return apply(op, matrix, scales if scales.spec.shape == counts else apply(Reshape(counts), scales))
+        op, counts = _op(matrix.spec.shape, self.block, dtype)
+        if scales.spec.shape != counts:
+            scales = apply(Reshape(counts), scales)
+        return Node(_spec(op, matrix.spec, scales.spec), op, (matrix, scales))
+
+
+@lru_cache(maxsize=1024)
+def _op(shape: tuple[int, ...], block: Block, dtype: str) -> tuple[Dequantize, tuple[int, ...]]:
+    """What makes numbers of a matrix and its scales, one op for all that are alike; and the shape of the scales."""
+    op = Dequantize(shape, block, dtype)
+    return op, op.blocks.counts
+
+
+@lru_cache(maxsize=1024)
+def _spec(op: Dequantize, *inputs: TensorSpec) -> TensorSpec:
+    """What an op makes of such inputs. Raises CoverageError: they do not fit."""
+    return op.infer(inputs)
 
 
 @dataclass(frozen=True)
@@ -92,11 +107,8 @@ class Fp8(Scheme):
             if name not in scales and name not in scale_of and _SCALE.search(name):
                 raise CoverageError(f"{title}: {name} is the scale of {_weight_beside(name, specs)}: mend the source")
         blocks = _Blocks(config, title)
-        shapes = {name: (specs[name], specs[scale]) for name, scale in scale_of.items()}
-        common = blocks.common(shapes)
-        groups: list[Group] = [
-            Matrix(name, (name, scale), blocks.block(name, *shapes[name]) or common[name]) for name, scale in scale_of.items()
-        ]
+        block_of = blocks.of_all({name: (specs[name], specs[scale]) for name, scale in scale_of.items()})
+        groups: list[Group] = [Matrix(name, (name, scale), block_of[name]) for name, scale in scale_of.items()]
         groups += [Nibbles(name, (name, scale)) for name, scale in nibbles.items()]
         beside = [name for name in specs if groups and name not in scale_of and _ACTIVATION.search(name)]
         return Match(groups, dict.fromkeys(beside, "a scale of activations, which an unquantized model has none of"))
@@ -124,8 +136,10 @@ def _pair(specs: Mapping[str, TensorSpec], title: str) -> Iterator[tuple[str, st
 def _pair_nibbles(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, str]]:
     """Experts of four bits, as DeepSeek-V4 has them, and the tensors of their exponents."""
     for name, spec in specs.items():
+        if spec.dtype.name != "int8" or not name.endswith(".weight") or len(spec.shape) < 2:
+            continue
         beside = f"{name.removesuffix('weight')}scale"
-        if spec.dtype.name != "int8" or not name.endswith(".weight") or len(spec.shape) < 2 or beside not in specs:
+        if beside not in specs:
             continue
         *outer, nbytes = spec.shape
         if specs[beside] == TensorSpec(DTYPES["float8_e8m0fnu"], (*outer, 2 * nbytes // _NIBBLES)):
@@ -152,6 +166,7 @@ class _Blocks:
                     raise CoverageError(
                         f"{title}: config.json gives blocks of {_by(self._block_of[module])} and of {_by(block)}: leave one"
                     )
+        self._patterns = [module for module in self._block_of if module]
 
     def _sizes(self, section: Mapping[str, Any], module: str, depth: int) -> Iterator[tuple[str, Block]]:
         """The block sizes in a quantization's config, each with the module that it is for, "" for all."""
@@ -172,10 +187,21 @@ class _Blocks:
     def _of(self, name: str) -> Block | None:
         """What is said of a tensor: for its module, else for all."""
         module = name.removesuffix(".weight")
-        patterns = [pattern for pattern in self._block_of if pattern and _is_for(pattern, module)]
+        patterns = [pattern for pattern in self._patterns if _is_for(pattern, module)]
         return self._block_of.get(max(patterns, key=len) if patterns else "")
 
-    def block(self, name: str, weight: TensorSpec, scales: TensorSpec) -> Block | None:
+    def of_all(self, shapes: Mapping[str, tuple[TensorSpec, TensorSpec]]) -> dict[str, Block]:
+        """The block of each matrix, of which there are its own spec and that of its scales."""
+        blocks, open_shapes = {}, {}
+        for name, (weight, scales) in shapes.items():
+            block = self._block(name, weight, scales)
+            if block is None:
+                open_shapes[name] = weight, scales
+            else:
+                blocks[name] = block
+        return blocks | self._common(open_shapes)
+
+    def _block(self, name: str, weight: TensorSpec, scales: TensorSpec) -> Block | None:
         """The block of a matrix, or of a stack of them; None: neither the config nor the scales' shape alone say it."""
         *stack, rows, columns = weight.shape
         leading = tuple(stack)
@@ -196,9 +222,8 @@ class _Blocks:
             return 1, columns  # one for each row
         return None
 
-    def common(self, shapes: Mapping[str, tuple[TensorSpec, TensorSpec]]) -> dict[str, Block]:
+    def _common(self, open_shapes: Mapping[str, tuple[TensorSpec, TensorSpec]]) -> dict[str, Block]:
         """The block that all matrices have of which nothing else says it: their sizes divided by those of their scales, without a rest."""
-        open_shapes = {name: specs for name, specs in shapes.items() if self.block(name, *specs) is None}
         lengths: list[tuple[int, str]] = [(0, ""), (0, "")]
         for name, (weight, scales) in open_shapes.items():
             if len(scales.shape) != len(weight.shape) or scales.shape[:-2] != weight.shape[:-2] or not scales.numel:

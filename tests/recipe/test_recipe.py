@@ -469,6 +469,16 @@ def test_option_values():
     assert recipe.apply(entries({"a.0": (1,)}), {}, {"flag": True}).options["flag"] is True
 
 
+def test_dtypes_are_asked_for_by_how_their_names_begin():
+    options = {
+        "narrow": Option("", default="{has('{name*}.weight', 'float8')}"),
+        "other": Option("", default="{has('{name*}.bias', 'float8')}"),
+        "whole": Option("", default="{has('{name*}', 'int')}"),
+    }
+    tensors = entries({"a.weight": (1,), "b.bias": (1,), "b.weight": ("float8_e5m2", (1,))})
+    assert recipe_of(Rule("{name*}", "{name*}"), options=options).apply(tensors).options == {"narrow": True, "other": False, "whole": False}
+
+
 @pytest.mark.parametrize(
     ("make", "part"),
     [

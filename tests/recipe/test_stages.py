@@ -64,6 +64,20 @@ def toy_recipes(monkeypatch):
     monkeypatch.setattr(recipes.REGISTRY, "known", known)
 
 
+def test_a_stage_that_has_nothing_to_do_changes_nothing():
+    entries = {name: Source(TensorSpec(parse_dtype("float32"), tuple(tensor.shape)), ()) for name, tensor in toy().items()}
+    stay = Rule("{name*}", "{name*}", optional=True, fallback=True)
+    scaled = Rule("{name*}.q", "{name*}.q", when="has('scale')", op={"op": "scale", "value": 2})
+    for first in ((stay,), (scaled, stay)):
+        staged = Recipe(name="toy-staged", summary="a toy", rules=first, then=WHOLE)
+        found, expected = staged.apply(entries), WHOLE.apply(entries)
+        assert (found.rows, list(found.outputs), found.dropped) == (expected.rows, list(expected.outputs), expected.dropped)
+    alone = Recipe(name="toy-alone", summary="a toy", rules=(stay,)).apply(entries)
+    assert alone.outputs == entries
+    with pytest.raises(CoverageError, match="needs more"):
+        Recipe(name="toy-needs", summary="a toy", rules=(stay,), requires={"has('more')": "needs more"}).apply(entries)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_there_and_back_over_ranks(tmp_path, ranks):
     tensors = toy()

@@ -584,6 +584,14 @@ def test_deepseek3_refused(tmp_path, capsys, lost, options, says):
     assert all(part in message for part in says), message
 
 
+def test_deepseek3_without_any_scale(tmp_path, capsys):
+    tensors, config = deepseek3(quantized=True)
+    left = {name: tensor for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
+    source = write(tmp_path / "hf", left, config=config)
+    message = refusal(capsys, "convert", source, tmp_path / "out", "--recipe", "deepseek3-hf2ms")
+    assert "the scales of its blocks" in message
+
+
 def test_deepseek3_with_scales_of_other_blocks(tmp_path, capsys):
     tensors, config = deepseek3(quantized=True)
     del config["quantization_config"]

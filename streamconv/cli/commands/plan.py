@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from streamconv import memory
 from streamconv.cli.console import Console
 from streamconv.cli.deciding import decide_options
 from streamconv.cli.parser import read_options
@@ -20,6 +21,7 @@ from streamconv.running.kept import check_replaceable, check_report
 from streamconv.storage import is_url
 
 
+@memory.collecting_rarely()
 def execute(args: argparse.Namespace, out: Console) -> int:
     """Plans, says so, and writes the plan if a file is given."""
     if is_url(args.src):

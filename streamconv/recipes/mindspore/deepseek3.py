@@ -210,6 +210,7 @@ _DEEPSEEK3 = Recipe(
         Rule(
             "{name*}.weight{part:,_scale_inv}",
             "{name*}.weight",
+            when="has('{name*}.weight_scale_inv') or has('{name*}.weight', 'float8')",
             partial=True,
             optional=True,
             op={
