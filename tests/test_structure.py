@@ -32,7 +32,7 @@ PACKAGES = {
     "formats": 2_390,  # containers and all that is known of their names, the machine for pickles and its records, what files of others are
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds
-    "schemes": 1_075,  # quantizations, what they say of single modules, the list that others add to, names, stacked experts, what layers share
+    "schemes": 1_075,  # quantizations, what they say of single modules, the list that others add to, names, experts in stacks, layers alike
     "recipe": 1_520,  # the mechanism of recipes, with functions as steps, what config.json says afterwards with it
     "library": 1_130,  # what other libraries know, the op that runs their code, and the process in which four of them open checkpoints
     "adapters": 580,  # what PEFT trains beside a model, a module for each kind (12 statements: kernels of convolutions as cores)
