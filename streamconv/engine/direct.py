@@ -13,12 +13,15 @@ import errno
 import mmap
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from streamconv.engine.io import CHUNK, OwnFiles, PositionedReader, located
 from streamconv.memory import BLOCK, address_of
 
-LEAST = 256 << 10  # bytes: shorter ranges go through the page cache
+LEAST = 256 << 10  # bytes: shorter ranges are written through the page cache ...
+LEAST_READ = 16 << 10  # ... and read: a disk may be set to read megabytes ahead of them, which then would be taken from there, twice moved
+_MOST = 0.9  # of a file
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 _SHARING = ("btrfs", "xfs", "bcachefs", "zfs", "apfs")
@@ -31,13 +34,16 @@ _PAGE = mmap.PAGESIZE
 
 def is_cached(fd: int, offset: int, nbytes: int) -> bool:
     """Whether the page cache holds all of a range (False where the kernel, before 6.5, cannot tell)."""
-    if _libc is None:
-        return False
+    return _share_cached(fd, offset, nbytes) >= 1
+
+
+def _share_cached(fd: int, offset: int, nbytes: int) -> float:
+    """What part of a range the page cache holds; 0 where that is not known."""
     span, counts = (ctypes.c_uint64 * 2)(offset, nbytes), (ctypes.c_uint64 * 5)()
-    if _libc.syscall(_CACHESTAT, fd, ctypes.byref(span), ctypes.byref(counts), 0) != 0:
-        return False
+    if _libc is None or not nbytes or _libc.syscall(_CACHESTAT, fd, ctypes.byref(span), ctypes.byref(counts), 0) != 0:
+        return 0
     pages = (offset + nbytes - 1) // _PAGE - offset // _PAGE + 1
-    return int(counts[0]) >= pages
+    return int(counts[0]) / pages
 
 
 def shares_extents(path: Path) -> bool:
@@ -69,6 +75,7 @@ class DirectReader(PositionedReader):
     def __init__(self, limit: int = 8) -> None:
         super().__init__(limit)
         self._direct = OwnFiles(lambda path: open_direct(path, os.O_RDONLY), limit)
+        self._were_cached: dict[str, bool] = {}
 
     def read(self, path: str, offset: int, view: memoryview) -> None:
         """Fills ``view`` from ``offset``.
@@ -76,10 +83,10 @@ class DirectReader(PositionedReader):
         Raises:
             SourceChanged: the file ends before ``view`` is full.
         """
-        if len(view) < LEAST:
+        if len(view) < LEAST_READ:
             super().read(path, offset, view)
             return
-        if address_of(view) % BLOCK == offset % BLOCK and self._read_in_place(path, offset, view):
+        if len(view) >= LEAST and address_of(view) % BLOCK == offset % BLOCK and self._read_in_place(path, offset, view):
             return
         buffer = self.buffer()
         for start in range(0, len(view), CHUNK):
@@ -93,17 +100,20 @@ class DirectReader(PositionedReader):
     def _read_in_place(self, path: str, offset: int, view: memoryview) -> bool:
         """`read` where blocks of the file are to be blocks of memory; False where they are to be had in another way."""
         direct = self._direct.get(path)
-        if direct < 0 or is_cached(self.fd(path), offset, len(view)):
+        if direct < 0 or self._is_cached(path, offset, len(view)):
             return False
         first = -offset % BLOCK
         last = first + (len(view) - first) // BLOCK * BLOCK
+        head, tail = self.buffer()[: BLOCK if first else 0], self.buffer()[BLOCK : 2 * BLOCK if last < len(view) else BLOCK]
+        start = offset + first - len(head)
         with located(path, offset):
-            count = _read_blocks(direct, offset + first, view[first:last], last - first)
+            count = _read_blocks(direct, start, [head, view[first:last], tail], offset + len(view) - start)
         if count is None:
             self._direct.refuse(path)
             return False
-        super().read(path, offset, view[:first])
-        super().read(path, offset + first + count, view[first + count :])
+        if start + count < offset + len(view):  # the file has become shorter
+            super().read(path, offset, view)
+        view[:first], view[last:] = head[len(head) - first :], tail[: len(view) - last]
         return True
 
     def load(self, path: str, offset: int, nbytes: int, buffer: memoryview) -> int:
@@ -116,15 +126,25 @@ class DirectReader(PositionedReader):
     def _load_blocks(self, path: str, offset: int, nbytes: int, buffer: memoryview) -> int | None:
         """`load` past the page cache; None where the bytes are to be had from there."""
         direct = self._direct.get(path)
-        if direct < 0 or is_cached(self.fd(path), offset, nbytes):
+        if direct < 0 or self._is_cached(path, offset, nbytes):
             return None
         at = offset % BLOCK
         end = at + nbytes
         with located(path, offset):
-            count = _read_blocks(direct, offset - at, buffer[: -(-end // BLOCK) * BLOCK], end)
+            count = _read_blocks(direct, offset - at, [buffer[: -(-end // BLOCK) * BLOCK]], end)
         if count is None:
             self._direct.refuse(path)
         return at if count is not None and count >= end else None  # what ends early does so in the other way, too, or did not end
+
+    def _is_cached(self, path: str, offset: int, nbytes: int) -> bool:
+        """Whether a range is to be had from the page cache, which held most of the file at first.
+
+        Of one that is there in part, reads have the kernel read ahead, which soon is where the next read would go directly.
+        """
+        fd = self.fd(path)
+        if path not in self._were_cached:
+            self._were_cached[path] = _share_cached(fd, 0, os.fstat(fd).st_size) >= _MOST
+        return self._were_cached[path] and is_cached(fd, offset, nbytes)
 
     def close(self) -> None:
         super().close()
@@ -141,12 +161,12 @@ def open_direct(path: str, flags: int) -> int:
         raise
 
 
-def _read_blocks(fd: int, offset: int, view: memoryview, least: int) -> int | None:
-    """Reads whole blocks until ``least`` bytes are there or the file ends; None where direct reads are refused."""
+def _read_blocks(fd: int, offset: int, views: Sequence[memoryview], least: int) -> int | None:
+    """Reads whole blocks into one view after the other until ``least`` bytes are there or the file ends; None: direct reads are refused."""
     count = 0
     while count < least:
         try:
-            nbytes = os.preadv(fd, [view[count:]], offset + count)
+            nbytes = os.preadv(fd, list(_after(views, count)), offset + count)
         except OSError as error:
             if error.errno in REFUSED:
                 return None
@@ -157,3 +177,11 @@ def _read_blocks(fd: int, offset: int, view: memoryview, least: int) -> int | No
         if count % BLOCK:  # the end of the file
             break
     return count
+
+
+def _after(views: Sequence[memoryview], count: int) -> Iterator[memoryview]:
+    """What of some views follows their first ``count`` bytes."""
+    for view in views:
+        if count < len(view):
+            yield view[count:]
+        count = max(0, count - len(view))

@@ -27,7 +27,7 @@ import streamconv
 from streamconv.dtypes import DTYPES, TensorSpec
 from streamconv.engine import check, direct, edges, io, order
 from streamconv.engine.check import OutputCheck
-from streamconv.engine.direct import LEAST, allocate, open_direct
+from streamconv.engine.direct import LEAST, DirectReader, allocate, open_direct
 from streamconv.engine.io import BUFFER, CHUNK, PositionedReader, filled
 from streamconv.engine.order import tasks_in_order
 from streamconv.engine.readers import BACKENDS
@@ -165,6 +165,51 @@ def test_every_reader_reads_what_is_there(stored: Path, monkeypatch: pytest.Monk
         assert bool(direct_reads) == (state != "warm")
         assert state != "refused" or len(direct_reads) == 1  # it is not tried again
         assert all(offset % BLOCK == 0 for offset in direct_reads)
+
+
+@pytest.mark.skipif(not direct.AVAILABLE, reason="there is no direct I/O here")
+@pytest.mark.parametrize("most", [1, 2, 1 << 20])
+def test_a_range_that_lies_as_in_its_file_is_one_read(stored: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """With the blocks at its ends; or several, where the system reads at most so many blocks at once."""
+    calls: list[int] = []
+
+    def reading(fd: int, views: list[memoryview], offset: int) -> int:
+        calls.append(fd)
+        left, taken = most * BLOCK, []
+        for view in views:
+            taken.append(view[:left])
+            left -= len(taken[-1])
+        return real(fd, [view for view in taken if view], offset)
+
+    real = os.preadv
+    monkeypatch.setattr(direct, "is_cached", lambda *_: False)
+    monkeypatch.setattr(os, "preadv", reading)
+    reader = DirectReader(2)
+    for offset, length in [*RANGES, (5, LEAST), (BLOCK, LEAST), (BLOCK - 1, LEAST + 2), (SIZE - LEAST - 7, LEAST + 7)]:
+        if length < LEAST:
+            continue
+        calls.clear()
+        placed = in_place(offset, length)
+        reader.read(str(stored), offset, placed)
+        assert placed == DATA[offset : offset + length]
+        assert most < 1 << 20 or not has_direct_io(stored) or len(calls) == 1
+    reader.close()
+
+
+def test_a_file_that_the_page_cache_holds_in_part_is_read_directly(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even what of it is there: reads from there have the kernel read ahead, and soon all of it is."""
+    direct_reads: list[int] = []
+    real = direct._read_blocks
+    monkeypatch.setattr(direct, "_read_blocks", lambda *given: direct_reads.append(given[1]) or real(*given))
+    monkeypatch.setattr(direct, "is_cached", lambda *_: True)
+    for share, is_direct in ((0.5, True), (0.95, False)):
+        monkeypatch.setattr(direct, "_share_cached", lambda *_, share=share: share)
+        direct_reads.clear()
+        reader, view = DirectReader(2), bytearray(LEAST)
+        reader.read(str(stored), 3, memoryview(view))
+        reader.close()
+        assert view == DATA[3 : 3 + LEAST]
+        assert bool(direct_reads) == (is_direct and has_direct_io(stored))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
