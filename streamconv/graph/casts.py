@@ -57,9 +57,10 @@ def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
         return
     extents = [size * max(abs(array.strides[k]) for array in arrays) if size > 1 else 0 for k, size in enumerate(shape)]
     axis = extents.index(max(extents))
-    middle = shape[axis] // 2
-    for part in (slice(None, middle), slice(middle, None)):
-        yield from pieces(*(array[(slice(None),) * axis + (part,)] for array in arrays))
+    step = max(1, shape[axis] * PIECE // arrays[0].size)
+    for start in range(0, shape[axis], step):
+        part = (slice(None),) * axis + (slice(start, start + step),)
+        yield from pieces(*[array[part] for array in arrays])
 
 
 def cast(items: Array, source: str, out: Array, target: str) -> int:
@@ -124,15 +125,32 @@ def widen(items: Array, dtype: str) -> Array:
         np.copyto(words, items)
         np.left_shift(words, 16, out=words)
         return values
-    mantissa, bias, limit = _NARROW.get(dtype, (0, 0, 0))
-    signed, sign = items.view(f"i{items.itemsize}"), 1 << 8 * items.itemsize - 1
-    if items.size and signed.max() < limit and items.max() < sign + limit:
-        np.copyto(words.view(np.int32), signed)  # all further bits are as the sign
-        np.left_shift(words, 23 - mantissa, out=words)
-        np.bitwise_and(words, 1 << 31 | (sign - 1) << 23 - mantissa, out=words)
-        np.multiply(values, np.float32(2.0 ** (127 - bias)), out=values)
+    if is_finite(items, dtype):
+        np.multiply(shift(items, dtype), np.float32(2.0 ** power_of(dtype)), out=values)
     else:
         np.copyto(values, items.view(numpy_dtype(dtype)), casting="unsafe")
+    return values
+
+
+def is_finite(items: Array, dtype: str) -> bool:
+    """Whether none of some narrow floats, as unsigned integers, is infinite or NaN; False, too, where that is not known of their type."""
+    limit, sign = _NARROW[dtype][2] if dtype in _NARROW else 0, 1 << 8 * items.itemsize - 1
+    return bool(limit and items.size and items.view(f"i{items.itemsize}").max() < limit and items.max() < sign + limit)
+
+
+def power_of(dtype: str) -> int:
+    """Which power of two what `shift` makes of a type is too small by."""
+    return 127 - _NARROW[dtype][1]
+
+
+def shift(items: Array, dtype: str) -> Array:
+    """Floats that are finite by `is_finite` as float32 in scratch memory that have their bits, too small by a power of two."""
+    mantissa, _, _ = _NARROW[dtype]
+    values, signed, sign = _scratch(0, items), items.view(f"i{items.itemsize}"), 1 << 8 * items.itemsize - 1
+    words = values.view(np.uint32)
+    np.copyto(words.view(np.int32), signed)  # all further bits are as the sign
+    np.left_shift(words, 23 - mantissa, out=words)
+    np.bitwise_and(words, 1 << 31 | (sign - 1) << 23 - mantissa, out=words)
     return values
 
 
@@ -142,6 +160,15 @@ def _pairs(dtype: str) -> Array:
     floats = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float32)
     second, first = np.divmod(np.arange(1 << 16), 256)
     return np.stack([floats[first], floats[second]], -1).view(np.uint64).reshape(-1)
+
+
+def narrow_products(values: Array, factors: Array, out: Array, dtype: str, *, bound: float) -> int:
+    """`narrow` of float32 in scratch memory times others, which go along with them; ``bound`` is that of the products."""
+    if bound <= _LARGEST[dtype] and dtype != "float16":  # in one pass: between two, threads wait for each other
+        np.multiply(values, factors, out=out.view(numpy_dtype(dtype)), casting="unsafe", dtype=np.float32)
+        return 0
+    np.multiply(values, factors, out=values)
+    return narrow(values, out, dtype, bound=bound)
 
 
 def narrow(values: Array, out: Array, dtype: str, operand: Array | None = None, *, bound: float = math.inf) -> int:

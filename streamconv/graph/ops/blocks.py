@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     Array = ndarray[Any, Any]
 
 _BLOCK = ("matrix", "down", "across")  # where a block is
+_LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+_MANY = 8  # codes to a scale, for which another one more does not count
+_MOST = 2.0**7  # a larger scale may have no float32 that is 2^120 times as large
 SCALES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint8")
 """What scales of one-byte floats may be."""
 
@@ -136,24 +140,66 @@ class Dequantize(Rounding, Elementwise):
         return super().scratch(inputs) + 8 * PIECE  # scales in float32, and on the way there
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
-        import numpy as np
-
         from streamconv.graph.arrays import view
-        from streamconv.graph.casts import narrow, pieces, widen
-        from streamconv.graph.codes import factors
+        from streamconv.graph.casts import narrow_products, pieces
 
-        codes, scales = parts
+        codes, factors = parts[0], _Factors(*parts)
         overflowed = 0
         lying = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
         for read, write in zip(self.blocks.spread(region), self.blocks.spread(lying), strict=True):
             views = (
                 view(codes.items, read.sizes, read.dst_strides, read.dst),
-                view(scales.items, read.sizes, read.src_strides, read.src),
+                view(factors.items, read.sizes, read.src_strides, read.src),
                 view(out.items, write.sizes, write.dst_strides, write.dst),
             )
             for piece, spread, result in pieces(*views):
-                once = spread[tuple(slice(None if stride else 1) for stride in spread.strides)]
-                numbers = widen(piece, codes.dtype.name)
-                np.multiply(numbers, factors(once, scales.dtype.name), out=numbers)
-                overflowed += narrow(numbers, result, out.dtype.name)
+                overflowed += narrow_products(factors.widen(piece), factors.of(spread), result, out.dtype.name, bound=factors.bound)
         return overflowed
+
+
+class _Factors:
+    """What the codes of a region, floats of a byte each, are multiplied with to be numbers.
+
+    Where all codes are finite, the bits of one are those of a float32 that is too small by a power of two: the scales are multiplied with
+    that instead, which is exact, too.
+
+    Args:
+        codes: of the region.
+        scales: of its blocks.
+
+    Attributes:
+        items: the scales as float32, unless they are too many to be so at once.
+        bound: what no magnitude of a number exceeds, infinite where that is not known.
+    """
+
+    def __init__(self, codes: Values, scales: Values) -> None:
+        from streamconv.graph.casts import PIECE, is_finite
+        from streamconv.graph.codes import factors, largest
+
+        self._codes, self._scales = codes.dtype.name, scales.dtype.name
+        self._are_wide = scales.items.size <= PIECE
+        self.items: Array = factors(scales.items, self._scales) if self._are_wide else scales.items
+        most = largest(self.items) if self._are_wide and self._codes in _LARGEST else math.inf
+        self.bound = most * _LARGEST[self._codes] if most < _MOST and is_finite(codes.items, self._codes) else math.inf
+
+    def widen(self, codes: Array) -> Array:
+        """Codes as float32 in scratch memory, too small by a power of two where a bound is known."""
+        from streamconv.graph.casts import shift, widen
+
+        return shift(codes, self._codes) if self.bound < math.inf else widen(codes, self._codes)
+
+    def of(self, spread: Array) -> Array:
+        """Those of such codes, of ``items`` as many as codes; once for all that share one, unless their rows are short."""
+        import numpy as np
+
+        from streamconv.graph.casts import power_of
+        from streamconv.graph.codes import factors
+
+        once = spread[tuple(slice(None if stride else 1) for stride in spread.strides)]
+        found = once if self._are_wide else factors(once, self._scales)
+        if self.bound < math.inf:
+            found = found * np.float32(2.0 ** power_of(self._codes))
+        last = spread.shape[-1] if spread.ndim else 1
+        return (
+            np.repeat(found, last, -1) if spread.ndim > 1 and found.shape[-1] == 1 and _MANY * last * found.size <= spread.size else found
+        )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _OCTETS = 256
 _TABLE = 2 << 20  # bytes of a table: thousands of scales, and what a cache near the processor holds
 _SHARE = 4  # a region has at least so many times the elements that are made for it
-_PIECE = 1 << 16  # bytes of codes that are looked up at once
+_PIECE = 1 << 17  # bytes of codes that are looked up at once
 
 
 class Tabulated(Boxed):
