@@ -28,7 +28,7 @@ PACKAGES = {
     "": 640,  # modules of the package itself below all others: errors, dtypes, units, memory, text ...
     "notation": 960,  # strings and integers
     "storage": 1_690,  # where files are; most of it is what servers need, parts of one file on their way at a time, and what is held
-    "graph": 3_120,  # nodes, ops (630 statements of adapters, merges and functions), how regions are made, numbers, codes, what is lost
+    "graph": 3_160,  # nodes, ops (630 statements of adapters, merges and functions), how regions are made, numbers, codes, what is lost
     "formats": 2_390,  # containers and all that is known of their names, the machine for pickles and its records, what files of others are
     "trainers": 1_400,  # checkpoints of trainers, a module for each kind, tables of very many boxes, and tensors that lie cut into them
     "checkpoint": 620,  # finding out what a path holds
@@ -38,7 +38,7 @@ PACKAGES = {
     "adapters": 580,  # what PEFT trains beside a model, a module for each kind (12 statements: kernels of convolutions as cores)
     "recipes": None,  # declarations: as many as there are families
     "planning": 1_110,  # nodes to plans
-    "engine": 940,  # bytes of one machine, blocks that neighbours share, tensors read side by side, what threads spend their time with
+    "engine": 965,  # bytes of one machine, blocks that neighbours share, tensors read side by side, what threads spend their time with
     "running": 2_480,  # runs of a plan, what shows while one is planned, the state of an output, executors, --check-load
     "merging": 785,  # what a file of mergekit says, by its lines; of tensors' names, layers, their kinds and tokens, and of arithmetic
     "conversion": 1_565,  # options, calls; tensors in Python; plans, streams; codes, as a whole, and numbers, who reads them; configs
