@@ -57,7 +57,10 @@ def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
         return
     extents = [size * max(abs(array.strides[k]) for array in arrays) if size > 1 else 0 for k, size in enumerate(shape)]
     axis = extents.index(max(extents))
-    step = max(1, shape[axis] * PIECE // arrays[0].size)
+    count = -(-arrays[0].size // PIECE)
+    step = max(1, shape[axis] // count)
+    if step * count < shape[axis] and (step + 1) * (arrays[0].size // shape[axis]) <= PIECE:
+        step += 1  # rather than a short one at the end
     for start in range(0, shape[axis], step):
         part = (slice(None),) * axis + (slice(start, start + step),)
         yield from pieces(*[array[part] for array in arrays])

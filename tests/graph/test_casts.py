@@ -8,6 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streamconv.dtypes import CASTABLE, DTYPES, TensorSpec
 from streamconv.graph import casts
@@ -240,3 +242,17 @@ def test_products_stay_with_one_thread():
     from streamconv.graph.ops.lora import _BLOCK
 
     assert max(_PRODUCTS, _BLOCK**3) <= 4 << 16
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 60), st.data())
+def test_pieces_are_all_of_an_array_once(sizes, most, data):
+    order = data.draw(st.permutations(range(len(sizes))))
+    numbers = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+    seen = np.zeros(numbers.shape, int)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(casts, "PIECE", most)
+        for piece, place in casts.pieces(numbers, seen):
+            assert 0 < piece.size <= most
+            assert piece.shape == place.shape
+            np.add(place, 1, out=place)
+    assert (seen == 1).all()
