@@ -37,8 +37,8 @@ class _Scratch(threading.local):
         self._words = np.empty((3, PIECE), np.float32)
 
     def __call__(self, number: int, like: Array) -> Array:
-        """Room for the elements of a piece as float32, in its shape; there are three."""
-        return self._words[number, : like.size].reshape(like.shape)
+        """Room for the elements of a piece as float32, in its shape; there are three, one after the other."""
+        return self._words[number:].reshape(-1)[: like.size].reshape(like.shape)
 
     def of(self, number: int, shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
         """The same room for something else; of what is larger, other memory."""
@@ -49,21 +49,21 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
-    """Arrays of one shape in the same pieces of at most `PIECE` elements, each of which lies near together in all of them."""
-    shape = arrays[0].shape
-    if arrays[0].size <= PIECE:
+def pieces(*arrays: Array, times: int = 1) -> Iterator[tuple[Array, ...]]:
+    """Arrays of one shape in the same pieces of at most ``times`` `PIECE` elements, each of which lies near together in all of them."""
+    shape, most = arrays[0].shape, times * PIECE
+    if arrays[0].size <= most:
         yield arrays
         return
     extents = [size * max(abs(array.strides[k]) for array in arrays) if size > 1 else 0 for k, size in enumerate(shape)]
     axis = extents.index(max(extents))
-    count = -(-arrays[0].size // PIECE)
+    count = -(-arrays[0].size // most)
     step = max(1, shape[axis] // count)
-    if step * count < shape[axis] and (step + 1) * (arrays[0].size // shape[axis]) <= PIECE:
+    if step * count < shape[axis] and (step + 1) * (arrays[0].size // shape[axis]) <= most:
         step += 1  # rather than a short one at the end
     for start in range(0, shape[axis], step):
         part = (slice(None),) * axis + (slice(start, start + step),)
-        yield from pieces(*[array[part] for array in arrays])
+        yield from pieces(*[array[part] for array in arrays], times=times)
 
 
 def cast(items: Array, source: str, out: Array, target: str) -> int:
@@ -165,9 +165,14 @@ def _pairs(dtype: str) -> Array:
     return np.stack([floats[first], floats[second]], -1).view(np.uint64).reshape(-1)
 
 
+def is_one_pass(dtype: str, bound: float) -> bool:
+    """Whether `narrow_products` of that bound takes one pass, and no scratch memory."""
+    return bound <= _LARGEST[dtype] and dtype != "float16"
+
+
 def narrow_products(values: Array, factors: Array, out: Array, dtype: str, *, bound: float) -> int:
     """`narrow` of float32 in scratch memory times others, which go along with them; ``bound`` is that of the products."""
-    if bound <= _LARGEST[dtype] and dtype != "float16":  # in one pass: between two, threads wait for each other
+    if is_one_pass(dtype, bound):  # between two, threads wait for each other
         np.multiply(values, factors, out=out.view(numpy_dtype(dtype)), casting="unsafe", dtype=np.float32)
         return 0
     np.multiply(values, factors, out=values)

@@ -141,10 +141,10 @@ class Dequantize(Rounding, Elementwise):
 
     def values(self, region: Move, parts: Sequence[Values], out: Values) -> int:
         from streamconv.graph.arrays import view
-        from streamconv.graph.casts import narrow_products, pieces
+        from streamconv.graph.casts import is_one_pass, narrow_products, pieces
 
         codes, factors = parts[0], _Factors(*parts)
-        overflowed = 0
+        overflowed, times = 0, 2 if is_one_pass(out.dtype.name, factors.bound) else 1  # longer pieces, where scratch memory is to spare
         lying = replace(region, dst_strides=tuple(stride // out.items.itemsize for stride in out.items.strides))
         for read, write in zip(self.blocks.spread(region), self.blocks.spread(lying), strict=True):
             views = (
@@ -152,7 +152,7 @@ class Dequantize(Rounding, Elementwise):
                 view(factors.items, read.sizes, read.src_strides, read.src),
                 view(out.items, write.sizes, write.dst_strides, write.dst),
             )
-            for piece, spread, result in pieces(*views):
+            for piece, spread, result in pieces(*views, times=times):
                 overflowed += narrow_products(factors.widen(piece), factors.of(spread), result, out.dtype.name, bound=factors.bound)
         return overflowed
 
