@@ -113,6 +113,7 @@ class DirectReader(PositionedReader):
             return False
         if start + count < offset + len(view):  # the file has become shorter
             super().read(path, offset, view)
+            return True
         view[:first], view[last:] = head[len(head) - first :], tail[: len(view) - last]
         return True
 

@@ -200,6 +200,6 @@ class _Factors:
         if self.bound < math.inf:
             found = found * np.float32(2.0 ** power_of(self._codes))
         last = spread.shape[-1] if spread.ndim else 1
-        return (
-            np.repeat(found, last, -1) if spread.ndim > 1 and found.shape[-1] == 1 and _MANY * last * found.size <= spread.size else found
-        )
+        if spread.ndim > 1 and found.shape[-1] == 1 and _MANY * last * found.size <= spread.size:
+            return np.repeat(found, last, -1)
+        return found
