@@ -1,9 +1,10 @@
 """Reads and writes past the page cache, where the filesystem has that.
 
 Large copies spend most of their processor time on pages that nobody will read again, and push everybody else's out of memory.
-Direct I/O wants offsets, lengths and addresses in whole blocks, so data goes through the thread's buffer and is shifted
-there; what is left at the edges of a range goes through the page cache. What the page cache already holds is taken from it, where
-the kernel says so: asking for it with a read that must not wait would start a read-ahead, and read everything twice.
+Direct I/O wants offsets, lengths and addresses in whole blocks, so data goes through the thread's buffer and is shifted there, unless it
+lies in memory as in the file; blocks at the ends of a range are read with it. What the page cache already holds of a file of which it
+holds most is taken from it, where the kernel says so: asking for it with a read that must not wait would start a read-ahead, and read
+everything twice.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 from streamconv.engine.io import CHUNK, OwnFiles, PositionedReader, located
 from streamconv.memory import BLOCK, address_of
 
-LEAST = 256 << 10  # bytes: shorter ranges are written through the page cache ...
-LEAST_READ = 16 << 10  # ... and read: a disk may be set to read megabytes ahead of them, which then would be taken from there, twice moved
-_MOST = 0.9  # of a file
+LEAST = 256 << 10  # bytes: shorter ranges are copied and written through the page cache ...
+_LEAST_READ = 16 << 10  # ... and these are read to be computed with: a disk may be set to read megabytes ahead of each
+_MOST = 0.9  # of a file, from which on it is taken from the page cache
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 REFUSED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 _SHARING = ("btrfs", "xfs", "bcachefs", "zfs", "apfs")
@@ -83,7 +84,7 @@ class DirectReader(PositionedReader):
         Raises:
             SourceChanged: the file ends before ``view`` is full.
         """
-        if len(view) < LEAST_READ:
+        if len(view) < _LEAST_READ:
             super().read(path, offset, view)
             return
         if len(view) >= LEAST and address_of(view) % BLOCK == offset % BLOCK and self._read_in_place(path, offset, view):

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 PIECE = 1 << 18  # elements: smaller pieces have threads wait for each other between the calls, larger ones leave the cache
 SCRATCH = 16 * PIECE  # bytes that a thread takes for a piece: three times its elements as float32, and masks
 
-_LARGEST = {"float64": sys.float_info.max, "float32": 2.0**128 - 2.0**104, "float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}
+_LARGEST = {
+    "float64": sys.float_info.max, "float32": 2.0**128 - 2.0**104, "float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120,
+    "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0,
+}  # fmt: skip
 _NAN = {"float64": 0x7FF8 << 48, "float32": 0x7FC0 << 16, "float16": 0x7E00, "bfloat16": 0x7FC0}
 _NARROW = {"float16": (10, 15, 0x7C00), "float8_e5m2": (2, 15, 0x7C), "float8_e4m3fn": (3, 7, 0x7F)}
 """Bits of the mantissa, bias of the exponent, and the first bits, less the sign, of what is infinite or NaN."""
@@ -128,17 +131,20 @@ def widen(items: Array, dtype: str) -> Array:
         np.copyto(words, items)
         np.left_shift(words, 16, out=words)
         return values
-    if is_finite(items, dtype):
+    if bound_of(items, dtype) < math.inf:
         np.multiply(shift(items, dtype), np.float32(2.0 ** power_of(dtype)), out=values)
     else:
         np.copyto(values, items.view(numpy_dtype(dtype)), casting="unsafe")
     return values
 
 
-def is_finite(items: Array, dtype: str) -> bool:
-    """Whether none of some narrow floats, as unsigned integers, is infinite or NaN; False, too, where that is not known of their type."""
-    limit, sign = _NARROW[dtype][2] if dtype in _NARROW else 0, 1 << 8 * items.itemsize - 1
-    return bool(limit and items.size and items.view(f"i{items.itemsize}").max() < limit and items.max() < sign + limit)
+def bound_of(items: Array, dtype: str) -> float:
+    """What no magnitude of some floats, as unsigned integers, exceeds; infinite where one is, or NaN, or of a type not in `_NARROW`."""
+    if dtype not in _NARROW or not items.size:
+        return math.inf
+    limit, sign = _NARROW[dtype][2], 1 << 8 * items.itemsize - 1
+    is_finite = items.view(f"i{items.itemsize}").max() < limit and items.max() < sign + limit
+    return _LARGEST[dtype] if is_finite else math.inf
 
 
 def power_of(dtype: str) -> int:
@@ -147,7 +153,7 @@ def power_of(dtype: str) -> int:
 
 
 def shift(items: Array, dtype: str) -> Array:
-    """Floats that are finite by `is_finite` as float32 in scratch memory that have their bits, too small by a power of two."""
+    """Floats with a finite `bound_of` as float32 in scratch memory that have their bits, too small by a power of two."""
     mantissa, _, _ = _NARROW[dtype]
     values, signed, sign = _scratch(0, items), items.view(f"i{items.itemsize}"), 1 << 8 * items.itemsize - 1
     words = values.view(np.uint32)

@@ -29,7 +29,7 @@ def scope_of(entries: Mapping[str, AnyNode], scope: Mapping[str, Any]) -> dict[s
     def matching(text: str) -> Iterator[str]:
         pattern = plain_names(text)
         end = pattern.atoms[-1]
-        names = [name for name in entries if name.endswith(end)] if isinstance(end, str) else entries  # which is fast
+        names = [name for name in entries if name.endswith(end)] if isinstance(end, str) else entries  # the expression is slow
         return filter(pattern.regex.fullmatch, names)
 
     def shape(text: str) -> list[int] | None:

@@ -102,7 +102,7 @@ OPERATIONS: Mapping[str, tuple[str, list[str]]] = {
 }
 COPIES = {"reshard", "fuse"}
 COMPUTED = [name for name in OPERATIONS if name not in COPIES]
-SMALLEST = 63  # MB in which anything can be computed
+SMALLEST = 62  # MB in which anything can be computed
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     Array = ndarray[Any, Any]
 
 _BLOCK = ("matrix", "down", "across")  # where a block is
-_LARGEST = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 _MANY = 8  # codes to a scale, for which another one more does not count
 _MOST = 2.0**7  # a larger scale may have no float32 that is 2^120 times as large
 SCALES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "uint8")
@@ -173,14 +172,15 @@ class _Factors:
     """
 
     def __init__(self, codes: Values, scales: Values) -> None:
-        from streamconv.graph.casts import PIECE, is_finite
+        from streamconv.graph.casts import PIECE, bound_of
         from streamconv.graph.codes import factors, largest
 
         self._codes, self._scales = codes.dtype.name, scales.dtype.name
         self._are_wide = scales.items.size <= PIECE
         self.items: Array = factors(scales.items, self._scales) if self._are_wide else scales.items
-        most = largest(self.items) if self._are_wide and self._codes in _LARGEST else math.inf
-        self.bound = most * _LARGEST[self._codes] if most < _MOST and is_finite(codes.items, self._codes) else math.inf
+        most = largest(self.items) if self._are_wide else math.inf
+        bound = bound_of(codes.items, self._codes) if most < _MOST else math.inf
+        self.bound = most * bound if bound < math.inf else math.inf
 
     def widen(self, codes: Array) -> Array:
         """Codes as float32 in scratch memory, too small by a power of two where a bound is known."""
